@@ -1,0 +1,93 @@
+"""What a family of kernels has to offer to be tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime, Shard
+from moetune.spec.tactic import Tactic
+
+if TYPE_CHECKING:
+    import torch
+
+    from moetune.workload.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a kernel is given for one bucket. `routings` are the draws that are timed, each of `rows` rows."""
+
+    layer: MoELayer
+    regime: Regime
+    rows: int
+    shard: Shard
+    routings: tuple[Routing, ...]
+    device: str = "cpu"
+
+    @property
+    def intermediate_size(self) -> int:
+        """Of one expert on this rank: I/tp."""
+        return self.layer.intermediate_size // self.regime.tp_size
+
+    @property
+    def row_top_k(self) -> int:
+        """Ids in a row: k, or 1 in the slot layout."""
+        return 1 if self.regime.layout == "slot" else self.layer.top_k
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The tactics worth timing for a problem, and the ones left out, each with the reason."""
+
+    tactics: tuple[Tactic, ...]
+    excluded: Mapping[Tactic, str] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """A prepared problem: weights, inputs and routings lie on the device."""
+
+    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
+        """One forward of the layer on this rank: `[rows, hidden_size]`, of the draw's routing and inputs."""
+        ...
+
+    def reference(self, draw: int = 0) -> torch.Tensor:
+        """The same output computed in fp32 by the slowest and plainest way: `[rows, hidden_size]` float32."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A family of kernels. Cheap to construct; imports torch and kernels only in `prepare`."""
+
+    name: str
+
+    def unavailable(self) -> tuple[str, str] | None:
+        """Why it cannot run on this machine and what to do about it, or None."""
+        ...
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
+        """Why it does not compute this layer, or None."""
+        ...
+
+    def environment(self) -> dict[str, str]:
+        """Strict environment fields of its own (versions, kernel source); may be empty."""
+        ...
+
+    def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
+        """The tactics for one bucket, the default among them."""
+        ...
+
+    def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        """What the engine runs where nothing is tuned."""
+        ...
+
+    def tolerance(self, layer: MoELayer) -> float:
+        """The largest relative Frobenius error against `Runner.reference` of a right result."""
+        ...
+
+    def prepare(self, problem: Problem) -> Runner:
+        """Weights, inputs and routings on the device."""
+        ...

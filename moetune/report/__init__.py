@@ -1,0 +1,1 @@
+"""What a profile looks like to a person. From profiles alone, no torch."""

@@ -1,0 +1,1 @@
+"""Which tactic next. Pure: yields batches, receives times, never measures. No torch."""

@@ -1,0 +1,23 @@
+"""What a search strategy is: a generator that proposes batches, is sent their times and returns its finalists."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+
+from moetune.spec.tactic import Tactic
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tactics to time together, interleaved, each `rounds` times."""
+
+    tactics: tuple[Tactic, ...]
+    rounds: int = 1
+
+
+Times = Mapping[Tactic, float]
+"""Mean time in µs of each tactic of a batch that ran; one that failed is absent."""
+
+Search = Generator[Batch, Times, tuple[Tactic, ...]]
+"""Yields batches, receives their times, returns the finalists, the most promising first."""

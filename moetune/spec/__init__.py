@@ -1,0 +1,1 @@
+"""What is asked: layer, regime, ladder, tactic, environment. Pure data, no torch."""

@@ -1,0 +1,40 @@
+"""`Environment`: the machine and the libraries that a measurement belongs to."""
+
+from __future__ import annotations
+
+import re
+
+from moetune.spec.layer import FrozenModel, digest_of
+
+
+class Environment(FrozenModel):
+    """Where a profile was measured.
+
+    `device` is the GPU's or the CPU's name. A profile is served only where every field of `strict` is equal
+    (on a CPU: model, threads, torch; on a GPU: its name, compute capability, torch, CUDA, and what the backend
+    adds); `informative` (driver, host, moetune's version …) is kept and may differ.
+    """
+
+    device: str
+    strict: dict[str, str]
+    informative: dict[str, str] = {}
+
+    @property
+    def device_slug(self) -> str:
+        """The device's name as a folder name."""
+        return re.sub(r"[^A-Za-z0-9.]+", "_", self.device).strip("_") or "unknown"
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the device and the strict fields."""
+        return digest_of({"device": self.device, **self.strict})
+
+    def differing(self, other: Environment) -> dict[str, tuple[object, object]]:
+        """The strict fields in which `other` differs, as name → (this one's, the other's)."""
+        mine = {"device": self.device, **self.strict}
+        theirs = {"device": other.device, **other.strict}
+        return {
+            name: (mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        }

@@ -1,0 +1,128 @@
+"""`Ladder`: the row counts that are tuned, and the rule by which an engine maps run-time rows to one of them.
+
+Rules, each checked against the engine's source: TensorRT-LLM `last_positive_power_of_2` after dividing by ep
+under attention DP (TensorRT-LLM #13667); FlashInfer `get_hybrid_num_tokens_buckets` / `map_to_hybrid_bucket`
+(0.6.18 … 0.7.2.post1); vLLM `try_get_optimal_moe_config` (nearest key, the smaller one of two equally near).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from moetune.errors import UsageError
+from moetune.spec.layer import FrozenModel
+
+Rounding = Literal["floor", "ceil", "nearest"]
+POW2_LAST = 8192
+VLLM_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+SPELLINGS = "pow2, hybrid, vllm or a list like 1,2,4 (pow2/8: run-time rows are divided by 8 first)"
+
+
+class Ladder(FrozenModel):
+    """Buckets and look-up rule. `sizes` are the buckets of a `list`, in rows, ascending; empty for the others."""
+
+    name: Literal["pow2", "hybrid", "vllm", "list"] = "pow2"
+    sizes: tuple[int, ...] = ()
+    divisor: int = 1
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if (self.name == "list") != bool(self.sizes):
+            raise UsageError(f"A ladder is one of {SPELLINGS}.")
+        if any(size < 1 for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
+            given = ",".join(map(str, self.sizes))
+            raise UsageError(f"A ladder's buckets must be positive and ascending, given {given}.")
+        if self.divisor < 1:
+            raise UsageError(f"A ladder's divisor must be at least 1, given {self.divisor}.")
+        return self
+
+    @classmethod
+    def parse(cls, spelled: object) -> Ladder:
+        """A `Ladder` from a spelling (`"pow2"`, `"pow2/8"`, `"1,2,4"`), a sequence of ints, or itself.
+
+        Raises:
+            UsageError: the spelling is none of these.
+        """
+        if isinstance(spelled, Ladder):
+            return spelled
+        if isinstance(spelled, Sequence) and not isinstance(spelled, str | bytes):
+            return cls(name="list", sizes=tuple(spelled))
+        text, _, divisor = str(spelled).strip().lower().partition("/")
+        if divisor and not divisor.isdecimal():
+            raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
+        share = int(divisor or 1)
+        match text:
+            case "pow2" | "hybrid" | "vllm":
+                return cls(name=text, divisor=share)
+            case _:
+                pass
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.lstrip("-").isdecimal() for part in parts):
+            raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
+        return cls(name="list", sizes=tuple(map(int, parts)), divisor=share)
+
+    def __str__(self) -> str:
+        text = ",".join(map(str, self.sizes)) if self.name == "list" else self.name
+        return text if self.divisor == 1 else f"{text}/{self.divisor}"
+
+    @property
+    def rounding(self) -> Rounding:
+        """How rows between two buckets are mapped."""
+        return {"pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "list": "ceil"}[self.name]  # type: ignore[return-value]
+
+    def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
+        """The row counts to tune, ascending, none above `tune_max_num_tokens`."""
+        match self.name:
+            case "pow2":
+                powers = _powers_of_two(min(tune_max_num_tokens, POW2_LAST))
+                return powers if tune_max_num_tokens <= POW2_LAST else (*powers, tune_max_num_tokens)
+            case "hybrid":
+                steps = (
+                    *_powers_of_two(256),
+                    *range(512, 2049, 256),
+                    *range(2560, 4097, 512),
+                    *_powers_of_two(tune_max_num_tokens)[13:],
+                )
+                return tuple(sorted({size for size in steps if size <= tune_max_num_tokens} | {tune_max_num_tokens}))
+            case "vllm":
+                return tuple(size for size in VLLM_BUCKETS if size <= tune_max_num_tokens)
+            case "list":
+                return tuple(size for size in self.sizes if size <= tune_max_num_tokens)
+
+    def lookup(self, rows: int, tune_max_num_tokens: int) -> int:
+        """The bucket that the engine looks `rows` run-time rows up by.
+
+        As in FlashInfer the result of `hybrid` can be no bucket (a miss there): with a maximum of 100, 65 … 99
+        rows map to 128.
+        """
+        rows = max(1, rows // self.divisor)
+        if self.name == "hybrid":
+            return _hybrid_bucket(rows, tune_max_num_tokens)
+        buckets = self.buckets(tune_max_num_tokens)
+        match self.rounding:
+            case "floor":
+                return buckets[bisect.bisect_right(buckets, rows) - 1]
+            case "ceil":
+                return buckets[min(bisect.bisect_left(buckets, rows), len(buckets) - 1)]
+            case "nearest":
+                return min(buckets, key=lambda size: abs(size - rows))
+
+
+def _powers_of_two(last: int) -> tuple[int, ...]:
+    return tuple(1 << exponent for exponent in range(last.bit_length()))
+
+
+def _hybrid_bucket(rows: int, maximum: int) -> int:
+    if rows >= maximum:
+        return maximum
+    if rows <= 256:
+        return 1 << (rows - 1).bit_length()
+    if rows <= 2048:
+        return min(-(-rows // 256) * 256, maximum)
+    if rows <= 4096:
+        return min(-(-rows // 512) * 512, maximum)
+    return min(1 << (rows - 1).bit_length(), maximum)

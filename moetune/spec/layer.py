@@ -1,0 +1,138 @@
+"""`MoELayer`: the mixture-of-experts layer as the model card gives it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moetune.errors import UsageError
+
+
+class Precision(StrEnum):
+    """How the expert weights are stored and multiplied; activations are bf16 where nothing else is said."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP8_BLOCK = "fp8_block"  # e4m3, one f32 scale for each 128×128 of a weight and each 1×128 of an activation
+    FP8_TENSOR = "fp8_tensor"  # e4m3, one f32 scale a tensor
+    NVFP4 = "nvfp4"  # e2m1, one e4m3 scale for each 16 values
+    MXFP4 = "mxfp4"  # e2m1, one e8m0 scale for each 32 values
+    MXINT4 = "mxint4"
+
+
+class Activation(StrEnum):
+    """What stands between the two GEMMs; both read gate and up halves of the first GEMM's output."""
+
+    SILU = "silu"  # silu(gate) · up
+    GELU = "gelu"  # gelu_tanh(gate) · up
+    SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: clamped gate·sigmoid(1.702·gate)·(up + 1)
+
+
+class FrozenModel(BaseModel):
+    """A frozen pydantic model without unknown fields, whose errors are one-line `UsageError`s."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line_errors(cls, data: Any, handler: Any) -> Self:
+        try:
+            return handler(data)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            raise UsageError(f"{cls.__name__}: {field}: {first['msg']} (given: {first['input']!r}).") from None
+
+
+class RoutingMethod(FrozenModel):
+    """How the router turns logits `[tokens, num_experts]` into `top_k` experts and weights.
+
+    `scoring`: softmax over all experts or an independent sigmoid. `bias`: a per-expert correction that is
+    added to the scores for the selection only (DeepSeek-V3, arXiv 2412.19437, eq. 16).
+    `num_groups`/`top_k_groups`: only experts of the best groups can be chosen; a group is as good as its
+    two best experts (`group_score="top2"`, DeepSeek-V3) or its best one (`"max"`, DeepSeek-V2).
+    `renormalize`: the chosen weights are divided by their sum; then all are multiplied by `scaling`.
+    """
+
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    bias: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    renormalize: bool = True
+    scaling: float = 1.0
+
+    @model_validator(mode="after")
+    def _groups(self) -> Self:
+        if not 1 <= self.top_k_groups <= self.num_groups:
+            raise UsageError(f"top_k_groups must be 1 … num_groups = {self.num_groups}, given {self.top_k_groups}.")
+        return self
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the group limit excludes anything."""
+        return self.top_k_groups < self.num_groups
+
+
+class MoELayer(FrozenModel):
+    """One MoE layer. Sizes are of one whole expert, before any sharding; `precision` is that of its weights."""
+
+    name: str = "custom"
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    precision: Precision = Precision.BF16
+    activation: Activation = Activation.SILU
+    expert_bias: bool = False
+    weight_on_input: bool = False
+    num_shared_experts: int = 0
+    routing: RoutingMethod = RoutingMethod()
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        for field in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{field} must be at least 1, given {getattr(self, field)}.")
+        if self.num_shared_experts < 0:
+            raise UsageError(f"num_shared_experts must be at least 0, given {self.num_shared_experts}.")
+        if self.top_k > self.num_experts:
+            raise UsageError(f"top_k = {self.top_k} exceeds num_experts = {self.num_experts}.")
+        groups = self.routing.num_groups
+        if self.num_experts % groups:
+            raise UsageError(f"num_experts = {self.num_experts} is not divisible by num_groups = {groups}.")
+        if self.top_k > self.num_experts // groups * self.routing.top_k_groups:
+            raise UsageError(
+                f"top_k = {self.top_k} exceeds the {self.num_experts // groups * self.routing.top_k_groups} experts "
+                f"of top_k_groups = {self.routing.top_k_groups} groups."
+            )
+        return self
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """All fields but the name: what a kernel's speed can depend on."""
+        return self.model_dump(mode="json", exclude={"name"})
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over `shape`; two names of one shape have one digest."""
+        return digest_of(self.shape)
+
+    @property
+    def slug(self) -> str:
+        """Readable folder name, equal for equal shapes: `e128-k8-h2048-i768-bf16-<digest>`."""
+        return (
+            f"e{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}"
+            f"-{self.precision.value}-{self.digest}"
+        )
+
+
+def digest_of(fields: Any) -> str:
+    """First 16 hex digits of SHA-256 over the canonical JSON of `fields`."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,212 @@
+"""`Regime`: one deployment's view of a layer, the key of everything stored; and the shard of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+
+from moetune.errors import UsageError
+from moetune.spec.ladder import Ladder
+from moetune.spec.layer import FrozenModel, MoELayer, digest_of
+
+Dispatch = Literal["none", "alltoall", "allgather"]
+Layout = Literal["packed", "deduplicated", "slot", "pool"]
+DISPATCHES: tuple[Dispatch, ...] = ("none", "alltoall", "allgather")
+LAYOUTS: tuple[Layout, ...] = ("packed", "deduplicated", "slot", "pool")
+DISTRIBUTIONS = ("balanced", "random")
+DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
+DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
+RANDOM_DRAWS = 16
+
+
+def parse_distribution(spelled: object, source: str = "distribution") -> str:
+    """The canonical spelling of a distribution; case is folded.
+
+    Raises:
+        UsageError: not a distribution; the message names `source` and lists the values.
+    """
+    text = str(spelled).strip().lower()
+    if text not in DISTRIBUTIONS:
+        raise UsageError(f"{source} must be one of {', '.join(DISTRIBUTIONS)}; given {spelled!r}.")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The experts of one rank: physical slots `first … first + num_local − 1` of `num_slots` in all."""
+
+    rank: int
+    first: int
+    num_local: int
+    num_slots: int
+
+
+class Regime(FrozenModel):
+    """How one rank of a deployment meets the layer. Frozen; every default is resolved at construction.
+
+    `ep_size` ranks share the experts, `tp_size` ranks share each expert's intermediate size. `attention_dp`:
+    every rank has tokens of its own. `dispatch`: how they travel to the experts; it follows `attention_dp` when not
+    given (`alltoall`, else `none`), and `attention_dp` follows it. `layout`: how the rows of an all-to-all
+    arrive (`packed` when not given). `redundant_experts`: physical expert slots beyond `num_experts`.
+    `distribution`, `seed`, `draws`: the dummy routing and how many draws of it are timed (16, or 1 where balanced).
+    `ladder`, `tune_max_num_tokens`: which row counts are tuned. `uneven_shards`: the first ranks take one expert
+    more where ep does not divide them (vLLM's rule), which is an error otherwise.
+
+    Raises:
+        UsageError: a value out of range, or options that exclude each other.
+    """
+
+    ep_size: int = 1
+    tp_size: int = 1
+    attention_dp: bool = False
+    dispatch: Dispatch = "none"
+    layout: Layout | None = None
+    redundant_experts: int = 0
+    distribution: Annotated[str, BeforeValidator(parse_distribution)] = "random"
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    draws: int = RANDOM_DRAWS
+    ladder: Annotated[Ladder, BeforeValidator(Ladder.parse), PlainSerializer(str, return_type=str)] = Ladder()
+    tune_max_num_tokens: int = DEFAULT_TUNE_MAX_NUM_TOKENS
+    uneven_shards: bool = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _resolve(cls, data: Any, handler: Any) -> Self:
+        if not isinstance(data, Mapping):
+            return handler(data)  # type: ignore[no-any-return]
+        given = {name: value for name, value in data.items() if value is not None}
+        try:
+            regime = handler(_with_defaults(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise UsageError(f"Regime: {field}: {first['msg']} (given: {first['input']!r}).") from None
+        regime.__pydantic_fields_set__.intersection_update(given)
+        return regime  # type: ignore[no-any-return]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, least in (
+            ("ep_size", 1),
+            ("tp_size", 1),
+            ("redundant_experts", 0),
+            ("draws", 1),
+            ("tune_max_num_tokens", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} must be at least {least}, given {getattr(self, name)}.")
+        if self.attention_dp and self.dispatch == "none":
+            raise UsageError(
+                "attention_dp needs dispatch alltoall or allgather, given none.",
+                "Leave dispatch out, or use --no-dp.",
+            )
+        if not self.attention_dp and self.dispatch != "none":
+            raise UsageError(
+                f"Without attention_dp the only dispatch is none, given {self.dispatch}.",
+                "Use --dp, or leave the dispatch out.",
+            )
+        if self.layout is not None and self.dispatch != "alltoall":
+            raise UsageError(
+                f"A layout goes with dispatch alltoall only, given layout {self.layout} with dispatch {self.dispatch}."
+            )
+        sizes = self.ladder.sizes
+        if sizes and sizes[-1] > self.tune_max_num_tokens:
+            raise UsageError(
+                f"The ladder's bucket {sizes[-1]} is above tune_max_num_tokens = {self.tune_max_num_tokens}.",
+                "Raise the maximum or shorten the ladder.",
+            )
+        if not self.buckets:
+            raise UsageError(f"No bucket of ladder {self.ladder} is a multiple of ep_size = {self.ep_size}.")
+        return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The row counts to tune, ascending; a pool has ep equal blocks, so only multiples of ep."""
+        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if self._fits(size))
+
+    @property
+    def skipped_buckets(self) -> tuple[int, ...]:
+        """The ladder's buckets that a pool cannot have, because ep does not divide them."""
+        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._fits(size))
+
+    def _fits(self, rows: int) -> bool:
+        return self.layout != "pool" or rows % self.ep_size == 0
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over every field."""
+        return digest_of(self.model_dump(mode="json"))
+
+    @property
+    def slug(self) -> str:
+        """Readable summary: `ep8-tp1-dp-alltoall-packed-random`."""
+        parts = [f"ep{self.ep_size}", f"tp{self.tp_size}", "dp" if self.attention_dp else "nodp", self.dispatch]
+        parts += [self.layout] if self.layout else []
+        parts += [f"r{self.redundant_experts}"] if self.redundant_experts else []
+        return "-".join([*parts, self.distribution.replace(":", "")])
+
+    def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
+        """Python names of the fields in which `other` differs, as name → (this one's, the other's)."""
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    def with_default_distribution(self, spelled: str | None) -> Regime:
+        """This regime, its distribution replaced by `spelled` unless one was given at construction.
+
+        `spelled` is the value of `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` (TensorRT-LLM #13667); None or an
+        empty string changes nothing.
+
+        Raises:
+            UsageError: not a distribution.
+        """
+        if not spelled:
+            return self
+        distribution = parse_distribution(spelled, DISTRIBUTION_VARIABLE)
+        if "distribution" in self.model_fields_set:
+            return self
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return Regime(**{**given, "distribution": distribution})
+
+    def shard(self, layer: MoELayer, rank: int = 0) -> Shard:
+        """The contiguous expert slots of `rank`.
+
+        Raises:
+            UsageError: this regime does not fit the layer, or there is no such rank.
+        """
+        slots = layer.num_experts + self.redundant_experts
+        if not 0 <= rank < self.ep_size:
+            raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {rank}.")
+        if self.ep_size > slots:
+            raise UsageError(f"ep_size = {self.ep_size} exceeds the {slots} experts of {layer.name}.")
+        each, extra = divmod(slots, self.ep_size)
+        if extra and not self.uneven_shards:
+            raise UsageError(
+                f"ep_size = {self.ep_size} does not divide the {slots} experts of {layer.name}.",
+                f"Allowed: {', '.join(str(n) for n in range(1, slots + 1) if slots % n == 0)}; "
+                "or add redundant experts.",
+            )
+        if layer.intermediate_size % self.tp_size:
+            raise UsageError(
+                f"tp_size = {self.tp_size} does not divide the intermediate size {layer.intermediate_size} of {layer.name}."
+            )
+        return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), slots)
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The defaults that depend on other fields, filled in."""
+    data = dict(given)
+    if "attention_dp" not in data:
+        data["attention_dp"] = data.get("dispatch", "none") != "none" or "layout" in data
+    if "dispatch" not in data:
+        data["dispatch"] = "alltoall" if data["attention_dp"] else "none"
+    if data["dispatch"] == "alltoall":
+        data.setdefault("layout", "packed")
+    if "draws" not in data and str(data.get("distribution", "random")).strip().lower() == "balanced":
+        data["draws"] = 1
+    if "tune_max_num_tokens" not in data and "ladder" in data:
+        sizes = Ladder.parse(data["ladder"]).sizes
+        data["tune_max_num_tokens"] = max((DEFAULT_TUNE_MAX_NUM_TOKENS, *sizes))
+    return data
