@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STORE ?= .demo-store
+
+.PHONY: venv demo test lint types picture clean
+
+venv: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# One real layer, real dimensions, any machine: the second run is served from the store.
+demo: venv
+	$(BIN)/moetune tune --model qwen3-30b-a3b --ep 8 --dp --tune-max-num-tokens 128 --backend torch --store $(STORE)
+
+test: venv lint types
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+# The README's picture, from the profile that `make demo` measured.
+picture: demo
+	$(BIN)/python benchmarks/picture.py --store $(STORE) --out docs/tune.svg
+
+clean:
+	rm -rf .venv $(STORE) build dist *.egg-info
