@@ -1,0 +1,71 @@
+"""A backend whose tactics take planted times and fail in planted ways."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from moetune.backends.base import Candidates, Problem
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+LAYER = MoELayer(name="tiny", num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, precision="fp32")
+
+
+def tactic(name: str) -> Tactic:
+    return Tactic(algorithm=name)
+
+
+@dataclass
+class PlantedBackend:
+    """`milliseconds` by algorithm; algorithms in `raising`, `wrong` and `cliff` do what the names say."""
+
+    milliseconds: dict[str, float]
+    raising: frozenset[str] = frozenset()
+    wrong: frozenset[str] = frozenset()
+    cliff: frozenset[str] = frozenset()
+    name: str = "planted"
+    prepared: list[int] = field(default_factory=list)
+
+    def unavailable(self) -> tuple[str, str] | None:
+        return None
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
+        return None
+
+    def environment(self) -> dict[str, str]:
+        return {"planted": "1"}
+
+    def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
+        return Candidates(tuple(map(tactic, self.milliseconds)), {tactic("huge"): "its scratch would not fit"})
+
+    def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        return tactic("default")
+
+    def tolerance(self, layer: MoELayer) -> float:
+        return 1e-5
+
+    def prepare(self, problem: Problem) -> PlantedRunner:
+        self.prepared.append(problem.rows)
+        return PlantedRunner(self, problem)
+
+
+@dataclass
+class PlantedRunner:
+    backend: PlantedBackend
+    problem: Problem
+
+    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
+        name = str(tactic["algorithm"])
+        if name in self.backend.raising:
+            raise RuntimeError("planted failure\nwith a second line")
+        stressed = draw >= 2 * self.problem.regime.draws
+        slower = 10 if stressed and name in self.backend.cliff else 1
+        time.sleep(self.backend.milliseconds[name] * slower / 1e3)
+        return self.reference(draw) * (2.0 if name in self.backend.wrong else 1.0)
+
+    def reference(self, draw: int = 0) -> torch.Tensor:
+        return torch.ones(self.problem.rows, self.problem.layer.hidden_size)

@@ -1,0 +1,142 @@
+import pytest
+from planted import LAYER, PlantedBackend, tactic
+
+from moetune.backends import registry
+from moetune.errors import MissError, NoResultError, UsageError
+from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, load, tune
+
+REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    def _plant(**planted):
+        backend = PlantedBackend(**planted)
+        real = registry.backend
+        monkeypatch.setattr(registry, "backend", lambda name: backend if name == "planted" else real(name))
+        return backend
+
+    return _plant
+
+
+def _tune(regime=REGIME, **options):
+    return tune(LAYER, regime, "planted", device="cpu", **options)
+
+
+def test_the_fastest_right_tactic_replaces_the_default_in_every_bucket(plant):
+    plant(milliseconds={"default": 2.0, "fast": 0.5, "middling": 1.0})
+    profile = _tune()
+    assert [choice.rows for choice in profile.choices] == [4, 8]
+    for choice in profile.choices:
+        assert choice.tactic == tactic("fast")
+        assert choice.default_tactic == tactic("default")
+        assert 1.0 < choice.gain_low <= choice.gain <= choice.gain_high
+        assert set(choice.stress_us) == {"2", "3", "4"} == set(choice.default_stress_us)
+        assert choice.tried == 3
+        assert choice.candidates == 4
+    assert profile.tactic(5) == tactic("fast")
+
+
+def test_a_tie_keeps_the_default(plant):
+    plant(milliseconds={"default": 1.0, "other": 1.0, "slower": 1.2})
+    assert {choice.tactic for choice in _tune().choices} == {tactic("default")}
+
+
+def test_a_tactic_that_raises_or_is_wrong_costs_only_itself(plant):
+    plant(
+        milliseconds={"default": 2.0, "fast": 0.5, "broken": 0.1, "liar": 0.1},
+        raising=frozenset({"broken"}),
+        wrong=frozenset({"liar"}),
+    )
+    events = []
+    profile = _tune(on_event=events.append)
+    reasons = {rejection.tactic["algorithm"]: rejection.reason for rejection in profile.choices[0].rejected}
+    assert profile.choices[0].tactic == tactic("fast")
+    assert reasons["broken"] == "RuntimeError: planted failure"
+    assert "relative error" in reasons["liar"]
+    assert reasons["huge"] == "its scratch would not fit"
+    measured = {e.tactic["algorithm"]: e for e in events if isinstance(e, TacticMeasured) and e.rows == 4}
+    assert measured.keys() == {"default", "fast", "broken", "liar"}
+    assert measured["broken"].time_us is None
+    assert measured["broken"].reason
+
+
+def test_a_tactic_with_a_cliff_cannot_win(plant):
+    plant(milliseconds={"default": 2.0, "trap": 0.5, "steady": 1.0}, cliff=frozenset({"trap"}))
+    choice = _tune().choices[0]
+    assert choice.tactic == tactic("steady")
+    assert any(r.tactic == tactic("trap") and r.reason.startswith("cliff") for r in choice.rejected)
+
+
+def test_without_a_working_default_there_is_no_result(plant):
+    plant(milliseconds={"default": 1.0, "fast": 0.5}, raising=frozenset({"default"}))
+    with pytest.raises(NoResultError, match="planted failure"):
+        _tune()
+
+
+def test_the_second_run_is_served_without_measuring(plant):
+    backend = plant(milliseconds={"default": 1.0, "fast": 0.3})
+    first = _tune()
+    backend.prepared.clear()
+    events = []
+    assert _tune(on_event=events.append) == first
+    assert [type(event) for event in events] == [Served]
+    assert backend.prepared == []
+    assert load(LAYER, REGIME, "planted", device="cpu") == first
+
+
+def test_again_measures_anew(plant):
+    backend = plant(milliseconds={"default": 1.0})
+    _tune()
+    backend.prepared.clear()
+    _tune(again=True)
+    assert backend.prepared == [4, 8]
+
+
+def test_an_interrupted_run_resumes_at_the_next_bucket(plant):
+    backend = plant(milliseconds={"default": 1.0})
+
+    def interrupt(event):
+        if isinstance(event, BucketChosen):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _tune(on_event=interrupt)
+    assert backend.prepared == [4]
+    with pytest.raises(MissError, match="buckets 8"):
+        _tune(frozen=True)
+    events = []
+    assert len(_tune(on_event=events.append).choices) == 2
+    assert backend.prepared == [4, 8]
+    assert [event.rows for event in events if isinstance(event, BucketStarted)] == [8]
+
+
+def test_frozen_never_measures_and_names_what_differs(plant):
+    backend = plant(milliseconds={"default": 1.0})
+    _tune()
+    backend.prepared.clear()
+    other = Regime(ep_size=2, attention_dp=False, ladder="4,8", draws=4)
+    with pytest.raises(MissError) as miss:
+        _tune(other, frozen=True)
+    assert "attention_dp" in miss.value.differing
+    assert "attention_dp" in str(miss.value)
+    assert backend.prepared == []
+
+
+def test_the_environment_gives_the_distribution_unless_one_was_given(plant, monkeypatch):
+    plant(milliseconds={"default": 0.1})
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "BALANCED")
+    assert _tune(Regime(ladder="2")).regime.distribution == "balanced"
+    assert _tune(Regime(ladder="2", distribution="random")).regime.distribution == "random"
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "foo")
+    with pytest.raises(UsageError, match="balanced, random"):
+        _tune(Regime(ladder="2"))
+
+
+def test_the_load_is_stored_with_the_choice(plant):
+    plant(milliseconds={"default": 0.1})
+    choice = _tune().choices[0]
+    assert sum(choice.load) == 4 * LAYER.top_k * REGIME.draws
+    assert len(choice.load) == LAYER.num_experts // REGIME.ep_size
+    assert max(choice.load) / REGIME.draws <= choice.max_load <= 4
