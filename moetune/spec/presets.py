@@ -1,0 +1,92 @@
+"""Named layers: one JSON file a model in `models/`, each field with its source beside it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moetune.errors import UsageError
+from moetune.spec.hf import layer_from_config
+from moetune.spec.layer import MoELayer, Precision
+
+
+class Source(NamedTuple):
+    """Where a preset comes from: the model's page, and for each field of the layer where its value stands."""
+
+    url: str
+    fields: Mapping[str, str]
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """The presets' names, sorted."""
+    files = resources.files("moetune.spec").joinpath("models").iterdir()
+    return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
+
+
+def preset(name: str) -> MoELayer:
+    """The layer of a preset; case is ignored, a prefix is not a name.
+
+    Raises:
+        UsageError: no such preset; the message lists the nearest names.
+    """
+    key = _key(name)
+    return MoELayer(name=key, **_file(key)["layer"])
+
+
+def source(name: str) -> Source:
+    """Where the values of a preset stand.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    found = _file(_key(name))["source"]
+    return Source(found["url"], found["fields"])
+
+
+def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> MoELayer:
+    """A preset by its name, or the layer of a Hugging Face `config.json` or of the folder that holds one.
+
+    A path is what has a separator, ends in `.json` or is a folder. `precision` replaces the weights' own.
+
+    Raises:
+        UsageError: no such preset, a config that cannot be used, or no such precision.
+    """
+    given = os.fspath(name_or_path)
+    if isinstance(name_or_path, str) and given.lower() in names():
+        found = preset(given)
+        return found if precision is None else MoELayer(**{**dict(found), "precision": precision})
+    if not isinstance(name_or_path, str) or _is_path(given):
+        return layer_from_config(given, precision=precision)
+    return preset(given)
+
+
+def _is_path(text: str) -> bool:
+    separators = {os.sep, os.altsep or os.sep}
+    return any(mark in text for mark in separators) or text.endswith(".json") or (bool(text) and Path(text).is_dir())
+
+
+def _key(name: str) -> str:
+    key = name.strip().lower()
+    if key in names():
+        return key
+    related = [known for known in names() if key and key in known]
+    similar = difflib.get_close_matches(key, names(), n=4, cutoff=0.45)
+    nearest = list(dict.fromkeys([*related, *similar]))[:6]
+    raise UsageError(
+        f"Unknown model {name!r}.",
+        (f"Nearest: {', '.join(nearest)}; all" if nearest else "All names")
+        + ": moetune models. A path to a config.json works too.",
+    )
+
+
+@functools.cache
+def _file(name: str) -> dict[str, Any]:
+    text = resources.files("moetune.spec").joinpath("models", f"{name}.json").read_text(encoding="utf-8")
+    return json.loads(text)  # type: ignore[no-any-return]
