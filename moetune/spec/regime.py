@@ -190,7 +190,8 @@ class Regime(FrozenModel):
             )
         if layer.intermediate_size % self.tp_size:
             raise UsageError(
-                f"tp_size = {self.tp_size} does not divide the intermediate size {layer.intermediate_size} of {layer.name}."
+                f"tp_size = {self.tp_size} does not divide the intermediate size {layer.intermediate_size} "
+                f"of {layer.name}."
             )
         return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), slots)
 

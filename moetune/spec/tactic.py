@@ -18,15 +18,17 @@ class Tactic(Mapping[str, Value]):
     4
     """
 
-    __slots__ = ("_hash", "_items")
+    __slots__ = ("_items", "_key")
 
     def __init__(self, values: Mapping[str, Value] | None = None, /, **named: Value) -> None:
-        items = {**(values or {}), **named}
+        items: dict[str, Value] = dict(values or {}) | named
         for name, value in items.items():
             if not isinstance(name, str) or not isinstance(value, int | str):
                 raise TypeError(f"A tactic maps names to ints, bools or strings; given {name!r}: {value!r}.")
         object.__setattr__(self, "_items", items)
-        object.__setattr__(self, "_hash", hash(frozenset((n, type(v).__name__, v) for n, v in items.items())))
+        # a bool is no int here, though Python's True == 1
+        key = frozenset((name, type(value).__name__, value) for name, value in items.items())
+        object.__setattr__(self, "_key", key)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a Tactic is frozen")
@@ -41,10 +43,10 @@ class Tactic(Mapping[str, Value]):
         return len(self._items)  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined, no-any-return]
+        return hash(self._key)  # type: ignore[attr-defined]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tactic) and self._items == other._items  # type: ignore[attr-defined, no-any-return]
+        return isinstance(other, Tactic) and self._key == other._key  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"Tactic({', '.join(f'{name}={value!r}' for name, value in self.items())})"
@@ -60,23 +62,17 @@ class Tactic(Mapping[str, Value]):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        value = core_schema.union_schema(
-            [
-                core_schema.bool_schema(strict=True),
-                core_schema.int_schema(strict=True),
-                core_schema.str_schema(strict=True),
-            ]
+        return core_schema.no_info_plain_validator_function(
+            cls._validated, serialization=core_schema.plain_serializer_function_ser_schema(dict)
         )
-        mapping = core_schema.dict_schema(core_schema.str_schema(), value)
-        return core_schema.no_info_after_validator_function(
-            cls,
-            core_schema.union_schema(
-                [
-                    core_schema.chain_schema(
-                        [core_schema.is_instance_schema(cls), core_schema.no_info_plain_validator_function(dict)]
-                    ),
-                    mapping,
-                ]
-            ),
-            serialization=core_schema.plain_serializer_function_ser_schema(dict),
-        )
+
+    @classmethod
+    def _validated(cls, value: object) -> Tactic:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError("a tactic is a mapping of names to ints, bools or strings")
+        try:
+            return cls(value)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
