@@ -1,0 +1,94 @@
+"""The packed top-k that the routed TensorRT-LLM MoE ops take: one int32 a slot, id above, bf16 weight below.
+
+`(id << 16) | bits of the bf16 weight` (vLLM #37695). The bits are masked to 16, or the sign of a negative weight
+would overwrite the id.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from moetune.errors import UsageError
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ID_DTYPES = (torch.int32, torch.int64)
+_BF16_NAN = 0x7FC0
+
+_logger = logging.getLogger(__name__)
+
+
+def pack_eager(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`pack_topk` by its definition, one kernel an operation; any shape, no checks."""
+    bits = weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
+    if weights.dtype != torch.bfloat16:
+        bits = torch.where(weights.isnan(), _BF16_NAN, bits)
+    return (ids.to(torch.int32) << 16) | bits
+
+
+class _Fused:
+    """`pack_eager` compiled at its first use; where that fails once, eager ever after."""
+
+    def __init__(self) -> None:
+        self._compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self.failure: Exception | None = None
+
+    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if self.failure is not None or ids.numel() < 2 or torch.compiler.is_compiling():
+            return pack_eager(ids, weights)
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(pack_eager, dynamic=True)
+            return self._compiled(ids, weights)
+        except Exception as failure:  # the compiler's errors have no common base, and the inputs are checked
+            _logger.info("pack_topk runs eagerly, torch.compile failed: %s", failure)
+            self.failure = failure
+            return pack_eager(ids, weights)
+
+
+_fused = _Fused()
+
+
+def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Ids and weights in one int32 each, by one fused kernel.
+
+    Args:
+        ids: int32 or int64 `[M, k]`, −32768 … 32767 (not checked); −1 is nothing.
+        weights: bf16, f16 or f32 `[M, k]` on the same device. A NaN of f16 and f32 becomes 0x7fc0, one of bf16
+            keeps its bits.
+
+    Returns:
+        int32 `[M, k]`.
+
+    Raises:
+        UsageError: shapes or devices differ, or a dtype is none of these.
+    """
+    if ids.shape != weights.shape or ids.device != weights.device:
+        raise UsageError(
+            f"ids and weights must have one shape and device, given {tuple(ids.shape)} on {ids.device} "
+            f"and {tuple(weights.shape)} on {weights.device}."
+        )
+    if ids.dtype not in ID_DTYPES or weights.dtype not in WEIGHT_DTYPES:
+        raise UsageError(
+            "ids must be int32 or int64 and weights bfloat16, float16 or float32, "
+            f"given {ids.dtype} and {weights.dtype}."
+        )
+    return _fused(ids.reshape(-1), weights.reshape(-1)).view(ids.shape)
+
+
+def compile_failure() -> Exception | None:
+    """Why `pack_topk` runs eagerly since its first use, or None."""
+    return _fused.failure
+
+
+def unpack_topk(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pack_topk` packed: `(ids int32, weights bf16)`, both of `packed`'s shape.
+
+    Raises:
+        UsageError: `packed` is not int32.
+    """
+    if packed.dtype != torch.int32:
+        raise UsageError(f"A packed top-k is int32, given {packed.dtype}.")
+    return packed >> 16, (packed & 0xFFFF).to(torch.int16).view(torch.bfloat16)
