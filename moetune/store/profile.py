@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from moetune.errors import UsageError
+from moetune.errors import NoResultError, UsageError
 from moetune.spec.environment import Environment
 from moetune.spec.layer import FrozenModel, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Rejection(FrozenModel):
@@ -28,19 +34,22 @@ class Choice(FrozenModel):
     Times are medians of interleaved rounds, each a mean over the regime's draws. `gain` is default_time / time,
     with the bounds of its 95 % interval (paired bootstrap over rounds and draws). `noise` is the A/A noise floor: by how much
     two timings of the same tactic differed, relative. `stress_us` maps the factor on the busiest expert's load
-    to the chosen tactic's time, `default_stress_us` to the default's. `load` is the number of slots of each local expert
-    summed over all draws, `max_load` the busiest expert's in any one draw. `measured_at` is ISO 8601, UTC.
+    to the chosen tactic's time, `default_stress_us` to the default's; infinite where it failed. `load` is the number of
+    slots of each local expert summed over all draws, `max_load` the busiest expert's in any one draw.
+    `measured_at` is ISO 8601, UTC.
     """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     rows: int
     tactic: Tactic
-    time_us: float
+    time_us: Finite
     default_tactic: Tactic
-    default_time_us: float
-    gain: float
-    gain_low: float
-    gain_high: float
-    noise: float
+    default_time_us: Finite
+    gain: Finite
+    gain_low: Finite
+    gain_high: Finite
+    noise: Finite
     stress_us: dict[str, float] = {}
     default_stress_us: dict[str, float] = {}
     tried: int
@@ -49,6 +58,23 @@ class Choice(FrozenModel):
     load: tuple[int, ...]
     max_load: int
     measured_at: str
+
+    @model_validator(mode="after")
+    def _measured_in_utc(self) -> Self:
+        try:
+            offset = self.measured_time.utcoffset()
+        except ValueError:
+            offset = None
+        if offset != timedelta(0):
+            raise UsageError(
+                f"measured_at must be ISO 8601 in UTC, like 2026-01-31T12:00:00Z; given {self.measured_at!r}."
+            )
+        return self
+
+    @property
+    def measured_time(self) -> datetime:
+        """`measured_at` as a point in time."""
+        return datetime.fromisoformat(self.measured_at)
 
 
 class Profile(FrozenModel):
@@ -60,19 +86,72 @@ class Profile(FrozenModel):
     backend: str
     environment: Environment
     choices: tuple[Choice, ...]
-    _table: dict[int, Tactic] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
-    def _one_choice_a_bucket(self) -> Self:
+    def _choices_of_buckets(self) -> Self:
         rows = [choice.rows for choice in self.choices]
         if rows != sorted(set(rows)):
             raise UsageError(f"A profile's buckets must be ascending and distinct, given {rows}.")
+        if foreign := set(rows) - set(self.regime.buckets):
+            raise UsageError(
+                f"A profile's choices are of its regime's buckets {list(self.regime.buckets)}, given {sorted(foreign)}."
+            )
         return self
 
     def choice(self, rows: int) -> Choice:
-        """The choice that `rows` run-time rows look up, by the regime's ladder."""
-        raise NotImplementedError
+        """The choice that `rows` run-time rows look up, by the regime's ladder.
+
+        Where the ladder's bucket has no choice (FlashInfer's uncapped miss, a bucket that a pool cannot have, a profile that
+        is not complete yet) it is that of the smallest larger bucket that has one, else of the last. Any integer
+        is allowed; less than one row counts as one.
+
+        Raises:
+            NoResultError: the profile is empty.
+        """
+        return self.choices[bisect_right(self._steps[0], rows)]
 
     def tactic(self, rows: int) -> Tactic:
-        """The tactic for `rows` run-time rows, in under a microsecond."""
-        raise NotImplementedError
+        """The tactic of `choice(rows)`, in under a microsecond once the first call has laid out the steps.
+
+        Raises:
+            NoResultError: the profile is empty.
+        """
+        steps, tactics = self._steps
+        return tactics[bisect_right(steps, rows)]
+
+    def merged(self, newer: Profile) -> Profile:
+        """`newer` with this profile's buckets added: of two choices of one bucket the later measured one stays.
+
+        On a tie `newer`'s choice stays. Both must answer the same question; that is the caller's to know.
+        """
+        choices = {choice.rows: choice for choice in self.choices}
+        for choice in newer.choices:
+            stored = choices.get(choice.rows)
+            if stored is None or stored.measured_time <= choice.measured_time:
+                choices[choice.rows] = choice
+        return newer.model_copy(update={"choices": tuple(choices[rows] for rows in sorted(choices))})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without the steps cached for the choices of the original."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("_steps", None)
+        return copied
+
+    @cached_property
+    def _steps(self) -> tuple[tuple[int, ...], tuple[Tactic, ...]]:
+        """The rows at which the look-up moves on to the next choice, and every choice's tactic.
+
+        A ladder's look-up never falls as rows grow, and stays where it is past the last bucket, so the steps can be
+        found by bisection and say all of it.
+        """
+        if not self.choices:
+            raise NoResultError("The profile has no choice.", "Tune it first.")
+        buckets = [choice.rows for choice in self.choices]
+        ladder, maximum = self.regime.ladder, self.regime.tune_max_num_tokens
+
+        def position(rows: int) -> int:
+            return min(bisect_left(buckets, ladder.lookup(rows, maximum)), len(buckets) - 1)
+
+        every_rows = range(maximum * ladder.divisor + 1)
+        steps = tuple(bisect_right(every_rows, index, key=position) for index in range(len(buckets) - 1))
+        return steps, tuple(choice.tactic for choice in self.choices)

@@ -1,0 +1,341 @@
+"""`Store`: a folder of profiles, one JSON file each, safe for many writers.
+
+The path is `<store>/<device>/<layer>/<regime slug>-<regime digest>/<backend>-<environment digest>.json`. A file is
+replaced as a whole (temporary file, fsync, rename), under one lock for all of the store, so a reader needs no lock and
+never sees half a file. What is read is parsed as JSON and checked against the schema; nothing is unpickled or evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from moetune.errors import DamagedProfileError, MissError, MoetuneError, NewerSchemaError, StoreError, UsageError
+from moetune.spec.environment import Environment
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.store.profile import SCHEMA_VERSION, Profile
+
+STORE_VARIABLE = "MOETUNE_STORE"
+LOCK_NAME = ".lock"
+LOCK_TIMEOUT_S = 60.0
+LOCK_POLL_S = 0.01
+
+
+def default_root() -> Path:
+    """`MOETUNE_STORE`, else `moetune` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    if store := os.environ.get(STORE_VARIABLE):
+        return _expanded(store)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else _expanded("~/.cache")) / "moetune"
+
+
+def _expanded(path: Path | str) -> Path:
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(
+            f"There is no home folder for the store {path}.", f"Give a folder with --store or {STORE_VARIABLE}."
+        ) from None
+
+
+class Store:
+    """The profiles below `root`; nothing is created before the first save.
+
+    Args:
+        root: the folder; `default_root()` when not given.
+    """
+
+    def __init__(self, root: Path | str | None = None) -> None:
+        self.root = default_root() if root is None else _expanded(root)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that are read, in this order. Only `root`, the first, is ever written."""
+        return (self.root,)
+
+    def path(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Path:
+        """Where the answer to this question is saved.
+
+        Raises:
+            UsageError: the backend's name cannot be part of a file name.
+        """
+        return self.root / _relative_path(layer, regime, backend, environment)
+
+    def load(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Profile:
+        """The stored profile of exactly this question: layer, regime, backend and strict environment.
+
+        The layer's name may differ. What counts is what the file says, not where it lies.
+
+        Raises:
+            MissError: there is none. `differing` maps the Python name of each field in which the nearest stored profile
+                differs to (wanted, stored); empty where the store has nothing.
+            DamagedProfileError: the file is no profile; it was moved aside unharmed.
+            NewerSchemaError: the file is of a newer moetune; it stays.
+        """
+        relative = _relative_path(layer, regime, backend, environment)
+        for path in (root / relative for root in self.roots):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                profile = self._read(path)
+                if not _differing(layer, regime, backend, environment, profile):
+                    return profile
+        raise self._miss(layer, regime, backend, environment)
+
+    def read(self, path: Path | str) -> Profile:
+        """The profile in one file, which need not be the store's.
+
+        Raises:
+            UsageError: there is no such file.
+            DamagedProfileError: the file is no profile; it was moved aside if it is the store's, else it stays.
+            NewerSchemaError: the file is of a newer moetune; it stays.
+        """
+        try:
+            return self._read(Path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(f"There is no profile {path}.", "`moetune store list` shows what there is.") from None
+
+    def profiles(self) -> Iterator[tuple[Path, Profile | StoreError]]:
+        """Every profile file, by path, with its profile, or with the error that says why it is none. Moves nothing."""
+        for root in self.roots:
+            yield from _profiles(root.glob("*/*/*/*.json"))
+
+    def save(self, profile: Profile) -> Profile:
+        """The profile merged with the stored one and written durably.
+
+        Merging is by bucket, the later `measured_at` winning. When this returns, or raises `DamagedProfileError`,
+        everything given is on disk.
+
+        Returns:
+            What the file now holds.
+
+        Raises:
+            UsageError: the store cannot be written.
+            DamagedProfileError: in the way lay a file that is no profile, or one of another question. It was moved
+                aside unharmed, and `profile` is saved in its place.
+            NewerSchemaError: there lies a profile of a newer moetune; it stays and nothing is saved.
+            StoreError: the lock cannot be had, or the disk is full.
+        """
+        question = (profile.layer, profile.regime, profile.backend, profile.environment)
+        path = self.path(*question)
+        damaged: DamagedProfileError | None = None
+        with self._locked():
+            try:
+                stored = _parse(path)
+                if differing := _differing(*question, stored):
+                    raise DamagedProfileError(f"{path} is not the profile of its place: {', '.join(differing)} differ.")
+                profile = stored.merged(profile)
+            except FileNotFoundError:
+                pass
+            except DamagedProfileError as error:
+                damaged = _moved_aside(path, error)
+            _replace(path, profile.model_dump_json(indent=1) + "\n")
+        if damaged is not None:
+            raise DamagedProfileError(damaged.message, f"{damaged.hint} The new measurements are saved in its place.")
+        return profile
+
+    def ensure_writable(self) -> None:
+        """Tries to write in the store, before anything is measured for it.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"The store {self.root} cannot be written: {error.strerror or error}.",
+                f"Give another folder with --store or {STORE_VARIABLE}.",
+            ) from None
+
+    def _read(self, path: Path) -> Profile:
+        """The profile in `path`; a damaged file of the store is moved aside."""
+        try:
+            return _parse(path)
+        except DamagedProfileError as error:
+            if not path.resolve().is_relative_to(self.root.resolve()):
+                raise
+            damaged = error
+        try:
+            with self._locked():
+                try:
+                    return _parse(path)  # a writer may have put a good one in its place by now
+                except DamagedProfileError as still:
+                    raise _moved_aside(path, still) from None
+                except FileNotFoundError:
+                    raise damaged from None
+        except UsageError as refused:
+            raise DamagedProfileError(damaged.message, f"It could not be moved aside: {refused.message}") from None
+
+    def _miss(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> MissError:
+        """The miss, and in what the nearest profile differs: one of the same layer, then the one of fewest fields."""
+
+        def nearest(paths: Iterable[Path]) -> tuple[Path, dict[str, tuple[object, object]]] | None:
+            found = [
+                (path, differing)
+                for path, profile in _profiles(paths)
+                if isinstance(profile, Profile)
+                and (differing := _differing(layer, regime, backend, environment, profile))
+            ]
+            return min(found, key=lambda entry: len(entry[1]), default=None)
+
+        asked = f"{layer.name} under {regime.slug} by {backend} on {environment.device}"
+        hint = "`moetune tune` measures it."
+        best = nearest(path for root in self.roots for path in root.glob(f"*/{layer.slug}/*/*.json")) or nearest(
+            path for root in self.roots for path in root.glob("*/*/*/*.json")
+        )
+        if best is None:
+            return MissError(f"No profile of {asked}: the store {self.root} has none at all.", hint)
+        path, differing = best
+        fields = ", ".join(f"{name} (wanted {wanted}, stored {stored})" for name, (wanted, stored) in differing.items())
+        return MissError(f"No profile of {asked}: the nearest one, {path}, differs in {fields}.", hint, differing)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The store's lock, which every writer holds for the milliseconds of a merge; names what the system refuses."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / LOCK_NAME, timeout=LOCK_TIMEOUT_S, poll_interval=LOCK_POLL_S):
+                yield
+        except Timeout:
+            raise StoreError(
+                f"The lock of the store {self.root} was not free within {LOCK_TIMEOUT_S:.0f} s.",
+                "End the process that holds it, or give another folder with --store.",
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            self.ensure_writable()
+            raise StoreError(f"The store {self.root} cannot be written: {error}.") from None
+
+
+def _relative_path(layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Path:
+    if not re.fullmatch(r"\w[\w.-]*", backend, re.ASCII):
+        raise UsageError(f"A backend's name has letters, digits, '-', '_' and '.' only, given {backend!r}.")
+    folder = Path(environment.device_slug, layer.slug, f"{regime.slug}-{regime.digest}")
+    return folder / f"{backend}-{environment.digest}.json"
+
+
+def _differing(
+    layer: MoELayer, regime: Regime, backend: str, environment: Environment, stored: Profile
+) -> dict[str, tuple[object, object]]:
+    """The fields in which a stored profile does not answer the question, as Python name → (wanted, stored)."""
+    shape, stored_shape = layer.shape, stored.layer.shape
+    return {
+        **_unequal(shape, stored_shape),
+        **regime.differing(stored.regime),
+        **_unequal({"backend": backend}, {"backend": stored.backend}),
+        **environment.differing(stored.environment),
+    }
+
+
+def _unequal(wanted: Mapping[str, object], stored: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    return {name: (wanted[name], stored[name]) for name in wanted if wanted[name] != stored[name]}
+
+
+def _profiles(paths: Iterable[Path]) -> Iterator[tuple[Path, Profile | StoreError]]:
+    for path in sorted(paths):
+        try:
+            yield path, _parse(path)
+        except FileNotFoundError:
+            continue  # moved aside since it was listed
+        except StoreError as error:
+            yield path, error
+
+
+def _parse(path: Path) -> Profile:
+    """The profile in a file, which is left as it is.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+        DamagedProfileError: it is no profile of this schema.
+        NewerSchemaError: it is of a newer schema.
+        StoreError: it cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StoreError(f"The profile {path} cannot be read: {error.strerror or error}.") from None
+    try:
+        document = json.loads(content)
+        version = document["schema_version"] if isinstance(document, dict) else None
+        if type(version) is not int or version < 1:
+            raise ValueError(f"unknown schema_version {version!r}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedProfileError(f"{path} is no profile: {_reason(error)}.") from None
+    if version > SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"The profile {path} has schema_version {version}, and this moetune knows up to {SCHEMA_VERSION}.",
+            "Update moetune, or give another folder with --store.",
+        )
+    try:
+        return Profile.model_validate(document)
+    except (MoetuneError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedProfileError(f"{path} is no profile: {_reason(error)}.") from None
+
+
+def _reason(error: Exception) -> str:
+    """An error as one line, without its final stop."""
+    match error:
+        case KeyError():
+            text = f"no {error.args[0]}"
+        case UnicodeDecodeError():
+            text = f"no UTF-8 text at byte {error.start}"
+        case MoetuneError():
+            text = error.message
+        case _:
+            text = str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _moved_aside(path: Path, error: DamagedProfileError) -> DamagedProfileError:
+    """Moves a damaged file to the first free `<name>.damaged-<n>`, and says so. The lock must be held."""
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    _sync_folder(path.parent)
+    return DamagedProfileError(error.message, f"It was moved, unharmed, to {aside}.")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that it has, whatever happens, its old content or its new one."""
+    _make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """As `mkdir --parents`, durably."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
