@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from moetune.spec.layer import MoELayer, RoutingMethod
-from moetune.spec.regime import Shard
+from moetune.spec.regime import Regime, Shard
 from moetune.workload.popularity import random_logits, seeded_generator
 
 LAW_TOKENS = 32768
@@ -117,6 +117,17 @@ def is_local(slots: torch.Tensor, shard: Shard) -> torch.Tensor:
     return (slots >= shard.first) & (slots < shard.first + shard.num_local)
 
 
+def representative_shard(layer: MoELayer, regime: Regime, rank: int) -> Shard:
+    """The shard that stands for `rank`'s: rank 0's where shards are equal and no expert is redundant, else its own.
+
+    Raises:
+        UsageError: the regime does not fit the layer, or there is no such rank.
+    """
+    shard = regime.shard(layer, rank)
+    alike = shard.num_slots == layer.num_experts and shard.num_slots % regime.ep_size == 0
+    return regime.shard(layer, 0) if alike else shard
+
+
 def has_closed_form(layer: MoELayer, shard: Shard) -> bool:
     """Whether the router chooses a uniform k-subset of the slots: no group limit and no redundant experts."""
     return not layer.routing.grouped and shard.num_slots == layer.num_experts
@@ -128,7 +139,8 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
 
     An ungrouped router on independent logits chooses a uniform k-subset of E experts, so the number among L
     given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). With a group limit or redundant experts
-    the law is that of `LAW_TOKENS` tokens of the router seeded by `seed`.
+    the law is that of `LAW_TOKENS` tokens of the router seeded by `seed`, averaged over all shards of this size
+    where symmetry gives them one law.
     """
     experts, top_k, local = layer.num_experts, layer.top_k, shard.num_local
     if has_closed_form(layer, shard):
@@ -136,8 +148,21 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
         return LocalSlotLaw(tuple(way / math.comb(experts, top_k) for way in ways), simulated=False)
     generator = seeded_generator("local slot law", experts, top_k, repr(layer.routing), shard, seed)
     slots, _ = random_slots(generator, layer, 0, shard.num_slots, LAW_TOKENS, top_k)
-    counts = torch.bincount(is_local(slots, shard).sum(1), minlength=top_k + 1).tolist()
-    return LocalSlotLaw(tuple(count / LAW_TOKENS for count in counts), simulated=True)
+    if _shards_are_symmetric(layer, shard):
+        num_shards = experts // local
+        received = torch.zeros(LAW_TOKENS, num_shards, dtype=torch.int64)
+        received.scatter_add_(1, slots // local, torch.ones_like(slots))
+    else:
+        received = is_local(slots, shard).sum(1)
+    counts = torch.bincount(received.flatten(), minlength=top_k + 1).tolist()
+    return LocalSlotLaw(tuple(count / received.numel() for count in counts), simulated=True)
+
+
+def _shards_are_symmetric(layer: MoELayer, shard: Shard) -> bool:
+    """Whether every shard of `shard`'s size is whole router groups, or each lies in one, and none is redundant."""
+    local, group_size = shard.num_local, layer.num_experts // layer.routing.num_groups
+    equal = shard.num_slots == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
+    return equal and (local % group_size == 0 or group_size % local == 0)
 
 
 def _method_within(layer: MoELayer, first: int, num_experts: int) -> RoutingMethod:

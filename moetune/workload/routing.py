@@ -19,7 +19,14 @@ from moetune.workload.popularity import (
     spaced_order,
     uniform_subsets,
 )
-from moetune.workload.router import arriving_slots, has_closed_form, is_local, local_slot_law, random_slots
+from moetune.workload.router import (
+    arriving_slots,
+    has_closed_form,
+    is_local,
+    local_slot_law,
+    random_slots,
+    representative_shard,
+)
 
 _SERIAL_ELEMENTS = 16384  # torch wakes its thread pool above 32768, which costs milliseconds on a busy host
 _WEIGHT_ROWS = 1021
@@ -66,10 +73,10 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int = 0, draw: int
             f"Ask for a multiple of {regime.ep_size}.",
         )
     shard = regime.shard(layer, rank)
-    ranks_are_alike = shard.num_slots == layer.num_experts and shard.num_slots % regime.ep_size == 0
-    dummy = _Dummy(layer, regime, rows, regime.shard(layer, 0) if ranks_are_alike else shard, draw)
+    drawn_for = representative_shard(layer, regime, rank)
+    dummy = _Dummy(layer, regime, rows, drawn_for, draw)
     ids, weights = dummy.balanced() if regime.distribution == "balanced" else dummy.random()
-    if ranks_are_alike and rank:
+    if shard != drawn_for:
         ids = torch.where(ids < 0, ids, (ids + shard.first) % shard.num_slots)
     ids = ids.int()
     if weights is None:

@@ -1,0 +1,326 @@
+"""What the dispatch makes of T tokens a rank: rows, local slots, active experts, bytes on the wire.
+
+Loads are in closed form; each formula's derivation stands beside it. They rest on one law, how many of a token's
+slots are local (`router.local_slot_law`), which is itself in closed form for ungrouped routers without redundant
+experts and comes from the seeded router otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Dispatch, Regime, Shard
+from moetune.workload.router import LocalSlotLaw, local_slot_law, representative_shard
+from moetune.workload.routing import realize
+
+WireActivation = Literal["bf16", "fp8", "fp4"]
+WireRouting = Literal["logits", "topk", "packed_topk"]
+WIRE_ACTIVATIONS: tuple[WireActivation, ...] = ("bf16", "fp8", "fp4")
+WIRE_ROUTINGS: tuple[WireRouting, ...] = ("logits", "topk", "packed_topk")
+
+_BYTES = {"bf16": 2, "fp8_e4m3": 1, "uint8": 1, "fp32": 4, "int32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What one rank's kernel sees in a bucket of `rows` rows, on average over draws.
+
+    `tokens`: the tokens a rank that stand for `rows` rows. `local_slots`: slots of local experts, `slots_per_expert`
+    of one of them; `active_experts`: local experts with at least one. `hit_fraction`: the chance that a token has
+    something for the rank. `simulated`: whether the law behind these numbers was simulated.
+    """
+
+    rows: int
+    tokens: float
+    local_slots: float
+    slots_per_expert: float
+    active_experts: float
+    hit_fraction: float
+    simulated: bool
+
+
+def hit_fraction(layer: MoELayer, regime: Regime, rank: int = 0) -> float:
+    """The chance that a token has a slot on `rank`: 1 − C(E − L, k) / C(E, k) where the closed form holds."""
+    return _law(layer, regime, rank).hit_fraction
+
+
+def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int = 0) -> float:
+    """Expected rows that enter `rank`'s kernel when each of the ep ranks sends `tokens` tokens."""
+    return tokens * _rows_per_token(layer, regime, rank)
+
+
+def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int = 0) -> float:
+    """Tokens a rank for which `rank`'s kernel sees `rows` rows: the inverse of `rows_for_tokens`."""
+    return rows / _rows_per_token(layer, regime, rank)
+
+
+def _rows_per_token(layer: MoELayer, regime: Regime, rank: int) -> float:
+    """Rows for one token a rank. All ep ranks send, so a rank meets ep tokens for each one of its own.
+
+    `none`: every rank holds the same rows. `packed`: a dummy whose row stands for one token. `deduplicated`: those
+    with something for the rank. `slot`: every local slot a row of its own, ep·k·L/E of them (k where ep divides E).
+    """
+    shard = regime.shard(layer, rank)
+    match regime.layout or regime.dispatch:
+        case "allgather" | "pool":
+            return regime.ep_size
+        case "deduplicated":
+            return regime.ep_size * _law(layer, regime, rank).hit_fraction
+        case "slot":
+            return regime.ep_size * sum(_slot_chances(layer, shard))
+        case _:
+            return 1
+
+
+def expect(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> Expectation:
+    """What `rank`'s kernel sees in `rows` rows on average.
+
+    A balanced dummy has one load but for its names, so its numbers are counted from draw 0.
+
+    Raises:
+        UsageError: as `routing.realize`.
+    """
+    shard = regime.shard(layer, rank)
+    law = _law(layer, regime, rank)
+    if regime.distribution == "balanced":
+        load = realize(layer, regime, rows, rank).load
+        slots, active = float(load.sum()), float((load > 0).sum())
+    else:
+        slots = local_slots(layer, regime, rows, rank)
+        active = active_experts(layer, regime, rows, rank)
+    return Expectation(
+        rows=rows,
+        tokens=tokens_for_rows(layer, regime, rows, rank),
+        local_slots=slots,
+        slots_per_expert=slots / shard.num_local,
+        active_experts=active,
+        hit_fraction=law.hit_fraction,
+        simulated=law.simulated,
+    )
+
+
+def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> float:
+    """Expected slots of `rank`'s experts in `rows` rows of random routing.
+
+    A row of the global router has Σ P(slot) over the local slots, k·L/E without redundant experts. Of deduplicated
+    rows only those that have one remain, so the same slots lie in `hit_fraction` of the rows.
+    """
+    return float(rows * sum(_row_chances(layer, regime, rank)))
+
+
+def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> float:
+    """Expected local experts (slots, where redundant) that have at least one of `rows` rows of random routing.
+
+    Rows are independent, so a slot that a row holds with chance p is active with 1 − (1 − p)^M. By symmetry p is
+    k/E over the replicas of the expert, for grouped routers too; min(k, L)/L in packed rows; divided by the hit
+    fraction in deduplicated ones. The slot layout cuts rows into slots: see `_idle_chance_of_slots`.
+    """
+    if regime.layout == "slot":
+        shard = regime.shard(layer, rank)
+        return shard.num_local * (1.0 - _idle_chance_of_slots(_law(layer, regime, rank), shard.num_local, rows))
+    return sum(1.0 - (1.0 - min(chance, 1.0)) ** rows for chance in _row_chances(layer, regime, rank))
+
+
+def _row_chances(layer: MoELayer, regime: Regime, rank: int) -> list[float]:
+    """For each local slot, the chance that a row of random routing holds it."""
+    shard = regime.shard(layer, rank)
+    match regime.layout:
+        case "packed":
+            distinct = min(shard.num_local, layer.num_experts)
+            within = Shard(0, 0, shard.num_local, shard.num_local)
+            share = min(layer.top_k, distinct) / distinct
+            return [share / _replicas(distinct, within, slot) for slot in range(shard.num_local)]
+        case "slot":
+            return [1.0 / shard.num_local] * shard.num_local
+        case "deduplicated":
+            hit = _law(layer, regime, rank).hit_fraction
+            return [chance / hit for chance in _slot_chances(layer, shard)]
+        case _:
+            return _slot_chances(layer, shard)
+
+
+def _slot_chances(layer: MoELayer, shard: Shard) -> list[float]:
+    """For each local slot, the chance that a token of the global router has it: k/E over the expert's replicas."""
+    share = layer.top_k / layer.num_experts
+    slots = range(shard.first, shard.first + shard.num_local)
+    return [share / _replicas(layer.num_experts, shard, slot) for slot in slots]
+
+
+def _replicas(num_experts: int, shard: Shard, slot: int) -> int:
+    return (shard.num_slots - 1 - slot % num_experts) // num_experts + 1
+
+
+def _idle_chance_of_slots(law: LocalSlotLaw, num_local: int, slots: int) -> float:
+    """The chance that a given local expert has none of the first `slots` local slots of arriving rows.
+
+    An arriving row brings c slots with the law's chance given c ≥ 1, in random order, each local expert as likely as
+    another. While it fits, it misses the expert with chance 1 − c/L; the last one is cut to the m slots that are
+    left, which miss it with chance 1 − m/L. Hence the recursion over the slots that are left,
+    f(m) = Σ_c p(c)·(c ≤ m: (1 − c/L)·f(m − c); c > m: 1 − m/L), f(0) = 1. Local experts are not alike where a
+    shard cuts a router's groups unequally or has redundant experts; there this is an approximation.
+    """
+    arriving = [
+        (count, chance / law.hit_fraction) for count, chance in enumerate(law.probabilities) if count and chance
+    ]
+    idle = [1.0]
+    for left in range(1, slots + 1):
+        idle.append(
+            sum(
+                chance * ((1.0 - count / num_local) * idle[left - count] if count <= left else 1.0 - left / num_local)
+                for count, chance in arriving
+            )
+        )
+        if idle[-1] < 1e-12:
+            return 0.0
+    return idle[slots]
+
+
+def _law(layer: MoELayer, regime: Regime, rank: int) -> LocalSlotLaw:
+    return local_slot_law(layer, representative_shard(layer, regime, rank), regime.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """One tensor that travels with each token: `elements` of `dtype`, `num_bytes` in all."""
+
+    name: str
+    dtype: str
+    elements: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes a token."""
+        return self.elements * _BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What travels for `tokens` tokens a rank, in one exchange there and one back.
+
+    `tensors`: what travels with a token; none of it without a dispatch. `payload_bytes_per_token`: their sum.
+    `ratio`: how many times smaller that is than bf16 activations with logits (1 without a dispatch).
+    `dispatch_bytes`, `combine_bytes`: received by one rank from the others, in a `collective`, `combine_collective`.
+    """
+
+    dispatch: Dispatch
+    activation: WireActivation
+    routing: WireRouting
+    tokens: int
+    tensors: tuple[WireTensor, ...]
+    payload_bytes_per_token: int
+    ratio: float
+    collective: str
+    dispatch_bytes: int
+    combine_collective: str
+    combine_bytes: int
+
+
+def wire(
+    layer: MoELayer,
+    regime: Regime,
+    tokens: int,
+    activation: WireActivation = "bf16",
+    routing: WireRouting | None = None,
+    rank: int = 0,
+) -> Wire:
+    """The bytes of one exchange of `tokens` tokens a rank (all ep ranks send), for `rank`.
+
+    `routing` is logits where the dispatch is none or allgather and topk for an all-to-all, unless given: an
+    all-to-all needs the ids to know where a token goes, so logits cannot travel in it.
+
+    Copies of a token that reach a rank from another one: every token in an all-gather; in an all-to-all the hit
+    fraction of them, in the slot layout one for each of its local slots. They return as bf16, summed over the
+    rank's experts except in the slot layout. The rings of all-gather and reduce-scatter bring a rank
+    (ep − 1)/ep of the whole buffer, all-reduce is one of each (Patarasuk and Yuan, JPDC 69(2), 2009).
+
+    Raises:
+        UsageError: an unknown activation or routing, negative tokens, or logits in an all-to-all.
+    """
+    if tokens < 0:
+        raise UsageError(f"tokens must be at least 0, given {tokens}.")
+    routing = routing or ("topk" if regime.dispatch == "alltoall" else "logits")
+    if routing == "logits" and regime.dispatch == "alltoall":
+        raise UsageError("Router logits cannot travel in an all-to-all.", "Use topk or packed_topk.")
+    travelling = (*_activation_tensors(layer, activation), *_routing_tensors(layer, routing))
+    baseline = _total(_activation_tensors(layer, "bf16")) + _total(_routing_tensors(layer, "logits"))
+    output_bytes = layer.hidden_size * _BYTES["bf16"]
+    others, ep_size = regime.ep_size - 1, regime.ep_size
+    tensors: tuple[WireTensor, ...]
+    match regime.dispatch:
+        case "none":
+            tensors, collective, combine_collective = (), "none", "all-reduce"
+            received, combined = 0, round(2 * others * tokens * output_bytes / ep_size)
+        case "allgather":
+            tensors, collective, combine_collective = travelling, "all-gather", "reduce-scatter"
+            received = others * tokens * _total(travelling)
+            combined = others * tokens * output_bytes
+        case "alltoall":
+            tensors, collective, combine_collective = travelling, "all-to-all", "all-to-all"
+            arriving, returning = _alltoall_copies(layer, regime, rank)
+            received = round(arriving * tokens) * _total(travelling)
+            combined = round(returning * tokens) * output_bytes
+    payload = _total(tensors)
+    return Wire(
+        dispatch=regime.dispatch,
+        activation=activation,
+        routing=routing,
+        tokens=tokens,
+        tensors=tensors,
+        payload_bytes_per_token=payload,
+        ratio=baseline / payload if payload else 1.0,
+        collective=collective,
+        dispatch_bytes=received,
+        combine_collective=combine_collective,
+        combine_bytes=combined,
+    )
+
+
+def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int) -> tuple[float, float]:
+    """For one token a rank: copies that reach `rank` from the others, and results that come back to it from them."""
+
+    def copies_of_a_token(receiver: int) -> float:
+        if regime.layout == "slot":
+            return sum(_slot_chances(layer, regime.shard(layer, receiver)))
+        return _law(layer, regime, receiver).hit_fraction
+
+    returning = sum(copies_of_a_token(other) for other in range(regime.ep_size) if other != rank)
+    return (regime.ep_size - 1) * copies_of_a_token(rank), returning
+
+
+def _activation_tensors(layer: MoELayer, activation: WireActivation) -> tuple[WireTensor, ...]:
+    hidden = layer.hidden_size
+    match activation:
+        case "bf16":
+            return (WireTensor("hidden_states", "bf16", hidden),)
+        case "fp8":
+            return (
+                WireTensor("hidden_states", "fp8_e4m3", hidden),
+                WireTensor("hidden_states_scale", "fp32", -(-hidden // 128)),
+            )
+        case "fp4":
+            return (
+                WireTensor("hidden_states", "uint8", -(-hidden // 2)),
+                WireTensor("hidden_states_scale", "fp8_e4m3", -(-hidden // 16)),
+            )
+    raise UsageError(f"Activations travel as {', '.join(WIRE_ACTIVATIONS)}; given {activation!r}.")
+
+
+def _routing_tensors(layer: MoELayer, routing: WireRouting) -> tuple[WireTensor, ...]:
+    match routing:
+        case "logits":
+            return (WireTensor("router_logits", "fp32", layer.num_experts),)
+        case "topk":
+            return (
+                WireTensor("topk_ids", "int32", layer.top_k),
+                WireTensor("topk_weights", "fp32", layer.top_k),
+            )
+        case "packed_topk":
+            return (WireTensor("packed_topk", "int32", layer.top_k),)
+    raise UsageError(f"Routing travels as {', '.join(WIRE_ROUTINGS)}; given {routing!r}.")
+
+
+def _total(tensors: tuple[WireTensor, ...]) -> int:
+    return sum(tensor.num_bytes for tensor in tensors)
