@@ -1,7 +1,7 @@
 """Medians, paired comparison, noise floor, regret: numbers in, numbers out.
 
-Samples are times in µs (any one unit will do), positive. Two series are *paired* when sample i of both was taken in the same
-interleaved round, so that what slows a round down, a clock that drops or a neighbor, slows both.
+Samples are times in µs (any one unit will do), positive. Two series are *paired* when sample i of both was taken in the
+same interleaved round, so that what slows a round down, a clock that drops or a neighbor, slows both.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def paired_ratio(
     """mean(numerator) / mean(denominator) of paired samples, with its bootstrap bounds.
 
     Pairs are resampled whole, and the bounds are percentiles of the resampled ratios (Efron and Tibshirani, *An
-    Introduction to the Bootstrap*, 1993, chapters 8 and 13), so noise that both series share cancels out. The bounds are
-    reproducible: they depend on the samples and the seed alone. With few pairs percentile bounds are a little narrow: of ten
-    normally distributed pairs, 95 % bounds hold the truth about nine times in ten.
+    Introduction to the Bootstrap*, 1993, chapters 8 and 13), so noise that both series share cancels out. The bounds
+    depend on the samples and the seed alone. With few pairs percentile bounds are a little narrow: with ten normally
+    distributed pairs, 95 % bounds hold the truth about nine times in ten.
 
     Args:
         numerator: samples of the one.
@@ -85,9 +85,9 @@ def noise_floor(
 ) -> float:
     """By how much two interleaved timings of the same tactic can be said to differ, relative: the A/A noise floor.
 
-    The upper bound, at `confidence`, of max(r, 1/r) − 1, where r is the resampled ratio of means of the paired samples. It is the
-    statistic by which tactics are compared, so a hiccup that could make one tactic look better raises the floor
-    as much; and it is a bound, not the difference that happened to be seen, which is nothing by luck now and then.
+    The upper bound, at `confidence`, of max(r, 1/r) − 1, where r is the bootstrapped ratio of means of the paired
+    samples. r is the statistic by which tactics are compared, so a hiccup that could make one look better raises the
+    floor as much; and it is a bound, not the difference that happened to be seen, which by luck is sometimes nothing.
     Swapping the series changes nothing.
 
     Raises:
@@ -114,7 +114,8 @@ def _resampled_ratios(
     """Ratios of the means of pairs drawn with replacement."""
     if len(numerator) != len(denominator) or len(numerator) < 2:
         raise UsageError(
-            f"A paired comparison needs two series of one length, at least 2; given {len(numerator)} and {len(denominator)}."
+            "A paired comparison needs two series of one length, at least 2; "
+            f"given {len(numerator)} and {len(denominator)}."
         )
     if min(*numerator, *denominator) <= 0:
         raise UsageError("A paired comparison needs positive samples.")
@@ -126,7 +127,7 @@ def _resampled_ratios(
 def _draws(size: int, seed: int, resamples: int) -> tuple[Callable[[Sequence[float]], tuple[float, ...]], ...]:
     """`resamples` draws of `size` items with replacement, as item getters.
 
-    Drawing costs several times what summing does, and every comparison within one bucket has the same size: hence the cache.
+    Drawing costs several times what summing does, and all comparisons of one bucket are of one size: hence the cache.
     """
     generator = random.Random(seed)
     return tuple(itemgetter(*generator.choices(range(size), k=size)) for _ in range(resamples))

@@ -32,10 +32,10 @@ class Choice(FrozenModel):
     """The answer for one bucket.
 
     Times are medians of interleaved rounds, each a mean over the regime's draws. `gain` is default_time / time,
-    with the bounds of its 95 % interval (paired bootstrap over rounds and draws). `noise` is the A/A noise floor: by how much
-    two timings of the same tactic differed, relative. `stress_us` maps the factor on the busiest expert's load
-    to the chosen tactic's time, `default_stress_us` to the default's; infinite where it failed. `load` is the number of
-    slots of each local expert summed over all draws, `max_load` the busiest expert's in any one draw.
+    with the bounds of its 95 % interval (paired bootstrap over rounds and draws). `noise` is the A/A noise floor: by
+    how much two timings of the same tactic differed, relative. `stress_us` maps the factor on the busiest expert's
+    load to the chosen tactic's time, `default_stress_us` to the default's; infinite where it failed. `load` is the
+    number of slots of each local expert summed over all draws, `max_load` the busiest expert's in any one draw.
     `measured_at` is ISO 8601, UTC.
     """
 
@@ -101,8 +101,8 @@ class Profile(FrozenModel):
     def choice(self, rows: int) -> Choice:
         """The choice that `rows` run-time rows look up, by the regime's ladder.
 
-        Where the ladder's bucket has no choice (FlashInfer's uncapped miss, a bucket that a pool cannot have, a profile that
-        is not complete yet) it is that of the smallest larger bucket that has one, else of the last. Any integer
+        Where the ladder's bucket has no choice (FlashInfer's uncapped miss, a bucket that a pool cannot have, a profile
+        that is not complete yet) it is that of the smallest larger bucket that has one, else of the last. Any integer
         is allowed; less than one row counts as one.
 
         Raises:

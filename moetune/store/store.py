@@ -2,7 +2,7 @@
 
 The path is `<store>/<device>/<layer>/<regime slug>-<regime digest>/<backend>-<environment digest>.json`. A file is
 replaced as a whole (temporary file, fsync, rename), under one lock for all of the store, so a reader needs no lock and
-never sees half a file. What is read is parsed as JSON and checked against the schema; nothing is unpickled or evaluated.
+never sees half a file. What is read is parsed as JSON and checked against the schema, never unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -231,9 +231,8 @@ def _differing(
     layer: MoELayer, regime: Regime, backend: str, environment: Environment, stored: Profile
 ) -> dict[str, tuple[object, object]]:
     """The fields in which a stored profile does not answer the question, as Python name → (wanted, stored)."""
-    shape, stored_shape = layer.shape, stored.layer.shape
     return {
-        **_unequal(shape, stored_shape),
+        **_unequal(layer.shape, stored.layer.shape),
         **regime.differing(stored.regime),
         **_unequal({"backend": backend}, {"backend": stored.backend}),
         **environment.differing(stored.environment),
