@@ -34,7 +34,7 @@ DTYPES = {
     "float16": Precision.FP16,
     "float32": Precision.FP32,
 }
-MODELOPT = {"NVFP4": Precision.NVFP4, "FP8": Precision.FP8_TENSOR, "FP8_PB_WO": Precision.FP8_BLOCK}
+MODELOPT = {"NVFP4": Precision.NVFP4, "FP8": Precision.FP8_TENSOR}
 PRECISION_HINT = f"Name one with --precision: {', '.join(Precision)}."
 
 

@@ -51,8 +51,8 @@ class Ladder(FrozenModel):
             return spelled
         if isinstance(spelled, Sequence) and not isinstance(spelled, str | bytes):
             return cls(name="list", sizes=tuple(spelled))
-        text, _, divisor = str(spelled).strip().lower().partition("/")
-        if divisor and not divisor.isdecimal():
+        text, slash, divisor = str(spelled).strip().lower().partition("/")
+        if slash and not (divisor.isascii() and divisor.isdecimal()):
             raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
         share = int(divisor or 1)
         match text:
@@ -61,7 +61,7 @@ class Ladder(FrozenModel):
             case _:
                 pass
         parts = [part.strip() for part in text.split(",")]
-        if not all(part.lstrip("-").isdecimal() for part in parts):
+        if not all(part.isascii() and part.removeprefix("-").isdecimal() for part in parts):
             raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
         return cls(name="list", sizes=tuple(map(int, parts)), divisor=share)
 

@@ -1,0 +1,110 @@
+"""Each engine's buckets and look-up rule."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetune.errors import UsageError
+from moetune.spec.ladder import VLLM_BUCKETS, Ladder
+
+MAXIMA = st.integers(1, 20_000)
+
+
+def test_tensorrt_llm_tunes_powers_of_two_to_8192():
+    assert Ladder().buckets(8192) == (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert Ladder().buckets(100) == (1, 2, 4, 8, 16, 32, 64)
+
+
+def test_tensorrt_llm_adds_a_larger_maximum_and_no_other_bucket_above_8192():
+    assert Ladder().buckets(20_000)[-2:] == (8192, 20_000)
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 2), (300, 256), (8191, 4096), (9000, 8192), (10**6, 8192)])
+def test_tensorrt_llm_rounds_down_and_stays_at_the_last_bucket(rows, bucket):
+    assert Ladder().lookup(rows, 8192) == bucket
+
+
+@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 1), (16, 2), (2400, 256), (65536, 8192), (10**6, 8192)])
+def test_tensorrt_llm_divides_the_pool_by_ep_first(rows, bucket):
+    assert Ladder.parse("pow2/8").lookup(rows, 8192) == bucket
+
+
+@pytest.mark.parametrize(("maximum", "count"), [(8192, 21), (65536, 24), (10_000, 22)])
+def test_flashinfer_has_as_many_hybrid_buckets_as_documented(maximum, count):
+    assert len(Ladder.parse("hybrid").buckets(maximum)) == count
+
+
+def test_hybrid_is_the_installed_flashinfers_rule():
+    utils = pytest.importorskip("flashinfer.fused_moe.utils")
+    ladder = Ladder.parse("hybrid")
+    for maximum in (1, 2, 3, 100, 255, 256, 257, 300, 2000, 2048, 2049, 4000, 4097, 8192, 10_000, 65_536):
+        assert ladder.buckets(maximum) == tuple(sorted(set(utils.get_hybrid_num_tokens_buckets(maximum)))), maximum
+        for rows in (*range(1, 520), *range(520, 12_000, 97), 65_535, 65_536, 100_000):
+            assert ladder.lookup(rows, maximum) == utils.map_to_hybrid_bucket(rows, maximum), (rows, maximum)
+
+
+def test_flashinfer_misses_between_64_and_a_maximum_of_100():
+    ladder = Ladder.parse("hybrid")
+    assert [rows for rows in range(1, 200) if ladder.lookup(rows, 100) not in ladder.buckets(100)] == list(
+        range(65, 100)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(1, 1), (3, 2), (6, 4), (12, 8), (13, 16), (20, 16), (21, 24), (1280, 1024), (10**6, 4096)]
+)
+def test_vllm_takes_the_nearest_bucket_and_the_smaller_of_two_equally_near(rows, bucket):
+    assert Ladder.parse("vllm").lookup(rows, 8192) == bucket
+
+
+def test_vllm_tunes_its_own_list():
+    assert Ladder.parse("vllm").buckets(8192) == VLLM_BUCKETS
+    assert Ladder.parse("vllm").buckets(100) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96)
+
+
+def test_a_list_rounds_up_and_stays_at_its_last_bucket():
+    ladder = Ladder.parse("1,10,100")
+    assert [ladder.lookup(rows, 100) for rows in (1, 2, 10, 11, 100, 101)] == [1, 10, 10, 100, 100, 100]
+
+
+@given(
+    spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "1", "3,70,900", "pow2/8", "vllm/3"]),
+    maximum=MAXIMA,
+    rows=st.integers(1, 100_000),
+)
+def test_a_lookup_ends_at_a_bucket(spelled, maximum, rows):
+    ladder = Ladder.parse(spelled)
+    buckets = ladder.buckets(maximum)
+    if buckets:
+        assert ladder.lookup(rows, maximum) in buckets
+        assert list(buckets) == sorted(set(buckets))
+        assert buckets[-1] <= maximum
+
+
+@given(spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "hybrid"]), maximum=MAXIMA)
+def test_a_bucket_looks_itself_up(spelled, maximum):
+    ladder = Ladder.parse(spelled)
+    for bucket in ladder.buckets(maximum):
+        assert ladder.lookup(bucket, maximum) == bucket
+
+
+@pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "1,2,4", "pow2/8", "1,5/2"])
+def test_a_spelling_round_trips(spelled):
+    assert str(Ladder.parse(spelled)) == spelled
+    assert Ladder.parse(str(Ladder.parse(spelled))) == Ladder.parse(spelled)
+
+
+def test_case_and_spaces_are_no_difference():
+    assert Ladder.parse(" POW2 ") == Ladder()
+    assert Ladder.parse("1, 2 ,4") == Ladder.parse([1, 2, 4])
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ["", "pow3", "4,2", "1,1", "0,1", "-1,2", "1,,2", "1.5", "pow2/", "pow2/0", "pow2/x", [], [2, 1], [1.5], "1;2"],
+)
+def test_a_bad_ladder_is_a_one_line_usage_error(spelled):
+    with pytest.raises(UsageError) as error:
+        Ladder.parse(spelled)
+    assert "\n" not in str(error.value)
+    assert "ladder" in str(error.value).lower()

@@ -1,0 +1,210 @@
+"""Equal questions have equal keys, every field counts, and what cannot be asked is refused in one line."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime, Shard
+
+LAYER = MoELayer(name="small", num_experts=64, top_k=4, hidden_size=256, intermediate_size=128)
+DISPATCHES = st.sampled_from(
+    [{"attention_dp": False, "dispatch": "none"}, {"attention_dp": True, "dispatch": "allgather"}]
+    + [
+        {"attention_dp": True, "dispatch": "alltoall", "layout": layout}
+        for layout in ("packed", "deduplicated", "slot", "pool")
+    ]
+)
+FIELDS = {
+    "ep_size": st.sampled_from([1, 2, 4, 8, 64]),
+    "tp_size": st.integers(1, 8),
+    "redundant_experts": st.integers(0, 64),
+    "distribution": st.sampled_from(["random", "balanced"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "draws": st.integers(1, 32),
+    "ladder": st.sampled_from(["pow2", "hybrid", "vllm", "64,128", "pow2/8"]),
+    "tune_max_num_tokens": st.integers(128, 100_000),
+    "uneven_shards": st.booleans(),
+}
+REGIMES = st.builds(lambda dispatch, fields: Regime(**dispatch, **fields), DISPATCHES, st.fixed_dictionaries(FIELDS))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@given(data=st.data())
+def test_changing_one_field_changes_the_key_and_names_that_field(field, data):
+    regime = data.draw(REGIMES)
+    value = data.draw(FIELDS[field])
+    other = Regime(**{**dict(regime), field: value})
+    changed = getattr(other, field) != getattr(regime, field)
+    assert (other.digest != regime.digest) == changed
+    assert (other == regime) != changed
+    assert list(regime.differing(other)) == [field] * changed
+
+
+@given(one=DISPATCHES, other=DISPATCHES, fields=st.fixed_dictionaries(FIELDS))
+def test_changing_how_tokens_travel_changes_the_key(one, other, fields):
+    first, second = Regime(**one, **fields), Regime(**other, **fields)
+    assert (first.digest == second.digest) == (one == other)
+    assert set(first.differing(second)) <= {"attention_dp", "dispatch", "layout"}
+    if one["attention_dp"] != other["attention_dp"]:
+        assert "attention_dp" in first.differing(second)
+
+
+def test_every_field_is_in_the_key():
+    assert set(FIELDS) | {"attention_dp", "dispatch", "layout"} == set(Regime.model_fields)
+
+
+@given(regime=REGIMES)
+def test_a_question_given_in_full_has_the_key_of_the_short_one(regime):
+    assert Regime(**dict(regime)).digest == regime.digest
+    assert Regime.model_validate_json(regime.model_dump_json()) == regime
+    assert hash(Regime(**dict(regime))) == hash(regime)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({}, {"dispatch": "none", "attention_dp": False, "layout": None, "draws": 16, "ladder": "pow2"}),
+        ({"attention_dp": True}, {"attention_dp": True, "dispatch": "alltoall", "layout": "packed"}),
+        ({"dispatch": "alltoall"}, {"attention_dp": True, "layout": "packed"}),
+        ({"dispatch": "allgather"}, {"attention_dp": True, "dispatch": "allgather"}),
+        ({"layout": "pool"}, {"attention_dp": True, "dispatch": "alltoall", "layout": "pool"}),
+        ({"distribution": "Balanced"}, {"distribution": "balanced", "draws": 1}),
+        ({"ladder": "1,2,4"}, {"ladder": [1, 2, 4], "tune_max_num_tokens": 8192}),
+        ({"ladder": "1,10000"}, {"ladder": (1, 10000), "tune_max_num_tokens": 10000}),
+        ({"ep_size": None, "dispatch": None}, {"ep_size": 1}),
+    ],
+)
+def test_defaults_given_or_not_are_one_question(short, long):
+    assert Regime(**short) == Regime(**long)
+    assert Regime(**short).digest == Regime(**long).digest
+
+
+def test_a_regime_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        Regime().ep_size = 2  # type: ignore[misc]
+
+
+def test_the_key_does_not_depend_on_the_process():
+    assert Regime(ep_size=8, attention_dp=True).digest == "f81bce1330208237"
+
+
+def test_the_slug_is_readable():
+    assert Regime(ep_size=8, attention_dp=True).slug == "ep8-tp1-dp-alltoall-packed-random"
+    assert Regime(ep_size=4, redundant_experts=8, distribution="balanced").slug == "ep4-tp1-nodp-none-r8-balanced"
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ep_size": 0}, "ep_size"),
+        ({"ep_size": -4}, "ep_size"),
+        ({"ep_size": "two"}, "ep_size"),
+        ({"tp_size": 0}, "tp_size"),
+        ({"redundant_experts": -1}, "redundant_experts"),
+        ({"draws": 0}, "draws"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"tune_max_num_tokens": 0}, "tune_max_num_tokens"),
+        ({"dispatch": "broadcast"}, "dispatch"),
+        ({"layout": "dense"}, "layout"),
+        ({"attention_dp": False, "dispatch": "alltoall"}, "none"),
+        ({"attention_dp": False, "dispatch": "allgather"}, "none"),
+        ({"attention_dp": True, "dispatch": "none"}, "attention_dp"),
+        ({"attention_dp": False, "layout": "packed"}, "layout"),
+        ({"dispatch": "allgather", "layout": "packed"}, "layout"),
+        ({"distribution": "blanced"}, "balanced, random"),
+        ({"ladder": "4,2"}, "ascending"),
+        ({"ladder": "fast"}, "ladder"),
+        ({"ladder": "1,200", "tune_max_num_tokens": 100}, "200"),
+        ({"layout": "pool", "ep_size": 3, "ladder": "pow2"}, "multiple of ep_size"),
+        ({"expert_parallel": 2}, "expert_parallel"),
+    ],
+)
+def test_what_cannot_be_asked_is_a_one_line_usage_error(given, named):
+    with pytest.raises(UsageError) as error:
+        Regime(**given)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pool_keeps_the_buckets_that_ep_divides_and_names_the_others():
+    regime = Regime(ep_size=8, layout="pool", tune_max_num_tokens=64)
+    assert regime.buckets == (8, 16, 32, 64)
+    assert regime.skipped_buckets == (1, 2, 4)
+
+
+@pytest.mark.parametrize("spelled", ["balanced", "BALANCED", " Balanced "])
+def test_the_variable_gives_the_default_distribution_and_its_draws(spelled):
+    regime = Regime(ep_size=8, attention_dp=True, seed=3).with_default_distribution(spelled)
+    assert regime == Regime(ep_size=8, attention_dp=True, seed=3, distribution="balanced")
+    assert regime.draws == 1
+
+
+@pytest.mark.parametrize("given", ["random", "balanced"])
+def test_an_explicit_distribution_wins_over_the_variable(given):
+    regime = Regime(distribution=given)
+    other = {"random": "balanced", "balanced": "random"}[given]
+    assert regime.with_default_distribution(other) == regime
+
+
+def test_explicit_draws_stay_under_the_variable():
+    assert Regime(draws=5).with_default_distribution("balanced").draws == 5
+
+
+def test_a_distribution_of_none_was_not_given():
+    assert Regime(distribution=None).with_default_distribution("balanced").distribution == "balanced"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spelled", [None, ""])
+def test_without_the_variable_nothing_changes(spelled):
+    assert Regime(ep_size=2).with_default_distribution(spelled) == Regime(ep_size=2)
+
+
+@pytest.mark.parametrize("regime", [Regime(), Regime(distribution="random")])
+def test_a_bad_variable_is_an_error_that_names_it_and_lists_the_values(regime):
+    with pytest.raises(UsageError, match=f"{DISTRIBUTION_VARIABLE} must be one of balanced, random; given 'foo'"):
+        regime.with_default_distribution("foo")
+
+
+@given(experts=st.integers(1, 300), redundant=st.integers(0, 40), ep_size=st.integers(1, 64), uneven=st.booleans())
+def test_shards_are_contiguous_and_cover_every_slot_once(experts, redundant, ep_size, uneven):
+    layer = LAYER.model_copy(update={"num_experts": experts, "top_k": 1})
+    regime = Regime(ep_size=ep_size, redundant_experts=redundant, uneven_shards=uneven)
+    slots = experts + redundant
+    if ep_size > slots or (slots % ep_size and not uneven):
+        with pytest.raises(UsageError, match="ep_size"):
+            regime.shard(layer)
+        return
+    shards = [regime.shard(layer, rank) for rank in range(ep_size)]
+    assert [slot for s in shards for slot in range(s.first, s.first + s.num_local)] == list(range(slots))
+    sizes = [shard.num_local for shard in shards]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] == bool(slots % ep_size)
+    assert sizes.count(sizes[0]) == (slots % ep_size or ep_size)
+
+
+def test_vllm_gives_the_first_ranks_one_expert_more():
+    regime = Regime(ep_size=3, uneven_shards=True)
+    layer = LAYER.model_copy(update={"num_experts": 8})
+    assert [regime.shard(layer, rank) for rank in range(3)] == [Shard(0, 0, 3, 8), Shard(1, 3, 3, 8), Shard(2, 6, 2, 8)]
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "named"),
+    [
+        ({"ep_size": 3}, 0, "does not divide the 64 experts"),
+        ({"ep_size": 128}, 0, "exceeds the 64 experts"),
+        ({"ep_size": 8}, 8, "0 … 7"),
+        ({"ep_size": 8}, -1, "rank"),
+        ({"tp_size": 3}, 0, "tp_size = 3"),
+        ({"ep_size": 8, "redundant_experts": 4}, 0, "68 experts"),
+    ],
+)
+def test_a_shard_that_cannot_be_is_a_one_line_usage_error(given, rank, named):
+    with pytest.raises(UsageError) as error:
+        Regime(**given).shard(LAYER, rank)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,91 @@
+"""A room imports only from the floors below; the lowest floors and the package itself know no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moetune"
+# From the ground up, as the design lists them.
+FLOORS = (
+    "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "tune", "export", "report",
+    "engine", "fleet", "cli",
+)  # fmt: skip
+NO_TORCH = ("errors", "stats", "spec", "search", "store", "report")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def room(module: str) -> str:
+    """`moetune.spec.layer` → `spec`; `plan` and the names that `moetune` itself offers stand where `tune` does."""
+    name = module.split(".")[1]
+    is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
+    return "tune" if name == "plan" or not is_module else name
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return (isinstance(test, ast.Name) and test.id == "TYPE_CHECKING") or (
+        isinstance(test, ast.Attribute) and test.attr == "TYPE_CHECKING"
+    )
+
+
+def imports(tree: ast.AST, *, typing_too: bool = True) -> list[str]:
+    """Every imported module, also inside functions; without those under `if TYPE_CHECKING` unless `typing_too`."""
+    found: list[str] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_type_checking(node.test) and not typing_too:
+            found += imports(ast.Module(node.orelse, []), typing_too=typing_too)
+            continue
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            found += [f"moetune.{alias.name}" for alias in node.names] if node.module == "moetune" else [node.module]
+        found += imports(node, typing_too=typing_too)
+    return found
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_a_room_imports_only_from_the_floors_below(path):
+    own = room(module_name(path))
+    assert own in FLOORS, f"{own} has no floor in the design"
+    # types of a higher floor may be named where nothing is imported at run time
+    for name in imports(parsed(path), typing_too=False):
+        if name.startswith("moetune."):
+            assert FLOORS.index(room(name)) <= FLOORS.index(own), f"{module_name(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room(module_name(p)) in NO_TORCH], ids=module_name)
+def test_a_pure_room_imports_no_torch(path):
+    heavy = {"torch", "triton", "flashinfer", "numpy"}
+    assert not {name for name in imports(parsed(path)) if name.split(".")[0] in heavy}
+
+
+def test_the_reader_of_imports_sees_through_functions_and_type_checking():
+    code = "import a\nif TYPE_CHECKING:\n    import b\nelse:\n    import c\ndef f():\n    from moetune import spec\n"
+    assert imports(ast.parse(code)) == ["a", "b", "c", "moetune.spec"]
+    assert imports(ast.parse(code), typing_too=False) == ["a", "c", "moetune.spec"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import moetune",
+        "from moetune.spec import dispatcher, hf, presets; presets.preset('deepseek-r1'); dispatcher.words()",
+        "import moetune.spec.regime, moetune.search.exhaustive, moetune.store.profile",
+    ],
+)
+def test_no_torch_is_loaded(statement):
+    code = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
