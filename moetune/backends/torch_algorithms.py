@@ -1,0 +1,285 @@
+"""Plain PyTorch algorithms of one MoE layer on one rank, and their fp32 reference.
+
+Every algorithm takes (`experts`, `x`, `topk_ids`, `topk_weights`): the rank's `Experts`, `[M, H]`, `[M, k]` int32
+global expert slots (-1: nothing) and `[M, k]` float32, and returns `[M, H]` in the type of `x`. Slots of other
+ranks' experts add nothing. All of a call's work is inside: finding the local slots, sorting, counting.
+
+`eager`, `batched_mm` and `grouped_mm` are the algorithms that Hugging Face transformers' experts interface calls so
+(`config.experts_implementation`, src/transformers/integrations/moe.py). Everywhere the products are scaled by the
+router's weights and summed over a row's experts in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moetune.spec.layer import Activation
+
+CLAMP_LIMIT = 7.0
+"""gpt-oss: `swiglu_limit` of its config.json."""
+CLAMP_ALPHA = 1.702
+"""gpt-oss: the slope of the sigmoid that makes x·sigmoid(αx) a GELU (arXiv 1606.08415, section 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The L experts of a rank, global slots `first … first + L − 1`.
+
+    `w1` `[L, 2·I, H]`, the gate half before the up half (checkpoints that interleave them, such as gpt-oss's, differ in
+    layout only), `w2` `[L, H, I]`, `b1` `[L, 2·I]`, `b2` `[L, H]`. `weight_on_input`: the router's weight
+    multiplies the expert's input and not its output (llama4).
+    """
+
+    first: int
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None = None
+    b2: Tensor | None = None
+    activation: Activation = Activation.SILU
+    weight_on_input: bool = False
+
+    @property
+    def count(self) -> int:
+        """L."""
+        return self.w1.shape[0]
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """`[…, 2·I]` → `[…, I]`: what stands between the two GEMMs."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        match self.activation:
+            case Activation.SILU:
+                return functional.silu(gate) * up
+            case Activation.GELU:
+                return functional.gelu(gate, approximate="tanh") * up
+            case Activation.SWIGLU_CLAMPED:
+                gate, up = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
+                return gate * torch.sigmoid(CLAMP_ALPHA * gate) * (up + 1)
+
+    def entering(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """`[S, H]` rows as they enter their experts, given their router weights `[S]`."""
+        return (rows * weights[:, None]).to(rows.dtype) if self.weight_on_input else rows
+
+    def leaving(self, products: Tensor, weights: Tensor) -> Tensor:
+        """`[S, H]` outputs of the experts as they are summed: float32, a new tensor."""
+        return products.to(torch.float32, copy=True) if self.weight_on_input else products * weights[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """(row, expert) pairs: `rows` and `experts` int64 `[S]`, `weights` float32 `[S]`.
+
+    An expert is local, 0 … L−1; `foreign`: some may be L, which stands for an expert that is not here.
+    """
+
+    rows: Tensor
+    experts: Tensor
+    weights: Tensor
+    foreign: bool = False
+
+    def sorted(self) -> Slots:
+        """The same slots, those of one expert side by side, foreign ones at the end."""
+        experts, order = torch.sort(self.experts, stable=True)
+        return Slots(self.rows[order], experts, self.weights[order], self.foreign)
+
+    def ends(self, count: int) -> Tensor:
+        """Of sorted slots: where each of `count` experts' slots end, int64 `[count]`."""
+        return torch.searchsorted(self.experts, torch.arange(count, device=self.experts.device), right=True)
+
+
+def _local_ids(experts: Experts, topk_ids: Tensor) -> Tensor:
+    """Ids from 0 to L−1, and L for everything that is not on this rank; int64 `[M, k]`."""
+    local = topk_ids.long() - experts.first
+    return torch.where((local >= 0) & (local < experts.count), local, experts.count)
+
+
+def _all_slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+    """All M·k slots, the other ranks' among them: a shape that the host knows, as a CUDA graph needs."""
+    rows = torch.arange(topk_ids.shape[0], device=topk_ids.device).repeat_interleave(topk_ids.shape[1])
+    return Slots(rows, _local_ids(experts, topk_ids).flatten(), topk_weights.flatten(), foreign=True)
+
+
+def _local_slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+    """Only the slots of this rank; on a GPU the host waits for their number."""
+    ids = _local_ids(experts, topk_ids)
+    rows, columns = torch.where(ids < experts.count)
+    return Slots(rows, ids[rows, columns], topk_weights[rows, columns])
+
+
+def _slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+    """The local slots alone where looking at them is free: on the CPU."""
+    return (_all_slots if topk_ids.is_cuda else _local_slots)(experts, topk_ids, topk_weights)
+
+
+def _combine(experts: Experts, x: Tensor, products: Tensor, slots: Slots) -> Tensor:
+    """`[S, H]` outputs of the experts summed into their rows; what other ranks' slots hold is dropped."""
+    scaled = experts.leaving(products, slots.weights)
+    if slots.foreign:
+        scaled.masked_fill_((slots.experts == experts.count)[:, None], 0.0)
+    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, slots.rows, scaled).to(x.dtype)
+
+
+def eager(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Loops over the active experts: picks an expert's rows, two GEMMs, adds them back. What transformers runs."""
+    out = torch.zeros_like(x, dtype=torch.float32)
+    chosen = functional.one_hot(_local_ids(experts, topk_ids), experts.count + 1).permute(2, 1, 0)[:-1]
+    for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():
+        columns, rows = torch.where(chosen[expert])
+        weights = topk_weights[rows, columns]
+        gate_up = functional.linear(experts.entering(x[rows], weights), experts.w1[expert], _of(experts.b1, expert))
+        products = functional.linear(experts.gated(gate_up), experts.w2[expert], _of(experts.b2, expert))
+        out.index_add_(0, rows, experts.leaving(products, weights))
+    return out.to(x.dtype)
+
+
+def batched_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Copies the weights of every slot's expert and multiplies all slots at once: for few slots."""
+    slots = _slots(experts, topk_ids, topk_weights)
+    chosen = slots.experts.clamp(max=experts.count - 1)
+    rows = experts.entering(x[slots.rows], slots.weights)
+    gate_up = torch.bmm(experts.w1[chosen], rows[:, :, None])[:, :, 0]
+    if experts.b1 is not None:
+        gate_up += experts.b1[chosen]
+    products = torch.bmm(experts.w2[chosen], experts.gated(gate_up)[:, :, None])[:, :, 0]
+    if experts.b2 is not None:
+        products += experts.b2[chosen]
+    return _combine(experts, x, products, slots)
+
+
+def grouped_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Sorts the slots by expert and leaves each GEMM over all experts to torch's grouped GEMM."""
+    multiply = grouped_gemm()
+    assert multiply is not None
+    slots = _slots(experts, topk_ids, topk_weights).sorted()
+    ends = slots.ends(experts.count).to(torch.int32)
+    chosen = slots.experts.clamp(max=experts.count - 1)
+    rows = experts.entering(x[slots.rows], slots.weights)
+    gate_up = multiply(rows, experts.w1.transpose(1, 2), offs=ends)
+    if experts.b1 is not None:
+        gate_up = gate_up + experts.b1[chosen]
+    products = multiply(experts.gated(gate_up), experts.w2.transpose(1, 2), offs=ends)
+    if experts.b2 is not None:
+        products = products + experts.b2[chosen]
+    return _combine(experts, x, products, slots)
+
+
+def segment_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Sorts the slots by expert, one GEMM for each expert's contiguous segment, everything else once for all."""
+    slots = _local_slots(experts, topk_ids, topk_weights).sorted()
+    ends = slots.ends(experts.count).tolist()
+    bounds = enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    segments = [(expert, slice(start, end)) for expert, (start, end) in bounds if start < end]
+    rows = experts.entering(x[slots.rows], slots.weights)
+    gate_up = x.new_empty(rows.shape[0], experts.w1.shape[1])
+    for expert, segment in segments:
+        torch.mm(rows[segment], experts.w1[expert].T, out=gate_up[segment])
+    if experts.b1 is not None:
+        gate_up += experts.b1[slots.experts]
+    hidden = experts.gated(gate_up)
+    products = torch.empty_like(rows)
+    for expert, segment in segments:
+        torch.mm(hidden[segment], experts.w2[expert].T, out=products[segment])
+    if experts.b2 is not None:
+        products += experts.b2[slots.experts]
+    return _combine(experts, x, products, slots)
+
+
+def padded_bmm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Pads every expert's rows to the busiest expert's number and multiplies all experts at once: for even loads."""
+    slots = _local_slots(experts, topk_ids, topk_weights).sorted()
+    ends = slots.ends(experts.count)
+    starts = functional.pad(ends, (1, 0))[:-1]
+    place = torch.arange(slots.rows.shape[0], device=x.device) - starts[slots.experts]
+    padded = x.new_zeros(experts.count, int((ends - starts).max()), x.shape[1])
+    padded[slots.experts, place] = experts.entering(x[slots.rows], slots.weights)
+    gate_up = torch.bmm(padded, experts.w1.transpose(1, 2))
+    if experts.b1 is not None:
+        gate_up += experts.b1[:, None]
+    products = torch.bmm(experts.gated(gate_up), experts.w2.transpose(1, 2))
+    if experts.b2 is not None:
+        products += experts.b2[:, None]
+    return _combine(experts, x, products[slots.experts, place], slots)
+
+
+def dense(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Sends every row through every local expert and weights the unwanted ones with zero: no sorting, no gathering."""
+    slots = _all_slots(experts, topk_ids, topk_weights)
+    weights = topk_weights.new_zeros(experts.count + 1, x.shape[0])
+    weights = weights.index_put_((slots.experts, slots.rows), slots.weights, accumulate=True)[:-1]
+    gate_up = functional.linear(x, experts.w1.flatten(0, 1)).view(x.shape[0], *experts.w1.shape[:2])
+    leaving = weights
+    if experts.weight_on_input:
+        gate_up = (gate_up * weights.T[:, :, None]).to(x.dtype)
+        leaving = torch.zeros_like(functional.pad(weights, (0, 0, 0, 1)))
+        leaving = leaving.index_put_((slots.experts, slots.rows), torch.ones_like(slots.weights))[:-1]
+    if experts.b1 is not None:
+        gate_up += experts.b1
+    hidden = (experts.gated(gate_up).transpose(0, 1) * leaving[:, :, None]).to(x.dtype)
+    out = torch.bmm(hidden, experts.w2.transpose(1, 2)).sum(dim=0, dtype=torch.float32)
+    if experts.b2 is not None:
+        out += leaving.T @ experts.b2.float()
+    return out.to(x.dtype)
+
+
+def reference(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """The same layer in full float32, one expert after the other: `[M, H]` float32."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for expert in range(experts.count):
+            rows, columns = torch.where(topk_ids == experts.first + expert)
+            weights = topk_weights[rows, columns][:, None]
+            entering = x[rows].float() * (weights if experts.weight_on_input else 1.0)
+            gate_up = functional.linear(entering, experts.w1[expert].float(), _of(experts.b1, expert, torch.float32))
+            hidden = experts.gated(gate_up)
+            products = functional.linear(hidden, experts.w2[expert].float(), _of(experts.b2, expert, torch.float32))
+            out.index_add_(0, rows, products * (1.0 if experts.weight_on_input else weights))
+        return out
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def _of(bias: Tensor | None, expert: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    return None if bias is None else bias[expert].to(dtype or bias.dtype)
+
+
+def grouped_gemm() -> Callable[..., Tensor] | None:
+    """torch's grouped GEMM, or None where this build has none."""
+    return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+def grouped_mm_missing(hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: str) -> str | None:
+    """Why `grouped_mm` cannot run these sizes on `device`, found out by a tiny trial, or None.
+
+    The trial's sizes are equal to the real ones modulo 16, since the kernels ask for aligned strides.
+    """
+    multiply = grouped_gemm()
+    if multiply is None:
+        return f"torch {torch.__version__} has no grouped GEMM (it came with 2.8)"
+    hidden, inner = 16 + hidden_size % 16, 16 + intermediate_size % 16
+    ends = torch.tensor([1, 2], dtype=torch.int32, device=device)
+    try:
+        for fan_in, fan_out in ((hidden, 2 * inner), (inner, hidden)):
+            rows = torch.zeros(2, fan_in, dtype=dtype, device=device)
+            weights = torch.zeros(2, fan_out, fan_in, dtype=dtype, device=device)
+            multiply(rows, weights.transpose(1, 2), offs=ends)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        return f"torch {torch.__version__}'s grouped GEMM refuses {dtype} on {device}: {str(error).splitlines()[0]}"
+    return None
+
+
+Algorithm = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "eager": eager,
+    "batched_mm": batched_mm,
+    "grouped_mm": grouped_mm,
+    "segment_mm": segment_mm,
+    "padded_bmm": padded_bmm,
+    "dense": dense,
+}

@@ -1,0 +1,261 @@
+"""`TorchBackend`: plain PyTorch algorithms, on CPU and GPU. The embedded default, and the numerical reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetune.backends.base import Candidates, Problem
+from moetune.errors import UnsupportedError
+from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+if TYPE_CHECKING:
+    import torch
+
+    from moetune.backends.torch_algorithms import Experts
+
+DTYPES: Mapping[Precision, str] = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
+"""torch's names of the precisions that run here. fp16 is slow on CPUs without AVX512-FP16."""
+
+SCRATCH_SHARE = 0.25
+"""Of the memory that is free, the share that one call's scratch may take; an engine needs the rest for its cache."""
+
+BIAS_SCALE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp and the bytes of a value."""
+
+    rows: int
+    top_k: int
+    num_local: int
+    hidden_size: int
+    intermediate_size: int
+    value_bytes: int
+
+    @classmethod
+    def of(cls, layer: MoELayer, regime: Regime, rows: int) -> Sizes:
+        """The sizes of rank 0, which has as many experts as any."""
+        return cls(
+            rows,
+            1 if regime.layout == "slot" else layer.top_k,
+            regime.shard(layer).num_local,
+            layer.hidden_size,
+            layer.intermediate_size // regime.tp_size,
+            4 if layer.precision is Precision.FP32 else 2,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights of the rank's experts."""
+        return 3 * self.num_local * self.intermediate_size * self.hidden_size * self.value_bytes
+
+    @property
+    def most_slots(self) -> int:
+        """Slots that a GPU's algorithms carry, and the most that can be local."""
+        return self.rows * self.top_k
+
+    def flight_bytes(self, slots: int) -> int:
+        """`slots` rows on their way through two GEMMs: in, out and scaled (float32), gate, up and activation."""
+        return slots * ((2 * self.hidden_size + 6 * self.intermediate_size) * self.value_bytes + 4 * self.hidden_size)
+
+
+SCRATCH_BYTES: Mapping[str, Callable[[Sizes], int]] = {
+    "eager": lambda s: s.flight_bytes(s.rows) + 16 * s.most_slots * (s.num_local + 1),
+    "batched_mm": lambda s: (
+        s.flight_bytes(s.most_slots) + 3 * s.most_slots * s.intermediate_size * s.hidden_size * s.value_bytes
+    ),
+    "grouped_mm": lambda s: s.flight_bytes(s.most_slots),
+    "segment_mm": lambda s: s.flight_bytes(s.most_slots),
+    "padded_bmm": lambda s: s.flight_bytes(s.num_local * s.rows) + s.flight_bytes(s.most_slots),
+    "dense": lambda s: s.flight_bytes(s.num_local * s.rows),
+}
+"""Upper bounds of what one call allocates, for the worst load: every slot local, every row at the busiest expert."""
+
+
+class TorchBackend:
+    """Six algorithms of one MoE layer in plain PyTorch; see `torch_algorithms`.
+
+    Args:
+        scratch_limit_bytes: what one call may allocate; by default a quarter of the memory that is free.
+    """
+
+    name = "torch"
+
+    def __init__(self, scratch_limit_bytes: int | None = None) -> None:
+        self._scratch_limit_bytes = scratch_limit_bytes
+        self._loaded: tuple[tuple[object, ...], Experts] | None = None
+
+    def unavailable(self) -> tuple[str, str] | None:
+        """Only a missing torch."""
+        if importlib.util.find_spec("torch") is None:
+            return "torch is not installed", "pip install torch"
+        return None
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
+        """Quantized weights."""
+        if layer.precision not in DTYPES:
+            return (
+                f"plain PyTorch has no expert GEMM for {layer.precision.value} weights; "
+                f"use --precision bf16, or another of {', '.join(DTYPES)}"
+            )
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """Nothing beyond torch's version, which every environment has."""
+        return {}
+
+    def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
+        """All algorithms, less those that this build of torch lacks or whose scratch would not fit.
+
+        Raises:
+            UnsupportedError: a precision that does not run here.
+        """
+        sizes = Sizes.of(layer, regime, rows)
+        dtype = self._dtype(layer, regime)
+        limit = self._scratch_limit(sizes, device)
+        tactics: list[Tactic] = []
+        excluded: dict[Tactic, str] = {}
+        for algorithm, scratch_bytes in SCRATCH_BYTES.items():
+            tactic = Tactic(algorithm=algorithm)
+            if tactic != self.default(layer, regime, rows) and (needed := scratch_bytes(sizes)) > limit:
+                excluded[tactic] = f"needs up to {needed / 2**20:,.0f} MiB of scratch, {limit / 2**20:,.0f} MiB allowed"
+            elif algorithm == "grouped_mm" and (missing := _grouped_mm_missing(sizes, dtype, device)):
+                excluded[tactic] = missing
+            else:
+                tactics.append(tactic)
+        return Candidates(tuple(tactics), excluded)
+
+    def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        """`eager`: what Hugging Face transformers runs where nothing is chosen."""
+        return Tactic(algorithm="eager")
+
+    def tolerance(self, layer: MoELayer) -> float:
+        """1e-5 in fp32, 1e-2 where values are rounded to 16 bits between the GEMMs."""
+        return 1e-5 if layer.precision is Precision.FP32 else 1e-2
+
+    def prepare(self, problem: Problem) -> TorchRunner:
+        """Random weights, the same for the same layer, shard and seed, kept for the next bucket's problem.
+
+        Raises:
+            UnsupportedError: a precision that does not run here.
+        """
+        import torch
+
+        regime = problem.regime
+        dtype = self._dtype(problem.layer, regime)
+        key = (problem.layer.digest, problem.shard, problem.intermediate_size, regime.seed, problem.device)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # frees the old weights before the new ones are made
+            self._loaded = key, _random_experts(problem, dtype)
+        generator = torch.Generator(problem.device).manual_seed(regime.seed + 1)
+        shape = (problem.rows + len(problem.routings) - 1, problem.layer.hidden_size)
+        inputs = torch.randn(shape, generator=generator, device=problem.device).to(dtype)
+        return TorchRunner(self._loaded[1], inputs, problem)
+
+    def _dtype(self, layer: MoELayer, regime: Regime) -> torch.dtype:
+        import torch
+
+        if reason := self.unsupported(layer, regime):
+            raise UnsupportedError(f"Backend torch: {reason}.")
+        dtype: torch.dtype = getattr(torch, DTYPES[layer.precision])
+        return dtype
+
+    def _scratch_limit(self, sizes: Sizes, device: str) -> int:
+        if self._scratch_limit_bytes is not None:
+            return self._scratch_limit_bytes
+        still_to_load = 0 if self._loaded else sizes.weight_bytes
+        return int(SCRATCH_SHARE * max(available_bytes(device) - still_to_load, 0))
+
+
+class TorchRunner:
+    """Weights, inputs and routings of one problem on its device.
+
+    Draw d has the inputs `d … d + M − 1` of one buffer, so no row meets the same input in two draws.
+    """
+
+    def __init__(self, experts: Experts, inputs: torch.Tensor, problem: Problem) -> None:
+        self._experts = experts
+        self._draws = [
+            (
+                inputs[draw : draw + problem.rows],
+                routing.topk_ids.to(problem.device),
+                routing.topk_weights.to(problem.device),
+            )
+            for draw, routing in enumerate(problem.routings)
+        ]
+
+    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
+        """`[M, H]` in the layer's precision, by the tactic's algorithm."""
+        from moetune.backends.torch_algorithms import ALGORITHMS
+
+        return ALGORITHMS[str(tactic["algorithm"])](self._experts, *self._draws[draw])
+
+    def reference(self, draw: int = 0) -> torch.Tensor:
+        """`[M, H]` float32, from the same weights and inputs."""
+        from moetune.backends.torch_algorithms import reference
+
+        return reference(self._experts, *self._draws[draw])
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can still be allocated on `device`: on the CPU within the machine's and the container's limit."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):  # no cgroup v2, or no limit
+        return available
+
+
+def _random_experts(problem: Problem, dtype: torch.dtype) -> Experts:
+    """Normal weights of variance 1/fan-in, so that values keep their size through both GEMMs; biases when asked for.
+
+    With tp every rank's `b2` is whole, as on the one rank that adds it.
+    """
+    import torch
+
+    from moetune.backends.torch_algorithms import Experts
+
+    layer, count = problem.layer, problem.shard.num_local
+    hidden, inner = layer.hidden_size, problem.intermediate_size
+    generator = torch.Generator(problem.device).manual_seed(problem.regime.seed)
+
+    def normal(scale: float, *shape: int) -> torch.Tensor:
+        values = torch.empty(count, *shape, dtype=dtype, device=problem.device)
+        for expert in values:  # in float32 one expert at a time: all at once would double the memory
+            expert.copy_(torch.randn(shape, generator=generator, device=problem.device).mul_(scale))
+        return values
+
+    return Experts(
+        first=problem.shard.first,
+        w1=normal(hidden**-0.5, 2 * inner, hidden),
+        w2=normal(inner**-0.5, hidden, inner),
+        b1=normal(BIAS_SCALE, 2 * inner) if layer.expert_bias else None,
+        b2=normal(BIAS_SCALE, hidden) if layer.expert_bias else None,
+        activation=layer.activation,
+        weight_on_input=layer.weight_on_input,
+    )
+
+
+def _grouped_mm_missing(sizes: Sizes, dtype: torch.dtype, device: str) -> str | None:
+    from moetune.backends.torch_algorithms import grouped_mm_missing
+
+    return grouped_mm_missing(sizes.hidden_size, sizes.intermediate_size, dtype, device)

@@ -1,0 +1,183 @@
+"""How time is taken: interleaved, paired, cold where the engine would be cold."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Call = Callable[[int], object]
+"""Runs one tactic on one draw and may return before the device is done."""
+
+
+class Clock(Protocol):
+    """Times calls side by side, so that whatever drifts, drifts for all of them."""
+
+    def warm_up(self, call: Call, draw: int) -> None:
+        """Runs `call` once, untimed, to the end: compiles, fills caches, raises what it raises."""
+        ...
+
+    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+        """Times every call once for each entry of `draws`, the calls in another order each time.
+
+        Returns:
+            [call][sample] in µs; sample i of every call was taken in one round, on `draws[i]`.
+        """
+        ...
+
+
+def clock_for(device: str) -> Clock:
+    """The clock of a torch device's kind."""
+    return CudaClock(device) if device.startswith("cuda") else CpuClock()
+
+
+def order(count: int, turn: int) -> list[int]:
+    """The positions 0 … count − 1 in the order of one turn: rotated by one each turn, backwards every other cycle.
+
+    Over 2 · count turns every call goes first as often as any other, and precedes its neighbors as often as it follows
+    them.
+    """
+    cycle, start = divmod(turn, count) if count else (0, 0)
+    rotated = [(start + step) % count for step in range(count)]
+    return rotated[::-1] if cycle % 2 else rotated
+
+
+class CpuClock:
+    """`time.perf_counter_ns` around each call, the garbage collector paused."""
+
+    def warm_up(self, call: Call, draw: int) -> None:
+        """See `Clock`."""
+        call(draw)
+
+    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+        """See `Clock`."""
+        samples: list[list[float]] = [[] for _ in calls]
+        with _no_garbage_collection():
+            for turn, draw in enumerate(draws):
+                for position in order(len(calls), turn):
+                    call = calls[position]
+                    begin = time.perf_counter_ns()
+                    result = call(draw)
+                    end = time.perf_counter_ns()
+                    del result  # freeing it is not the call's time
+                    samples[position].append((end - begin) / 1e3)
+        return samples
+
+
+class CudaClock:
+    """CUDA events around each call, inside a CUDA graph, the L2 cache overwritten before each.
+
+    A call is captured once, as a graph that walks over all draws, so weights and activations are as cold as between
+    two layers of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the
+    device, as an engine running it would) is timed by events without a graph, launch overhead included.
+
+    Args:
+        device: the torch device.
+        repeats: executions behind one sample, which is their median.
+    """
+
+    def __init__(self, device: str = "cuda", repeats: int = 3) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._repeats = repeats
+        l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
+        self._flush = torch.empty(2 * max(l2_bytes, 1 << 20), dtype=torch.int8, device=self._device)
+
+    def warm_up(self, call: Call, draw: int) -> None:
+        """See `Clock`."""
+        import torch
+
+        with torch.cuda.device(self._device):
+            call(draw)
+            torch.cuda.synchronize()
+
+    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+        """See `Clock`. A draw named n times is sampled in n rounds; in each, every call's graph is replayed once."""
+        import torch
+
+        if not draws:
+            return [[] for _ in calls]
+        rounds = max(Counter(draws).values())
+        distinct = tuple(dict.fromkeys(draws))
+        times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
+        with torch.cuda.device(self._device), _no_garbage_collection():
+            walks = [self._walk(call, distinct) for call in calls]
+            for turn in range(rounds):
+                for position in order(len(calls), turn):
+                    for draw, sample in walks[position]().items():
+                        times[position][draw].append(sample)
+        return [_in_order(of_call, draws) for of_call in times]
+
+    def _walk(self, call: Call, draws: Sequence[int]) -> Callable[[], dict[int, float]]:
+        """A function that executes `call` on every draw and returns the µs of each."""
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        try:
+            events = self._events(draws, external=True)
+            with torch.cuda.graph(graph):
+                self._enqueue(call, events)
+            execute = graph.replay
+        except RuntimeError:  # it synchronizes, which a capture cannot
+            torch.cuda.synchronize()
+            events = self._events(draws, external=False)
+
+            def execute() -> None:
+                self._enqueue(call, events)
+
+        def walk() -> dict[int, float]:
+            execute()
+            torch.cuda.synchronize()
+            return {
+                draw: statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs)
+                for draw, pairs in events.items()
+            }
+
+        walk()
+        return walk
+
+    def _events(
+        self, draws: Sequence[int], external: bool
+    ) -> dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+        import torch
+
+        def event() -> torch.cuda.Event:
+            made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
+            return made
+
+        return {draw: [(event(), event()) for _ in range(self._repeats)] for draw in draws}
+
+    def _enqueue(self, call: Call, events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> None:
+        for repeat in range(self._repeats):
+            for draw, pairs in events.items():
+                begin, end = pairs[repeat]
+                self._flush.zero_()
+                begin.record()
+                call(draw)
+                end.record()
+
+
+def _in_order(times: dict[int, list[float]], draws: Sequence[int]) -> list[float]:
+    """Each draw's samples handed out in the order in which `draws` names it."""
+    remaining = {draw: iter(samples) for draw, samples in times.items()}
+    return [next(remaining[draw]) for draw in draws]
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

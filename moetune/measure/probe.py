@@ -1,0 +1,103 @@
+"""Fills an `Environment` from this machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import moetune
+from moetune.backends.base import Backend
+from moetune.errors import UsageError
+from moetune.spec.environment import Environment
+
+SMI_FIELDS = {
+    "driver_version": "driver",
+    "clocks.current.sm": "sm_clock_mhz",
+    "clocks.current.memory": "memory_clock_mhz",
+    "clocks.max.sm": "sm_clock_max_mhz",
+    "power.limit": "power_limit_w",
+}
+"""nvidia-smi's fields → the names under which they are kept. Clocks are recorded and never set."""
+
+
+def device_for(requested: str | None) -> str:
+    """The torch device to measure on: the one asked for, else the GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: neither `cpu` nor a CUDA device of this machine.
+    """
+    import torch
+
+    if requested is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = requested.partition(":")
+    present = torch.cuda.device_count() if kind == "cuda" else 0
+    if requested == "cpu" or (present and (not index or (index.isdecimal() and int(index) < present))):
+        return requested
+    raise UsageError(f"Device {requested!r} is not here.", f"Devices: {', '.join(_devices())}.")
+
+
+def environment(backend: Backend, device: str) -> Environment:
+    """Where measurements of `backend` on `device` are taken.
+
+    Args:
+        backend: adds strict fields of its own.
+        device: `cpu`, `cuda` or `cuda:N`.
+    """
+    import torch
+
+    informative = {
+        "host": platform.node(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "moetune": moetune.__version__,
+        "probed_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if not device.startswith("cuda"):
+        cpu = cpu_model()
+        strict = {"cpu": cpu, "threads": str(torch.get_num_threads()), "torch": str(torch.__version__)}
+        return Environment(device=cpu, strict={**strict, **backend.environment()}, informative=informative)
+    major, minor = torch.cuda.get_device_capability(device)
+    strict = {
+        "compute_capability": f"{major}.{minor}",
+        "torch": str(torch.__version__),
+        "cuda": str(torch.version.cuda),
+    }
+    return Environment(
+        device=torch.cuda.get_device_name(device),
+        strict={**strict, **backend.environment()},
+        informative={**informative, **gpu_state(str(torch.cuda.get_device_properties(device).uuid))},
+    )
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's marketing name, or its architecture where the system does not tell."""
+    try:
+        for line in cpuinfo.read_text().splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def gpu_state(uuid: str) -> dict[str, str]:
+    """Driver, clocks and power limit of a GPU as nvidia-smi tells them now; empty where it does not."""
+    command = ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            [*command, f"--query-gpu={','.join(SMI_FIELDS)}"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in answer.strip().split(",")]
+    return dict(zip(SMI_FIELDS.values(), values, strict=False))
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

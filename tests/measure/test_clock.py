@@ -1,0 +1,119 @@
+"""The clocks pair, order and measure."""
+
+import gc
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetune.measure.clock import CpuClock, CudaClock, clock_for, order
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+
+
+def recorder(name: str, log: list[tuple[str, int]]) -> Callable[[int], None]:
+    return lambda draw: log.append((name, draw))
+
+
+@given(count=st.integers(1, 9))
+def test_every_call_goes_first_and_every_neighborhood_is_balanced(count: int) -> None:
+    turns = [order(count, turn) for turn in range(2 * count)]
+    assert all(sorted(turn) == list(range(count)) for turn in turns)
+    assert set(Counter(turn[0] for turn in turns).values()) == {2}
+    pairs = Counter(pair for turn in turns for pair in itertools.pairwise(turn))
+    assert all(pairs[a, b] == pairs[b, a] for a, b in pairs)
+
+
+def test_each_sample_times_every_call_once_on_its_draw() -> None:
+    log: list[tuple[str, int]] = []
+    draws = [4, 0, 4, 2]
+    samples = CpuClock().paired_samples([recorder(name, log) for name in "abc"], draws)
+    assert [len(of_call) for of_call in samples] == [4, 4, 4]
+    rounds = [log[3 * turn : 3 * turn + 3] for turn in range(4)]
+    for draw, one_round in zip(draws, rounds, strict=True):
+        assert sorted(one_round) == [("a", draw), ("b", draw), ("c", draw)]
+    assert [one_round[0][0] for one_round in rounds[:3]] == ["a", "b", "c"]
+
+
+def test_times_are_microseconds_of_the_right_call_and_sample() -> None:
+    sleeps = {0: 0.002, 1: 0.008}
+    slow, quick = CpuClock().paired_samples([lambda draw: time.sleep(sleeps[draw]), lambda draw: None], [0, 1, 0])
+    assert slow[0] >= 2000
+    assert slow[1] >= 8000
+    assert slow[2] >= 2000
+    assert max(quick) < 2000
+
+
+def test_warm_up_runs_the_call_once_and_lets_its_error_through() -> None:
+    log: list[tuple[str, int]] = []
+    CpuClock().warm_up(recorder("a", log), 3)
+    assert log == [("a", 3)]
+    with pytest.raises(ZeroDivisionError):
+        CpuClock().warm_up(lambda draw: 1 / 0, 0)
+
+
+def test_garbage_collection_rests_while_time_is_taken_and_comes_back_after_an_error() -> None:
+    states: list[bool] = []
+    CpuClock().paired_samples([lambda draw: states.append(gc.isenabled())], [0])
+    assert states == [False]
+    with pytest.raises(ZeroDivisionError):
+        CpuClock().paired_samples([lambda draw: 1 / 0], [0])
+    assert gc.isenabled()
+
+
+def test_nothing_to_time_is_no_error() -> None:
+    assert CpuClock().paired_samples([], [0, 1]) == []
+    assert CpuClock().paired_samples([lambda draw: None], []) == [[]]
+
+
+def test_the_device_chooses_the_clock() -> None:
+    assert isinstance(clock_for("cpu"), CpuClock)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_clock_times_work_and_pairs_by_draw() -> None:
+    sizes = {0: 1 << 20, 1: 1 << 26}
+    source = torch.randn(1 << 26, device="cuda")
+    clock = clock_for("cuda")
+    assert isinstance(clock, CudaClock)
+
+    def double(draw: int) -> torch.Tensor:
+        return source[: sizes[draw]] * 2
+
+    def double_and_wait(draw: int) -> torch.Tensor:
+        result = double(draw)
+        result[0].item()  # cannot be captured
+        return result
+
+    captured, uncaptured, nothing = clock.paired_samples([double, double_and_wait, lambda draw: None], [0, 1, 1, 0])
+    for times in (captured, uncaptured):
+        assert len(times) == 4
+        assert min(times[1], times[2]) > 2 * max(times[0], times[3])
+    assert captured[1] == pytest.approx(uncaptured[1], rel=0.5)
+    assert max(nothing) < min(captured)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_cuda_clock_times_with_a_cold_l2() -> None:
+    quarter = torch.cuda.get_device_properties(0).L2_cache_size // 4
+    source = torch.ones(quarter, dtype=torch.int8, device="cuda")
+    cold = min(CudaClock("cuda").paired_samples([lambda draw: source.sum()], [0] * 9)[0])
+    graph = torch.cuda.CUDAGraph()
+    source.sum()
+    with torch.cuda.graph(graph):
+        for _ in range(50):
+            source.sum()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    assert cold > 1e3 * begin.elapsed_time(end) / 50
