@@ -10,7 +10,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune import stats
 from moetune.errors import MissError, NoResultError, UnsupportedError
 from moetune.search.exhaustive import exhaustive
 from moetune.spec.environment import Environment
@@ -18,6 +17,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 from moetune.spec.tactic import Tactic
+from moetune.stats import median, noise_floor, paired_ratio
 from moetune.store.profile import Choice, Profile, Rejection
 from moetune.store.store import Store
 
@@ -244,6 +244,7 @@ def _search(bench: Bench, rows: int, candidates: Candidates, draws: int, tell: O
     while True:
         series = bench.samples(batch.tactics, _rotate(draws, batch.rounds))
         times = {t: sum(s) / len(s) for t, s in zip(batch.tactics, series, strict=True) if s is not None}
+        _drop_wrong_leaders(bench, times)
         for tactic in batch.tactics:
             if tactic not in known:
                 known.add(tactic)
@@ -252,6 +253,12 @@ def _search(bench: Bench, rows: int, candidates: Candidates, draws: int, tell: O
             batch = search.send(times)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+
+
+def _drop_wrong_leaders(bench: Bench, times: dict[Tactic, float]) -> None:
+    """Removes tactics from the front until the fastest is right, so that a wrong one never sets the pace."""
+    while times and not bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
+        del times[leader]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +282,7 @@ class _Final:
         if default_us is None or again_us is None:
             raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
         kept = {tactic: series for tactic, series in zip(finalists, others, strict=True) if series is not None}
-        return cls(default, default_us, stats.noise_floor(default_us, again_us), kept)
+        return cls(default, default_us, noise_floor(default_us, again_us), kept)
 
 
 def _decide(
@@ -292,7 +299,7 @@ def _decide(
     stress_us: dict[str, float] = {}
     default_stress_us: dict[str, float] = {}
     for tactic, series in sorted(final.finalists.items(), key=lambda item: sum(item[1])):
-        ratio = stats.paired_ratio(series, final.default_us)
+        ratio = paired_ratio(series, final.default_us)
         if ratio.high >= 1 - final.noise:
             break
         stress_us, default_stress_us = _stress(bench, tactic, final.default, stress_draws)
@@ -305,13 +312,13 @@ def _decide(
         rejected.append(Rejection(tactic=tactic, reason=reason))
     if winner == final.default:
         stress_us = default_stress_us = _stress(bench, winner, winner, stress_draws)[0]
-    gain = stats.paired_ratio(final.default_us, winner_us)
+    gain = paired_ratio(final.default_us, winner_us)
     return Choice(
         rows=rows,
         tactic=winner,
-        time_us=stats.median(winner_us),
+        time_us=median(winner_us),
         default_tactic=final.default,
-        default_time_us=stats.median(final.default_us),
+        default_time_us=median(final.default_us),
         gain=gain.value,
         gain_low=gain.low,
         gain_high=gain.high,
@@ -335,7 +342,7 @@ def _stress(
     theirs: dict[str, float] = {}
     for factor, draw in stress_draws.items():
         for times, series in zip((mine, theirs), bench.samples((tactic, default), [draw] * 3), strict=True):
-            times[factor] = stats.median(series) if series else float("inf")
+            times[factor] = median(series) if series else float("inf")
     return mine, theirs
 
 

@@ -8,7 +8,9 @@ from moetune.search.base import Batch, Search
 from moetune.spec.tactic import Tactic
 
 WITHIN = 1.5
-"""A tactic slower than this times the best one in the first pass is no finalist."""
+"""A tactic slower than this times the best one in the first pass is no finalist …"""
+LEAST = 4
+"""… unless it is among the first this many: the best may yet fall off a cliff."""
 
 
 def exhaustive(tactics: Sequence[Tactic], *, rounds: int = 2, finalists: int = 20) -> Search:
@@ -21,5 +23,5 @@ def exhaustive(tactics: Sequence[Tactic], *, rounds: int = 2, finalists: int = 2
     """
     times = yield Batch(tuple(tactics), rounds)
     ranked = sorted(times, key=lambda tactic: times[tactic])
-    near = [tactic for tactic in ranked if times[tactic] <= WITHIN * times[ranked[0]]]
-    return tuple(near[:finalists])
+    near = sum(times[tactic] <= WITHIN * times[ranked[0]] for tactic in ranked)
+    return tuple(ranked[: min(max(near, LEAST), finalists)])

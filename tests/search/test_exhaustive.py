@@ -1,6 +1,6 @@
 import pytest
 
-from moetune.search.exhaustive import WITHIN, exhaustive
+from moetune.search.exhaustive import LEAST, WITHIN, exhaustive
 from moetune.spec.tactic import Tactic
 
 TACTICS = tuple(Tactic(number=n) for n in range(40))
@@ -21,8 +21,13 @@ def test_every_tactic_is_in_the_one_batch_and_the_best_come_back_in_order():
 
 
 def test_a_tactic_far_behind_the_best_is_no_finalist():
-    times = {TACTICS[0]: 10.0, TACTICS[1]: 10.0 * WITHIN, TACTICS[2]: 10.1 * WITHIN}
-    assert _finish(exhaustive(TACTICS[:3]), times)[1] == TACTICS[:2]
+    times = {t: 10.0 if t["number"] < 6 else 10.1 * WITHIN for t in TACTICS}
+    assert _finish(exhaustive(TACTICS), times)[1] == TACTICS[:6]
+
+
+def test_some_finalists_remain_though_the_best_is_far_ahead():
+    times = {t: 10.0 * 3 ** t["number"] for t in TACTICS}
+    assert _finish(exhaustive(TACTICS), times)[1] == TACTICS[:LEAST]
 
 
 def test_failed_tactics_are_left_out_and_none_running_gives_none():
