@@ -60,7 +60,7 @@ class Runner(Protocol):
 
 @runtime_checkable
 class Backend(Protocol):
-    """A family of kernels. Cheap to construct; imports torch and kernels only in `prepare`."""
+    """A family of kernels. Cheap to construct; imports torch and kernels in `candidates` and `prepare` only."""
 
     name: str
 
