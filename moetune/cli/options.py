@@ -1,0 +1,198 @@
+"""The options that name a question, shared by the commands, and what they mean."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.regime import DISPATCHES, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, LAYOUTS, Regime
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend
+
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a command is asked. `backend` is a name; `auto` is already resolved."""
+
+    layer: MoELayer
+    regime: Regime
+    backend: str
+    rank: int
+
+
+def _default(field: str) -> str:
+    return f"  [default: {Regime.model_fields[field].default}]"
+
+
+_QUESTION_OPTIONS = (
+    click.option("--model", metavar="NAME|PATH", help="A name of `moetune models`, or a Hugging Face config.json."),
+    click.option("--precision", type=click.Choice(list(map(str, Precision))), help="Of the weights; the model's own."),
+    click.option("--ep", type=int, metavar="N", help="Ranks that share the experts." + _default("ep_size")),
+    click.option("--tp", type=int, metavar="N", help="Ranks that share each expert." + _default("tp_size")),
+    click.option(
+        "--dp/--no-dp", default=None, help="Whether each rank has tokens of its own (attention DP).  [default: no-dp]"
+    ),
+    click.option(
+        "--dispatch",
+        metavar="|".join((*DISPATCHES, "ENGINE:WORD")),
+        help="How tokens travel: in moetune's words, or in an engine's as vllm:deepep_high_throughput.",
+    ),
+    click.option("--layout", type=click.Choice(LAYOUTS), help="How rows of an all-to-all arrive.  [default: packed]"),
+    click.option("--rank", type=int, metavar="R", help="The rank whose load is looked at.  [default: 0]"),
+    click.option(
+        "--redundant-experts", type=int, metavar="N", help="Replicated experts." + _default("redundant_experts")
+    ),
+    click.option(
+        "--distribution",
+        metavar="|".join(DISTRIBUTIONS),
+        help=f"The dummy routing.  [default: ${DISTRIBUTION_VARIABLE}, else random]",
+    ),
+    click.option("--seed", type=int, metavar="N", help="Of the dummy routing." + _default("seed")),
+    click.option("--draws", type=int, metavar="N", help="Draws that are timed.  [default: 16, where balanced 1]"),
+    click.option("--ladder", metavar="pow2|hybrid|vllm|1,2,4", help="The row counts to tune.  [default: pow2]"),
+    click.option(
+        "--tune-max-num-tokens", type=int, metavar="N", help="The largest bucket." + _default("tune_max_num_tokens")
+    ),
+    click.option("--backend", metavar="auto|NAME", help="The kernels; see `moetune doctor`.  [default: auto]"),
+)
+_NAMES = (
+    "model", "precision", "ep", "tp", "dp", "dispatch", "layout", "rank", "redundant_experts", "distribution", "seed",
+    "draws", "ladder", "tune_max_num_tokens", "backend",
+)  # fmt: skip
+
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The folder of profiles.  [default: $MOETUNE_STORE, else the user's cache folder]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One versioned JSON document on stdout.")
+
+
+def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of a question and calls it with `question`.
+
+    Args:
+        required: whether `--model` must be given; where not, `question` is None without it.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            asked = {name: given.pop(name) for name in _NAMES}
+            command(question=_parse(required, **asked), **given)
+
+        wrapped: Callable[..., None] = called
+        for option in reversed(_QUESTION_OPTIONS):
+            wrapped = option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+def _parse(required: bool, *, model: str | None, **asked: Any) -> Question | None:
+    if model is None:
+        given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+        if required or given:
+            about = f"{', '.join(given)} given without --model." if given else "--model is missing."
+            raise UsageError(about, "It takes a name of `moetune models` or a path to a config.json.")
+        return None
+    return ask(model, **asked)
+
+
+def ask(
+    model: str,
+    *,
+    precision: str | None = None,
+    ep: int | None = None,
+    tp: int | None = None,
+    dp: bool | None = None,
+    dispatch: str | None = None,
+    layout: str | None = None,
+    rank: int | None = None,
+    redundant_experts: int | None = None,
+    distribution: str | None = None,
+    seed: int | None = None,
+    draws: int | None = None,
+    ladder: str | None = None,
+    tune_max_num_tokens: int | None = None,
+    backend: str | None = None,
+) -> Question:
+    """The layer and the regime that the options name; None is an option that was not given.
+
+    Raises:
+        UsageError: an unknown name, a value out of range, or options that exclude each other.
+    """
+    from moetune.spec import presets
+
+    layer = presets.layer(model, precision)
+    given = {
+        "ep_size": ep,
+        "tp_size": tp,
+        "attention_dp": dp,
+        "layout": layout,
+        "redundant_experts": redundant_experts,
+        "distribution": distribution,
+        "seed": seed,
+        "draws": draws,
+        "ladder": ladder,
+        "tune_max_num_tokens": tune_max_num_tokens,
+    }
+    explicit = {name: value for name, value in given.items() if value is not None}
+    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts), **explicit})
+    regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
+    regime.shard(layer, rank or 0)
+    if dp and dispatch is None:
+        _say_what_dp_means(regime)
+    return Question(layer, regime, _backend(backend or AUTO, layer, regime), rank or 0)
+
+
+def _dispatch(dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None) -> dict[str, Any]:
+    """The fields of a regime that `--dispatch` stands for."""
+    if dispatch is None:
+        return {}
+    if ":" in dispatch:
+        from moetune.spec import dispatcher
+
+        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0))
+    if dispatch not in DISPATCHES:
+        raise UsageError(
+            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:WORD, given {dispatch!r}.",
+            "An engine's word is spelled like vllm:allgather_reducescatter, sglang:none or trtllm:attention_dp.",
+        )
+    return {"dispatch": dispatch}
+
+
+def _backend(name: str, layer: MoELayer, regime: Regime) -> str:
+    """The name of a backend, `auto` resolved: the first that can run here and computes this layer, else the first."""
+    from moetune.backends import registry
+
+    if name != AUTO:
+        return registry.backend(name).name
+    names = registry.backends()
+    able = (known for known in map(registry.backend, names) if _computes(known, layer, regime))
+    return next((known.name for known in able), names[0])
+
+
+def _computes(backend: Backend, layer: MoELayer, regime: Regime) -> bool:
+    return backend.unavailable() is None and backend.unsupported(layer, regime) is None
+
+
+def _say_what_dp_means(regime: Regime) -> None:
+    from moetune.spec import dispatcher
+
+    engines = ", ".join(dispatcher.bringing(regime.dispatch, regime.layout))
+    note = f"note: --dp alone means --dispatch {regime.dispatch} --layout {regime.layout}"
+    click.echo(f"{note}, as {engines} brings it." if engines else f"{note}.", err=True)

@@ -1,0 +1,121 @@
+"""What `tune` shows on stderr while it measures: a bar with the time left on a terminal, else a line a bucket."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from moetune.cli.output import console
+from moetune.report.format import duration, human_time
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moetune.store.profile import Choice
+    from moetune.tune import Event, Served
+
+
+class Progress:
+    """A listener for `tune`'s events, and the context in which they are shown.
+
+    Args:
+        buckets: the row counts of the regime, ascending.
+    """
+
+    def __init__(self, buckets: Sequence[int]) -> None:
+        self.served: Served | None = None
+        self._buckets = buckets
+        self._console = console(stderr=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("buckets ·"),
+            TimeElapsedColumn(),
+            TextColumn("· {task.fields[left]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._costs: list[tuple[int, float]] = []
+        self._began = 0.0
+        self._tactics = 0
+        self._measured = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Shows one event."""
+        from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured
+
+        match event:
+            case Served():
+                self.served = event
+            case BucketStarted():
+                self._start(event.rows, event.count, event.tactics)
+            case TacticMeasured():
+                self._measured += 1
+                if self._measured == self._tactics:
+                    self._update(f"{event.rows} rows: final")
+                else:
+                    self._update(f"{event.rows} rows: tactic {self._measured + 1} of {self._tactics}")
+                if event.time_us is None:
+                    self._line(f"{event.rows} rows: {event.tactic} failed: {event.reason}")
+            case BucketChosen():
+                self._finish(event.choice, event.index, event.count)
+
+    def _start(self, rows: int, count: int, tactics: int) -> None:
+        self._began, self._tactics, self._measured = time.monotonic(), tactics, 0
+        if self._console.is_terminal and self._task is None:
+            self._task = self._bar.add_task("", total=count, left="estimating")
+            self._bar.start()
+        self._update(f"{rows} rows: tactic 1 of {tactics}")
+
+    def _update(self, description: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, description=description)
+
+    def _finish(self, choice: Choice, index: int, count: int) -> None:
+        self._costs.append((choice.rows, time.monotonic() - self._began))
+        remaining = [rows for rows in self._buckets if rows > choice.rows][: count - index - 1]
+        left = f"about {duration(seconds_left(self._costs, remaining))} left" if remaining else "done"
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, left=left)
+        else:
+            won = f"{choice.tactic} {human_time(choice.time_us)}, {choice.gain:.2f}× the default"
+            self._line(f"[{index + 1}/{count}] {choice.rows} rows: {won} · {left}")
+
+    def _line(self, text: str) -> None:
+        if self._task is not None:
+            self._bar.console.print(text, markup=False)
+        else:
+            click.echo(text, err=True)
+
+
+def seconds_left(costs: Sequence[tuple[int, float]], remaining: Sequence[int]) -> float:
+    """The seconds that the `remaining` buckets will take, by the line through the last two that were measured.
+
+    A bucket costs a fixed part and a part proportional to its rows; with one measured, its cost stands for all.
+
+    Args:
+        costs: (rows, seconds) of each measured bucket, at least one.
+        remaining: rows of the others.
+    """
+    rows, seconds = costs[-1]
+    slope = 0.0
+    if len(costs) > 1:
+        rows_before, seconds_before = costs[-2]
+        slope = max(0.0, (seconds - seconds_before) / (rows - rows_before))
+    return sum(seconds + slope * (later - rows) for later in remaining)

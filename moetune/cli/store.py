@@ -1,0 +1,64 @@
+"""`moetune store`: look into the store of profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+
+from moetune.cli.options import json_option, store_option
+from moetune.cli.output import document, show
+
+if TYPE_CHECKING:
+    from moetune.store.profile import Profile
+
+SCHEMA_VERSION = 1
+
+
+@click.group()
+def store() -> None:
+    """Look into the store of profiles."""
+
+
+@store.command(name="list")
+@store_option
+@json_option
+def list_profiles(store: Path | None, as_json: bool) -> None:
+    """List the stored profiles, and the files that are none."""
+    from moetune.report.tables import store_table
+    from moetune.store.profile import Profile
+    from moetune.store.store import Store
+
+    folder = Store(store)
+    found = list(folder.profiles())
+    profiles = [(path, entry) for path, entry in found if isinstance(entry, Profile)]
+    broken = [(path, entry) for path, entry in found if not isinstance(entry, Profile)]
+    if as_json:
+        document(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "store": str(folder.root),
+                "profiles": [{"path": str(path), **_summary(profile)} for path, profile in profiles],
+                "unreadable": [{"path": str(path), "reason": str(error)} for path, error in broken],
+            }
+        )
+    elif profiles:
+        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", store_table(profiles, folder.root))
+    else:
+        show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet; `moetune tune` writes one.")
+    if not as_json:
+        show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
+
+
+def _summary(profile: Profile) -> dict[str, Any]:
+    return {
+        "layer": profile.layer.model_dump(mode="json"),
+        "regime": profile.regime.model_dump(mode="json"),
+        "backend": profile.backend,
+        "environment": profile.environment.model_dump(mode="json"),
+        "buckets": [choice.rows for choice in profile.choices],
+        "missing_buckets": sorted(set(profile.regime.buckets) - {choice.rows for choice in profile.choices}),
+        "measured_at": max((choice.measured_at for choice in profile.choices), default=None),
+    }

@@ -1,0 +1,46 @@
+"""`moetune tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moetune.cli.options import Question, asks, json_option, store_option
+from moetune.cli.output import document, show
+
+
+@click.command()
+@asks()
+@store_option
+@click.option("--frozen", is_flag=True, help="Never measure; a miss exits 3.")
+@click.option("--again", is_flag=True, help="Measure every bucket even where the store has it.")
+@json_option
+def tune(question: Question, store: Path | None, frozen: bool, again: bool, as_json: bool) -> None:
+    """Measure the fastest tactic of each bucket, or serve it from the store.
+
+    Each bucket is saved when it is known, so an interrupted run resumes. The default tactic is replaced only by one
+    that is faster beyond the noise; the gain is shown with its 95 % bounds.
+    """
+    from moetune.cli.progress import Progress
+    from moetune.errors import UsageError
+    from moetune.store.store import Store
+    from moetune.tune import tune as tune_of
+
+    if frozen and again:
+        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
+    folder = Store(store)
+    with Progress(question.regime.buckets) as progress:
+        profile = tune_of(
+            question.layer, question.regime, question.backend, folder, frozen=frozen, again=again, on_event=progress
+        )
+    served = progress.served is not None
+    path = folder.path(profile.layer, profile.regime, profile.backend, profile.environment)
+    if progress.served is not None:
+        path = progress.served.path
+    if as_json:
+        document(profile, path=str(path), served=served)
+    else:
+        from moetune.report.tables import profile_report
+
+        show(*profile_report(profile, path, served=served))

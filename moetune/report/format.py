@@ -1,0 +1,50 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
+TIME_UNITS = ("µs", "ms", "s")
+
+
+def significant(value: float) -> str:
+    """`value` with about three significant digits and separated thousands: `1,234`, `12.3`, `0.12`."""
+    whole_digits = len(str(int(abs(value))))
+    return f"{value:,.{max(0, 3 - whole_digits)}f}"
+
+
+def count(value: float) -> str:
+    """A count, or the mean of one: `128`, `8,192`, `12.5`, `0.031`."""
+    if value == int(value):
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def human_bytes(value: float) -> str:
+    """In decimal units: `15.4 kB`, `117 MB`."""
+    return _scaled(value, BYTE_UNITS)
+
+
+def human_flops(value: float) -> str:
+    """`1.81 GFLOP`."""
+    return _scaled(value, FLOP_UNITS)
+
+
+def human_time(value_us: float) -> str:
+    """`51.2 µs`, `4.21 ms`, `1.20 s`, of a time in µs."""
+    return _scaled(value_us, TIME_UNITS)
+
+
+def duration(seconds: float) -> str:
+    """A wait, rounded: `8 s`, `3 min`, `1 h 40 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    at = 0
+    while value >= 999.5 and at < len(units) - 1:
+        value, at = value / 1000, at + 1
+    return f"{count(value) if isinstance(value, int) else significant(value)} {units[at]}"
