@@ -13,7 +13,7 @@ from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.popularity import random_logits, seeded_generator
 
-LAW_TOKENS = 32768
+LAW_TOKENS = 16384
 _CHUNK_LOGITS = 1 << 20
 
 

@@ -15,7 +15,7 @@ from moetune.workload.dispatch import expect
 from moetune.workload.router import local_slot_law
 from moetune.workload.routing import Routing, realize, stress
 
-brief = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+brief = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def local_mask(question: Question, routing: Routing) -> torch.Tensor:
@@ -183,7 +183,7 @@ def test_deduplicated_local_slots_have_the_mean_of_the_routers_law(layer, ep_siz
     assert abs(total / (rows * draws) - mean) < tolerance
 
 
-@settings(brief, max_examples=25)
+@settings(brief, max_examples=20)
 @given(questions(views=("deduplicated",), distributions=("balanced",)))
 def test_balanced_deduplicated_rows_follow_the_law_by_rounded_quotas(question: Question):
     counts = local_mask(question, realize(*question.arguments)).sum(1).bincount(minlength=question.layer.top_k + 1)
