@@ -1,0 +1,1 @@
+"""Profiles measured for release, packaged read-only; see README.md."""
