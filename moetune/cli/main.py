@@ -59,12 +59,15 @@ class CommandLine(LazyGroup):
         except click.exceptions.NoArgsIsHelpError as asked:
             click.echo(asked.format_message(), err=True)
             code = asked.exit_code
+        except click.UsageError as error:
+            asked_of = error.ctx.command_path if error.ctx else "moetune"
+            code = _fail(f"{error.format_message()} See `{asked_of} --help`.", error.exit_code)
         except click.ClickException as error:
             code = _fail(error.format_message(), error.exit_code)
         except MoetuneError as error:
             code = _fail(str(error), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            code = _fail("interrupted; the buckets that were finished are saved.", INTERRUPTED)
+            code = _fail("interrupted.", INTERRUPTED)
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 traceback.print_exc()

@@ -50,7 +50,9 @@ _QUESTION_OPTIONS = (
         help="How tokens travel: in moetune's words, or in an engine's as vllm:deepep_high_throughput.",
     ),
     click.option("--layout", type=click.Choice(LAYOUTS), help="How rows of an all-to-all arrive.  [default: packed]"),
-    click.option("--rank", type=int, metavar="R", help="The rank whose load is looked at.  [default: 0]"),
+    click.option(
+        "--rank", type=int, metavar="R", help="The rank that `plan` looks at; a profile serves all.  [default: 0]"
+    ),
     click.option(
         "--redundant-experts", type=int, metavar="N", help="Replicated experts." + _default("redundant_experts")
     ),

@@ -55,6 +55,8 @@ class Progress:
     ) -> None:
         if self._task is not None:
             self._bar.stop()
+        if isinstance(error, KeyboardInterrupt) and self._costs:
+            self._line(f"{len(self._costs)} finished buckets are saved; the same command goes on from there.")
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""

@@ -80,7 +80,7 @@ def profile_table(profile: Profile) -> Table:
     table = _table()
     _add_numbers(table, "rows")
     table.add_column("tactic")
-    _add_numbers(table, f"time [{unit}]", f"default [{unit}]", "gain")
+    _add_numbers(table, f"time ({unit})", f"default ({unit})", "gain")
     table.add_column("95 % bounds", justify="center", no_wrap=True)
     for choice in profile.choices:
         kept = choice.tactic == choice.default_tactic
