@@ -82,6 +82,7 @@ def _fail(message: str, code: int) -> int:
 
 
 @click.group(
+    "moetune",
     cls=CommandLine,
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={

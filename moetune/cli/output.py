@@ -32,6 +32,8 @@ def console(*, stderr: bool = False) -> Console:
 
 def show(*renderables: RenderableType) -> None:
     """Writes renderables to stdout, one below the other; a line of text is never folded."""
+    from rich.text import Text
+
     out = console()
     for renderable in renderables:
-        out.print(renderable, soft_wrap=isinstance(renderable, str))
+        out.print(renderable, soft_wrap=isinstance(renderable, str | Text))

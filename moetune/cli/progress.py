@@ -56,7 +56,7 @@ class Progress:
         if self._task is not None:
             self._bar.stop()
         if isinstance(error, KeyboardInterrupt) and self._costs:
-            self._line(f"{len(self._costs)} finished buckets are saved; the same command goes on from there.")
+            self._line(f"Finished buckets are saved: {len(self._costs)}. The same command goes on from there.")
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""

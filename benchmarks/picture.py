@@ -1,0 +1,68 @@
+"""Draws docs/tune.svg, the README's picture, from a profile that `moetune tune` really wrote.
+
+    moetune tune --model qwen3-30b-a3b --ep 8 --dp --tune-max-num-tokens 128
+    python benchmarks/picture.py PROFILE.json
+
+Nothing is measured here: the table is the one that `moetune show PROFILE.json` prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from moetune.report.tables import profile_report
+from moetune.spec.presets import names, preset
+from moetune.spec.regime import Regime
+from moetune.store.profile import Profile
+from moetune.store.store import Store
+
+COLUMNS = 100
+PICTURE = Path(__file__).parent.parent / "docs" / "tune.svg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", type=Path, help="a profile in a store; `moetune store list` shows what there is")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="the SVG to write (default: %(default)s)")
+    given = parser.parse_args()
+    profile = Store().read(given.profile)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    given.output.write_text(picture(profile), encoding="utf-8")
+    print(f"{given.output}: {len(profile.choices)} buckets of {profile.layer.name} on {profile.environment.device}")
+
+
+def picture(profile: Profile) -> str:
+    """The SVG of a terminal that shows the command and the profile's report."""
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text("$ ", style="dim").append(command(profile), style="bold"))
+    for renderable in profile_report(profile):
+        console.print(renderable)
+    return console.export_svg(title="moetune")
+
+
+def command(profile: Profile) -> str:
+    """The `moetune tune` that asks the profile's question, with the options whose values are no defaults."""
+    layer, regime = profile.layer, profile.regime
+    default = Regime(distribution=regime.distribution)
+    words = ["moetune tune", f"--model {layer.name}"]
+    if layer.name in names() and layer.precision != preset(layer.name).precision:
+        words.append(f"--precision {layer.precision}")
+    words += [f"--ep {regime.ep_size}"] if regime.ep_size > 1 else []
+    words += [f"--tp {regime.tp_size}"] if regime.tp_size > 1 else []
+    words += ["--dp"] if regime.attention_dp else []
+    words += [f"--dispatch {regime.dispatch}"] if regime.dispatch == "allgather" else []
+    words += [f"--layout {regime.layout}"] if regime.layout not in (None, "packed") else []
+    words += [f"--distribution {regime.distribution}"] if regime.distribution != Regime().distribution else []
+    for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
+        value = getattr(regime, field)
+        words += [f"--{field.replace('_', '-')} {value}"] if value != getattr(default, field) else []
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    main()

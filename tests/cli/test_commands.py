@@ -1,0 +1,235 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from planted import PlantedBackend
+
+import moetune as package
+from moetune.backends import registry
+from moetune.store.profile import Profile
+
+TUNE = importlib.import_module("moetune.tune")
+QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A backend `planted` with known times, and short finals."""
+    backend = PlantedBackend(milliseconds={"default": 1.0, "fast": 0.1})
+    real = registry.backend
+    monkeypatch.setattr(registry, "backend", lambda name: backend if name == "planted" else real(name))
+    monkeypatch.setattr(TUNE, "FINAL_SECONDS", 0.05)
+    return backend
+
+
+@pytest.fixture
+def question(tiny, planted):
+    return ("--model", tiny(), *QUESTION, "--backend", "planted")
+
+
+def _document(result):
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_models_lists_every_layer_with_its_source(moetune):
+    document = _document(moetune("models", "--json"))
+    assert document["schema_version"] == 1
+    models = {entry["layer"]["name"]: entry for entry in document["models"]}
+    assert models["deepseek-r1"]["layer"]["routing"]["num_groups"] == 8
+    assert models["deepseek-r1"]["source"]["url"].startswith("https://")
+    assert "num_experts" in models["deepseek-r1"]["source"]["fields"]
+    text = moetune("models").stdout
+    assert all(name in text for name in models)
+
+
+def test_doctor_says_what_runs_here(moetune):
+    document = _document(moetune("doctor", "--json"))
+    backends = {entry["name"]: entry for entry in document["backends"]}
+    assert backends["torch"] == {"name": "torch", "available": True, "reason": "", "hint": ""}
+    assert "torch" in document["environment"]["strict"]
+    text = moetune("doctor").stdout
+    assert document["environment"]["device"] in text
+
+
+def test_doctor_says_why_a_backend_cannot_run_and_what_to_do(moetune, monkeypatch):
+    missing = registry.Diagnosis("elsewhere", False, "there is no GPU", "Run it where there is one")
+    monkeypatch.setattr(registry, "diagnose", lambda: [registry.Diagnosis("torch", True), missing])
+    text = moetune("doctor").stdout
+    assert "there is no GPU" in text
+    assert "Run it where there is one" in text
+
+
+def test_plan_carries_plain_byte_counts_and_the_distribution(moetune):
+    words = ["plan", "--model", "deepseek-r1", "--ep", "4", "--dp", "--dispatch", "allgather", "--json"]
+    document = _document(moetune(*words))
+    assert list(document)[:3] == ["schema_version", "layer", "regime"]
+    assert document["regime"]["distribution"] == "random"
+    payloads = {(way["activation"], way["routing"]): way for way in document["wire"]}
+    assert payloads["bf16", "logits"]["payload_bytes_per_token"] == 15360
+    assert payloads["fp4", "logits"]["payload_bytes_per_token"] == 5056
+    assert payloads["fp4", "logits"]["ratio"] == 3.04
+    assert payloads["fp4", "packed_topk"]["payload_bytes_per_token"] == 4064
+    assert payloads["fp4", "packed_topk"]["ratio"] == 3.78
+    assert [bucket["rows"] for bucket in document["buckets"]] == [1 << power for power in range(14)]
+    assert all(type(bucket["received_bytes"]) is int for bucket in document["buckets"])
+
+
+def test_plan_prints_its_tables(moetune):
+    text = moetune("plan", "--model", "deepseek-r1", "--ep", "8", "--dispatch", "trtllm:attention_dp").stdout
+    assert "simulated with the layer's own router" in text
+    assert "8,192" in text
+    assert "packed_topk" in text
+
+
+def test_tune_measures_then_serves_then_shows_the_same_profile(moetune, question, planted, tmp_path):
+    store = ("--store", tmp_path / "store")
+    first = moetune("tune", *question, *store)
+    assert first.exit_code == 0, first.stderr
+    assert "fast" in first.stdout
+    assert "[2/2] 8 rows" in first.stderr
+    (path,) = (tmp_path / "store").glob("*/*/*/planted-*.json")
+    assert f"profile: {path}" in first.stdout
+
+    assert sorted(set(planted.prepared)) == [4, 8]
+    planted.prepared.clear()
+    second = moetune("tune", *question, *store)
+    assert planted.prepared == []
+    assert f"served from the store, nothing was measured: {path}" in second.stdout
+
+    shown = moetune("show", *question, *store)
+    assert shown.stdout == first.stdout
+    assert moetune("show", path).stdout == first.stdout
+
+
+def test_again_measures_what_the_store_has(moetune, question, planted):
+    moetune("tune", *question)
+    planted.prepared.clear()
+    assert "profile: " in moetune("tune", *question, "--again").stdout
+    assert sorted(set(planted.prepared)) == [4, 8]
+
+
+def test_tune_json_is_the_profile_and_nothing_else_on_stdout(moetune, question):
+    document = _document(moetune("tune", *question, "--json"))
+    assert document.pop("served") is False
+    path = Path(document.pop("path"))
+    profile = Profile.model_validate(document)
+    assert [choice.rows for choice in profile.choices] == [4, 8]
+    assert Profile.model_validate_json(path.read_text()) == profile
+
+    again = _document(moetune("tune", *question, "--json"))
+    assert (again["served"], again["path"]) == (True, str(path))
+    assert _document(moetune("show", path, "--json"))["choices"] == document["choices"]
+
+
+def test_frozen_never_measures_and_a_miss_exits_3_and_names_the_field(moetune, question, planted):
+    empty = moetune("tune", *question, "--frozen")
+    assert empty.exit_code == 3
+    assert empty.stdout == ""
+    assert planted.prepared == []
+
+    moetune("tune", *question)
+    planted.prepared.clear()
+    other = tuple("--no-dp" if word == "--dp" else word for word in question)
+    for command in (["tune", "--frozen"], ["show"]):
+        missed = moetune(*command, *other)
+        assert missed.exit_code == 3
+        assert "attention_dp (wanted False, stored True)" in missed.stderr.splitlines()[-1]
+    assert planted.prepared == []
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_anything_is_measured(moetune, question, planted, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("a file")
+    result = moetune("tune", *question, "--store", occupied)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: The store {occupied} cannot be written")
+    assert planted.prepared == []
+
+
+def test_a_tactic_that_fails_is_told_and_does_not_stop_the_run(moetune, question, planted):
+    planted.milliseconds["broken"] = 0.1
+    planted.raising = frozenset({"broken"})
+    result = moetune("tune", *question)
+    assert result.exit_code == 0
+    assert "4 rows: broken failed: RuntimeError: planted failure" in result.stderr
+
+
+def test_an_interrupted_run_keeps_what_is_measured_and_goes_on_from_there(moetune, question, planted, monkeypatch):
+    real = PlantedBackend.prepare
+
+    def interrupted(self, problem):
+        if problem.rows == 8:
+            raise KeyboardInterrupt
+        return real(self, problem)
+
+    monkeypatch.setattr(PlantedBackend, "prepare", interrupted)
+    result = moetune("tune", *question)
+    assert result.exit_code == 130
+    assert "Finished buckets are saved: 1." in result.stderr
+    assert "1/2" in moetune("store", "list").stdout
+
+    monkeypatch.setattr(PlantedBackend, "prepare", real)
+    planted.prepared.clear()
+    assert moetune("tune", *question).exit_code == 0
+    assert set(planted.prepared) == {8}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show"], "either a profile's path or --model"),
+        (["show", "p.json", "--model", "qwen3-30b-a3b"], "either a profile's path or --model"),
+        (["show", "no-such.json"], "There is no profile no-such.json"),
+        (["tune", "--model", "qwen3-30b-a3b", "--frozen", "--again"], "--frozen never measures"),
+        (["tune", "--model", "deepseek-r1"], "fp8_block"),
+        (["store", "burn"], "No such command 'burn'"),
+    ],
+)
+def test_other_bad_input_is_one_line_and_exit_2(moetune, words, said):
+    result = moetune(*words)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_a_damaged_profile_is_named_listed_and_stays_where_it_is_outside_the_store(moetune, tmp_path):
+    stray = tmp_path / "stray.json"
+    stray.write_text("{")
+    result = moetune("show", stray)
+    assert result.exit_code == 1
+    assert f"error: {stray} is no profile" in result.stderr
+    assert stray.read_text() == "{"
+
+    inside = tmp_path / "store" / "device" / "layer" / "regime" / "torch-0.json"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(b"\x00\xff")
+    assert f"{inside} is no profile" in moetune("store", "list", "--store", tmp_path / "store").stdout
+    document = _document(moetune("store", "list", "--store", tmp_path / "store", "--json"))
+    assert document["profiles"] == []
+    assert [entry["path"] for entry in document["unreadable"]] == [str(inside)]
+
+
+def test_store_list_tells_what_each_profile_answers(moetune, question):
+    assert "has no profile yet" in moetune("store", "list").stdout
+    tuned = _document(moetune("tune", *question, "--json"))
+    (entry,) = _document(moetune("store", "list", "--json"))["profiles"]
+    assert entry["path"] == tuned["path"]
+    assert entry["regime"] == tuned["regime"]
+    assert (entry["buckets"], entry["missing_buckets"]) == ([4, 8], [])
+    text = moetune("store", "list").stdout
+    assert "ep4-tp1-dp-alltoall-packed-random" in text
+    assert "2/2" in text
+
+
+def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):
+    monkeypatch.setattr(TUNE, "FINAL_SECONDS", 0.1)
+    words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2")
+    document = _document(moetune("tune", *words, "--json"))
+    assert document["backend"] == "torch"
+    (choice,) = document["choices"]
+    assert choice["default_tactic"] == {"algorithm": "eager"}
+    assert sum(choice["load"]) == 2 * 8 * 2
+    assert choice["tried"] >= 4
+    assert document["environment"]["informative"]["moetune"] == package.__version__

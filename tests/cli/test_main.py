@@ -1,0 +1,105 @@
+import importlib
+import resource
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from moetune.cli.main import DEBUG_VARIABLE, INTERRUPTED, CommandLine, main
+from moetune.errors import MissError, NoResultError, UsageError
+
+RUN = "from moetune.cli.main import main; main(['--help'], prog_name='moetune')"
+
+
+def test_help_needs_less_than_200_ms_of_a_processor():
+    def seconds_of_a_run():
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", RUN], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds_of_a_run() for _ in range(5)) < 0.2
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'pydantic', 'rich', 'moetune.spec'} & sys.modules.keys()"
+    code = f"import sys, atexit; atexit.register(lambda: print({heavy}, file=sys.stderr)); {RUN}"
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stderr.strip() == "set()"
+    assert "Usage: moetune" in ran.stdout
+
+
+@pytest.mark.parametrize("words", [["plan", "--help"], ["models"], ["store", "list"]])
+def test_what_needs_no_torch_imports_none(words):
+    code = (
+        "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+        f"from moetune.cli.main import main; main({words})"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ran.stderr.strip() == "False"
+
+
+def test_every_command_that_the_help_names_can_be_imported():
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        assert command.name == name
+    assert main.get_command(context, "no-such-command") is None
+
+
+def test_the_entry_point_of_the_distribution_is_main():
+    assert importlib.import_module("moetune.cli.main").main is main
+
+
+def _failing(error):
+    @click.group(cls=CommandLine, lazy={}, invoke_without_command=True)
+    def failing():
+        raise error
+
+    return CliRunner().invoke(failing, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UsageError("Given a.", "Allowed: b."), 2, "error: Given a. Allowed: b."),
+        (NoResultError("Nothing ran."), 1, "error: Nothing ran."),
+        (MissError("No profile."), 3, "error: No profile."),
+        (click.UsageError("Odd words."), 2, "error: Odd words. See `failing --help`."),
+        (click.FileError("x", "gone"), 1, "error: Could not open file 'x': gone"),
+        (KeyboardInterrupt(), INTERRUPTED, "error: interrupted."),
+        (UsageError("Two\n  lines."), 2, "error: Two lines."),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(error, code, line):
+    result = _failing(error)
+    assert result.exit_code == code
+    assert result.stderr.strip() == line
+    assert result.stdout == ""
+
+
+def test_an_unexpected_exception_shows_its_traceback_only_when_asked(monkeypatch):
+    monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
+    result = _failing(ZeroDivisionError("boom"))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "unexpected ZeroDivisionError: boom" in result.stderr
+    assert DEBUG_VARIABLE in result.stderr
+
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    assert "Traceback" in _failing(ZeroDivisionError("boom")).stderr
+
+
+def test_without_a_command_the_help_is_shown_with_exit_2(moetune):
+    result = moetune()
+    assert result.exit_code == 2
+    assert "Commands:" in result.stderr
+
+
+def test_the_version_is_the_packages(moetune):
+    import moetune as package
+
+    assert moetune("--version").stdout == f"moetune {package.__version__}\n"

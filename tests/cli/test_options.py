@@ -1,0 +1,153 @@
+import json
+
+import pytest
+
+from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+
+QWEN = ("--model", "qwen3-30b-a3b")
+
+
+def _regime(moetune, *words):
+    result = moetune("plan", "--json", *words)
+    assert result.exit_code == 0, result.stderr
+    return Regime(**json.loads(result.stdout)["regime"])
+
+
+def _refused(result, *said, code=2):
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    for words in said:
+        assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "qwen3-30b"], ["Unknown model 'qwen3-30b'", "qwen3-30b-a3b", "moetune models"]),
+        (["--model", "no/such/config.json"], ["no/such/config.json"]),
+        ([*QWEN, "--ep", "7"], ["ep_size = 7 does not divide the 128 experts", "1, 2, 4, 8, 16, 32, 64, 128"]),
+        ([*QWEN, "--ep", "0"], ["ep_size must be at least 1, given 0"]),
+        ([*QWEN, "--ep", "-4"], ["ep_size must be at least 1, given -4"]),
+        ([*QWEN, "--ep", "256"], ["ep_size = 256 exceeds the 128 experts"]),
+        ([*QWEN, "--ep", "eight"], ["--ep", "'eight'", "moetune plan --help"]),
+        ([*QWEN, "--tp", "0"], ["tp_size must be at least 1"]),
+        ([*QWEN, "--tp", "7"], ["tp_size = 7 does not divide the intermediate size 768"]),
+        ([*QWEN, "--rank", "8", "--ep", "8"], ["rank must be 0 … 7, given 8"]),
+        ([*QWEN, "--redundant-experts", "-1"], ["redundant_experts must be at least 0"]),
+        ([*QWEN, "--draws", "0"], ["draws must be at least 1"]),
+        ([*QWEN, "--seed", "-1"], ["seed"]),
+        ([*QWEN, "--tune-max-num-tokens", "0"], ["tune_max_num_tokens must be at least 1"]),
+        ([*QWEN, "--backend", "nope"], ["Unknown backend 'nope'", "torch"]),
+        ([*QWEN, "--ladder", "4,2"], ["ascending", "4,2"]),
+        ([*QWEN, "--ladder", "2,2"], ["ascending"]),
+        ([*QWEN, "--ladder", "0,2"], ["positive"]),
+        ([*QWEN, "--ladder", "stairs"], ["Unknown ladder 'stairs'", "pow2, hybrid, vllm"]),
+        ([*QWEN, "--ladder", "1,64", "--tune-max-num-tokens", "32"], ["64", "above tune_max_num_tokens = 32"]),
+        ([*QWEN, "--distribution", "balancd"], ["'balancd'", "balanced, random"]),
+        ([*QWEN, "--no-dp", "--dispatch", "alltoall"], ["only dispatch is none, given alltoall"]),
+        ([*QWEN, "--no-dp", "--dispatch", "vllm:allgather_reducescatter"], ["given allgather"]),
+        ([*QWEN, "--dp", "--dispatch", "none"], ["attention_dp needs dispatch alltoall or allgather"]),
+        ([*QWEN, "--dispatch", "allgather", "--layout", "packed"], ["A layout goes with dispatch alltoall only"]),
+        ([*QWEN, "--no-dp", "--layout", "pool"], ["A layout goes with dispatch alltoall only"]),
+        ([*QWEN, "--layout", "scattered"], ["'packed', 'deduplicated', 'slot', 'pool'"]),
+        ([*QWEN, "--dispatch", "carrier-pigeon"], ["none, alltoall, allgather or ENGINE:WORD"]),
+        ([*QWEN, "--dispatch", "vllm:pigeon"], ["vllm has no dispatcher 'pigeon'", "deepep_high_throughput"]),
+        ([*QWEN, "--dispatch", "pigeon:none"], ["vllm, sglang, trtllm"]),
+        ([*QWEN, "--dispatch", "vllm:deepep_low_latency"], ["cannot be tuned", "DeepGEMM"]),
+        ([*QWEN, "--precision", "fp3"], ["'fp3'", "nvfp4"]),
+        ([], ["--model is missing"]),
+        (["--ep", "4", "--no-dp"], ["--ep, --dp given without --model"]),
+        ([*QWEN, "--no-such-option"], ["--no-such-option"]),
+    ],
+    ids=lambda value: " ".join(value)[-50:] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_2(moetune, words, said):
+    _refused(moetune("plan", *words), *said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_experts", 0), ("hidden_size", -64), ("moe_intermediate_size", 0), ("num_experts_per_tok", 17)],
+)
+def test_a_config_with_impossible_sizes_is_refused(moetune, tiny, field, value):
+    _refused(moetune("plan", "--model", tiny(**{field: value})), str(value))
+
+
+@pytest.mark.parametrize("command", ["plan", "tune", "show"])
+def test_every_command_that_takes_a_question_checks_it(moetune, command):
+    _refused(moetune(command, *QWEN, "--ep", "7"), "does not divide")
+
+
+def test_without_options_the_regime_is_the_librarys_default(moetune):
+    assert _regime(moetune, *QWEN) == Regime()
+
+
+def test_every_option_reaches_its_field(moetune):
+    words = ["--ep", "4", "--tp", "2", "--dp", "--layout", "deduplicated", "--redundant-experts", "4"]
+    words += ["--distribution", "balanced", "--seed", "7", "--draws", "3"]
+    words += ["--ladder", "1,8", "--tune-max-num-tokens", "64"]
+    assert _regime(moetune, *QWEN, *words) == Regime(
+        ep_size=4,
+        tp_size=2,
+        attention_dp=True,
+        layout="deduplicated",
+        distribution="balanced",
+        seed=7,
+        draws=3,
+        ladder="1,8",
+        tune_max_num_tokens=64,
+        redundant_experts=4,
+    )
+
+
+def test_precision_replaces_the_weights_own(moetune):
+    result = moetune("plan", "--json", "--model", "deepseek-r1", "--precision", "bf16", "--ladder", "1")
+    assert json.loads(result.stdout)["layer"]["precision"] == "bf16"
+
+
+def test_dp_alone_is_a_packed_alltoall_and_says_who_brings_it(moetune):
+    result = moetune("plan", "--json", *QWEN, "--ep", "8", "--dp", "--ladder", "8")
+    regime = json.loads(result.stdout)["regime"]
+    assert (regime["dispatch"], regime["layout"]) == ("alltoall", "packed")
+    assert "--dispatch alltoall --layout packed" in result.stderr
+    assert "trtllm:attention_dp" in result.stderr
+    assert moetune("plan", "--json", *QWEN, "--dispatch", "alltoall", "--ladder", "8").stderr == ""
+
+
+def test_an_engines_word_stands_for_dispatch_layout_and_ladder(moetune):
+    regime = _regime(moetune, *QWEN, "--ep", "8", "--dispatch", "vllm:deepep_high_throughput")
+    assert regime == Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+
+
+def test_an_option_beside_an_engines_word_wins(moetune):
+    words = ("--dispatch", "vllm:deepep_high_throughput", "--layout", "pool", "--ladder", "8,16")
+    regime = _regime(moetune, *QWEN, "--ep", "8", *words)
+    assert (regime.layout, str(regime.ladder)) == ("pool", "8,16")
+
+
+def test_an_engines_word_knows_the_size_of_the_deployment(moetune):
+    assert _regime(moetune, *QWEN, "--ep", "8", "--dispatch", "trtllm:attention_dp").ladder.divisor == 8
+    assert _regime(moetune, *QWEN, "--ep", "6", "--dispatch", "vllm:allgather_reducescatter").uneven_shards
+
+
+@pytest.mark.parametrize(
+    ("value", "distribution"), [("balanced", "balanced"), ("random", "random"), ("BALANCED", "balanced")]
+)
+def test_the_variable_gives_the_default_distribution(moetune, monkeypatch, value, distribution):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, value)
+    regime = _regime(moetune, *QWEN, "--ladder", "8")
+    assert regime.distribution == distribution
+    assert regime == Regime(ladder="8", distribution=distribution)
+
+
+def test_an_option_beats_the_variable(moetune, monkeypatch):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "balanced")
+    assert _regime(moetune, *QWEN, "--ladder", "8", "--distribution", "random").distribution == "random"
+
+
+def test_another_value_of_the_variable_is_refused_with_the_values(moetune, monkeypatch):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "foo")
+    _refused(moetune("plan", *QWEN), DISTRIBUTION_VARIABLE, "'foo'", "balanced, random")
