@@ -69,10 +69,8 @@ class Progress:
                 self._start(event.rows, event.count, event.tactics)
             case TacticMeasured():
                 self._measured += 1
-                if self._measured == self._tactics:
-                    self._update(f"{event.rows} rows: final")
-                else:
-                    self._update(f"{event.rows} rows: tactic {self._measured + 1} of {self._tactics}")
+                left = self._tactics - self._measured
+                self._update(f"{event.rows} rows: {left} more tactics" if left else f"{event.rows} rows: the final")
                 if event.time_us is None:
                     self._line(f"{event.rows} rows: {event.tactic} failed: {event.reason}")
             case BucketChosen():
@@ -83,7 +81,7 @@ class Progress:
         if self._console.is_terminal and self._task is None:
             self._task = self._bar.add_task("", total=count, left="estimating")
             self._bar.start()
-        self._update(f"{rows} rows: tactic 1 of {tactics}")
+        self._update(f"{rows} rows: {tactics} tactics")
 
     def _update(self, description: str) -> None:
         if self._task is not None:

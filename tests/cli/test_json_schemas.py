@@ -1,0 +1,21 @@
+from pathlib import Path
+
+import pytest
+
+from moetune.backends.registry import Diagnosis
+from moetune.plan import BucketPlan, Payload, Plan
+from moetune.spec.layer import MoELayer, Precision, RoutingMethod
+from moetune.spec.regime import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Regime
+from moetune.store.profile import Choice, Profile
+
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("model", [MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice])
+def test_every_field_is_documented(model):
+    assert not [name for name in model.model_fields if f"`{name}`" not in DOCUMENTED and f'"{name}"' not in DOCUMENTED]
+
+
+def test_every_value_of_an_enumeration_is_documented():
+    values = (*Precision, *DISPATCHES, *LAYOUTS, *DISTRIBUTIONS, *Diagnosis._fields)
+    assert not [value for value in values if f"`{value}`" not in DOCUMENTED]
