@@ -32,7 +32,7 @@ CLIFF = 2.0
 """A finalist slower than this times the default on a stress draw cannot win."""
 FINAL_SECONDS = 4.0
 """About how long the interleaved final of one bucket may take."""
-FINAL_SAMPLES = (8, 48)
+FINAL_SAMPLES = (20, 48)
 """The least and the most paired samples of a final."""
 
 
