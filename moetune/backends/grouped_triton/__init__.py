@@ -1,0 +1,1 @@
+"""The Triton grouped GEMM of vLLM's and SGLang's parametrization."""

@@ -1,0 +1,109 @@
+"""Compiling a tactic without a launch and without a GPU, so that it can run ahead in other processes."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from moetune.backends.grouped_triton.align import Alignment
+from moetune.backends.grouped_triton.gemm import Gemm, GroupedKernel, Operands, two_gemms
+from moetune.backends.grouped_triton.sources import grouped_kernel
+from moetune.backends.grouped_triton.space import Shapes, max_padded_slots
+
+
+def compile_tactic(
+    shapes: Shapes,
+    tactic: Mapping[str, Any],
+    *,
+    capability: tuple[int, int],
+    kernel: str = "builtin",
+    zero_remote: bool = False,
+) -> dict[str, int]:
+    """Compiles both GEMMs of one tactic into Triton's cache, under the keys of the launches to come.
+
+    Needs no GPU and no CUDA context. The builtin kernel's keys are the same for all buckets of a layer.
+
+    Args:
+        shapes: of the bucket.
+        tactic: one of `space.candidates`.
+        capability: of the device, such as (9, 0).
+        kernel: whose grouped GEMM; see `sources`.
+        zero_remote: as in the launch.
+
+    Returns:
+        `registers` a thread, `shared_bytes` a block and `spill_bytes` of stack a thread; of the greater GEMM.
+
+    Raises:
+        Exception: whatever Triton or ptxas raises for a tactic that does not compile.
+    """
+    grouped = grouped_kernel(kernel)
+    with _headless(capability):
+        compiled = [
+            _compile(grouped, gemm, shapes, tactic, zero_remote) for gemm in two_gemms(shapes, zero_remote, capability)
+        ]
+    usages = [_resource_usage(kernel.asm["cubin"]) | {"shared_bytes": kernel.metadata.shared} for kernel in compiled]
+    return {name: max(usage[name] for usage in usages) for name in usages[0]}
+
+
+def _compile(grouped: GroupedKernel, gemm: Gemm, shapes: Shapes, tactic: Mapping[str, Any], zero_remote: bool) -> Any:
+    f32, i32, bf16 = MockTensor(torch.float32), MockTensor(torch.int32), MockTensor(torch.bfloat16)
+    value = MockTensor(torch.float8_e4m3fn) if gemm.fp8 else bf16
+    scales = f32 if gemm.fp8 else None
+    groups = shapes.num_groups(zero_remote)
+    block_m = tactic["BLOCK_SIZE_M"]
+    padded = max_padded_slots(shapes.num_slots, groups, block_m) if shapes.sorted else shapes.num_slots * block_m
+    alignment = Alignment(i32 if shapes.sorted else None, i32, i32, padded, shapes.num_slots)
+    operands = Operands(value, value, bf16, f32, scales, scales)
+    return grouped.function.warmup(grid=(1,), **grouped.arguments(gemm, operands, alignment, tactic))
+
+
+class _HeadlessDriver:
+    """What Triton's compiler asks of a driver, answered for a device that need not be there."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self._target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        """No number that a real device could have: Triton keeps compiled kernels by it."""
+        return "headless"
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+@contextmanager
+def _headless(capability: tuple[int, int]) -> Iterator[None]:
+    config = triton.runtime.driver
+    previous = config._active
+    config.set_active(_HeadlessDriver(capability))
+    try:
+        yield
+    finally:
+        config.set_active(previous)
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and stack of a cubin's kernel, as `cuobjdump -res-usage` prints them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {printed!r}")
+    return {"registers": int(found[1]), "spill_bytes": int(found[2])}

@@ -1,0 +1,130 @@
+"""`TritonBackend`: the grouped GEMM that most vLLM and SGLang deployments on Hopper run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Literal
+
+from moetune.backends.base import Candidates, Problem
+from moetune.backends.grouped_triton import space
+from moetune.errors import UnsupportedError, UsageError
+from moetune.spec.layer import Activation, MoELayer, Precision
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+if TYPE_CHECKING:
+    from moetune.backends.grouped_triton.runner import TritonRunner
+
+Remote = Literal["drop", "zero"]
+
+_PRECISIONS = (Precision.BF16, Precision.FP8_BLOCK)
+_ACTIVATIONS = (Activation.SILU, Activation.GELU)
+_TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
+
+
+class TritonBackend:
+    """A Triton grouped GEMM with exactly vLLM's and SGLang's tunables; one tactic serves both GEMMs.
+
+    Args:
+        kernel: whose grouped GEMM is timed: `builtin`, or that of an installed `vllm` or `sglang`.
+        remote: what becomes of slots whose expert is elsewhere: `drop` (vLLM from 0.20) or `zero`, blocks that
+            write zeros (before that, and SGLang). Follows the kernel when not given.
+
+    Raises:
+        UsageError: no such kernel, or no such treatment.
+    """
+
+    name = "triton"
+
+    def __init__(self, kernel: str = "builtin", remote: Remote | None = None) -> None:
+        if kernel not in ("builtin", "vllm", "sglang"):
+            raise UsageError(f"Unknown kernel {kernel!r}.", "Kernels: builtin, vllm, sglang.")
+        if remote not in (None, "drop", "zero"):
+            raise UsageError(f"Remote slots are treated by drop or zero, given {remote!r}.")
+        self.kernel = kernel
+        self.remote: Remote = remote or ("zero" if kernel == "sglang" else "drop")
+
+    def unavailable(self) -> tuple[str, str] | None:
+        """No triton, no CUDA device of compute capability 8.0, or no such engine."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed", "pip install 'moetune[triton]'"
+        import torch
+
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            if not torch.cuda.is_available():
+                return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
+            if (capability := torch.cuda.get_device_capability()) < (8, 0):
+                return (
+                    f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}",
+                    "Use --backend torch.",
+                )
+        from moetune.backends.grouped_triton.sources import grouped_kernel
+
+        try:
+            grouped_kernel(self.kernel)
+        except UnsupportedError as error:
+            return error.message, error.hint
+        return None
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
+        """Other precisions than bf16 and fp8 block; gpt-oss's clamped swiglu and biases; a weight on the input."""
+        if layer.precision not in _PRECISIONS:
+            return f"computes {' and '.join(_PRECISIONS)} experts, not {layer.precision.value}"
+        if layer.activation not in _ACTIVATIONS:
+            return f"computes {' and '.join(_ACTIVATIONS)}, not {layer.activation.value}"
+        if layer.expert_bias:
+            return "adds no bias to an expert's GEMMs"
+        if layer.weight_on_input:
+            return "applies the router's weight to an expert's output, this layer to its input"
+        intermediate = layer.intermediate_size // regime.tp_size
+        if layer.precision is Precision.FP8_BLOCK and (layer.hidden_size % 128 or intermediate % 128):
+            return (
+                f"needs whole 128×128 scale blocks; H = {layer.hidden_size} and I/tp = {intermediate} "
+                "are not both multiples of 128"
+            )
+        return None
+
+    def environment(self) -> dict[str, str]:
+        """Triton's version, whose kernel, a digest of its source, and what becomes of remote slots."""
+        from moetune.backends.grouped_triton.sources import grouped_kernel
+
+        return {
+            "triton": importlib.metadata.version("triton"),
+            "kernel": self.kernel,
+            "kernel_source": grouped_kernel(self.kernel).digest,
+            "remote": self.remote,
+        }
+
+    def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
+        """Of 1920 configurations those that the device can run and that differ; the default first."""
+        return space.candidates(
+            space.Shapes.of(layer, regime, rows),
+            space.Limits.of(device),
+            zero_remote=self.remote == "zero",
+            clamps_k=self.kernel != "sglang",
+        )
+
+    def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        """vLLM's own choice where no file was tuned; see `space.default_config`."""
+        shapes = space.Shapes.of(layer, regime, rows)
+        return space.default_config(rows, shapes.num_local, shapes.fp8)
+
+    def tolerance(self, layer: MoELayer) -> float:
+        """1e-2 in bf16; 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
+        return _TOLERANCES[layer.precision]
+
+    def prepare(self, problem: Problem) -> TritonRunner:
+        """Weights, inputs, routings and all workspace on the device.
+
+        Raises:
+            UnsupportedError: this layer is not computed, or this machine cannot run it.
+        """
+        if reason := self.unsupported(problem.layer, problem.regime):
+            raise UnsupportedError(f"The backend {self.name} {reason}.", "Use another backend.")
+        if obstacle := self.unavailable():
+            raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
+        from moetune.backends.grouped_triton.runner import TritonRunner
+
+        return TritonRunner(problem, self.kernel, zero_remote=self.remote == "zero")

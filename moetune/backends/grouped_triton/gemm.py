@@ -1,0 +1,147 @@
+"""One launch of the grouped GEMM, by our own kernel or by one of the same parametrization."""
+
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import triton
+
+from moetune.backends.grouped_triton import activation, align, kernel, quantize
+from moetune.backends.grouped_triton.space import SCALE_BLOCK, Shapes, effective_block_size_k, swaps_operands
+
+if TYPE_CHECKING:
+    from moetune.backends.grouped_triton.align import Alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """`out[s] = a[s // slots_per_row] @ w[expert of s].T`: everything about it that is known before the tensors.
+
+    `weighted`: each slot's result is multiplied by its router weight. `fp8`: e4m3 with block scales, else bf16.
+    `zero_remote`: blocks of expert −1 write zeros.
+    """
+
+    N: int
+    K: int
+    num_rows: int
+    slots_per_row: int
+    weighted: bool
+    num_local: int
+    fp8: bool
+    zero_remote: bool
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The tensors of one GEMM, all contiguous; a dtype's `MockTensor` stands for each where nothing is launched.
+
+    `a` [rows, K], `w` [L, N, K], `out` [slots, N], `slot_weights` f32 [slots]; with fp8 `a_scales`
+    [rows, K/128] and `w_scales` [L, N/128, K/128], f32.
+    """
+
+    a: Any
+    w: Any
+    out: Any
+    slot_weights: Any
+    a_scales: Any = None
+    w_scales: Any = None
+
+
+def two_gemms(shapes: Shapes, zero_remote: bool, capability: tuple[int, int]) -> tuple[Gemm, Gemm]:
+    """Gate and up of every row's slots, `[slots, 2I]`, then down of every slot, `[slots, H]`, weighted."""
+    hidden, intermediate = shapes.hidden_size, shapes.intermediate_size
+    common: Any = {
+        "num_local": shapes.num_local,
+        "fp8": shapes.fp8,
+        "zero_remote": zero_remote or not shapes.sorted,
+        "capability": capability,
+    }
+    return (
+        Gemm(2 * intermediate, hidden, shapes.rows, shapes.top_k, weighted=False, **common),
+        Gemm(hidden, intermediate, shapes.num_slots, 1, weighted=True, **common),
+    )
+
+
+class GroupedKernel(Protocol):
+    """A Triton kernel that computes a `Gemm` with the six tunables."""
+
+    name: str
+    function: Any
+    clamps_k: bool
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the kernel's source."""
+        ...
+
+    def arguments(
+        self, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """The launch's arguments by name, the compiler's options `num_warps` and `num_stages` among them."""
+        ...
+
+
+class BuiltinKernel:
+    """The kernel of this package."""
+
+    name = "builtin"
+    function = kernel.grouped_gemm_kernel
+    clamps_k = True
+
+    @property
+    def digest(self) -> str:
+        """Over everything of the package that is compiled."""
+        return source_digest(*(module.__file__ for module in (kernel, align, quantize, activation)))
+
+    def arguments(
+        self, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """See `GroupedKernel.arguments`."""
+        return {
+            **tactic,
+            "a_ptr": operands.a,
+            "w_ptr": operands.w,
+            "out_ptr": operands.out,
+            "a_scales_ptr": operands.a_scales,
+            "w_scales_ptr": operands.w_scales,
+            "slot_weights_ptr": operands.slot_weights,
+            "sorted_slots_ptr": alignment.sorted_slots,
+            "block_experts_ptr": alignment.block_experts,
+            "num_padded_slots_ptr": alignment.num_padded_slots,
+            "N": gemm.N,
+            "K": gemm.K,
+            "max_padded_slots": alignment.max_padded_slots,
+            "num_slots": alignment.num_slots,
+            "BLOCK_SIZE_K": effective_block_size_k(tactic, gemm.fp8),
+            "SLOTS_PER_ROW": gemm.slots_per_row,
+            "SCALE_BLOCK": SCALE_BLOCK if gemm.fp8 else 0,
+            "WEIGHTED": gemm.weighted,
+            "SORTED": alignment.sorted_slots is not None,
+            "ZERO_REMOTE": gemm.zero_remote,
+            "SWAP_AB": swaps_operands(tactic, gemm.fp8, gemm.capability),
+        }
+
+
+def launch(
+    grouped: GroupedKernel, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, Any]
+) -> None:
+    """Runs the kernel on the current stream."""
+    blocks_m = triton.cdiv(alignment.max_padded_slots, tactic["BLOCK_SIZE_M"])
+    grid = (blocks_m * triton.cdiv(gemm.N, tactic["BLOCK_SIZE_N"]),)
+    grouped.function[grid](**grouped.arguments(gemm, operands, alignment, tactic))
+
+
+def source_digest(*paths: str | None) -> str:
+    """16 hex digits over the bytes of some files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        assert path is not None
+        with open(path, "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,237 @@
+"""The 1920 configurations of vLLM's and SGLang's grouped GEMM, and which of them a device can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Self
+
+from moetune.backends.base import Candidates
+from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+VALUES: Mapping[str, tuple[int, ...]] = {
+    "BLOCK_SIZE_M": (16, 32, 64, 128, 256),
+    "BLOCK_SIZE_N": (32, 64, 128, 256),
+    "BLOCK_SIZE_K": (64, 128, 256),
+    "GROUP_SIZE_M": (1, 16, 32, 64),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+"""The search space of vLLM's `benchmark_moe.py` and SGLang's `tuning_fused_moe_triton.py`."""
+
+SCALE_BLOCK = 128
+"""Side of the tile of an fp8 weight, and length of the group of an activation, that share one scale."""
+
+_LANES = 32
+_MMA_ROWS, _MMA_COLUMNS = 16, 8  # of one mma.sync m16n8: the least that a warp computes
+_WGMMA_ROWS = 64
+_REGISTERS_PER_THREAD = 255  # since compute capability 3.5 (CUDA C++ Programming Guide, technical specifications)
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Everything that the kernels' arguments depend on, in numbers.
+
+    `rows` M, `top_k` ids in a row, `hidden_size` H, `intermediate_size` I of one expert on this rank, `num_local`
+    L of `num_experts` expert slots. `fp8`: e4m3 with 128×128 block scales, else bf16.
+    """
+
+    rows: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    num_local: int
+    num_experts: int
+    fp8: bool
+
+    @classmethod
+    def of(cls, layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> Self:
+        """The shapes of one bucket."""
+        shard = regime.shard(layer, rank)
+        return cls(
+            rows,
+            1 if regime.layout == "slot" else layer.top_k,
+            layer.hidden_size,
+            layer.intermediate_size // regime.tp_size,
+            shard.num_local,
+            shard.num_slots,
+            layer.precision is Precision.FP8_BLOCK,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """M · k."""
+        return self.rows * self.top_k
+
+    @property
+    def whole_layer(self) -> bool:
+        """Whether this rank holds all experts; the engines then run without an expert map."""
+        return self.num_local == self.num_experts
+
+    @property
+    def sorted(self) -> bool:
+        """Whether slots are sorted by expert: not by vLLM where they are few and no expert is remote (4·M·k ≤ E)."""
+        return not self.whole_layer or 4 * self.num_slots > self.num_experts
+
+    def num_groups(self, zero_remote: bool) -> int:
+        """The most groups of slots that are padded to blocks; it bounds the grid. The engines count all experts."""
+        return max(self.num_experts, self.num_local + zero_remote)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one block of threads may use on a device."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+    registers_per_thread: int
+    registers_per_block: int
+
+    @classmethod
+    def of(cls, device: str) -> Self | None:
+        """The limits of a CUDA device, as Triton's driver reports them; None for a CPU."""
+        import torch
+
+        where = torch.device(device)
+        if where.type != "cuda":
+            return None
+        import triton
+
+        index = torch.cuda.current_device() if where.index is None else where.index
+        properties = triton.runtime.driver.active.utils.get_device_properties(index)
+        return cls(
+            torch.cuda.get_device_capability(index),
+            properties["max_shared_mem"],
+            _REGISTERS_PER_THREAD,
+            properties["max_num_regs"],
+        )
+
+
+def max_padded_slots(num_slots: int, num_groups: int, block_size: int) -> int:
+    """The most slots, padding included, of `num_groups` groups padded to whole blocks; vLLM's bound of its grid."""
+    return min(num_slots * block_size, num_slots + num_groups * (block_size - 1))
+
+
+def swaps_operands(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
+    """Whether the tile's transpose is computed: fp8, BM < 64 ≤ BN, Hopper (sglang#15712, #16723; vLLM after 0.20)."""
+    block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
+    return fp8 and capability[0] == 9 and block_m < _WGMMA_ROWS <= block_n
+
+
+def effective_block_size_k(tactic: Mapping[str, object], fp8: bool) -> int:
+    """BLOCK_SIZE_K, clamped to the scale block as vLLM does."""
+    block_k = _number(tactic, "BLOCK_SIZE_K")
+    return min(block_k, SCALE_BLOCK) if fp8 else block_k
+
+
+def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> int:
+    """Shared memory of the software pipeline: a tile of each operand a stage.
+
+    One stage less where Triton uses mma.sync, whose operands go through registers; wgmma (Hopper; 64 rows or
+    more) reads them from shared memory. With fp8 Triton adds up to 4 · BLOCK_SIZE_N bytes for the scales.
+    """
+    block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
+    tiles = (block_m + block_n) * effective_block_size_k(tactic, fp8) * (1 if fp8 else 2)
+    from_shared = capability[0] >= 9 and (block_m >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability))
+    return tiles * (_number(tactic, "num_stages") - (not from_shared))
+
+
+def accumulator_registers(tactic: Mapping[str, object], fp8: bool) -> int:
+    """fp32 registers a thread for the accumulator; twice with block scales, which each step's product waits for."""
+    tile = _number(tactic, "BLOCK_SIZE_M") * _number(tactic, "BLOCK_SIZE_N")
+    return tile // (_number(tactic, "num_warps") * _LANES) * (2 if fp8 else 1)
+
+
+def illegal(tactic: Mapping[str, object], fp8: bool, limits: Limits) -> str | None:
+    """Why a device cannot run this configuration as it is meant, or None."""
+    needed = shared_bytes(tactic, fp8, limits.capability)
+    if needed > limits.shared_bytes:
+        return f"needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}"
+    threads = _number(tactic, "num_warps") * _LANES
+    available = min(limits.registers_per_thread, limits.registers_per_block // threads)
+    if (registers := accumulator_registers(tactic, fp8)) > available:
+        return f"needs {registers} registers a thread for its accumulators alone, a thread may have {available}"
+    return None
+
+
+def idle_warps(tactic: Mapping[str, object]) -> str | None:
+    """Why some warps would only repeat others' work, or None: each needs a 16×8 MMA tile of its own."""
+    tiles = _number(tactic, "BLOCK_SIZE_M") * _number(tactic, "BLOCK_SIZE_N") // (_MMA_ROWS * _MMA_COLUMNS)
+    if tiles < _number(tactic, "num_warps"):
+        return f"has {tiles} MMA tiles of 16×8 for {tactic['num_warps']} warps"
+    return None
+
+
+def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
+    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.20.2, stated anew.
+
+    fp8 with block scales: one tile for few rows, one for many. Else the tile grows with the rows, and rows are
+    grouped only where an expert has more than 128 of them.
+    """
+    if fp8:
+        return _config(16 if rows <= 64 else 64, SCALE_BLOCK, SCALE_BLOCK, 1 if rows <= 16 else 32, 4, 3)
+    block_m = next((size for most, size in ((32, 16), (96, 32), (512, 64)) if rows <= most), 128)
+    return _config(
+        block_m,
+        64 if rows <= 64 else 128,
+        128 if rows <= 64 else 64,
+        16 if rows // max(num_local, 1) > 128 else 1,
+        4 if rows <= 128 else 8,
+        4 if rows <= 32 else 3,
+    )
+
+
+def candidates(shapes: Shapes, limits: Limits | None, *, zero_remote: bool, clamps_k: bool = True) -> Candidates:
+    """All 1920 configurations: the ones worth timing, the default among them, and the others with their reasons.
+
+    Args:
+        shapes: of the bucket.
+        limits: of the device; None leaves out only what no device could use.
+        zero_remote: remote slots occupy blocks.
+        clamps_k: the kernel clamps BLOCK_SIZE_K to the scale block (vLLM); SGLang's does not, and would compute
+            wrong numbers.
+    """
+    default = default_config(shapes.rows, shapes.num_local, shapes.fp8)
+    kept: dict[tuple[int, ...], Tactic] = {_behavior(default, shapes, zero_remote): default}
+    excluded: dict[Tactic, str] = {}
+    for values in product(*VALUES.values()):
+        tactic = _config(*values)
+        if tactic == default:
+            continue
+        if shapes.fp8 and not clamps_k and tactic["BLOCK_SIZE_K"] > SCALE_BLOCK:  # type: ignore[operator]
+            excluded[tactic] = (
+                f"BLOCK_SIZE_K exceeds the scale block of {SCALE_BLOCK}: one scale would serve two blocks"
+            )
+        elif reason := idle_warps(tactic) or (illegal(tactic, shapes.fp8, limits) if limits else None):
+            excluded[tactic] = reason
+        elif same := kept.get(behavior := _behavior(tactic, shapes, zero_remote)):
+            excluded[tactic] = f"runs the same as {same}"
+        else:
+            kept[behavior] = tactic
+    return Candidates(tuple(kept.values()), excluded)
+
+
+def _behavior(tactic: Tactic, shapes: Shapes, zero_remote: bool) -> tuple[int, ...]:
+    """Equal for configurations that compute the same tiles in the same order: clamped BK, clamped group."""
+    block_m = _number(tactic, "BLOCK_SIZE_M")
+    if shapes.sorted:
+        num_blocks = -(-max_padded_slots(shapes.num_slots, shapes.num_groups(zero_remote), block_m) // block_m)
+    else:
+        num_blocks = shapes.num_slots
+    values = {name: _number(tactic, name) for name in VALUES}
+    values["BLOCK_SIZE_K"] = effective_block_size_k(tactic, shapes.fp8)
+    values["GROUP_SIZE_M"] = min(values["GROUP_SIZE_M"], num_blocks)
+    return tuple(values.values())
+
+
+def _config(*values: int) -> Tactic:
+    return Tactic(dict(zip(VALUES, values, strict=True)))
+
+
+def _number(tactic: Mapping[str, object], name: str) -> int:
+    value = tactic[name]
+    assert isinstance(value, int)
+    return value
