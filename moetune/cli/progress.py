@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from itertools import combinations
+from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -105,17 +107,19 @@ class Progress:
 
 
 def seconds_left(costs: Sequence[tuple[int, float]], remaining: Sequence[int]) -> float:
-    """The seconds that the `remaining` buckets will take, by the line through the last two that were measured.
+    """The seconds that the `remaining` buckets will take.
 
-    A bucket costs a fixed part and a part proportional to its rows; with one measured, its cost stands for all.
+    A bucket costs a fixed part and one in proportion to its rows: the Theil-Sen line (Sen, JASA 63, 1968), the median of
+    the slopes between all pairs, which a few disturbed buckets do not move. Below three measured buckets
+    each of the others is taken to cost what the dearest did.
 
     Args:
         costs: (rows, seconds) of each measured bucket, at least one.
         remaining: rows of the others.
     """
-    rows, seconds = costs[-1]
-    slope = 0.0
-    if len(costs) > 1:
-        rows_before, seconds_before = costs[-2]
-        slope = max(0.0, (seconds - seconds_before) / (rows - rows_before))
-    return sum(seconds + slope * (later - rows) for later in remaining)
+    if len(costs) < 3:
+        return len(remaining) * max(seconds for _, seconds in costs)
+    pairs = combinations(costs, 2)
+    slope = max(0.0, median((late - early) / (more - fewer) for (fewer, early), (more, late) in pairs))
+    fixed = median(seconds - slope * rows for rows, seconds in costs)
+    return sum(max(0.0, fixed + slope * rows) for rows in remaining)
