@@ -109,9 +109,9 @@ class Progress:
 def seconds_left(costs: Sequence[tuple[int, float]], remaining: Sequence[int]) -> float:
     """The seconds that the `remaining` buckets will take.
 
-    A bucket costs a fixed part and one in proportion to its rows: the Theil-Sen line (Sen, JASA 63, 1968), the median of
-    the slopes between all pairs, which a few disturbed buckets do not move. Below three measured buckets
-    each of the others is taken to cost what the dearest did.
+    A bucket costs a fixed part and one in proportion to its rows: the Theil-Sen line (Sen, JASA 63, 1968), by the
+    median of the slopes between all pairs, which a few disturbed buckets do not move. Of less than three measured
+    buckets the dearest stands for each of the others.
 
     Args:
         costs: (rows, seconds) of each measured bucket, at least one.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MILLISECONDS_FROM_US = 1000.0
 """A time column is in ms where every time in it is at least this long."""
+NOISY = 0.1
+"""An A/A noise floor above this is told: an idle machine stays well below."""
 
 
 def layer_line(layer: MoELayer) -> str:
@@ -113,6 +115,8 @@ def _behind(profile: Profile) -> list[str]:
         f"A/A noise {_span([round(100 * choice.noise, 1) for choice in choices])} %; "
         f"a tactic wins only where its whole interval lies beyond that",
     ]
+    if max(choice.noise for choice in choices) > NOISY:
+        lines.append("this machine was busy: smaller gains could not be told; tune again with --again where it is idle")
     missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
     return [*lines, *([f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []), *_skipped(profile.regime)]
 

@@ -94,6 +94,11 @@ def test_the_report_of_a_profile_says_what_stands_behind_it():
     assert "not tuned yet: 4096" in text
     assert "profile: /store/profile.json" in text
     assert "nothing was measured" not in text
+    assert "busy" not in text
+
+
+def test_a_busy_machine_is_told():
+    assert "this machine was busy" in _text(*profile_report(_profile(_choice(4096, 60.0))))
 
 
 def test_a_served_profile_says_that_nothing_was_measured_and_where_it_lay():
