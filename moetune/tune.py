@@ -34,6 +34,10 @@ FINAL_SECONDS = 4.0
 """About how long the interleaved final of one bucket may take."""
 FINAL_SAMPLES = (20, 48)
 """The least and the most paired samples of a final."""
+FINAL_TRIES = 3
+"""How often a final is prolonged when too many of its rounds were disturbed."""
+DISTURBED = 1.25
+"""A round is disturbed where the default's two times differ by more than this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,17 +276,30 @@ class _Final:
 
     @classmethod
     def play(cls, bench: Bench, default: Tactic, finalists: Sequence[Tactic], draws: Sequence[int]) -> _Final:
+        """Interleaves the default, the finalists and the default again, on `draws` in turn.
+
+        A round in which the default took two different times says nothing about the others either: it is dropped for
+        all alike, as long as enough rounds remain.
+        """
         tactics = (default, *finalists, default)
         once = bench.samples(tactics, draws[:1])
         round_us = sum(series[0] for series in once if series)
         least, most = FINAL_SAMPLES
         rounds = min(most, max(least, int(FINAL_SECONDS * 1e6 / max(round_us, 1.0))))
-        taken = bench.samples(tactics, list(islice(cycle(draws), rounds)))
-        default_us, *others, again_us = taken
-        if default_us is None or again_us is None:
-            raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
-        kept = {tactic: series for tactic, series in zip(finalists, others, strict=True) if series is not None}
-        return cls(default, default_us, noise_floor(default_us, again_us), kept)
+        turns = cycle(draws)
+        series: list[list[float]] = [[] for _ in tactics]
+        for _ in range(FINAL_TRIES):
+            for times, taken in zip(series, bench.samples(tactics, list(islice(turns, rounds))), strict=True):
+                times.extend(taken or ())
+            if default in bench.failures:
+                raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
+            pairs = enumerate(zip(series[0], series[-1], strict=True))
+            quiet = [number for number, pair in pairs if max(pair) <= DISTURBED * min(pair)]
+            if len(quiet) >= least:
+                series = [[times[number] for number in quiet] if times else [] for times in series]
+                break
+        kept = {t: tuple(times) for t, times in zip(finalists, series[1:-1], strict=True) if t not in bench.failures}
+        return cls(default, tuple(series[0]), noise_floor(series[0], series[-1]), kept)
 
 
 def _decide(

@@ -4,7 +4,7 @@ from planted import LAYER, PlantedBackend, tactic
 from moetune.backends import registry
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
-from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, load, tune
+from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, _Final, load, tune
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
 
@@ -140,3 +140,35 @@ def test_the_load_is_stored_with_the_choice(plant):
     assert sum(choice.load) == 4 * LAYER.top_k * REGIME.draws
     assert len(choice.load) == LAYER.num_experts // REGIME.ep_size
     assert max(choice.load) / REGIME.draws <= choice.max_load <= 4
+
+
+class _Scripted:
+    """A bench on which the default takes 10 µs and the other 9, in disturbed rounds `slow(round)` times that."""
+
+    def __init__(self, slow):
+        self.failures, self.rounds, self._slow = {}, 0, slow
+
+    def samples(self, tactics, draws):
+        start, self.rounds = self.rounds, self.rounds + len(draws)
+        first, other, again = ([], [], [])
+        for number in range(start, self.rounds):
+            first.append(10.0)
+            other.append(9.0 * self._slow(number))
+            again.append(10.0 * self._slow(number))
+        return [first, other, again]
+
+
+def test_rounds_in_which_the_default_disagrees_with_itself_are_dropped_for_all_alike():
+    bench = _Scripted(lambda number: 5.0 if number % 3 == 0 else 1.0)
+    final = _Final.play(bench, tactic("default"), [tactic("other")], [0, 1])
+    assert set(final.finalists[tactic("other")]) == {9.0}
+    assert set(final.default_us) == {10.0}
+    assert len(final.default_us) == len(final.finalists[tactic("other")]) >= 20
+    assert final.noise == 0
+
+
+def test_where_nearly_every_round_is_disturbed_all_count_and_the_noise_says_so():
+    bench = _Scripted(lambda number: 1.0 if number % 10 == 0 else 5.0)
+    final = _Final.play(bench, tactic("default"), [tactic("other")], [0, 1])
+    assert len(final.default_us) == bench.rounds - 1
+    assert final.noise > 1

@@ -1,23 +1,41 @@
 import pytest
 
-from moetune.search.exhaustive import LEAST, WITHIN, exhaustive
+from moetune.search.exhaustive import HOPELESS, LEAST, WITHIN, exhaustive
 from moetune.spec.tactic import Tactic
 
 TACTICS = tuple(Tactic(number=n) for n in range(40))
 
 
 def _finish(search, times):
-    batch = next(search)
-    with pytest.raises(StopIteration) as stop:
-        search.send({tactic: times[tactic] for tactic in batch.tactics if tactic in times})
-    return batch, stop.value.value
+    batches = [next(search)]
+    while True:
+        try:
+            batches.append(search.send({tactic: times[tactic] for tactic in batches[-1].tactics if tactic in times}))
+        except StopIteration as stop:
+            return batches, stop.value
 
 
-def test_every_tactic_is_in_the_one_batch_and_the_best_come_back_in_order():
-    batch, finalists = _finish(exhaustive(TACTICS, rounds=3), {t: 100.0 + t["number"] for t in TACTICS})
-    assert batch.tactics == TACTICS
-    assert batch.rounds == 3
+def test_every_tactic_is_in_the_first_batch_and_the_best_come_back_in_order():
+    (first, second), finalists = _finish(exhaustive(TACTICS, rounds=3), {t: 100.0 + t["number"] for t in TACTICS})
+    assert first.tactics == second.tactics == TACTICS
+    assert (first.rounds, second.rounds) == (1, 3)
     assert finalists == TACTICS[:20]
+
+
+def test_a_hopeless_tactic_is_not_timed_again():
+    times = {t: 10.0 if t["number"] else 10.1 * HOPELESS for t in TACTICS}
+    (_, second), finalists = _finish(exhaustive(TACTICS), times)
+    assert second.tactics == TACTICS[1:]
+    assert TACTICS[0] not in finalists
+
+
+def test_the_second_timing_counts():
+    search = exhaustive(TACTICS[:2])
+    next(search)
+    search.send({TACTICS[0]: 1.0, TACTICS[1]: 2.0})
+    with pytest.raises(StopIteration) as stop:
+        search.send({TACTICS[0]: 3.0, TACTICS[1]: 2.0})
+    assert stop.value.value == (TACTICS[1], TACTICS[0])
 
 
 def test_a_tactic_far_behind_the_best_is_no_finalist():
