@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import triton
@@ -77,7 +78,7 @@ class GroupedKernel(Protocol):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over the kernel's source."""
+        """16 hex digits over the source of the kernel and of the kernels that run around it."""
         ...
 
     def arguments(
@@ -96,8 +97,8 @@ class BuiltinKernel:
 
     @property
     def digest(self) -> str:
-        """Over everything of the package that is compiled."""
-        return source_digest(*(module.__file__ for module in (kernel, align, quantize, activation)))
+        """See `GroupedKernel.digest`."""
+        return source_digest(kernel.__file__)
 
     def arguments(
         self, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, object]
@@ -137,11 +138,9 @@ def launch(
     grouped.function[grid](**grouped.arguments(gemm, operands, alignment, tactic))
 
 
-def source_digest(*paths: str | None) -> str:
-    """16 hex digits over the bytes of some files."""
+def source_digest(*paths: str) -> str:
+    """16 hex digits over the bytes of some files and of the kernels that run around the GEMMs."""
     digest = hashlib.sha256()
-    for path in paths:
-        assert path is not None
-        with open(path, "rb") as file:
-            digest.update(file.read())
+    for path in (*paths, align.__file__, quantize.__file__, activation.__file__):
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -68,9 +69,10 @@ class EngineKernel:
         self.clamps_k = name == "vllm"
         self._path = path
         self.function = _jit_function(path)
+        self._parameters = inspect.signature(self.function.fn).parameters
         unknown = [
             parameter.name
-            for parameter in self.function.signature.parameters.values()
+            for parameter in self._parameters.values()
             if parameter.name not in {*_OF_THE_LAUNCH, *_SAME_FOR_ALL} and parameter.default is parameter.empty
         ]
         if unknown:
@@ -81,8 +83,8 @@ class EngineKernel:
 
     @property
     def digest(self) -> str:
-        """Over the engine's file and what stands around the GEMMs."""
-        return source_digest(str(self._path), __file__) + BuiltinKernel().digest
+        """See `GroupedKernel.digest`."""
+        return source_digest(str(self._path), __file__)
 
     def arguments(
         self, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, object]
@@ -129,7 +131,7 @@ class EngineKernel:
             "swap_ab": swaps_operands(tactic, gemm.fp8, gemm.capability),
         }
         options = {name: tactic[name] for name in ("num_warps", "num_stages")}
-        return {name: known[name] for name in self.function.signature.parameters if name in known} | options
+        return {name: known[name] for name in self._parameters if name in known} | options
 
 
 _OF_THE_LAUNCH = (

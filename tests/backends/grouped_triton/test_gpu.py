@@ -1,0 +1,79 @@
+"""The real kernels on a GPU."""
+
+import pytest
+import torch
+
+from moetune.backends.base import Problem
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.backends.grouped_triton.space import VALUES
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+from moetune.workload.routing import realize
+
+pytestmark = pytest.mark.gpu
+
+REGIMES = [
+    Regime(ep_size=4),
+    Regime(),
+    Regime(ep_size=4, dispatch="allgather"),
+    Regime(ep_size=4, attention_dp=True),
+    Regime(ep_size=32, attention_dp=True),
+    Regime(ep_size=4, layout="deduplicated"),
+    Regime(ep_size=4, layout="slot"),
+    Regime(ep_size=2, layout="pool"),
+]
+TACTICS = [
+    Tactic(dict(zip(VALUES, values, strict=True)))
+    for values in ((16, 64, 128, 1, 4, 4), (32, 32, 64, 64, 4, 5), (64, 128, 128, 16, 4, 3), (128, 128, 64, 32, 8, 3))
+]
+
+
+def relative_error(result, reference):
+    scale = float(reference.norm())
+    return float((result.float() - reference).norm()) / (scale or 1.0)
+
+
+def prepared(precision, regime, rows, remote="drop", draws=1):
+    layer = MoELayer(num_experts=64, top_k=8, hidden_size=1024, intermediate_size=512, precision=precision)
+    rank = regime.ep_size - 1
+    routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
+    return TritonBackend(remote=remote).prepare(
+        Problem(layer, regime, rows, regime.shard(layer, rank), routings, "cuda")
+    )
+
+
+@pytest.mark.parametrize("remote", ["drop", "zero"])
+@pytest.mark.parametrize("rows", [1, 3, 16, 257, 4096])
+@pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.slug)
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_errors_are_within_rounding(precision, regime, rows, remote):
+    if regime.layout == "pool":
+        rows += rows % 2
+    runner = prepared(precision, regime, rows, remote)
+    for tactic in TACTICS:
+        out = runner.run(tactic)
+        assert relative_error(out, runner.reference()) <= (1e-2 if precision == "bf16" else 8e-2)
+        assert relative_error(out, runner.rounded_reference()) <= 1e-2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_a_cuda_graph_replays_what_ran_eagerly(precision):
+    runner = prepared(precision, REGIMES[3], 33, draws=2)
+    expected = [runner.run(TACTICS[0], draw).clone() for draw in (0, 1)]
+    graphs = []
+    for draw in (0, 1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = runner.run(TACTICS[0], draw)
+        graphs.append(graph)
+    for draw in (1, 0):
+        graphs[draw].replay()
+        assert torch.equal(out, expected[draw])
+
+
+def test_a_device_has_limits_that_exclude_something():
+    layer = MoELayer(num_experts=64, top_k=8, hidden_size=1024, intermediate_size=512)
+    found = TritonBackend().candidates(layer, Regime(ep_size=4), 256, "cuda")
+    assert any("shared memory" in reason for reason in found.excluded.values())
+    assert any("registers" in reason for reason in found.excluded.values())

@@ -1,0 +1,17 @@
+"""The kernel tests, in a process whose Triton interprets: it decides that once, when it is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_are_right_under_tritons_interpreter():
+    here = Path(__file__).parent
+    files = [str(here / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
