@@ -319,6 +319,8 @@ def _decide(
         ratio = paired_ratio(series, final.default_us)
         if ratio.high >= 1 - final.noise:
             break
+        if median(series) >= median(final.default_us):
+            continue  # its mean is better by a few disturbed rounds alone
         stress_us, default_stress_us = _stress(bench, tactic, final.default, stress_draws)
         cliff = next((f for f in stress_us if stress_us[f] > CLIFF * default_stress_us[f]), None)
         if cliff is None:

@@ -2,9 +2,12 @@ import pytest
 from planted import LAYER, PlantedBackend, tactic
 
 from moetune.backends import registry
+from moetune.backends.base import Candidates, Problem
 from moetune.errors import MissError, NoResultError, UsageError
+from moetune.measure.bench import Bench
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
-from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, _Final, load, tune
+from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, _decide, _Final, load, tune
+from moetune.workload.routing import realize
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
 
@@ -140,6 +143,22 @@ def test_the_load_is_stored_with_the_choice(plant):
     assert sum(choice.load) == 4 * LAYER.top_k * REGIME.draws
     assert len(choice.load) == LAYER.num_experts // REGIME.ep_size
     assert max(choice.load) / REGIME.draws <= choice.max_load <= 4
+
+
+def test_a_tactic_that_is_slower_in_most_rounds_does_not_win_by_the_default_s_hiccups(plant):
+    backend = plant(milliseconds={"default": 1.0, "slower": 1.5})
+    final = _Final(
+        tactic("default"),
+        default_us=(10.0, 10.0, 10.0, 200.0) * 10,
+        noise=0.0,
+        finalists={tactic("slower"): (15.0, 15.0, 15.0, 15.0) * 10},
+    )
+    regime = Regime(draws=1)
+    routing = realize(LAYER, regime, 4)
+    problem = Problem(LAYER, regime, 4, regime.shard(LAYER), (routing,) * 5, "cpu")
+    candidates = Candidates((tactic("default"), tactic("slower")))
+    choice = _decide(final, Bench(backend, problem), candidates, {"2": 0}, 4, [routing])
+    assert choice.tactic == tactic("default")
 
 
 class _Scripted:
