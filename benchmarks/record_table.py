@@ -1,8 +1,9 @@
 """Records every tactic's time on this GPU, cell by cell (load × rows): a table that makes search testable anywhere.
 
-Each legal configuration is timed once over the regime's draws, in random order; the best `--finalists` of a cell
-are then re-measured interleaved, the best one twice (A/A). A finished cell is a line of the journal, so a run that stops goes on
-where it was: give the same journal again. `--pack` turns a journal into the compact table under tests/data/.
+Each legal configuration is timed once on the same draws, in random order; the best `--finalists` of a cell are then
+re-measured interleaved over all draws, the best one twice (A/A). A finished cell is a line of the journal, so a run
+that stops goes on where it was: give the same journal again. `--pack` turns a journal into the compact table under
+tests/data/.
 
     python benchmarks/record_table.py --model qwen3-235b-a22b --journal qwen.jsonl --seconds 500
     python benchmarks/record_table.py --pack qwen.jsonl --out tests/data/grouped_triton-qwen3-235b-a22b-ep8-h200.json
@@ -38,8 +39,8 @@ LOADS = {
     "allgather": {"attention_dp": True, "dispatch": "allgather"},
 }
 ROWS = (256, 16, 64, 1024, 4, 4096, 1, 8192)
-COARSE_MS = 10.0
-FINAL_SECONDS = 4.0
+COARSE_MS = 6.0
+FINAL_SECONDS = 3.0
 HOPELESS = 4.0
 
 
@@ -116,7 +117,10 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     single: dict = {}
     failures: dict = {}
     hopeless = 0
-    fastest_us = float("inf")
+    clock.warm_up(partial(runner.run, default), 0)
+    fastest_us = time_once(partial(runner.run, default))
+    draws = range(max(4, min(regime.draws, int(COARSE_MS * 1e3 / fastest_us))))
+    begin = time.perf_counter()
     for tactic in tactics:
         call = partial(runner.run, tactic)
         try:
@@ -125,16 +129,18 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
             if once_us > max(HOPELESS * fastest_us, 1000.0):
                 single[tactic], hopeless = once_us, hopeless + 1
                 continue
-            draws = range(max(4, min(regime.draws, int(COARSE_MS * 1e3 / once_us))))
             samples = clock.paired_samples([call], draws)[0]
             single[tactic] = sum(samples) / len(samples)
             fastest_us = min(fastest_us, single[tactic])
         except Exception as error:
             failures[tactic] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    print(
+        f"{1e3 * (time.perf_counter() - begin) / len(tactics):.1f} ms a configuration, {len(draws)} draws", flush=True
+    )
     ranked = sorted(single, key=single.get)[: options.finalists]
     final = [*ranked, *([] if default in ranked else [default]), ranked[0]]
     round_us = sum(single[tactic] for tactic in final) * regime.draws
-    rounds = max(3, min(15, int(FINAL_SECONDS * 1e6 / round_us)))
+    rounds = max(5, min(15, int(FINAL_SECONDS * 1e6 / round_us)))
     series = clock.paired_samples([partial(runner.run, t) for t in final], list(range(regime.draws)) * rounds)
     by_round = [[sum(s[i : i + regime.draws]) / regime.draws for i in range(0, len(s), regime.draws)] for s in series]
     entries = [
