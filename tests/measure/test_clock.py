@@ -66,6 +66,23 @@ def test_garbage_collection_rests_while_time_is_taken_and_comes_back_after_an_er
     assert gc.isenabled()
 
 
+def test_taking_time_collects_no_garbage() -> None:
+    collections: list[str] = []
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    clock = CpuClock()
+    gc.disable()
+    gc.callbacks.append(count)
+    try:
+        clock.paired_samples([lambda draw: [[] for _ in range(10_000)]], range(3))
+    finally:
+        gc.callbacks.remove(count)
+        gc.enable()
+    assert collections == []
+
+
 def test_nothing_to_time_is_no_error() -> None:
     assert CpuClock().paired_samples([], [0, 1]) == []
     assert CpuClock().paired_samples([lambda draw: None], []) == [[]]
