@@ -175,7 +175,10 @@ def time_once(call) -> float:
 
 
 def pack(journal: Path) -> dict:
-    """The journal as one table: each configuration named once, each cell a list of times in that order."""
+    """The journal as one table: each configuration named once, each cell a list of times in that order.
+
+    A cell keeps its own environment: a journal may go on after the kernel's source changed.
+    """
     cells = [json.loads(line) for line in journal.read_text().splitlines()]
     configs = sorted({tuple(row[:6]) for cell in cells for row in cell["single_us"]})
     number = {config: index for index, config in enumerate(configs)}
@@ -186,9 +189,8 @@ def pack(journal: Path) -> dict:
             times[number[tuple(row[:6])]] = row[6]
         packed.append(
             {
-                **{
-                    key: cell[key] for key in ("load", "rows", "regime", "measured_at", "noise", "hopeless", "again_us")
-                },
+                **{key: cell[key] for key in ("load", "rows", "regime", "environment", "measured_at")},
+                **{key: cell[key] for key in ("noise", "hopeless", "again_us")},
                 "default": number[tuple(cell["default"])],
                 "single_us": times,
                 "finalists": {str(number[tuple(e["tactic"])]): e["rounds_us"] for e in cell["finalists"]},
@@ -198,7 +200,6 @@ def pack(journal: Path) -> dict:
     return {
         "schema_version": 1,
         "model": cells[0]["model"],
-        "environment": cells[0]["environment"],
         "names": list(space.VALUES),
         "configs": configs,
         "cells": packed,
