@@ -27,7 +27,7 @@ types: venv
 
 # The README's picture, from the profile that `make demo` measured.
 picture: demo
-	$(BIN)/python benchmarks/picture.py --store $(STORE) --out docs/tune.svg
+	$(BIN)/python benchmarks/picture.py $(STORE)/*/*/*/torch-*.json
 
 clean:
 	rm -rf .venv $(STORE) build dist *.egg-info
