@@ -112,7 +112,7 @@ def tune(
         UsageError: the regime does not fit the layer, an unknown name, or a store that cannot be written.
         UnsupportedError: the backend cannot run here, or does not compute this layer.
         MissError: `frozen`, and the store lacks the answer.
-        NoResultError: the default tactic of a bucket failed and no other could take its place.
+        NoResultError: the default tactic of a bucket failed or is wrong, so nothing can be compared with it.
     """
     tell = on_event or (lambda event: None)
     question = _Question.ask(layer, regime, backend, store, device)
