@@ -12,7 +12,7 @@ from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 
 if TYPE_CHECKING:
-    from moetune.backends.base import Candidates
+    from moetune.backends.base import Backend, Candidates
     from moetune.workload.dispatch import Expectation
 
 WEIGHT_BITS: Mapping[Precision, Fraction] = {
@@ -105,7 +105,12 @@ class Plan(FrozenModel):
 
 
 def plan(
-    layer: MoELayer | str, regime: Regime, backend: str = "torch", device: str | None = None, *, rank: int = 0
+    layer: MoELayer | str,
+    regime: Regime,
+    backend: str | Backend = "torch",
+    device: str | None = None,
+    *,
+    rank: int = 0,
 ) -> Plan:
     """What `rank`'s kernel will see in each bucket of `regime`, and what would be tried. Measures nothing.
 
@@ -113,20 +118,22 @@ def plan(
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
         regime: how one rank meets the layer. Where no distribution was given at its construction,
             `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: whose tactics are counted.
+        backend: whose tactics are counted, by name or as it was made by `registry.backend`.
         device: the torch device they are counted for; `cuda` where there is one, else `cpu`, by default.
         rank: of 0 … ep_size − 1.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
+    from moetune.backends.registry import backend as backend_of
     from moetune.workload.dispatch import expect
 
+    kernels = backend_of(backend) if isinstance(backend, str) else backend
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     shard = regime.shard(layer, rank)
     expectations = [expect(layer, regime, rows, rank) for rows in regime.buckets]
-    candidates, unknown = _candidates(layer, regime, backend, device)
+    candidates, unknown = _candidates(layer, regime, kernels, device)
     return Plan(
         layer=layer,
         regime=regime,
@@ -136,7 +143,7 @@ def plan(
         resident_bytes=round(shard.num_local * _expert_bytes(layer, regime)),
         hit_fraction=expectations[0].hit_fraction,
         simulated=expectations[0].simulated,
-        backend=backend,
+        backend=kernels.name,
         tactics_unknown=unknown,
         skipped_buckets=regime.skipped_buckets,
         buckets=tuple(_bucket(layer, regime, rank, expected, candidates) for expected in expectations),
@@ -144,18 +151,18 @@ def plan(
     )
 
 
-def _candidates(layer: MoELayer, regime: Regime, backend: str, device: str | None) -> tuple[dict[int, Candidates], str]:
+def _candidates(
+    layer: MoELayer, regime: Regime, backend: Backend, device: str | None
+) -> tuple[dict[int, Candidates], str]:
     """Each bucket's candidates; none, and why, where the backend cannot tell."""
-    from moetune.backends.registry import backend as backend_of
     from moetune.measure.probe import device_for
 
-    kernels = backend_of(backend)
-    if obstacle := kernels.unavailable():
-        return {}, f"{backend} cannot run here: {obstacle[0]}"
-    if reason := kernels.unsupported(layer, regime):
-        return {}, f"{backend} does not compute this layer: {reason}"
+    if obstacle := backend.unavailable():
+        return {}, f"{backend.name} cannot run here: {obstacle[0]}"
+    if reason := backend.unsupported(layer, regime):
+        return {}, f"{backend.name} does not compute this layer: {reason}"
     device = device_for(device)
-    return {rows: kernels.candidates(layer, regime, rows, device) for rows in regime.buckets}, ""
+    return {rows: backend.candidates(layer, regime, rows, device) for rows in regime.buckets}, ""
 
 
 def _bucket(

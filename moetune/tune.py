@@ -42,10 +42,11 @@ DISTURBED = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The store had the whole answer; nothing was measured."""
+    """The store had the whole answer; nothing was measured. `packaged`: it is one of those that come with moetune."""
 
     profile: Profile
     path: Path
+    packaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ OnEvent = Callable[[Event], None]
 def tune(
     layer: MoELayer | str,
     regime: Regime,
-    backend: str = "torch",
+    backend: str | Backend = "torch",
     store: Store | Path | str | None = None,
     *,
     frozen: bool = False,
@@ -101,7 +102,7 @@ def tune(
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
         regime: how one rank meets the layer. Where no distribution was given at its construction,
             `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: the family of kernels.
+        backend: the family of kernels, by name or as it was made by `registry.backend`.
         store: a store or its folder; `MOETUNE_STORE`, else the user's cache folder, by default.
         frozen: never measure.
         again: measure every bucket even where the store has it.
@@ -116,10 +117,10 @@ def tune(
     """
     tell = on_event or (lambda event: None)
     question = _Question.ask(layer, regime, backend, store, device)
-    stored = None if again else question.stored()
+    path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
-    if stored and not missing:
-        tell(Served(stored, question.path))
+    if stored and path and not missing:
+        tell(Served(stored, path, question.store.is_packaged(path)))
         return stored
     if frozen:
         if stored is None:
@@ -141,7 +142,7 @@ def tune(
 def load(
     layer: MoELayer | str,
     regime: Regime,
-    backend: str = "torch",
+    backend: str | Backend = "torch",
     store: Store | Path | str | None = None,
     *,
     device: str | None = None,
@@ -167,7 +168,12 @@ class _Question:
 
     @classmethod
     def ask(
-        cls, layer: MoELayer | str, regime: Regime, backend: str, store: Store | Path | str | None, device: str | None
+        cls,
+        layer: MoELayer | str,
+        regime: Regime,
+        backend: str | Backend,
+        store: Store | Path | str | None,
+        device: str | None,
     ) -> _Question:
         from moetune.backends.registry import backend as backend_of
         from moetune.measure.probe import device_for, environment
@@ -175,23 +181,19 @@ class _Question:
         layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
         regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
         regime.shard(layer)
-        kernels = backend_of(backend)
+        kernels = backend_of(backend) if isinstance(backend, str) else backend
         device = device_for(device)
         store = store if isinstance(store, Store) else Store(store)
         return cls(layer, regime, kernels, environment(kernels, device), store, device)
 
-    @property
-    def path(self) -> Path:
-        return self.store.path(self.layer, self.regime, self.backend.name, self.environment)
-
     def load(self) -> Profile:
         return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
 
-    def stored(self) -> Profile | None:
+    def found(self) -> tuple[Path, Profile] | tuple[None, None]:
         try:
-            return self.load()
+            return self.store.find(self.layer, self.regime, self.backend.name, self.environment)
         except MissError:
-            return None
+            return None, None
 
     def profile(self, choice: Choice) -> Profile:
         return Profile(

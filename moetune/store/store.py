@@ -74,8 +74,16 @@ class Store:
         """
         return self.root / _relative_path(layer, regime, backend, environment)
 
+    def is_packaged(self, path: Path) -> bool:
+        """Whether a profile comes with moetune: it lies in a folder that is read and never written."""
+        return any(path.is_relative_to(root) for root in self.roots[1:])
+
     def load(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Profile:
-        """The stored profile of exactly this question: layer, regime, backend and strict environment.
+        """As `find`, the profile alone."""
+        return self.find(layer, regime, backend, environment)[1]
+
+    def find(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> tuple[Path, Profile]:
+        """The stored profile of exactly this question: layer, regime, backend and strict environment; and its file.
 
         The layer's name may differ. What counts is what the file says, not where it lies.
 
@@ -90,7 +98,7 @@ class Store:
             with suppress(FileNotFoundError, NotADirectoryError):
                 profile = self._read(path)
                 if not _differing(layer, regime, backend, environment, profile):
-                    return profile
+                    return path, profile
         raise self._miss(layer, regime, backend, environment)
 
     def read(self, path: Path | str) -> Profile:
