@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
 
 from moetune.backends.base import Backend
 from moetune.errors import UsageError
 
 _HOMES: Mapping[str, str] = {
+    "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
     "torch": "moetune.backends.torch_ops:TorchBackend",
 }
+"""In the order of preference: `--backend auto` takes the first that can run and computes the layer."""
 
 
 class Diagnosis(NamedTuple):
@@ -24,31 +27,53 @@ class Diagnosis(NamedTuple):
 
 
 def backends() -> tuple[str, ...]:
-    """The names of all backends, available here or not."""
+    """The names of all backends, available here or not, the preferred first."""
     return tuple(_HOMES)
 
 
-def backend(name: str) -> Backend:
+def backend(name: str, **options: object) -> Backend:
     """A new backend.
 
+    Args:
+        name: one of `backends()`.
+        options: what its class takes, as `kernel` and `remote` of triton.
+
     Raises:
-        UsageError: no such name.
+        UsageError: no such name, an option that this backend has not, or a value that it refuses.
     """
     if name not in _HOMES:
         raise UsageError(f"Unknown backend {name!r}.", f"Backends: {', '.join(_HOMES)}.")
-    module, _, attribute = _HOMES[name].partition(":")
-    made: Backend = getattr(importlib.import_module(module), attribute)()
-    return made
+    if foreign := options.keys() - _options(name):
+        owners = [other for other in _HOMES if foreign <= _options(other)]
+        raise UsageError(
+            f"Backend {name} has no {' and no '.join(sorted(foreign))} to choose.",
+            f"Those that have: {', '.join(owners)}." if owners else "Leave the option out.",
+        )
+    return _home(name)(**options)
 
 
 def diagnose() -> list[Diagnosis]:
     """Every backend's state on this machine."""
-    return [_diagnosis(name) for name in _HOMES]
+    return [diagnosis(name) for name in _HOMES]
 
 
-def _diagnosis(name: str) -> Diagnosis:
+def diagnosis(name: str, **options: object) -> Diagnosis:
+    """One backend's state on this machine; what it takes to find out is imported, and no more.
+
+    Raises:
+        UsageError: as `backend`.
+    """
     try:
-        obstacle = backend(name).unavailable()
-    except ImportError as error:
+        obstacle = backend(name, **options).unavailable()
+    except (ImportError, OSError) as error:  # OSError: a library of the system that a package loads
         return Diagnosis(name, False, f"cannot be imported: {error}", "Reinstall moetune with its dependencies.")
     return Diagnosis(name, True) if obstacle is None else Diagnosis(name, False, *obstacle)
+
+
+def _home(name: str) -> Callable[..., Backend]:
+    module, _, attribute = _HOMES[name].partition(":")
+    return cast(Callable[..., Backend], getattr(importlib.import_module(module), attribute))
+
+
+def _options(name: str) -> frozenset[str]:
+    return frozenset(inspect.signature(_home(name)).parameters)

@@ -19,7 +19,8 @@ def doctor(as_json: bool) -> None:
     from moetune.report.tables import backends_table, facts_table
 
     found = registry.diagnose()
-    here = probe.environment(registry.backend(found[0].name), probe.device_for(None))
+    able = next((diagnosis.name for diagnosis in found if diagnosis.available), "torch")
+    here = probe.environment(registry.backend(able), probe.device_for(None))
     if as_json:
         backends = [diagnosis._asdict() for diagnosis in found]
         environment = here.model_dump(mode="json")

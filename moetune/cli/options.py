@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 
 AUTO = "auto"
+KERNELS = ("builtin", "vllm", "sglang")
+REMOTES = ("drop", "zero")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a command is asked. `backend` is a name; `auto` is already resolved."""
+    """What a command is asked. `auto` is already resolved to a backend."""
 
     layer: MoELayer
     regime: Regime
-    backend: str
+    backend: Backend
     rank: int
 
 
@@ -68,10 +70,18 @@ _QUESTION_OPTIONS = (
         "--tune-max-num-tokens", type=int, metavar="N", help="The largest bucket." + _default("tune_max_num_tokens")
     ),
     click.option("--backend", metavar="auto|NAME", help="The kernels; see `moetune doctor`.  [default: auto]"),
+    click.option(
+        "--kernel", type=click.Choice(KERNELS), help="Whose grouped GEMM backend triton times.  [default: builtin]"
+    ),
+    click.option(
+        "--remote",
+        type=click.Choice(REMOTES),
+        help="What becomes of slots of other ranks' experts there.  [default: sglang's kernel zero, else drop]",
+    ),
 )
 _NAMES = (
     "model", "precision", "ep", "tp", "dp", "dispatch", "layout", "rank", "redundant_experts", "distribution", "seed",
-    "draws", "ladder", "tune_max_num_tokens", "backend",
+    "draws", "ladder", "tune_max_num_tokens", "backend", "kernel", "remote",
 )  # fmt: skip
 
 store_option = click.option(
@@ -131,8 +141,10 @@ def ask(
     ladder: str | None = None,
     tune_max_num_tokens: int | None = None,
     backend: str | None = None,
+    kernel: str | None = None,
+    remote: str | None = None,
 ) -> Question:
-    """The layer and the regime that the options name; None is an option that was not given.
+    """The layer, the regime and the backend that the options name; None is an option that was not given.
 
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
@@ -158,7 +170,8 @@ def ask(
     regime.shard(layer, rank or 0)
     if dp and dispatch is None:
         _say_what_dp_means(regime)
-    return Question(layer, regime, _backend(backend or AUTO, layer, regime), rank or 0)
+    of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
+    return Question(layer, regime, _backend(backend or AUTO, of_triton, layer, regime), rank or 0)
 
 
 def _dispatch(dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None) -> dict[str, Any]:
@@ -177,19 +190,21 @@ def _dispatch(dispatch: str | None, layer: MoELayer, ep: int | None, redundant_e
     return {"dispatch": dispatch}
 
 
-def _backend(name: str, layer: MoELayer, regime: Regime) -> str:
-    """The name of a backend, `auto` resolved: the first that can run here and computes this layer, else the first."""
+def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regime) -> Backend:
+    """The backend, `auto` resolved: triton where an option of it is given, else the first that is able.
+
+    Where none can run here it is the first that computes the layer elsewhere, so that what it lacks is said.
+    """
     from moetune.backends import registry
 
     if name != AUTO:
-        return registry.backend(name).name
+        return registry.backend(name, **of_triton)
+    if of_triton:
+        return registry.backend("triton", **of_triton)
     names = registry.backends()
-    able = (known for known in map(registry.backend, names) if _computes(known, layer, regime))
-    return next((known.name for known in able), names[0])
-
-
-def _computes(backend: Backend, layer: MoELayer, regime: Regime) -> bool:
-    return backend.unavailable() is None and backend.unsupported(layer, regime) is None
+    computing = [known for known in names if registry.backend(known).unsupported(layer, regime) is None]
+    able = (known for known in computing if registry.diagnosis(known).available)
+    return registry.backend(next(able, (computing or names)[0]))
 
 
 def _say_what_dp_means(regime: Regime) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import moetune
 from moetune.backends.base import Backend
-from moetune.errors import UsageError
+from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.environment import Environment
 
 SMI_FIELDS = {
@@ -45,8 +45,17 @@ def environment(backend: Backend, device: str) -> Environment:
     Args:
         backend: adds strict fields of its own.
         device: `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UnsupportedError: the backend lacks what its own fields are read from.
     """
     import torch
+
+    try:
+        own = backend.environment()
+    except ImportError as error:
+        reason, hint = backend.unavailable() or (str(error), "`moetune doctor` says more.")
+        raise UnsupportedError(f"Backend {backend.name} cannot run here: {reason}.", hint) from None
 
     informative = {
         "host": platform.node(),
@@ -58,7 +67,7 @@ def environment(backend: Backend, device: str) -> Environment:
     if not device.startswith("cuda"):
         cpu = cpu_model()
         strict = {"cpu": cpu, "threads": str(torch.get_num_threads()), "torch": str(torch.__version__)}
-        return Environment(device=cpu, strict={**strict, **backend.environment()}, informative=informative)
+        return Environment(device=cpu, strict={**strict, **own}, informative=informative)
     major, minor = torch.cuda.get_device_capability(device)
     strict = {
         "compute_capability": f"{major}.{minor}",
@@ -67,7 +76,7 @@ def environment(backend: Backend, device: str) -> Environment:
     }
     return Environment(
         device=torch.cuda.get_device_name(device),
-        strict={**strict, **backend.environment()},
+        strict={**strict, **own},
         informative={**informative, **gpu_state(str(torch.cuda.get_device_properties(device).uuid))},
     )
 

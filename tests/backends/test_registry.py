@@ -1,5 +1,6 @@
 """The backends by name."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,11 +8,12 @@ import pytest
 
 from moetune.backends import registry
 from moetune.backends.base import Backend
+from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.errors import UsageError
 
 
 def test_every_named_backend_is_there_and_has_its_name() -> None:
-    assert "torch" in registry.backends()
+    assert registry.backends() == ("triton", "torch")
     for name in registry.backends():
         made = registry.backend(name)
         assert isinstance(made, Backend)
@@ -33,9 +35,54 @@ def test_a_backend_that_cannot_be_imported_is_diagnosed_and_hides_no_other(monke
     assert (gone.name, gone.available) == ("gone", False)
     assert "no_such_module" in gone.reason
     assert gone.hint
-    assert all(other.available for other in others)
+    assert [other.name for other in others] == ["triton", "torch"]
+    assert others[-1].available
 
 
-def test_naming_and_making_a_backend_imports_no_torch() -> None:
-    code = "import sys; from moetune.backends import registry; registry.backend('torch'); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+def test_a_system_library_that_does_not_load_is_diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: TritonBackend) -> None:
+        raise OSError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(TritonBackend, "unavailable", broken)
+    found = registry.diagnosis("triton")
+    assert not found.available
+    assert "libcudart.so" in found.reason
+
+
+def test_without_triton_the_diagnosis_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else real(name))
+    found = registry.diagnosis("triton")
+    assert (found.available, found.reason) == (False, "triton is not installed")
+    assert "moetune[triton]" in found.hint
+
+
+def test_options_reach_the_backend() -> None:
+    made = registry.backend("triton", kernel="sglang")
+    assert isinstance(made, TritonBackend)
+    assert (made.kernel, made.remote) == ("sglang", "zero")
+    assert registry.backend("triton", remote="zero").remote == "zero"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("torch", {"kernel": "vllm"}, r"torch has no kernel.*Those that have: triton"),
+        ("torch", {"remote": "drop", "kernel": "vllm"}, r"no kernel and no remote"),
+        ("triton", {"kernels": "vllm"}, r"triton has no kernels"),
+        ("triton", {"kernel": "cutlass"}, r"'cutlass'.*builtin, vllm, sglang"),
+    ],
+)
+def test_an_option_that_a_backend_has_not_is_an_error_that_says_which_has(
+    name: str, options: dict[str, str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        registry.backend(name, **options)
+
+
+def test_naming_and_making_backends_imports_neither_torch_nor_triton() -> None:
+    code = (
+        "import sys; from moetune.backends import registry; [registry.backend(name) for name in registry.backends()]; "
+        "print(sys.modules.keys() & {'torch', 'triton'})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

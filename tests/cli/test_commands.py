@@ -183,7 +183,7 @@ def test_an_interrupted_run_keeps_what_is_measured_and_goes_on_from_there(moetun
         (["show", "p.json", "--model", "qwen3-30b-a3b"], "either a profile's path or --model"),
         (["show", "no-such.json"], "There is no profile no-such.json"),
         (["tune", "--model", "qwen3-30b-a3b", "--frozen", "--again"], "--frozen never measures"),
-        (["tune", "--model", "deepseek-r1"], "fp8_block"),
+        (["tune", "--model", "deepseek-r1", "--backend", "torch"], "fp8_block"),
         (["store", "burn"], "No such command 'burn'"),
     ],
 )
@@ -225,7 +225,7 @@ def test_store_list_tells_what_each_profile_answers(moetune, question):
 
 def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):
     monkeypatch.setattr(TUNE, "FINAL_SECONDS", 0.1)
-    words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2")
+    words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2", "--backend", "torch")
     document = _document(moetune("tune", *words, "--json"))
     assert document["backend"] == "torch"
     (choice,) = document["choices"]

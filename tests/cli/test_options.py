@@ -2,6 +2,9 @@ import json
 
 import pytest
 
+from moetune.backends import registry
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.cli.options import KERNELS, REMOTES, ask
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 
 QWEN = ("--model", "qwen3-30b-a3b")
@@ -41,6 +44,11 @@ def _refused(result, *said, code=2):
         ([*QWEN, "--seed", "-1"], ["seed"]),
         ([*QWEN, "--tune-max-num-tokens", "0"], ["tune_max_num_tokens must be at least 1"]),
         ([*QWEN, "--backend", "nope"], ["Unknown backend 'nope'", "torch"]),
+        ([*QWEN, "--backend", "torch", "--kernel", "vllm"], ["Backend torch has no kernel", "triton"]),
+        ([*QWEN, "--backend", "torch", "--remote", "drop"], ["Backend torch has no remote", "triton"]),
+        ([*QWEN, "--kernel", "cutlass"], ["--kernel", "'builtin', 'vllm', 'sglang'"]),
+        ([*QWEN, "--remote", "keep"], ["--remote", "'drop', 'zero'"]),
+        (["--kernel", "vllm"], ["--kernel given without --model"]),
         ([*QWEN, "--ladder", "4,2"], ["ascending", "4,2"]),
         ([*QWEN, "--ladder", "2,2"], ["ascending"]),
         ([*QWEN, "--ladder", "0,2"], ["positive"]),
@@ -79,6 +87,53 @@ def test_a_config_with_impossible_sizes_is_refused(moetune, tiny, field, value):
 @pytest.mark.parametrize("command", ["plan", "tune", "show"])
 def test_every_command_that_takes_a_question_checks_it(moetune, command):
     _refused(moetune(command, *QWEN, "--ep", "7"), "does not divide")
+    _refused(moetune(command, *QWEN, "--backend", "torch", "--kernel", "vllm"), "Backend torch has no kernel")
+
+
+@pytest.fixture
+def abilities(monkeypatch):
+    """Makes the backends able to run here or not, whatever this machine is."""
+
+    def able(**available):
+        diagnosis = lambda name, **options: registry.Diagnosis(name, available[name])  # noqa: E731
+        monkeypatch.setattr(registry, "diagnosis", diagnosis)
+
+    return able
+
+
+@pytest.mark.parametrize(
+    ("precision", "triton", "chosen"),
+    [("bf16", True, "triton"), ("bf16", False, "torch"), ("fp8_block", False, "triton"), ("nvfp4", True, "triton")],
+    ids=["the first that is able", "the next", "one that computes it elsewhere", "none"],
+)
+def test_auto_takes_the_first_backend_that_runs_here_and_computes_the_layer(abilities, precision, triton, chosen):
+    abilities(triton=triton, torch=True)
+    assert ask("deepseek-r1", precision=precision).backend.name == chosen
+    assert ask("deepseek-r1", precision=precision, backend="torch").backend.name == "torch"
+
+
+def test_kernel_and_remote_choose_the_triton_backend_and_its_source(abilities):
+    abilities(triton=False, torch=True)
+    asked = ask("qwen3-30b-a3b", kernel="sglang").backend
+    assert (asked.name, asked.kernel, asked.remote) == ("triton", "sglang", "zero")
+    asked = ask("qwen3-30b-a3b", kernel="vllm", remote="zero", backend="triton").backend
+    assert (asked.name, asked.kernel, asked.remote) == ("triton", "vllm", "zero")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("remote", REMOTES)
+def test_every_kernel_and_treatment_on_offer_is_one_of_the_backends(kernel, remote):
+    assert TritonBackend(kernel, remote).kernel == kernel
+
+
+def test_plan_asks_the_chosen_source_whether_it_can_run(moetune, monkeypatch):
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: (f"{self.kernel} is not installed", "install it"))
+    words = (*QWEN, "--ladder", "8", "--kernel", "vllm", "--json")
+    document = json.loads(moetune("plan", *words).stdout)
+    assert (document["backend"], document["tactics_unknown"]) == (
+        "triton",
+        "triton cannot run here: vllm is not installed",
+    )
 
 
 def test_without_options_the_regime_is_the_librarys_default(moetune):

@@ -8,7 +8,7 @@ import torch
 
 import moetune
 from moetune.backends.torch_ops import TorchBackend
-from moetune.errors import UsageError
+from moetune.errors import UnsupportedError, UsageError
 from moetune.measure import probe
 
 
@@ -82,3 +82,16 @@ def test_gpu_environment_is_name_capability_torch_and_cuda() -> None:
     assert environment.device == torch.cuda.get_device_name()
     assert set(environment.strict) == {"compute_capability", "torch", "cuda", "kernels"}
     assert environment.strict["cuda"] == torch.version.cuda
+
+
+class Lacking(TorchBackend):
+    def unavailable(self) -> tuple[str, str] | None:
+        return "triton is not installed", "Install it."
+
+    def environment(self) -> dict[str, str]:
+        raise ModuleNotFoundError("No module named 'triton'")
+
+
+def test_a_backend_that_lacks_what_its_fields_are_read_from_says_what() -> None:
+    with pytest.raises(UnsupportedError, match=r"torch cannot run here: triton is not installed\. Install it\."):
+        probe.environment(Lacking(), "cpu")
