@@ -165,7 +165,7 @@ def ask(
         "tune_max_num_tokens": tune_max_num_tokens,
     }
     explicit = {name: value for name, value in given.items() if value is not None}
-    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts), **explicit})
+    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp), **explicit})
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     regime.shard(layer, rank or 0)
     if dp and dispatch is None:
@@ -174,14 +174,16 @@ def ask(
     return Question(layer, regime, _backend(backend or AUTO, of_triton, layer, regime), rank or 0)
 
 
-def _dispatch(dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None) -> dict[str, Any]:
+def _dispatch(
+    dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None, dp: bool | None
+) -> dict[str, Any]:
     """The fields of a regime that `--dispatch` stands for."""
     if dispatch is None:
         return {}
     if ":" in dispatch:
         from moetune.spec import dispatcher
 
-        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0))
+        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp))
     if dispatch not in DISPATCHES:
         raise UsageError(
             f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:WORD, given {dispatch!r}.",

@@ -50,10 +50,14 @@ def words() -> tuple[Dispatcher, ...]:
     )
 
 
-def resolve(spelled: str, layer: MoELayer, ep_size: int, redundant_experts: int = 0) -> dict[str, Any]:
+def resolve(
+    spelled: str, layer: MoELayer, ep_size: int, redundant_experts: int = 0, attention_dp: bool | None = None
+) -> dict[str, Any]:
     """The `Regime` arguments that `engine:word` stands for; an option given beside it is to replace its entry.
 
-    vLLM alone takes an ep_size that does not divide the experts (`uneven_shards`).
+    What hangs on attention DP goes with it: where `attention_dp` is False every rank holds all rows, nothing is
+    dispatched whatever the word, and no pool is divided at look-up. vLLM alone takes an ep_size that does not divide
+    the experts (`uneven_shards`).
 
     Raises:
         UsageError: no such engine or word; the message lists them.
@@ -66,6 +70,8 @@ def resolve(spelled: str, layer: MoELayer, ep_size: int, redundant_experts: int 
             f"{dispatcher} cannot be tuned: {dispatcher.untunable}.", f"Tunable: {', '.join(tunable)}."
         )
     arguments = dict(dispatcher.brings)
+    if attention_dp is False:
+        arguments = {"attention_dp": False, "ladder": arguments["ladder"].partition("/")[0]}
     arguments["ladder"] = arguments["ladder"].format(ep_size=ep_size)
     slots = layer.num_experts + redundant_experts
     if dispatcher.engine == "vllm" and 0 < ep_size <= slots and slots % ep_size:

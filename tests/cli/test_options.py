@@ -56,7 +56,9 @@ def _refused(result, *said, code=2):
         ([*QWEN, "--ladder", "1,64", "--tune-max-num-tokens", "32"], ["64", "above tune_max_num_tokens = 32"]),
         ([*QWEN, "--distribution", "balancd"], ["'balancd'", "balanced, random"]),
         ([*QWEN, "--no-dp", "--dispatch", "alltoall"], ["only dispatch is none, given alltoall"]),
-        ([*QWEN, "--no-dp", "--dispatch", "vllm:allgather_reducescatter"], ["given allgather"]),
+        ([*QWEN, "--no-dp", "--dispatch", "vllm:deepep_low_latency"], ["cannot be tuned", "DeepGEMM"]),
+        ([*QWEN, "--no-dp", "--dispatch", "sglang:flashinfer", "--layout", "pool"], ["A layout goes with", "none"]),
+        ([*QWEN, "--dp", "--dispatch", "trtllm:none"], ["attention_dp needs dispatch alltoall or allgather"]),
         ([*QWEN, "--dp", "--dispatch", "none"], ["attention_dp needs dispatch alltoall or allgather"]),
         ([*QWEN, "--dispatch", "allgather", "--layout", "packed"], ["A layout goes with dispatch alltoall only"]),
         ([*QWEN, "--no-dp", "--layout", "pool"], ["A layout goes with dispatch alltoall only"]),
@@ -181,6 +183,20 @@ def test_an_option_beside_an_engines_word_wins(moetune):
     words = ("--dispatch", "vllm:deepep_high_throughput", "--layout", "pool", "--ladder", "8,16")
     regime = _regime(moetune, *QWEN, "--ep", "8", *words)
     assert (regime.layout, str(regime.ladder)) == ("pool", "8,16")
+
+
+@pytest.mark.parametrize(
+    ("word", "ladder"),
+    [
+        ("vllm:allgather_reducescatter", "vllm"),
+        ("sglang:flashinfer", "hybrid"),
+        ("trtllm:attention_dp", "pow2"),
+        ("trtllm:none", "pow2"),
+    ],
+)
+def test_without_attention_dp_an_engines_word_dispatches_nothing_and_keeps_its_ladder(moetune, word, ladder):
+    regime = _regime(moetune, *QWEN, "--ep", "8", "--no-dp", "--dispatch", word)
+    assert regime == Regime(ep_size=8, attention_dp=False, dispatch="none", ladder=ladder)
 
 
 def test_an_engines_word_knows_the_size_of_the_deployment(moetune):

@@ -73,6 +73,18 @@ def test_every_tunable_word_makes_a_regime_with_shards(word, ep_size):
     assert not regime.uneven_shards
 
 
+@pytest.mark.parametrize("word", TUNABLE)
+def test_without_attention_dp_no_word_dispatches_anything_or_divides_the_rows(word):
+    brought = Regime(ep_size=8, **dispatcher.resolve(word, LAYER, 8))
+    regime = Regime(ep_size=8, **dispatcher.resolve(word, LAYER, 8, attention_dp=False))
+    assert (regime.attention_dp, regime.dispatch, regime.layout) == (False, "none", None)
+    assert (regime.ladder.name, regime.ladder.divisor) == (brought.ladder.name, 1)
+
+
+def test_without_attention_dp_vllms_uneven_shards_stay():
+    assert dispatcher.resolve("vllm:naive", LAYER, 6, attention_dp=False)["uneven_shards"]
+
+
 @pytest.mark.parametrize("word", UNTUNABLE)
 def test_a_word_without_a_tactic_table_says_what_runs_there(word):
     with pytest.raises(UnsupportedError, match=r"DeepGEMM|AITER|Ascend") as error:
