@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Self
 
 from moetune.backends.base import Candidates
+from moetune.search.prior import Gemm, Machine, Tile
+from moetune.search.prior import predicted_us as gemm_us
 from moetune.spec.layer import MoELayer, Precision
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -135,8 +137,7 @@ def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int,
     """
     block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
     tiles = (block_m + block_n) * effective_block_size_k(tactic, fp8) * (1 if fp8 else 2)
-    from_shared = capability[0] >= 9 and (block_m >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability))
-    return tiles * (_number(tactic, "num_stages") - (not from_shared))
+    return tiles * (_number(tactic, "num_stages") - (not _operands_from_shared(tactic, fp8, capability)))
 
 
 def accumulator_registers(tactic: Mapping[str, object], fp8: bool) -> int:
@@ -212,6 +213,58 @@ def candidates(shapes: Shapes, limits: Limits | None, *, zero_remote: bool, clam
         else:
             kept[behavior] = tactic
     return Candidates(tuple(kept.values()), excluded)
+
+
+def predicted_us(
+    tactics: Sequence[Tactic],
+    shapes: Shapes,
+    loads: Sequence[Sequence[int]],
+    machine: Machine,
+    capability: tuple[int, int],
+) -> dict[Tactic, float]:
+    """About how long both GEMMs take with each tactic, in µs; the prior of a search.
+
+    Args:
+        tactics: of `candidates`.
+        shapes: of the bucket.
+        loads: slots of each local expert, a sequence a draw.
+        machine: the GPU.
+        capability: of the device.
+    """
+    value_bytes = 1 if shapes.fp8 else 2
+    gemms = (
+        Gemm(2 * shapes.intermediate_size, shapes.hidden_size, value_bytes),
+        Gemm(shapes.hidden_size, shapes.intermediate_size, value_bytes),
+    )
+    tiles: dict[Tile, float] = {}
+    predicted: dict[Tactic, float] = {}
+    for tactic in tactics:
+        tile = _tile(tactic, shapes.fp8, capability)
+        if tile not in tiles:
+            tiles[tile] = sum(gemm_us(machine, gemm, tile, loads) for gemm in gemms)
+        predicted[tactic] = tiles[tile]
+    return predicted
+
+
+def _tile(tactic: Tactic, fp8: bool, capability: tuple[int, int]) -> Tile:
+    from_shared = _operands_from_shared(tactic, fp8, capability)
+    return Tile(
+        rows=_number(tactic, "BLOCK_SIZE_M"),
+        columns=_number(tactic, "BLOCK_SIZE_N"),
+        depth=effective_block_size_k(tactic, fp8),
+        num_warps=_number(tactic, "num_warps"),
+        buffers=_number(tactic, "num_stages") - (not from_shared),
+        shared_bytes=shared_bytes(tactic, fp8, capability),
+        accumulators=accumulator_registers(tactic, fp8),
+        wgmma=from_shared,
+    )
+
+
+def _operands_from_shared(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
+    """Whether Triton computes with wgmma: Hopper, and 64 rows or more of the tile as it is computed."""
+    return capability[0] >= 9 and (
+        _number(tactic, "BLOCK_SIZE_M") >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability)
+    )
 
 
 def _behavior(tactic: Tactic, shapes: Shapes, zero_remote: bool) -> tuple[int, ...]:

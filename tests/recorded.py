@@ -1,0 +1,102 @@
+"""Recorded tables: every tactic's time on a real GPU, and its noise, replayed without one."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from moetune.backends.grouped_triton import space
+from moetune.search.base import Search
+from moetune.search.prior import Machine
+from moetune.spec.presets import layer as layer_of
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+from moetune.stats import median
+from moetune.workload.routing import realize
+
+DATA = Path(__file__).parent / "data"
+TABLES = sorted(DATA.glob("grouped_triton-*.json"))
+H200 = Machine(132, 233472, 65536, 2048, 4.9e6, 8.0e6, 989e6)
+"""As `space.machine` reads it off the device."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One load and row count: the true time in µs of every tactic, and by what factors one timing was off."""
+
+    load: str
+    rows: int
+    truth: Mapping[Tactic, float]
+    default: Tactic
+    noise: tuple[float, ...]
+    predicted_us: Mapping[Tactic, float]
+
+    @property
+    def best_us(self) -> float:
+        return min(self.truth.values())
+
+    def time_us(self, tactic: Tactic, rounds: int, chance: random.Random) -> float:
+        """A mean of `rounds` timings, each off by a factor that was seen in this cell."""
+        return self.truth[tactic] * sum(chance.choice(self.noise) for _ in range(rounds)) / rounds
+
+
+@lru_cache
+def cells(path: Path) -> tuple[Cell, ...]:
+    """The cells of a table, by load and ascending rows.
+
+    The truth of the tactics that were measured again, interleaved, is their median. All others have one timing; it is
+    brought to the same scale, for a GPU under sustained load runs at another clock than in single timings.
+    """
+    table = json.loads(path.read_text())
+    layer = layer_of(table["model"])
+    tactics = [Tactic(dict(zip(table["names"], values, strict=True))) for values in table["configs"]]
+    found = []
+    for cell in table["cells"]:
+        single = {tactic: us for tactic, us in zip(tactics, cell["single_us"], strict=True) if us is not None}
+        rounds = {tactics[int(number)]: times for number, times in cell["finalists"].items()}
+        again = {tactic: median(times) for tactic, times in rounds.items()}
+        scale = median([again[tactic] / single[tactic] for tactic in again if tactic in single])
+        truth = {tactic: us * scale for tactic, us in single.items()} | again
+        noise = [us / again[tactic] for tactic, times in rounds.items() for us in times]
+        noise += [single[tactic] * scale / again[tactic] for tactic in again if tactic in single]
+        regime = Regime.model_validate(cell["regime"])
+        loads = [realize(layer, regime, cell["rows"], draw=draw).load.tolist() for draw in range(regime.draws)]
+        default = tactics[cell["default"]]
+        ordered = (default, *(tactic for tactic in truth if tactic != default))
+        shapes = space.Shapes.of(layer, regime, cell["rows"])
+        predicted = space.predicted_us(ordered, shapes, loads, H200, (9, 0))
+        truth = {tactic: truth[tactic] for tactic in ordered}
+        found.append(Cell(cell["load"], cell["rows"], truth, default, tuple(noise), predicted))
+    return tuple(sorted(found, key=lambda cell: (cell.load, cell.rows)))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a search did in one cell: its finalists, how many tactics it measured, and the chosen one's regret."""
+
+    finalists: tuple[Tactic, ...]
+    measured: int
+    regret: float
+
+
+def replay(search: Search, cell: Cell, chance: random.Random, final_rounds: int = 20) -> Replay:
+    """Runs a search on a recorded cell, then the final: the best mean of many timings, the default among them."""
+    measured: set[Tactic] = set()
+    finalists = _play(search, cell, chance, measured)
+    final = {t: cell.time_us(t, final_rounds, chance) for t in dict.fromkeys((cell.default, *finalists))}
+    chosen = min(final, key=lambda tactic: final[tactic])
+    return Replay(finalists, len(measured), cell.truth[chosen] / cell.best_us - 1)
+
+
+def _play(search: Generator, cell: Cell, chance: random.Random, measured: set[Tactic]) -> tuple[Tactic, ...]:
+    try:
+        batch = next(search)
+        while True:
+            measured.update(batch.tactics)
+            batch = search.send({t: cell.time_us(t, batch.rounds, chance) for t in batch.tactics})
+    except StopIteration as stop:
+        return stop.value
