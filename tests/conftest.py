@@ -20,3 +20,4 @@ def pytest_collection_modifyitems(items):
 def _no_ambient_settings(monkeypatch, tmp_path):
     monkeypatch.delenv("TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION", raising=False)
     monkeypatch.setenv("MOETUNE_STORE", str(tmp_path / "default-store"))
+    monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")

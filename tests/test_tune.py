@@ -6,6 +6,7 @@ from moetune.backends.base import Candidates, Problem
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.measure.bench import Bench
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.store.store import Store
 from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured, _decide, _Final, load, tune
 from moetune.workload.routing import realize
 
@@ -113,6 +114,56 @@ def test_an_interrupted_run_resumes_at_the_next_bucket(plant):
     assert len(_tune(on_event=events.append).choices) == 2
     assert backend.prepared == [4, 8]
     assert [event.rows for event in events if isinstance(event, BucketStarted)] == [8]
+
+
+def test_a_packaged_profile_of_some_buckets_is_the_base_of_the_answer(plant, tmp_path):
+    backend = plant(milliseconds={"default": 1.0})
+    packaged = tmp_path / "packaged"
+
+    def interrupt(event):
+        if isinstance(event, BucketChosen):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _tune(store=packaged, on_event=interrupt)
+    (path,) = packaged.glob("*/*/*/*.json")
+    before = path.read_bytes()
+    backend.prepared.clear()
+
+    store = Store(tmp_path / "store", packaged)
+    with pytest.raises(MissError, match="buckets 8"):
+        _tune(store=store, frozen=True)
+    profile = _tune(store=store)
+    assert backend.prepared == [8]
+    assert [choice.rows for choice in profile.choices] == [4, 8]
+    assert Store(tmp_path / "store").find(LAYER, REGIME, "planted", profile.environment)[1] == profile
+    assert path.read_bytes() == before
+    events = []
+    _tune(store=store, on_event=events.append)
+    assert [(type(event), event.packaged) for event in events] == [(Served, False)]
+
+
+def test_a_whole_packaged_profile_is_served_even_where_the_store_cannot_be_written(plant, tmp_path):
+    backend = plant(milliseconds={"default": 1.0})
+    profile = _tune(store=tmp_path / "packaged")
+    backend.prepared.clear()
+    (tmp_path / "file").write_text("in the way")
+    events = []
+    store = Store(tmp_path / "file", tmp_path / "packaged")
+    assert _tune(store=store, on_event=events.append) == profile
+    (served,) = events
+    assert served.packaged
+    assert served.path.is_relative_to(tmp_path / "packaged")
+    assert backend.prepared == []
+
+
+def test_a_backend_made_with_options_is_taken_as_it_is(plant):
+    named = plant(milliseconds={"default": 1.0, "fast": 0.3})
+    made = PlantedBackend(milliseconds={"default": 1.0})
+    profile = tune(LAYER, REGIME, made, device="cpu")
+    assert made.prepared == [4, 8]
+    assert named.prepared == []
+    assert load(LAYER, REGIME, made, device="cpu") == profile
 
 
 def test_frozen_never_measures_and_names_what_differs(plant):

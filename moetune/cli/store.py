@@ -26,7 +26,7 @@ def store() -> None:
 @store_option
 @json_option
 def list_profiles(store: Path | None, as_json: bool) -> None:
-    """List the stored profiles, and the files that are none."""
+    """List the stored profiles, those that come with moetune, and the files that are none."""
     from moetune.report.tables import store_table
     from moetune.store.profile import Profile
     from moetune.store.store import Store
@@ -40,16 +40,24 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
             {
                 "schema_version": SCHEMA_VERSION,
                 "store": str(folder.root),
-                "profiles": [{"path": str(path), **_summary(profile)} for path, profile in profiles],
+                "profiles": [
+                    {"path": str(path), "packaged": folder.is_packaged(path), **_summary(profile)}
+                    for path, profile in profiles
+                ],
                 "unreadable": [{"path": str(path), "reason": str(error)} for path, error in broken],
             }
         )
-    elif profiles:
-        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", store_table(profiles, folder.root))
+        return
+    own = [entry for entry in profiles if not folder.is_packaged(entry[0])]
+    packaged = [entry for entry in profiles if folder.is_packaged(entry[0])]
+    if own:
+        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", store_table(own, folder.root))
     else:
         show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet; `moetune tune` writes one.")
-    if not as_json:
-        show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
+    if packaged and folder.packaged:
+        where = f"[dim]packaged with moetune, read-only[/] [cyan]{escape(str(folder.packaged))}[/]"
+        show(where, store_table(packaged, folder.packaged))
+    show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
 
 
 def _summary(profile: Profile) -> dict[str, Any]:

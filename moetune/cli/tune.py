@@ -14,10 +14,10 @@ from moetune.cli.output import document, show
 @asks()
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure; a miss exits 3.")
-@click.option("--again", is_flag=True, help="Measure every bucket even where the store has it.")
+@click.option("--again", is_flag=True, help="Measure every bucket even where a profile has it.")
 @json_option
 def tune(question: Question, store: Path | None, frozen: bool, again: bool, as_json: bool) -> None:
-    """Measure the fastest tactic of each bucket, or serve it from the store.
+    """Measure the fastest tactic of each bucket, or serve it from the store or from moetune's packaged profiles.
 
     Each bucket is saved when it is known, so an interrupted run resumes. The default tactic is replaced only by one
     that is faster beyond the noise; the gain is shown with its 95 % bounds.
@@ -34,13 +34,12 @@ def tune(question: Question, store: Path | None, frozen: bool, again: bool, as_j
         profile = tune_of(
             question.layer, question.regime, question.backend, folder, frozen=frozen, again=again, on_event=progress
         )
-    served = progress.served is not None
-    path = folder.path(profile.layer, profile.regime, profile.backend, profile.environment)
-    if progress.served is not None:
-        path = progress.served.path
+    served = progress.served
+    path = served.path if served else folder.path(profile.layer, profile.regime, profile.backend, profile.environment)
+    packaged = bool(served and served.packaged)
     if as_json:
-        document(profile, path=str(path), served=served)
+        document(profile, path=str(path), served=served is not None, packaged=packaged)
     else:
         from moetune.report.tables import profile_report
 
-        show(*profile_report(profile, path, served=served))
+        show(*profile_report(profile, path, served=served is not None, packaged=packaged))

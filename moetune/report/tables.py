@@ -55,13 +55,16 @@ def routing_line(routing: RoutingMethod) -> str:
     return ", ".join(parts)
 
 
-def profile_report(profile: Profile, path: Path | str | None = None, *, served: bool = False) -> list[RenderableType]:
+def profile_report(
+    profile: Profile, path: Path | str | None = None, *, served: bool = False, packaged: bool = False
+) -> list[RenderableType]:
     """A profile: what was asked, the table of choices, and what stands behind the numbers.
 
     Args:
         profile: what to show.
         path: the file it is in.
-        served: say that it came from the store and nothing was measured.
+        served: say that it was there and nothing was measured.
+        packaged: say that it came with moetune.
     """
     reported: list[RenderableType] = [
         Text(layer_line(profile.layer), style="bold"),
@@ -71,7 +74,7 @@ def profile_report(profile: Profile, path: Path | str | None = None, *, served: 
     ]
     reported += [Text(line, style="dim") for line in _behind(profile)]
     if path:
-        reported.append(_where(path, served))
+        reported.append(_where(path, served, packaged))
     return reported
 
 
@@ -128,8 +131,10 @@ def _skipped(regime: Regime) -> list[str]:
     return [f"left out, because a pool has {regime.ep_size} equal blocks: {skipped} rows"]
 
 
-def _where(path: Path | str, served: bool) -> Text:
-    said = "served from the store, nothing was measured: " if served else "profile: "
+def _where(path: Path | str, served: bool, packaged: bool) -> Text:
+    source = "the packaged profiles" if packaged else "the store"
+    kept = "packaged profile: " if packaged else "profile: "
+    said = f"served from {source}, nothing was measured: " if served else kept
     return Text(said, style="bold" if served else "").append(str(path), style="cyan")
 
 

@@ -3,10 +3,13 @@
 The path is `<store>/<device>/<layer>/<regime slug>-<regime digest>/<backend>-<environment digest>.json`. A file is
 replaced as a whole (temporary file, fsync, rename), under one lock for all of the store, so a reader needs no lock and
 never sees half a file. What is read is parsed as JSON and checked against the schema, never unpickled or evaluated.
+
+The profiles that come with moetune are laid out alike in a second folder, which is only ever read.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +29,7 @@ from moetune.spec.regime import Regime
 from moetune.store.profile import SCHEMA_VERSION, Profile
 
 STORE_VARIABLE = "MOETUNE_STORE"
+PACKAGED_VARIABLE = "MOETUNE_PACKAGED_PROFILES"
 LOCK_NAME = ".lock"
 LOCK_TIMEOUT_S = 60.0
 LOCK_POLL_S = 0.01
@@ -39,6 +43,14 @@ def default_root() -> Path:
     return (cache if cache.is_absolute() else _expanded("~/.cache")) / "moetune"
 
 
+def packaged_root() -> Path | None:
+    """The folder of the profiles that come with moetune; None where `MOETUNE_PACKAGED_PROFILES` is 0."""
+    if os.environ.get(PACKAGED_VARIABLE) == "0":
+        return None
+    package = importlib.util.find_spec("moetune.profiles")
+    return Path(package.origin).parent if package and package.origin else None
+
+
 def _expanded(path: Path | str) -> Path:
     try:
         return Path(path).expanduser().absolute()
@@ -49,14 +61,16 @@ def _expanded(path: Path | str) -> Path:
 
 
 class Store:
-    """The profiles below `root`; nothing is created before the first save.
+    """The profiles below `root`, and read-only those below `packaged`; nothing is created before the first save.
 
     Args:
         root: the folder; `default_root()` when not given.
+        packaged: the folder of the packaged profiles; `packaged_root()` when not given.
     """
 
-    def __init__(self, root: Path | str | None = None) -> None:
+    def __init__(self, root: Path | str | None = None, packaged: Path | str | None = None) -> None:
         self.root = default_root() if root is None else _expanded(root)
+        self.packaged = packaged_root() if packaged is None else _expanded(packaged)
 
     def __repr__(self) -> str:
         return f"Store({str(self.root)!r})"
@@ -64,7 +78,9 @@ class Store:
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that are read, in this order. Only `root`, the first, is ever written."""
-        return (self.root,)
+        if self.packaged is None or self.packaged.resolve() == self.root.resolve():
+            return (self.root,)
+        return (self.root, self.packaged)
 
     def path(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Path:
         """Where the answer to this question is saved.
@@ -75,8 +91,8 @@ class Store:
         return self.root / _relative_path(layer, regime, backend, environment)
 
     def is_packaged(self, path: Path) -> bool:
-        """Whether a profile comes with moetune: it lies in a folder that is read and never written."""
-        return any(path.is_relative_to(root) for root in self.roots[1:])
+        """Whether a profile lies in a folder that is read and never written: it came with moetune."""
+        return any(path.resolve().is_relative_to(root.resolve()) for root in self.roots[1:])
 
     def load(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Profile:
         """As `find`, the profile alone."""
@@ -85,12 +101,13 @@ class Store:
     def find(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> tuple[Path, Profile]:
         """The stored profile of exactly this question: layer, regime, backend and strict environment; and its file.
 
-        The layer's name may differ. What counts is what the file says, not where it lies.
+        The layer's name may differ. What counts is what the file says, not where it lies. A packaged profile answers
+        where the store has none.
 
         Raises:
-            MissError: there is none. `differing` maps the Python name of each field in which the nearest stored profile
-                differs to (wanted, stored); empty where the store has nothing.
-            DamagedProfileError: the file is no profile; it was moved aside unharmed.
+            MissError: there is none. `differing` maps the Python name of each field in which the nearest profile, a
+                packaged one too, differs to (wanted, stored); empty where there is nothing at all.
+            DamagedProfileError: the file is no profile; it was moved aside unharmed, or stays where it is packaged.
             NewerSchemaError: the file is of a newer moetune; it stays.
         """
         relative = _relative_path(layer, regime, backend, environment)
@@ -105,10 +122,14 @@ class Store:
         """The profile in one file, which need not be the store's.
 
         Raises:
-            UsageError: there is no such file.
+            UsageError: there is no such file, or it is a folder.
             DamagedProfileError: the file is no profile; it was moved aside if it is the store's, else it stays.
             NewerSchemaError: the file is of a newer moetune; it stays.
         """
+        if Path(path).is_dir():
+            raise UsageError(
+                f"{path} is a folder, no profile.", "Give one of its .json files, or the folder as --store."
+            )
         try:
             return self._read(Path(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -120,7 +141,7 @@ class Store:
             yield from _profiles(root.glob("*/*/*/*.json"))
 
     def save(self, profile: Profile) -> Profile:
-        """The profile merged with the stored one and written durably.
+        """The profile merged with the stored one, or where there is none with the packaged one, and written durably.
 
         Merging is by bucket, the later `measured_at` winning. When this returns, or raises `DamagedProfileError`,
         everything given is on disk.
@@ -145,7 +166,7 @@ class Store:
                     raise DamagedProfileError(f"{path} is not the profile of its place: {', '.join(differing)} differ.")
                 profile = stored.merged(profile)
             except FileNotFoundError:
-                pass
+                profile = self._over_packaged(profile)
             except DamagedProfileError as error:
                 damaged = _moved_aside(path, error)
             _replace(path, profile.model_dump_json(indent=1) + "\n")
@@ -169,11 +190,25 @@ class Store:
                 f"Give another folder with --store or {STORE_VARIABLE}.",
             ) from None
 
+    def _over_packaged(self, profile: Profile) -> Profile:
+        """`profile` with the buckets added that only the packaged answer to its question has."""
+        question = (profile.layer, profile.regime, profile.backend, profile.environment)
+        for root in self.roots[1:]:
+            with suppress(FileNotFoundError, NotADirectoryError, StoreError):  # what was measured is saved in any case
+                packaged = _parse(root / _relative_path(*question))
+                if not _differing(*question, packaged):
+                    return packaged.merged(profile)
+        return profile
+
     def _read(self, path: Path) -> Profile:
         """The profile in `path`; a damaged file of the store is moved aside."""
         try:
             return _parse(path)
         except DamagedProfileError as error:
+            if self.is_packaged(path):
+                raise DamagedProfileError(
+                    error.message, f"It came with moetune: reinstall it, or set {PACKAGED_VARIABLE}=0 to do without."
+                ) from None
             if not path.resolve().is_relative_to(self.root.resolve()):
                 raise
             damaged = error
@@ -208,8 +243,9 @@ class Store:
         if best is None:
             return MissError(f"No profile of {asked}: the store {self.root} has none at all.", hint)
         path, differing = best
+        nearest_one = f"the nearest one, {'packaged as ' if self.is_packaged(path) else ''}{path},"
         fields = ", ".join(f"{name} (wanted {wanted}, stored {stored})" for name, (wanted, stored) in differing.items())
-        return MissError(f"No profile of {asked}: the nearest one, {path}, differs in {fields}.", hint, differing)
+        return MissError(f"No profile of {asked}: {nearest_one} differs in {fields}.", hint, differing)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from moetune.backends import registry
 from moetune.store.profile import Profile
 
 TUNE = importlib.import_module("moetune.tune")
+STORE = importlib.import_module("moetune.store.store")
 QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
 
 
@@ -113,6 +114,7 @@ def test_again_measures_what_the_store_has(moetune, question, planted):
 def test_tune_json_is_the_profile_and_nothing_else_on_stdout(moetune, question):
     document = _document(moetune("tune", *question, "--json"))
     assert document.pop("served") is False
+    assert document.pop("packaged") is False
     path = Path(document.pop("path"))
     profile = Profile.model_validate(document)
     assert [choice.rows for choice in profile.choices] == [4, 8]
@@ -221,6 +223,80 @@ def test_store_list_tells_what_each_profile_answers(moetune, question):
     text = moetune("store", "list").stdout
     assert "ep4-tp1-dp-alltoall-packed-random" in text
     assert "2/2" in text
+
+
+@pytest.fixture
+def packaged(moetune, question, planted, tmp_path, monkeypatch):
+    """A folder of packaged profiles that has the answer to `question`, and a look at all of its files."""
+    folder = tmp_path / "packaged"
+    assert moetune("tune", *question, "--store", folder).exit_code == 0
+    (folder / ".lock").unlink()
+    planted.prepared.clear()
+    monkeypatch.setattr(STORE, "packaged_root", lambda: folder)
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert len(files()) == 1
+    return files
+
+
+def test_a_packaged_profile_is_served_and_said_to_be_one(moetune, question, planted, packaged):
+    before = packaged()
+    (path,) = before
+    told = moetune("tune", *question)
+    assert f"served from the packaged profiles, nothing was measured: {path}" in told.stdout
+    document = _document(moetune("tune", *question, "--json", "--frozen"))
+    assert (document["served"], document["packaged"], document["path"]) == (True, True, str(path))
+    assert f"packaged profile: {path}" in moetune("show", *question).stdout
+    assert f"packaged profile: {path}" in moetune("show", path).stdout
+    assert _document(moetune("show", *question, "--json"))["packaged"] is True
+    assert planted.prepared == []
+    assert packaged() == before
+
+
+def test_store_list_marks_the_packaged(moetune, question, packaged):
+    (path,) = packaged()
+    text = moetune("store", "list").stdout
+    assert "has no profile yet" in text
+    assert f"packaged with moetune, read-only {path.parents[3]}" in text
+    moetune("tune", *question, "--again")
+    listed = _document(moetune("store", "list", "--json"))["profiles"]
+    assert [entry["packaged"] for entry in listed] == [False, True]
+    assert listed[1]["path"] == str(path)
+    assert moetune("store", "list").stdout.count("2/2") == 2
+
+
+def test_again_measures_what_is_packaged_and_saves_it_in_the_store(moetune, question, planted, packaged):
+    before = packaged()
+    document = _document(moetune("tune", *question, "--again", "--json"))
+    assert (document["served"], document["packaged"]) == (False, False)
+    assert sorted(set(planted.prepared)) == [4, 8]
+    assert Path(document["path"]) not in before
+    assert _document(moetune("tune", *question, "--json"))["packaged"] is False
+    assert packaged() == before
+
+
+def test_a_damaged_packaged_profile_is_named_and_stays(moetune, question, packaged):
+    (path,) = packaged()
+    path.write_text("{")
+    result = moetune("tune", *question)
+    assert result.exit_code == 1
+    assert f"{path} is no profile" in result.stderr
+    assert "reinstall it, or set MOETUNE_PACKAGED_PROFILES=0" in result.stderr
+    assert packaged() == {path: b"{"}
+    assert f"{path} is no profile" in moetune("store", "list").stdout
+
+
+def test_a_miss_points_to_the_packaged_profile_of_another_torch(moetune, question, packaged):
+    (path,) = packaged()
+    document = json.loads(path.read_text())
+    document["environment"]["strict"]["torch"] = "2.0.0"
+    path.write_text(json.dumps(document))
+    missed = moetune("tune", *question, "--frozen")
+    assert missed.exit_code == 3
+    assert f"the nearest one, packaged as {path}, differs in torch (wanted " in missed.stderr
+    assert "stored 2.0.0)" in missed.stderr
 
 
 def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):

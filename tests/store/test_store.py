@@ -447,6 +447,107 @@ def test_hand_copied_file_is_not_served(store: Store, profile_of: ProfileOf) -> 
     assert copied.read_bytes() == path_of(store, stored).read_bytes()
 
 
+# Packaged profiles
+
+
+@pytest.fixture
+def packaged(tmp_path: Path) -> Store:
+    """What moetune comes with, as the store that made it."""
+    return Store(tmp_path / "packaged")
+
+
+@pytest.fixture
+def backed(store: Store, packaged: Store) -> Store:
+    """The store, with the packaged profiles behind it."""
+    return Store(store.root, packaged.root)
+
+
+def test_the_packaged_root_is_the_installed_package_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOETUNE_PACKAGED_PROFILES")
+    root = store_module.packaged_root()
+    assert root is not None
+    assert (root / "README.md").is_file()
+    assert Store().roots == (Store().root, root)
+    monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")
+    assert store_module.packaged_root() is None
+    assert Store().roots == (Store().root,)
+
+
+def test_packaged_profile_answers_where_the_store_has_none(
+    store: Store, packaged: Store, backed: Store, profile_of: ProfileOf, choice_of: Callable[..., Choice]
+) -> None:
+    theirs = packaged.save(profile_of(rows=[1, 2]))
+    question = (theirs.layer, theirs.regime, theirs.backend, theirs.environment)
+    before = {path: path.read_bytes() for path in packaged.root.rglob("*") if path.is_file()}
+    path, found = backed.find(*question)
+    assert (path, found) == (path_of(packaged, theirs), theirs)
+    assert backed.is_packaged(path)
+    assert backed.read(path) == theirs
+    assert not store.root.exists()
+
+    ours = store.save(profile_of(choices=(choice_of(1, tactic={"tile": 7}),)))
+    path, found = backed.find(*question)
+    assert (path, found) == (path_of(store, ours), ours)
+    assert not backed.is_packaged(path)
+    assert list(backed.profiles()) == [(path_of(store, ours), ours), (path_of(packaged, theirs), theirs)]
+    assert {path: path.read_bytes() for path in packaged.root.rglob("*") if path.is_file()} == before
+
+
+def test_save_takes_over_the_packaged_buckets_and_leaves_them_where_they_are(
+    store: Store, packaged: Store, backed: Store, profile_of: ProfileOf, choice_of: Callable[..., Choice]
+) -> None:
+    packaged.save(profile_of(rows=[1, 2]))
+    before = path_of(packaged, profile_of()).read_bytes()
+    newer = choice_of(2, tactic={"tile": 92}, measured_at="2026-02-01T00:00:00Z")
+    saved = backed.save(profile_of(choices=(newer, choice_of(8))))
+    assert [(choice.rows, choice.tactic["tile"]) for choice in saved.choices] == [(1, 1), (2, 92), (8, 8)]
+    assert load(store, saved) == saved
+    assert path_of(packaged, saved).read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no schema", "schema 0"])
+def test_damaged_packaged_profile_is_named_stays_and_costs_no_measurement(
+    kind: str, store: Store, packaged: Store, backed: Store, profile_of: ProfileOf
+) -> None:
+    path, content = damage(packaged, profile_of(), DAMAGE[kind])
+    with pytest.raises(DamagedProfileError, match="reinstall") as raised:
+        load(backed, profile_of())
+    assert str(path) in raised.value.message
+    assert "MOETUNE_PACKAGED_PROFILES=0" in raised.value.hint
+    assert path.read_bytes() == content
+    assert not list(path.parent.glob("*.damaged-*"))
+    saved = backed.save(profile_of(rows=[2]))
+    assert load(store, saved) == saved
+    assert path.read_bytes() == content
+
+
+def test_packaged_profile_of_another_question_is_no_base(packaged: Store, backed: Store, profile_of: ProfileOf) -> None:
+    other = packaged.save(profile_of(rows=[1], environment=Environment(device="Other", strict={})))
+    asked = profile_of(rows=[2])
+    path_of(packaged, asked).parent.mkdir(parents=True)
+    path_of(packaged, asked).write_bytes(path_of(packaged, other).read_bytes())
+    assert backed.save(asked) == asked
+
+
+def test_miss_names_the_nearest_of_both_folders(packaged: Store, backed: Store, profile_of: ProfileOf) -> None:
+    strict = profile_of().environment.strict
+    near = packaged.save(
+        profile_of(environment=Environment(device="Example GPU 80GB", strict={**strict, "torch": "1"}))
+    )
+    backed.save(profile_of(environment=Environment(device="Other", strict={**strict, "torch": "1"})))
+    with pytest.raises(MissError) as raised:
+        load(backed, profile_of())
+    assert raised.value.differing == {"torch": ("2.13.0", "1")}
+    assert f"packaged as {path_of(packaged, near)}, differs in torch" in raised.value.message
+
+
+def test_store_that_is_the_packaged_folder_is_an_ordinary_one(packaged: Store, profile_of: ProfileOf) -> None:
+    itself = Store(packaged.root, packaged.root)
+    assert itself.roots == (packaged.root,)
+    saved = itself.save(profile_of())
+    assert not itself.is_packaged(path_of(itself, saved))
+
+
 # Files that are no profiles
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
