@@ -1,0 +1,132 @@
+"""Coordinate descent: sweeps one coordinate of a tactic at a time, then lets the best values of each meet.
+
+For tactics whose parts hardly depend on each other, such as one kernel for each of two GEMMs run one after the other:
+the time is about a sum of one term a coordinate, so 45 × 81 tactics are known by 45 + 81 measurements.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from itertools import product
+
+from moetune.search.base import Batch, Search, Times
+from moetune.spec.tactic import Tactic, Value
+
+SCAN = 8
+"""Tactics tried before the first sweep, so that the coordinates that stand still stand well."""
+HOPELESS = 1.5
+"""A value slower than this times the sweep's best is not timed again …"""
+ETA = 4
+"""… nor is one behind the first quarter …"""
+LEAST = 4
+"""… unless it is among the first this many."""
+PROMISING = 2.0
+"""A tactic within this times the best is worth a try in a neighboring bucket."""
+
+
+def coordinate(
+    tactics: Sequence[Tactic],
+    *,
+    starts: Sequence[Tactic] = (),
+    explore: int = 8,
+    rounds: tuple[int, int, int] = (1, 4, 16),
+    passes: int = 1,
+    finalists: int = 6,
+    seed: int = 0,
+) -> Search:
+    """A scan, a sweep of each coordinate from the best so far, and a final of the best values of all coordinates.
+
+    A sweep times every value once, drops the hopeless and times the rest with more rounds. The final is the product of
+    each coordinate's two best values, and every third-best one beside the others' best: should all the best fall off a
+    cliff, something is left.
+
+    Args:
+        tactics: the candidates; sweeps keep to them, so they need not form a full grid.
+        starts: tactics that were good in neighboring buckets, the best first; unknown ones are ignored. With
+            them the scan tries the first few, and the sweeps are over their values and some others only.
+        explore: how many values that no start has a sweep tries nonetheless, chosen by `seed`.
+        rounds: how often a tactic is timed in the scan and in the first and second pass of a sweep, and in the final.
+        passes: how often all coordinates are swept; it ends earlier when one changes nothing.
+        finalists: how many at most meet in the final and are returned.
+        seed: of the scan and of what is explored; give each bucket another, so that over a ladder all values are met.
+    """
+    chance, legal = random.Random(seed), set(tactics)
+    known = [tactic for tactic in dict.fromkeys(starts) if tactic in legal]
+    scan = known[:SCAN] or chance.sample(list(tactics), min(SCAN, len(tactics)))
+    leaders = _ranked((yield Batch(tuple(scan), rounds[0]))) if scan else []
+    if not leaders:
+        return ()
+    # one that shares no line with another, as an engine's own fallback may, leads nowhere
+    best = next((tactic for tactic in leaders if _on_a_line(tactics, tactic)), leaders[0])
+    alone = leaders[:1] if leaders[0] != best else []
+    shortlists: dict[str, list[Value]] = {}
+    for _ in range(passes):
+        before = best
+        for name in before:
+            line = _line(tactics, best, name)
+            if known:
+                line = _explored(line, {best[name], *(tactic.get(name) for tactic in known)}, name, explore, chance)
+            ranked = _ranked((yield from _sweep(line, rounds))) or [best]
+            best = ranked[0]
+            shortlists[name] = [tactic[name] for tactic in ranked[:3]]
+        if best == before:
+            break
+    candidates = tuple(dict.fromkeys((*alone, *_meetings(best, shortlists, legal))))[:finalists]
+    return tuple(_ranked((yield Batch(candidates, rounds[2]))))
+
+
+def promising(times: Times) -> tuple[Tactic, ...]:
+    """Of all that one bucket measured, what to give the next one as `starts`: within `PROMISING`, the best first."""
+    ranked = _ranked(times)
+    return tuple(tactic for tactic in ranked if times[tactic] <= PROMISING * times[ranked[0]])
+
+
+def _sweep(line: Sequence[Tactic], rounds: tuple[int, int, int]) -> Generator[Batch, Times, Times]:
+    """Times a line once, then its best again; returns the times of those timed again, else of all."""
+    times = yield Batch(tuple(line), rounds[0])
+    ranked = _ranked(times)
+    near = sum(times[tactic] <= HOPELESS * times[ranked[0]] for tactic in ranked)
+    again = tuple(ranked[: max(LEAST, min(near, len(line) // ETA))])
+    if len(again) > 1:
+        times = (yield Batch(again, rounds[1])) or times
+    return times
+
+
+def _line(tactics: Sequence[Tactic], at: Tactic, name: str) -> list[Tactic]:
+    """The tactics that differ from `at` in one coordinate only, and `at` itself."""
+    others = [(other, value) for other, value in at.items() if other != name]
+    return [
+        tactic
+        for tactic in tactics
+        if len(tactic) == len(at) and name in tactic and all(tactic.get(other) == value for other, value in others)
+    ]
+
+
+def _on_a_line(tactics: Sequence[Tactic], tactic: Tactic) -> bool:
+    return any(len(_line(tactics, tactic, name)) > 1 for name in tactic)
+
+
+def _explored(
+    line: Sequence[Tactic], values: set[Value | None], name: str, explore: int, chance: random.Random
+) -> list[Tactic]:
+    """The tactics of a line with one of `values`, and a few others."""
+    others = [tactic for tactic in line if tactic[name] not in values]
+    chosen = set(chance.sample(others, min(explore, len(others))))
+    return [tactic for tactic in line if tactic[name] in values or tactic in chosen]
+
+
+def _meetings(best: Tactic, shortlists: Mapping[str, list[Value]], legal: set[Tactic]) -> Iterator[Tactic]:
+    """The product of the two first values of each coordinate, the least far down first; then each third value."""
+    places = sorted(product(*(range(len(values[:2])) for values in shortlists.values())), key=sum)
+    for place in places:
+        met = {name: values[at] for at, (name, values) in zip(place, shortlists.items(), strict=True)}
+        if (tactic := Tactic(met)) in legal:
+            yield tactic
+    for name, values in shortlists.items():
+        if len(values) > 2 and (tactic := Tactic({**best, name: values[2]})) in legal:
+            yield tactic
+
+
+def _ranked(times: Times) -> list[Tactic]:
+    return sorted(times, key=lambda tactic: times[tactic])
