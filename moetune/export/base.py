@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Protocol
 
@@ -25,12 +25,14 @@ class Export:
     """The files of one profile for one engine; nothing is written yet.
 
     `files` maps relative POSIX paths to their text. `usage` is Markdown that says how the engine is made to read them,
-    with `FOLDER` in place of the folder; equal for every layer of one regime. `warnings`, a sentence each, say where
+    with `FOLDER` in place of the folder; equal for every layer of one regime. `variables` are the environment variables
+    to set for it, with `FOLDER` likewise; none where the engine has none. `warnings`, a sentence each, say where
     the engine would not read the files or not bring the profile's load. `notes` say what is merely good to know.
     """
 
     files: Mapping[str, str]
     usage: str
+    variables: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
