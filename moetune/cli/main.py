@@ -91,6 +91,7 @@ def _fail(message: str, code: int) -> int:
         "plan": ("moetune.cli.plan:plan", "Show each bucket's load and the bytes on the wire; no GPU needed."),
         "tune": ("moetune.cli.tune:tune", "Measure each bucket's fastest tactic, or serve it from the store."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
+        "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
         "store": ("moetune.cli.store:store", "Look into the store of profiles."),
     },
 )

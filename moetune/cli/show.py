@@ -17,26 +17,17 @@ from moetune.cli.output import show as show_all
 @store_option
 @json_option
 def show(path: Path | None, question: Question | None, store: Path | None, as_json: bool) -> None:
-    """Print a stored profile: the file PROFILE, or the answer to --model … in the store.
+    """Print a stored profile: the file PROFILE, or the answer to --model … in the store, else packaged with moetune.
 
     Nothing is measured; where the store has no answer, the error names what differs in the nearest one and exits 3.
     """
-    from moetune.errors import UsageError
+    from moetune.cli.stored import stored_profile
     from moetune.report.tables import profile_report
     from moetune.store.store import Store
 
-    if (path is None) == (question is None):
-        raise UsageError("`moetune show` takes either a profile's path or --model.", "See `moetune store list`.")
-    folder = Store(store)
-    if path is not None:
-        profile = folder.read(path)
-    else:
-        from moetune.tune import load
-
-        assert question is not None
-        profile = load(question.layer, question.regime, question.backend, folder)
-        path = folder.path(profile.layer, profile.regime, profile.backend, profile.environment)
+    path, profile = stored_profile("show", path, question, store)
+    packaged = Store(store).is_packaged(path)
     if as_json:
-        document(profile, path=str(path))
+        document(profile, path=str(path), packaged=packaged)
     else:
-        show_all(*profile_report(profile, path))
+        show_all(*profile_report(profile, path, packaged=packaged))
