@@ -1,0 +1,95 @@
+"""Puts measured profiles into profiles/, from where they are packaged, and lists them in its README.
+
+    python benchmarks/package_profiles.py STORE/*/*/*/triton-*.json
+
+Without a file it lists what is there. A profile replaces the one in its place; it must have all of its buckets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from picture import command
+
+from moetune.errors import UsageError
+from moetune.spec.environment import Environment
+from moetune.store.profile import Profile
+from moetune.store.store import Store
+
+PACKAGED = Path(__file__).parent.parent / "profiles"
+HEADING = "\n## What is here\n"
+
+
+def main() -> None:
+    """Packages the files that are given, and writes the list."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profiles", type=Path, nargs="*", help="files of a store")
+    parser.add_argument("--into", type=Path, default=PACKAGED, help="the folder, with its README.md")
+    given = parser.parse_args()
+    for path in given.profiles:
+        print(package(Store(path.parents[3]).read(path), given.into))
+    readme = given.into / "README.md"
+    readme.write_text(listed(readme.read_text(encoding="utf-8"), given.into), encoding="utf-8")
+
+
+def package(profile: Profile, folder: Path) -> Path:
+    """Writes the profile to its place below `folder`, in the store's layout.
+
+    Raises:
+        UsageError: it lacks buckets.
+    """
+    if missing := sorted(set(profile.regime.buckets) - {choice.rows for choice in profile.choices}):
+        raise UsageError(f"{command(profile)}: the buckets {missing} are not tuned.", "Tune them first.")
+    path = Store(folder).path(profile.layer, profile.regime, profile.backend, profile.environment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def listed(readme: str, folder: Path) -> str:
+    """The README with the list of all profiles below `folder` after its last heading."""
+    found = [(path, entry) for path, entry in Store(folder).profiles() if isinstance(entry, Profile)]
+    tables = [
+        _table(environment, entries, folder)
+        for environment, entries in groupby(
+            sorted(found, key=lambda entry: (_environment(entry[1].environment), entry[0])),
+            key=lambda entry: _environment(entry[1].environment),
+        )
+    ]
+    return readme.partition(HEADING)[0] + HEADING + ("\n".join(tables) or "None has been measured for release yet.\n")
+
+
+def _environment(environment: Environment) -> str:
+    return ", ".join([environment.device, *(f"{name} {value}" for name, value in sorted(environment.strict.items()))])
+
+
+def _table(environment: str, entries: Iterable[tuple[Path, Profile]], folder: Path) -> str:
+    lines = [
+        f"{environment}:\n",
+        "| made by | buckets | gain over the default, geometric mean | measured | file |",
+        "|---|---|---|---|---|",
+    ]
+    for path, profile in entries:
+        gain = math.exp(sum(math.log(choice.gain) for choice in profile.choices) / len(profile.choices))
+        measured = max(choice.measured_at for choice in profile.choices)[:10]
+        file = path.relative_to(folder)
+        lines.append(f"| `{_made_by(profile)}` | {len(profile.choices)} | {gain:.2f}× | {measured} | `{file}` |")
+    return "\n".join([*lines, ""])
+
+
+def _made_by(profile: Profile) -> str:
+    """The command that asks the profile's question, with the source of the kernel where it is no default."""
+    strict = profile.environment.strict
+    kernel, remote = strict.get("kernel", "builtin"), strict.get("remote", "drop")
+    words = [command(profile), f"--backend {profile.backend}"]
+    words += [f"--kernel {kernel}"] if kernel != "builtin" else []
+    words += [f"--remote {remote}"] if (kernel == "sglang") != (remote == "zero") else []
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    main()
