@@ -15,8 +15,6 @@ from moetune.store.profile import Profile
 
 FOLDER = "{folder}"
 """In `Export.usage` this stands for the regime's folder, wherever it will lie."""
-README = "README.md"
-SIDECAR_SUFFIX = ".moetune.json"
 SIDECAR_SCHEMA_VERSION = 1
 
 
@@ -46,6 +44,8 @@ class Exporter(Protocol):
 def bundle(profile: Profile, target: str, exported: Export, source: str, command: str) -> Export:
     """`exported` below a folder of the regime's slug, with a README and one provenance file beside it.
 
+    Both have the engine in their name, so that several engines' files can share a folder.
+
     Raises:
         NoResultError: the profile is empty.
     """
@@ -55,8 +55,8 @@ def bundle(profile: Profile, target: str, exported: Export, source: str, command
     stem = PurePosixPath(names[0]).name.removesuffix(".json")
     files = {
         **exported.files,
-        README: _readme(profile, target, exported),
-        f"{stem}{SIDECAR_SUFFIX}": _provenance(profile, target, exported, names, source, command),
+        f"README.{target}.md": _readme(profile, target, exported),
+        f"{stem}.{target}.moetune.json": _provenance(profile, target, exported, names, source, command),
     }
     return replace(exported, files={f"{profile.regime.slug}/{path}": text for path, text in files.items()})
 
@@ -66,7 +66,7 @@ def _readme(profile: Profile, target: str, exported: Export) -> str:
     usage = exported.usage.replace(FOLDER, f"/path/to/{profile.regime.slug}")
     return (
         f"# {target}: tactics for {profile.regime.slug}\n{usage}\n\n"
-        f"Written by moetune; `*{SIDECAR_SUFFIX}` say from which profile, and what to mind.\n"
+        f"Written by moetune; `*.{target}.moetune.json` say from which profile, and what to mind.\n"
     )
 
 

@@ -86,4 +86,6 @@ def _notes(measured: TritonProfile) -> Iterator[str]:
             "version as numbers alone, and falls back to this one."
         )
     elif measured.triton not in _OLD_FALLBACKS:
-        yield f"SGLang before 0.5.23 finds the file only while it runs Triton {measured.triton}."
+        yield (
+            f"SGLang 0.5.10 finds the file only while it runs Triton {measured.triton}; 0.5.23 falls back to it from any."
+        )

@@ -48,17 +48,17 @@ def test_a_profile_is_written_for_an_engine_and_its_variable_printed(moetune, st
     assert json.loads((folder / f"{NAME}.json").read_text()) == {"triton_version": "3.6.0", "8": TACTIC}
     assert result.stdout.splitlines()[-1] == f"export VLLM_TUNED_CONFIG_FOLDER={folder}"
     assert "warning: No dispatcher of vllm brings the packed load" in result.stderr
-    sidecar = json.loads((folder / f"{NAME}.moetune.json").read_text())
+    sidecar = json.loads((folder / f"{NAME}.vllm.moetune.json").read_text())
     assert sidecar["command"] == f"moetune export {stored} --to vllm --out {tmp_path / 'out'}"
 
 
 def test_two_engines_and_a_second_time(moetune, stored, tmp_path):
     for target in ("vllm", "sglang"):
-        assert moetune("export", stored, "--to", target, "--out", tmp_path / target).exit_code == 0
-    again = moetune("export", stored, "--to", "sglang", "--out", tmp_path / "sglang")
+        assert moetune("export", stored, "--to", target, "--out", tmp_path / "out").exit_code == 0
+    again = moetune("export", stored, "--to", "sglang", "--out", tmp_path / "out")
     assert again.exit_code == 0
     assert again.stdout.count("unchanged: ") == 3
-    assert (tmp_path / "sglang" / SLUG / "configs" / "triton_3_6_0" / f"{NAME}.json").is_file()
+    assert (tmp_path / "out" / SLUG / "configs" / "triton_3_6_0" / f"{NAME}.json").is_file()
 
 
 def test_json_is_one_document(moetune, stored, tmp_path):

@@ -17,7 +17,7 @@ SLUG = "ep8-tp1-dp-allgather-random"
 def test_everything_lies_in_the_folder_of_the_regime():
     files = export(profile(), "vllm").files
     name = "E=32,N=2048,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128,128]"
-    assert set(files) == {f"{SLUG}/{name}.json", f"{SLUG}/README.md", f"{SLUG}/{name}.moetune.json"}
+    assert set(files) == {f"{SLUG}/{name}.json", f"{SLUG}/README.vllm.md", f"{SLUG}/{name}.vllm.moetune.json"}
 
 
 def test_the_provenance_says_where_the_files_come_from():
@@ -49,9 +49,16 @@ def test_another_choice_gives_another_digest():
     [("vllm", "VLLM_TUNED_CONFIG_FOLDER=/path/to/"), ("sglang", "SGLANG_MOE_CONFIG_DIR=/path/to/")],
 )
 def test_the_readme_names_the_variable_and_is_the_same_for_every_layer(target, line):
-    readmes = [export(profile(layer), target).files[f"{SLUG}/README.md"] for layer in ("deepseek-r1", "qwen3-30b-a3b")]
+    readmes = [
+        export(profile(layer), target).files[f"{SLUG}/README.{target}.md"] for layer in ("deepseek-r1", "qwen3-30b-a3b")
+    ]
     assert f"{line}{SLUG}" in readmes[0]
     assert readmes[0] == readmes[1]
+
+
+def test_several_engines_share_a_folder():
+    vllm, sglang = (export(profile("qwen3-30b-a3b"), target).files for target in ("vllm", "sglang"))
+    assert not vllm.keys() & sglang.keys()
 
 
 def test_an_empty_profile_and_an_unknown_engine_are_refused():

@@ -100,6 +100,12 @@ def test_that_only_the_default_a2a_backend_reaches_triton_is_noted():
     assert any("--moe-a2a-backend none" in note for note in export(profile()).notes)
 
 
+@pytest.mark.parametrize(("triton", "noted"), [("3.6.0", True), ("3.4.0", False)])
+def test_a_triton_that_old_versions_do_not_fall_back_to_is_noted(triton, noted):
+    notes = export(profile(strict={**STRICT, "triton": triton})).notes
+    assert any("SGLang 0.5.10 finds the file only while" in note for note in notes) is noted
+
+
 def test_another_backend_is_refused():
     with pytest.raises(UnsupportedError, match="sglang takes tactics of the backend triton"):
         export(profile(backend="flashinfer-cutlass"))
