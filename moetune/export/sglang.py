@@ -87,5 +87,6 @@ def _notes(measured: TritonProfile) -> Iterator[str]:
         )
     elif measured.triton not in _OLD_FALLBACKS:
         yield (
-            f"SGLang 0.5.10 finds the file only while it runs Triton {measured.triton}; 0.5.23 falls back to it from any."
+            f"SGLang 0.5.10 finds the file only while it runs Triton {measured.triton}; "
+            "0.5.23 falls back to it from any other."
         )
