@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import dataclass, field
 
@@ -21,12 +23,13 @@ def tactic(name: str) -> Tactic:
 
 @dataclass
 class PlantedBackend:
-    """`milliseconds` by algorithm; algorithms in `raising`, `wrong` and `cliff` do what the names say."""
+    """`milliseconds` by algorithm; algorithms in the sets do what the names say, in `killing` to their process."""
 
     milliseconds: dict[str, float]
     raising: frozenset[str] = frozenset()
     wrong: frozenset[str] = frozenset()
     cliff: frozenset[str] = frozenset()
+    killing: frozenset[str] = frozenset()
     name: str = "planted"
     prepared: list[int] = field(default_factory=list)
 
@@ -62,6 +65,8 @@ class PlantedRunner:
         name = str(tactic["algorithm"])
         if name in self.backend.raising:
             raise RuntimeError("planted failure\nwith a second line")
+        if name in self.backend.killing:
+            os.kill(os.getpid(), signal.SIGKILL)
         stressed = draw >= 2 * self.problem.regime.draws
         slower = 10 if stressed and name in self.backend.cliff else 1
         time.sleep(self.backend.milliseconds[name] * slower / 1e3)

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetune"
 # From the ground up, as the design lists them.
 FLOORS = (
-    "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "tune", "export", "report",
+    "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "events", "final", "bucket",
+    "tune", "export", "report",
     "engine", "fleet", "cli",
 )  # fmt: skip
 NO_TORCH = ("errors", "stats", "spec", "search", "store", "report")

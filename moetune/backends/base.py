@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from moetune.search.base import Search
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.spec.tactic import Tactic
@@ -90,4 +91,36 @@ class Backend(Protocol):
 
     def prepare(self, problem: Problem) -> Runner:
         """Weights, inputs and routings on the device."""
+        ...
+
+
+@runtime_checkable
+class CompilesAhead(Protocol):
+    """A backend whose tactics can be compiled before they are run: by other processes, which have no GPU."""
+
+    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
+        """What the compiled code depends on: where keys are equal, compiling once is enough."""
+        ...
+
+    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
+        """Compiles into a cache on disk, where a run on a device of that compute capability finds it.
+
+        Raises:
+            Exception: whatever the compiler raises for a tactic that does not compile.
+        """
+        ...
+
+
+@runtime_checkable
+class Searches(Protocol):
+    """A backend with too many tactics to time all: it knows a strategy, and what to expect of a tactic."""
+
+    def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
+        """A new search of one bucket.
+
+        Args:
+            problem: the bucket; its first `regime.draws` routings are the search's.
+            candidates: what `Backend.candidates` gave for it.
+            starts: tactics that were good in neighboring buckets, the best first; maybe none.
+        """
         ...

@@ -18,8 +18,8 @@ from moetune.report.format import duration, human_time
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from moetune.events import Event, Served
     from moetune.store.profile import Choice
-    from moetune.tune import Event, Served
 
 
 class Progress:
@@ -62,7 +62,7 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        from moetune.tune import BucketChosen, BucketStarted, Served, TacticMeasured
+        from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, SearchStopped, Served, TacticMeasured
 
         match event:
             case Served():
@@ -75,6 +75,11 @@ class Progress:
                 self._update(f"{event.rows} rows: {left} more tactics" if left else f"{event.rows} rows: the final")
                 if event.time_us is None:
                     self._line(f"{event.rows} rows: {event.tactic} failed: {event.reason}")
+            case SearchStopped():
+                tried = f"{event.tried} of {event.tactics} tactics tried"
+                self._line(f"{event.rows} rows: the time budget ended the search, {tried}")
+            case BucketsSkipped():
+                self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
             case BucketChosen():
                 self._finish(event.choice, event.index, event.count)
 

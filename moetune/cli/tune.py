@@ -15,8 +15,11 @@ from moetune.cli.output import document, show
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure; a miss exits 3.")
 @click.option("--again", is_flag=True, help="Measure every bucket even where a profile has it.")
+@click.option("--time-budget", type=float, metavar="S", help="About how many seconds it may take.  [default: no limit]")
 @json_option
-def tune(question: Question, store: Path | None, frozen: bool, again: bool, as_json: bool) -> None:
+def tune(
+    question: Question, store: Path | None, frozen: bool, again: bool, time_budget: float | None, as_json: bool
+) -> None:
     """Measure the fastest tactic of each bucket, or serve it from the store or from moetune's packaged profiles.
 
     Each bucket is saved when it is known, so an interrupted run resumes. The default tactic is replaced only by one
@@ -32,7 +35,14 @@ def tune(question: Question, store: Path | None, frozen: bool, again: bool, as_j
     folder = Store(store)
     with Progress(question.regime.buckets) as progress:
         profile = tune_of(
-            question.layer, question.regime, question.backend, folder, frozen=frozen, again=again, on_event=progress
+            question.layer,
+            question.regime,
+            question.backend,
+            folder,
+            frozen=frozen,
+            again=again,
+            time_budget_s=time_budget,
+            on_event=progress,
         )
     served = progress.served
     path = served.path if served else folder.path(profile.layer, profile.regime, profile.backend, profile.environment)

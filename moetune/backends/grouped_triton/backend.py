@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from moetune.backends.base import Candidates, Problem
 from moetune.backends.grouped_triton import space
 from moetune.errors import UnsupportedError, UsageError
+from moetune.search.base import Search
+from moetune.search.halving import halving
 from moetune.spec.layer import Activation, MoELayer, Precision
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -111,9 +114,37 @@ class TritonBackend:
         shapes = space.Shapes.of(layer, regime, rows)
         return space.default_config(rows, shapes.num_local, shapes.fp8)
 
+    def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
+        """Successive halving over a twentieth of the candidates; see `halving` and `prior`."""
+        limits = space.Limits.of(problem.device)
+        if limits is None:  # under the interpreter a prior of a GPU says nothing
+            return halving(candidates.tactics, starts=starts)
+        predicted_us = space.predicted_us(
+            candidates.tactics,
+            space.Shapes.of(problem.layer, problem.regime, problem.rows),
+            [routing.load.tolist() for routing in problem.routings[: problem.regime.draws]],
+            space.machine(problem.device),
+            limits.capability,
+        )
+        return halving(candidates.tactics, predicted_us=predicted_us, starts=starts)
+
     def tolerance(self, layer: MoELayer) -> float:
         """1e-2 in bf16; 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
         return _TOLERANCES[layer.precision]
+
+    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
+        """The builtin kernel is the same for all rows of a layer; an engine's is specialized for some numbers."""
+        shapes = space.Shapes.of(layer, regime, rows)
+        if self.kernel != "builtin":
+            return shapes, tactic
+        return shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted, tactic
+
+    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
+        """Both GEMMs, into Triton's cache; see `ahead.compile_tactic`."""
+        from moetune.backends.grouped_triton.ahead import compile_tactic
+
+        shapes = space.Shapes.of(layer, regime, rows)
+        compile_tactic(shapes, tactic, capability=capability, kernel=self.kernel, zero_remote=self.remote == "zero")
 
     def prepare(self, problem: Problem) -> TritonRunner:
         """Weights, inputs, routings and all workspace on the device.

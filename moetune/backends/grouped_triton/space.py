@@ -30,6 +30,8 @@ SCALE_BLOCK = 128
 _LANES = 32
 _MMA_ROWS, _MMA_COLUMNS = 16, 8  # of one mma.sync m16n8: the least that a warp computes
 _WGMMA_ROWS = 64
+_BF16_FLOPS_PER_CLOCK = {8: 2048, 9: 4096, 10: 8192}  # dense, of one SM, by major compute capability
+_L2_BYTES_PER_CLOCK = 32  # that one SM sustains
 _REGISTERS_PER_THREAD = 255  # since compute capability 3.5 (CUDA C++ Programming Guide, technical specifications)
 
 
@@ -110,6 +112,28 @@ class Limits:
             _REGISTERS_PER_THREAD,
             properties["max_num_regs"],
         )
+
+
+def machine(device: str) -> Machine:
+    """The rates and resources of a CUDA device, as Triton's driver and torch report them."""
+    import torch
+    import triton
+
+    index = torch.device(device).index
+    index = torch.cuda.current_device() if index is None else index
+    of_torch = torch.cuda.get_device_properties(index)
+    of_driver = triton.runtime.driver.active.utils.get_device_properties(index)
+    sms, clock_mhz = of_driver["multiprocessor_count"], of_driver["sm_clock_rate"] / 1e3
+    flops_per_clock = _BF16_FLOPS_PER_CLOCK[max(major for major in _BF16_FLOPS_PER_CLOCK if major <= of_torch.major)]
+    return Machine(
+        num_sms=sms,
+        shared_bytes=of_torch.shared_memory_per_multiprocessor,
+        registers=of_driver["max_num_regs"],
+        max_threads=of_torch.max_threads_per_multi_processor,
+        dram_bytes_per_us=2 * of_driver["mem_clock_rate"] / 1e3 * of_driver["mem_bus_width"] / 8,
+        l2_bytes_per_us=sms * clock_mhz * _L2_BYTES_PER_CLOCK,
+        bf16_flops_per_us=sms * clock_mhz * flops_per_clock,
+    )
 
 
 def max_padded_slots(num_slots: int, num_groups: int, block_size: int) -> int:

@@ -1,0 +1,174 @@
+"""One bucket of a tune: its draws, its search, its final."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Literal
+
+from moetune import final
+from moetune.errors import NoResultError
+from moetune.events import OnEvent, SearchStopped, TacticMeasured
+from moetune.search.exhaustive import exhaustive
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+from moetune.stats import median
+from moetune.store.profile import Choice, Rejection
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend, Candidates, Problem
+    from moetune.measure.bench import BenchLike
+    from moetune.measure.compiling import Compilers
+    from moetune.search.base import Search
+    from moetune.workload.routing import Routing
+
+STARTS = 4
+"""How many finalists of the bucket before start the search of the next."""
+SEARCH_SHARE = 0.6
+"""Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
+FINAL_SHARE = 0.25
+
+Strategy = Literal["auto", "exhaustive"]
+"""`auto`: the backend's own search."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One bucket to be tuned. The problem's draws: those of the search, as many unseen ones, the stressed ones."""
+
+    candidates: Candidates
+    default: Tactic
+    problem: Problem
+
+    @classmethod
+    def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
+        """Realizes all draws of one bucket."""
+        from moetune.backends.base import Problem
+        from moetune.workload.routing import realize, stress
+
+        draws = [realize(layer, regime, rows, draw=draw) for draw in range(2 * regime.draws)]
+        stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
+        return cls(
+            backend.candidates(layer, regime, rows, device),
+            backend.default(layer, regime, rows),
+            Problem(layer, regime, rows, regime.shard(layer), (*draws, *stressed), device),
+        )
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.problem.rows
+
+    @property
+    def seen(self) -> Sequence[Routing]:
+        """The draws of the search."""
+        return self.problem.routings[: self.problem.regime.draws]
+
+    @property
+    def unseen_draws(self) -> range:
+        """The numbers of the draws of the final."""
+        return range(self.problem.regime.draws, 2 * self.problem.regime.draws)
+
+    @property
+    def stress_draws(self) -> dict[str, int]:
+        """The number of each stressed draw, by its factor."""
+        first = 2 * self.problem.regime.draws
+        return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
+
+    def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
+        """The backend's own search, or the exhaustive one where it has none or it is asked for."""
+        from moetune.backends.base import Searches
+
+        if strategy == "auto" and isinstance(backend, Searches):
+            return backend.search(self.problem, self.candidates, starts)
+        return exhaustive(self.candidates.tactics)
+
+
+class BucketTuner:
+    """Searches one bucket, plays the final on draws that the search has not seen, and decides."""
+
+    def __init__(
+        self, bucket: Bucket, bench: BenchLike, compilers: Compilers, share_s: float | None, tell: OnEvent
+    ) -> None:
+        self._bucket, self._bench, self._compilers, self._tell = bucket, bench, compilers, tell
+        self._began, self._share_s = time.monotonic(), share_s
+        self._uncompiled: dict[Tactic, str] = {}
+        self._times: dict[Tactic, float] = {}
+        self._tried: set[Tactic] = set()
+
+    @property
+    def _failures(self) -> Mapping[Tactic, str]:
+        return {**self._uncompiled, **self._bench.failures}
+
+    def search(self, search: Search) -> tuple[Tactic, ...]:
+        """Measures what the search proposes; its finalists, or where the time ends the best so far."""
+        batch = next(search)
+        while True:
+            times = self._measure(batch.tactics, batch.rounds)
+            self._times |= times
+            if self._share_s is not None and time.monotonic() - self._began > SEARCH_SHARE * self._share_s:
+                candidates = len(self._bucket.candidates.tactics)
+                if len(self._tried) < candidates:
+                    self._tell(SearchStopped(self._bucket.rows, len(self._tried), candidates))
+                return tuple(sorted(self._times, key=lambda tactic: self._times[tactic])[:STARTS])
+            try:
+                batch = search.send(times)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+
+    def choose(self, finalists: Sequence[Tactic]) -> Choice:
+        """Checks the finalists, plays the final and decides."""
+        bucket, bench, default = self._bucket, self._bench, self._bucket.default
+        if default in self._failures:
+            raise NoResultError(
+                f"The default tactic {default} failed at {bucket.rows} rows: {self._failures[default]}."
+            )
+        right = [tactic for tactic in finalists if tactic != default and bench.check(tactic, 0)]
+        if not bench.check(default, 0):
+            raise NoResultError(
+                f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
+            )
+        seconds = min(final.SECONDS, FINAL_SHARE * self._share_s) if self._share_s is not None else final.SECONDS
+        played = final.play(bench, default, right, bucket.unseen_draws, seconds)
+        verdict = final.decide(played, bench, bucket.stress_draws)
+        reasons = {**self._failures, **verdict.cliffs}
+        loads = [routing.load.tolist() for routing in bucket.seen]
+        return Choice(
+            rows=bucket.rows,
+            tactic=verdict.tactic,
+            time_us=median(verdict.samples_us),
+            default_tactic=default,
+            default_time_us=median(played.default_us),
+            gain=verdict.gain.value,
+            gain_low=verdict.gain.low,
+            gain_high=verdict.gain.high,
+            noise=played.noise,
+            stress_us=dict(verdict.stress_us),
+            default_stress_us=dict(verdict.default_stress_us),
+            tried=len(self._tried),
+            candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
+            rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in reasons.items()),
+            load=tuple(sum(map(int, of_expert)) for of_expert in zip(*loads, strict=True)),
+            max_load=max(map(max, loads)),
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:
+        """Mean times in µs of those that ran; a wrong one never sets the pace."""
+        layer, regime, rows = self._bucket.problem.layer, self._bucket.problem.regime, self._bucket.rows
+        self._uncompiled |= self._compilers.wait(layer, regime, rows, tactics)
+        compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
+        draws = list(islice(cycle(range(regime.draws)), rounds))
+        series = self._bench.samples(compiled, draws)
+        times = {t: sum(samples) / len(samples) for t, samples in zip(compiled, series, strict=True) if samples}
+        while times and not self._bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
+            del times[leader]
+        for tactic in tactics:
+            if tactic not in self._tried:
+                self._tried.add(tactic)
+                self._tell(TacticMeasured(rows, tactic, times.get(tactic), self._failures.get(tactic, "")))
+        return times

@@ -1,0 +1,69 @@
+"""What `tune` tells while it works, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetune.spec.tactic import Tactic
+from moetune.store.profile import Choice, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The store had the whole answer; nothing was measured. `packaged`: it is one of those that come with moetune."""
+
+    profile: Profile
+    path: Path
+    packaged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStarted:
+    """Bucket `index` of `count` begins: `tactics` candidates, the excluded ones with their reasons."""
+
+    rows: int
+    index: int
+    count: int
+    tactics: int
+    excluded: Mapping[Tactic, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TacticMeasured:
+    """A tactic was timed for the first time in its bucket, or failed: then `time_us` is None and `reason` says why."""
+
+    rows: int
+    tactic: Tactic
+    time_us: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BucketChosen:
+    """Bucket `index` of `count` has its answer, and it is in the store."""
+
+    choice: Choice
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketsSkipped:
+    """The time budget ended before these buckets began; the next run goes on with them."""
+
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchStopped:
+    """The time budget ended a bucket's search early: `tried` of `tactics` candidates were timed."""
+
+    rows: int
+    tried: int
+    tactics: int
+
+
+Event = Served | BucketStarted | TacticMeasured | SearchStopped | BucketChosen | BucketsSkipped
+OnEvent = Callable[[Event], None]
