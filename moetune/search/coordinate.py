@@ -21,7 +21,7 @@ ETA = 4
 """… nor is one behind the first quarter …"""
 LEAST = 4
 """… unless it is among the first this many."""
-PROMISING = 2.0
+PROMISING = 1.5
 """A tactic within this times the best is worth a try in a neighboring bucket."""
 
 

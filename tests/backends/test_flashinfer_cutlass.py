@@ -1,0 +1,369 @@
+"""The FlashInfer CUTLASS backend against the installed FlashInfer's signatures, with the kernels in its place faked."""
+
+import inspect
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+flashinfer = pytest.importorskip("flashinfer.fused_moe")
+from flashinfer.fused_moe import core  # noqa: E402
+from flashinfer.jit import env  # noqa: E402
+
+from moetune.backends import flashinfer_cutlass as backend_module  # noqa: E402
+from moetune.backends.base import Backend, Candidates, Problem  # noqa: E402
+from moetune.backends.flashinfer_cutlass import (  # noqa: E402
+    UNTUNED,
+    FlashInferCutlassBackend,
+    unbuilt,
+)
+from moetune.errors import UnsupportedError  # noqa: E402
+from moetune.spec.layer import MoELayer  # noqa: E402
+from moetune.spec.presets import layer as preset  # noqa: E402
+from moetune.spec.regime import Regime  # noqa: E402
+from moetune.spec.tactic import Tactic  # noqa: E402
+from moetune.workload.routing import realize  # noqa: E402
+
+OP = inspect.signature(flashinfer.cutlass_fused_moe)
+WORKSPACE = inspect.signature(core.cutlass_fused_moe_workspace_size)
+RUNNER_FIELDS = {
+    "x_dtype", "weight_dtype", "output_dtype", "top_k", "tp_size", "tp_rank", "ep_size", "ep_rank", "cluster_size",
+    "cluster_rank", "enable_alltoall", "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
+    "min_latency_mode", "enable_pdl", "activation_type", "use_packed_weights", "use_fused_finalize",
+    "use_wfp4afp8_humming",
+}  # fmt: skip
+FIRST, BOTH = 45, 126
+TOO_BIG = {7, 50}
+
+
+class FakeRunner:
+    """FlashInfer's `MoERunner` as far as it is asked: strict about its arguments, two tactics do not fit the device."""
+
+    made: list[dict] = []
+
+    def __init__(
+        self, x_dtype, weight_dtype, output_dtype, top_k, tp_size, tp_rank, ep_size, ep_rank, cluster_size,
+        cluster_rank, enable_alltoall, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
+        min_latency_mode, enable_pdl, activation_type, use_packed_weights, use_fused_finalize, use_wfp4afp8_humming,
+    ):  # fmt: skip
+        FakeRunner.made.append({name: value for name, value in locals().items() if name != "self"})
+        counts = {"get_gemm1_tactic_count": lambda: FIRST, "get_gemm2_tactic_count": lambda: BOTH - FIRST}
+        self.fused_moe_runner = SimpleNamespace(**counts)
+        self.gemm_idx_for_tuning = None
+
+    def get_valid_tactics(self, inputs, profile):
+        stage = {1: range(FIRST), 2: range(FIRST, BOTH)}[self.gemm_idx_for_tuning]
+        return [tactic for tactic in stage if tactic not in TOO_BIG]
+
+
+class FakeOp:
+    """`cutlass_fused_moe` by its documented meaning, in fp32 on the CPU; keeps the arguments of every call."""
+
+    def __init__(self):
+        self.calls = []
+        self.__signature__ = OP
+
+    def __call__(self, *args, **kwargs):
+        bound = OP.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = SimpleNamespace(**bound.arguments)
+        self.calls.append(call)
+        x, w1, w2 = call.input.float(), call.fc1_expert_weights.float(), call.fc2_expert_weights.float()
+        dequant1, quant, dequant2, _ = call.quant_scales or [torch.ones(len(w1)), None, torch.ones(len(w1)), None]
+        out = torch.zeros_like(x)
+        for row in range(len(x)):
+            for expert, weight in zip(call.token_selected_experts[row], call.token_final_scales[row], strict=True):
+                local = int(expert) - call.ep_rank * len(w1)
+                if 0 <= local < len(w1):
+                    up, gate = (w1[local] @ x[row] * dequant1[local]).chunk(2)
+                    act = torch.nn.functional.silu(gate) if int(call.activation_type) == 3 else gelu(gate)
+                    middle = act * up
+                    if quant is not None:
+                        middle = (middle * quant).to(torch.float8_e4m3fn).float()
+                    out[row] += weight * (w2[local] @ middle * dequant2[local])
+        call.output.copy_(out)
+        return [call.output]
+
+
+def gelu(gate):
+    return torch.nn.functional.gelu(gate, approximate="tanh")
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """A machine with a Hopper GPU, as far as the backend asks; tensors stay on the CPU."""
+    fake, sizes = FakeOp(), []
+
+    def workspace_size(*args, **kwargs):
+        sizes.append(WORKSPACE.bind(*args, **kwargs).arguments)
+        return 64
+
+    fake.sizes = sizes
+    FakeRunner.made.clear()
+    monkeypatch.setattr(flashinfer, "cutlass_fused_moe", fake)
+    monkeypatch.setattr(core, "cutlass_fused_moe_workspace_size", workspace_size)
+    monkeypatch.setattr(
+        core, "get_cutlass_fused_moe_module", lambda arch: SimpleNamespace(MoERunner={"90": FakeRunner}[arch])
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(backend_module, "unbuilt", lambda module: None)
+    return fake
+
+
+def small(**fields):
+    return MoELayer(**{"num_experts": 16, "top_k": 4, "hidden_size": 64, "intermediate_size": 32, **fields})
+
+
+def problem(layer, regime, rows, rank=0, draws=2):
+    routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
+    return Problem(layer, regime, rows, regime.shard(layer, rank), routings)
+
+
+def relative_error(result, reference):
+    return float((result.float() - reference).norm() / reference.norm())
+
+
+def test_it_is_a_backend_that_survives_a_pickle():
+    assert isinstance(FlashInferCutlassBackend(), Backend)
+    assert pickle.loads(pickle.dumps(FlashInferCutlassBackend())).name == "flashinfer-cutlass"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"precision": "fp8_block"}, "nothing to tune"),
+        ({"precision": "nvfp4"}, "not nvfp4"),
+        ({"precision": "fp32"}, "not fp32"),
+        ({"activation": "swiglu_clamped"}, "swiglu_clamped"),
+        ({"expert_bias": True}, "biases"),
+        ({"weight_on_input": True}, "input"),
+        ({"hidden_size": 100}, "multiples of 8"),
+        ({"intermediate_size": 24, "precision": "fp8_tensor"}, "multiples of 16"),
+    ],
+)
+def test_each_thing_that_it_does_not_tune_has_a_reason_of_its_own(fields, reason):
+    assert reason in (FlashInferCutlassBackend().unsupported(small(**fields), Regime()) or "")
+
+
+def test_unequal_shards_are_refused_and_equal_ones_of_redundant_experts_are_not():
+    backend = FlashInferCutlassBackend()
+    assert "equal" in (backend.unsupported(small(), Regime(ep_size=3, uneven_shards=True)) or "")
+    assert backend.unsupported(small(), Regime(ep_size=3, redundant_experts=2)) is None
+    assert backend.unsupported(preset("qwen3-235b-a22b"), Regime(ep_size=4, attention_dp=True)) is None
+    assert backend.unsupported(preset("qwen3-235b-a22b"), Regime(tp_size=512)) is not None
+
+
+@pytest.mark.parametrize("gemm", [1, 2])
+def test_candidates_are_all_pairs_that_fit_the_device_the_untuned_one_first(op, gemm):
+    found = FlashInferCutlassBackend().candidates(small(), Regime(ep_size=4), 16, "cuda")
+    assert found.tactics[0] == UNTUNED
+    assert len(found.tactics) == 1 + 44 * 80 == len(set(found.tactics))
+    assert set(found.excluded) == {Tactic(gemm1=7), Tactic(gemm2=50)}
+    assert {t[f"gemm{gemm}"] for t in found.tactics[1:]} == set(
+        range(FIRST) if gemm == 1 else range(FIRST, BOTH)
+    ) - TOO_BIG
+
+
+def test_the_runner_is_asked_as_the_op_asks_it(op):
+    FlashInferCutlassBackend().candidates(small(precision="fp8_tensor"), Regime(ep_size=4, layout="slot"), 16, "cuda")
+    (made,) = FakeRunner.made
+    assert (made["x_dtype"], made["weight_dtype"], made["output_dtype"]) == (
+        torch.float8_e4m3fn, torch.float8_e4m3fn, torch.bfloat16,
+    )  # fmt: skip
+    assert (made["top_k"], made["ep_size"], made["use_fused_finalize"]) == (1, 4, True)
+    assert int(made["activation_type"]) == 3
+    assert not any(made[name] for name in made if name.startswith("use_") and name != "use_fused_finalize")
+
+
+def test_the_fake_runner_takes_what_the_real_one_takes():
+    source = inspect.getsource(core.get_cutlass_fused_moe_module.__wrapped__)
+    body = source[source.index("class MoERunner") :]
+    signature = body[body.index("def __init__(") + 13 : body.index("):", body.index("def __init__("))]
+    real = {line.split(":")[0].strip() for line in signature.splitlines() if ":" in line}
+    assert real == RUNNER_FIELDS == set(inspect.signature(FakeRunner).parameters)
+    for name in ("get_gemm1_tactic_count", "get_gemm2_tactic_count", "gemm_idx_for_tuning", "def get_valid_tactics"):
+        assert name in body
+
+
+def test_the_real_op_has_every_argument_that_is_given(op):
+    layer, regime = small(), Regime(ep_size=4)
+    runner = FlashInferCutlassBackend().prepare(problem(layer, regime, 3))
+    given = set(runner.arguments()) | {"profile_ids"}
+    assert given <= set(OP.parameters)
+    assert "workspace_buffer" in given
+    runner.run(Tactic(gemm1=5, gemm2=60))
+    assert op.calls[-1].workspace_buffer.dtype == torch.uint8
+    (asked,) = op.sizes
+    assert (asked["max_num_tokens"], asked["num_experts_total"], asked["top_k"]) == (3, 16, 4)
+
+
+@pytest.mark.parametrize(
+    "regime",
+    [
+        Regime(),
+        Regime(ep_size=4),
+        Regime(ep_size=4, dispatch="allgather"),
+        Regime(ep_size=4, attention_dp=True),
+        Regime(ep_size=8, attention_dp=True),
+        Regime(ep_size=4, layout="deduplicated"),
+        Regime(ep_size=4, layout="slot"),
+        Regime(ep_size=4, layout="pool"),
+        Regime(ep_size=4, tp_size=2),
+    ],
+    ids=lambda regime: regime.slug,
+)
+@pytest.mark.parametrize(
+    ("fields", "tolerance"),
+    [({}, 1e-2), ({"precision": "fp8_tensor"}, 5e-2), ({"activation": "gelu"}, 1e-2)],
+    ids=["bf16", "fp8_tensor", "gelu"],
+)
+def test_the_op_is_given_what_the_reference_computes(op, regime, fields, tolerance):
+    layer = small(**fields)
+    backend = FlashInferCutlassBackend()
+    assert backend.tolerance(layer) == tolerance
+    runner = backend.prepare(problem(layer, regime, 12, rank=regime.ep_size - 1))
+    for draw in (0, 1):
+        out = runner.run(Tactic(gemm1=5, gemm2=60), draw)
+        assert 0 < relative_error(out, runner.reference(draw)) <= tolerance
+        call = op.calls[-1]
+        assert call.profile_ids == [5, 60]
+        assert (call.ep_size, call.ep_rank) == (regime.ep_size, regime.ep_size - 1)
+        assert call.token_selected_experts.dtype == torch.int32
+        assert call.input.is_contiguous()
+
+
+def test_ids_reach_the_op_global_with_nothing_remapped(op):
+    regime = Regime(ep_size=4, layout="pool")
+    asked = problem(small(), regime, 12, rank=2)
+    FlashInferCutlassBackend().prepare(asked).run(UNTUNED, 1)
+    assert torch.equal(op.calls[-1].token_selected_experts, asked.routings[1].topk_ids)
+    assert (op.calls[-1].token_selected_experts == -1).any()
+    assert op.calls[-1].profile_ids == [-1, -1]
+
+
+def test_draws_differ_in_inputs_and_the_output_buffer_is_one(op):
+    runner = FlashInferCutlassBackend().prepare(problem(small(), Regime(), 4))
+    first = runner.run(UNTUNED, 0)
+    kept = first.clone()
+    second = runner.run(UNTUNED, 1)
+    assert first.data_ptr() == second.data_ptr()
+    assert not torch.equal(kept, second)
+    assert not torch.equal(op.calls[0].input, op.calls[1].input)
+
+
+def test_weights_are_kept_for_the_next_bucket_and_made_anew_for_another_shard(op):
+    backend, layer, regime = FlashInferCutlassBackend(), small(), Regime(ep_size=4)
+
+    def weights(rows, rank=0):
+        return backend.prepare(problem(layer, regime, rows, rank)).arguments()["fc1_expert_weights"]
+
+    first = weights(4)
+    assert weights(8).data_ptr() == first.data_ptr()
+    assert torch.equal(FlashInferCutlassBackend().prepare(problem(layer, regime, 4)).arguments()["fc1_expert_weights"],
+                       first)  # fmt: skip
+    other = weights(4, rank=1)
+    assert other.shape == first.shape
+    assert other.data_ptr() != first.data_ptr()
+
+
+def test_a_search_sweeps_less_once_it_has_starts(op):
+    backend, layer, regime = FlashInferCutlassBackend(), small(), Regime(ep_size=4)
+    found = backend.candidates(layer, regime, 16, "cuda")
+
+    def tuned(rows, starts):
+        search = backend.search(problem(layer, regime, rows, draws=1), found, starts)
+        batch, count = next(search), 0
+        try:
+            while True:
+                count += len(batch.tactics)
+                batch = search.send({t: 100.0 + 5 * (t["gemm1"] - 9) ** 2 + 4 * (t["gemm2"] - 77) ** 2
+                                     if t != UNTUNED else 1e4 for t in batch.tactics})  # fmt: skip
+        except StopIteration as stop:
+            return count, stop.value
+
+    cold, finalists = tuned(16, ())
+    assert finalists[0] == Tactic(gemm1=9, gemm2=77)
+    warm, again = tuned(32, finalists)
+    assert again[0] == finalists[0]
+    assert cold > 44 + 80
+    assert warm < cold / 2
+
+
+def test_nothing_of_a_search_is_left_out_of_the_candidates(op):
+    backend = FlashInferCutlassBackend()
+    tactics = (UNTUNED, Tactic(gemm1=0, gemm2=45))
+    search = backend.search(problem(small(), Regime(), 4, draws=1), Candidates(tactics), ())
+    assert set(next(search).tactics) <= set(tactics)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_it_says_so_and_prepares_nothing():
+    backend = FlashInferCutlassBackend()
+    assert "CUDA" in backend.unavailable()[0]
+    assert backend.environment()["flashinfer"][0].isdigit()
+    with pytest.raises(UnsupportedError, match="CUDA"):
+        backend.prepare(problem(small(), Regime(), 4))
+    with pytest.raises(UnsupportedError, match="CUDA"):
+        backend.candidates(small(), Regime(), 4, "cpu")
+
+
+def test_an_ampere_gpu_is_told_what_is_needed(op, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    reason, hint = FlashInferCutlassBackend().unavailable()
+    assert "9.0" in reason
+    assert "8.0" in reason
+    assert "triton" in hint
+
+
+def test_a_flashinfer_without_profile_ids_is_told_to_be_upgraded(op):
+    op.__signature__ = OP.replace(parameters=[p for p in OP.parameters.values() if p.name != "profile_ids"])
+    reason, hint = FlashInferCutlassBackend().unavailable()
+    assert "profile_ids" in reason
+    assert "upgrade" in hint
+
+
+@pytest.fixture
+def empty_caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(env, "FLASHINFER_AOT_DIR", tmp_path / "aot")
+    monkeypatch.setattr(env, "FLASHINFER_JIT_DIR", tmp_path / "jit")
+    for name in ("FLASHINFER_DISABLE_JIT", "FLASHINFER_NVCC", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(backend_module, "TOOLKIT", str(tmp_path / "cuda"))
+    return tmp_path
+
+
+def test_an_unbuilt_module_without_nvcc_is_explained(empty_caches):
+    reason, hint = unbuilt("90")
+    assert "nvcc" in reason
+    assert "jit-cache" in hint
+
+
+def test_an_unbuilt_module_with_nvcc_is_told_how_to_be_built(empty_caches):
+    (empty_caches / "cuda/bin").mkdir(parents=True)
+    (empty_caches / "cuda/bin/nvcc").touch()
+    reason, hint = unbuilt("90")
+    assert "half an hour" in reason
+    assert "build('90')" in hint
+    assert "half an hour" in unbuilt("103")[0]
+
+
+def test_forbidden_builds_are_explained(empty_caches, monkeypatch):
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    reason, hint = unbuilt("90")
+    assert "FLASHINFER_DISABLE_JIT" in reason
+    assert "unset" in hint
+
+
+@pytest.mark.parametrize(
+    "place", ["aot/fused_moe_90", "jit/fused_moe_90", "jit/fused_moe_90_h20_prebuilt_d"], ids=lambda place: place
+)
+def test_a_built_module_is_found_where_flashinfer_looks(empty_caches, place):
+    folder = empty_caches / place
+    folder.mkdir(parents=True)
+    assert unbuilt("90") is not None
+    (folder / f"{folder.name}.so").touch()
+    assert unbuilt("90") is None
+    assert unbuilt("100") is not None
