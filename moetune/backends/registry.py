@@ -12,6 +12,7 @@ from moetune.errors import UsageError
 
 _HOMES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
+    "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass:FlashInferCutlassBackend",
     "torch": "moetune.backends.torch_ops:TorchBackend",
 }
 """In the order of preference: `--backend auto` takes the first that can run and computes the layer."""
