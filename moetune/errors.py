@@ -30,6 +30,10 @@ class NoResultError(MoetuneError):
     """Tuning ended without one valid measurement for some bucket."""
 
 
+class DeviceLostError(NoResultError):
+    """A kernel broke the device's context: nothing else can run on it in this process."""
+
+
 class MissError(MoetuneError):
     """No stored profile matches. `differing` maps each differing field's Python name to (wanted, stored)."""
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Call = Callable[[int], object]
 """Runs one tactic on one draw and may return before the device is done."""
 
+Before = Callable[[int, int], None]
+"""Is told the position of a call that is about to run, and how often it will before the next is told."""
+
 
 class Clock(Protocol):
     """Times calls side by side, so that whatever drifts, drifts for all of them."""
@@ -24,8 +27,12 @@ class Clock(Protocol):
         """Runs `call` once, untimed, to the end: compiles, fills caches, raises what it raises."""
         ...
 
-    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+    def paired_samples(
+        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+    ) -> list[list[float]]:
         """Times every call once for each entry of `draws`, the calls in another order each time.
+
+        Whatever is raised, the call that `before` was told last has raised it.
 
         Returns:
             [call][sample] in µs; sample i of every call was taken in one round, on `draws[i]`.
@@ -56,13 +63,16 @@ class CpuClock:
         """See `Clock`."""
         call(draw)
 
-    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+    def paired_samples(
+        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+    ) -> list[list[float]]:
         """See `Clock`."""
         samples: list[list[float]] = [[] for _ in calls]
         with _no_garbage_collection():
             for turn, draw in enumerate(draws):
                 for position in order(len(calls), turn):
                     call = calls[position]
+                    before(position, 1)
                     begin = time.perf_counter_ns()
                     result = call(draw)
                     end = time.perf_counter_ns()
@@ -101,7 +111,9 @@ class CudaClock:
             call(draw)
             torch.cuda.synchronize()
 
-    def paired_samples(self, calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+    def paired_samples(
+        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+    ) -> list[list[float]]:
         """See `Clock`. A draw named n times is sampled in n rounds; in each, every call's graph is replayed once."""
         import torch
 
@@ -111,9 +123,14 @@ class CudaClock:
         distinct = tuple(dict.fromkeys(draws))
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
         with torch.cuda.device(self._device), _no_garbage_collection():
-            walks = [self._walk(call, distinct) for call in calls]
+            runs = len(distinct) * self._repeats
+            walks = []
+            for position, call in enumerate(calls):
+                before(position, 2 * runs)  # as it is captured, and in a first walk
+                walks.append(self._walk(call, distinct))
             for turn in range(rounds):
                 for position in order(len(calls), turn):
+                    before(position, runs)
                     for draw, sample in walks[position]().items():
                         times[position][draw].append(sample)
         return [_in_order(of_call, draws) for of_call in times]

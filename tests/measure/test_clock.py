@@ -40,6 +40,15 @@ def test_each_sample_times_every_call_once_on_its_draw() -> None:
     assert [one_round[0][0] for one_round in rounds[:3]] == ["a", "b", "c"]
 
 
+def test_who_runs_next_is_told_before_it_does() -> None:
+    log: list[tuple[str, int]] = []
+    calls = [recorder(name, log) for name in "ab"]
+    CpuClock().paired_samples(calls, [5, 6], lambda position, runs: log.append((f"before {'ab'[position]}", runs)))
+    names = [name for name, _ in log]
+    assert names == ["before a", "a", "before b", "b", "before b", "b", "before a", "a"]
+    assert {runs for name, runs in log if name.startswith("before")} == {1}
+
+
 def test_times_are_microseconds_of_the_right_call_and_sample() -> None:
     sleeps = {0: 0.002, 1: 0.008}
     slow, quick = CpuClock().paired_samples([lambda draw: time.sleep(sleeps[draw]), lambda draw: None], [0, 1, 0])

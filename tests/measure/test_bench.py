@@ -1,0 +1,77 @@
+"""A tactic that fails costs that tactic only, whenever it fails; what was touched is known before it happens."""
+
+import pytest
+from planted_failures import FailingBackend, problem, tactic
+
+from moetune.errors import DeviceLostError
+from moetune.measure import bench as bench_module
+from moetune.measure.bench import Bench, Stage
+from moetune.measure.clock import CpuClock
+
+GOOD, OTHER = tactic("default"), tactic("other")
+
+
+class Recorder:
+    def __init__(self):
+        self.touches, self.failed_tactics = [], []
+
+    def touch(self, stage, tactic=None, runs=1):
+        self.touches.append((stage, tactic, runs))
+
+    def failed(self, tactic, reason):
+        self.failed_tactics.append((tactic, reason))
+
+
+def test_a_tactic_that_fails_only_while_it_is_timed_costs_the_round_and_not_the_others():
+    late = tactic("raises", from_run=3)
+    bench = Bench(FailingBackend(), problem())
+    first, failed, other, again = bench.samples([GOOD, late, OTHER, GOOD], [0, 1, 2])
+    assert failed is None
+    assert [len(series) for series in (first, other, again)] == [3, 3, 3]
+    assert bench.failures == {late: "RuntimeError: planted failure"}
+
+
+def test_where_all_fail_nothing_is_timed():
+    late = tactic("raises", from_run=2)
+    assert Bench(FailingBackend(), problem()).samples([late, tactic("raises"), late], [0]) == [None] * 3
+
+
+class Cramped(CpuClock):
+    """Has room for one call at a time, and none for `hungry`, whose first run still fitted."""
+
+    def paired_samples(self, calls, draws, before=lambda position, runs: None):
+        before(0, 1)
+        if len(calls) > 1 or calls[0].args[0] == tactic("hungry"):
+            raise MemoryError("no room")
+        return super().paired_samples(calls, draws, before)
+
+
+def test_tactics_that_do_not_fit_into_memory_together_are_timed_alone():
+    bench = Bench(FailingBackend(), problem(), Cramped())
+    series = bench.samples([GOOD, tactic("hungry"), OTHER, GOOD], [0, 1])
+    assert [samples and len(samples) for samples in series] == [2, None, 2, 2]
+    assert bench.failures == {tactic("hungry"): "out of memory: MemoryError: no room"}
+
+
+def test_a_lost_device_ends_the_bench_and_names_the_tactic(monkeypatch):
+    monkeypatch.setattr(bench_module, "is_lost", lambda device: True)
+    recorder = Recorder()
+    bench = Bench(FailingBackend(), problem(), watch=recorder)
+    with pytest.raises(DeviceLostError, match="raises"):
+        bench.samples([GOOD, tactic("raises"), OTHER], [0])
+    assert recorder.failed_tactics == [(tactic("raises"), "RuntimeError: planted failure")]
+
+
+def test_every_touch_is_told_before_it_happens():
+    recorder = Recorder()
+    bench = Bench(FailingBackend(), problem(), watch=recorder)
+    bench.samples([GOOD, OTHER], [0, 1])
+    bench.check(GOOD, 0)
+    bench.check(GOOD, 0)
+    first_runs = [(Stage.FIRST_RUN, GOOD, 1), (Stage.FIRST_RUN, OTHER, 1)]
+    timing = [(Stage.TIMING, each, 1) for each in (GOOD, OTHER, OTHER, GOOD)]
+    assert recorder.touches == [*first_runs, *timing, (Stage.REFERENCE, None, 1), (Stage.CHECK, GOOD, 1)]
+
+
+def test_a_cpu_cannot_be_lost():
+    assert not bench_module.is_lost("cpu")

@@ -1,0 +1,54 @@
+"""A reason is one short line that says what happened."""
+
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetune.measure.reasons import MOST_CHARACTERS, reason_of, reason_of_death
+
+
+@given(st.text())
+def test_a_reason_is_one_short_line_that_begins_with_the_type(text):
+    reason = reason_of(ValueError(text))
+    assert len(reason.splitlines()) == 1
+    assert len(reason) <= MOST_CHARACTERS
+    assert "ValueError" in reason
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 200.00 GiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_said_first(error):
+    assert reason_of(error).startswith("out of memory: ")
+
+
+def test_a_real_allocation_that_cannot_be_had_is_out_of_memory():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.int8)
+    assert reason_of(error.value).startswith("out of memory: RuntimeError")
+
+
+def test_shared_memory_of_a_block_is_not_the_memory_that_runs_out():
+    assert not reason_of(RuntimeError("out of resource: shared memory, Required: 262144")).startswith("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("returncode", "last_words", "reason"),
+    [
+        (-signal.SIGSEGV, "an old warning", "killed by SIGSEGV"),
+        (-signal.SIGABRT, "free(): invalid pointer", "killed by SIGABRT: free(): invalid pointer"),
+        (-signal.SIGKILL, "", "killed by SIGKILL, as the system does when memory runs out"),
+        (1, "ImportError: no torch", "the process exited with status 1: ImportError: no torch"),
+        (-40, "", "killed by signal 40"),
+    ],
+)
+def test_a_death_is_named(returncode, last_words, reason):
+    assert reason_of_death(returncode, last_words) == reason

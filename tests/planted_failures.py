@@ -1,0 +1,165 @@
+"""A backend whose tactics fail in every way in which a kernel can. Without torch: its processes start quickly."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from moetune.backends.base import Candidates, Problem
+from moetune.errors import UnsupportedError
+from moetune.measure import bench
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+LAYER = MoELayer(name="tiny", num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, precision="fp32")
+
+
+@dataclass(frozen=True)
+class Number:
+    """As much of a tensor as a bench needs."""
+
+    value: float
+
+    def float(self) -> Number:
+        return self
+
+    def norm(self) -> Number:
+        return Number(abs(self.value))
+
+    def __sub__(self, other: Number) -> Number:
+        return Number(self.value - other.value)
+
+    def __truediv__(self, other: Number) -> Number:
+        return Number(self.value / other.value)
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def _raise() -> None:
+    raise RuntimeError("planted failure\nwith a second line")
+
+
+def _exhaust_memory() -> None:
+    raise MemoryError("200 GiB")
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def _dereference_null() -> None:
+    ctypes.string_at(0)
+
+
+def _exit_noisily() -> None:
+    print("to stdout", flush=True)
+    print("free(): invalid pointer", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+def _lose_the_device() -> None:
+    bench.is_lost = lambda device: True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+WAYS: Mapping[str, Callable[[], None]] = {
+    "raises": _raise,
+    "exhausts memory": _exhaust_memory,
+    "spins": _spin,
+    "segfaults": _dereference_null,
+    "exits": _exit_noisily,
+    "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "loses the device": _lose_the_device,
+    "prints": lambda: print("a line on stdout", flush=True),
+}
+"""Names of tactics, each with what it does when it runs."""
+
+
+def tactic(name: str, from_run: int = 1) -> Tactic:
+    """Does what its name says from its n-th run in a process on; "zeros" is wrong, any other name is right."""
+    return Tactic(name=name, from_run=from_run)
+
+
+@dataclass
+class FailingBackend:
+    """Its tactics fail as they are named; preparing fails at `bad_rows`, the reference at `bad_reference_rows`."""
+
+    bad_rows: Mapping[int, str] = field(default_factory=dict)
+    bad_reference_rows: Mapping[int, str] = field(default_factory=dict)
+    name: str = "failing"
+
+    def unavailable(self) -> None:
+        return None
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> None:
+        return None
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
+        return Candidates((*map(tactic, WAYS), tactic("zeros"), tactic("default")))
+
+    def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        return tactic("default")
+
+    def tolerance(self, layer: MoELayer) -> float:
+        return 1e-2
+
+    def prepare(self, problem: Problem) -> FailingRunner:
+        if (way := self.bad_rows.get(problem.rows)) == "is unsupported":
+            raise UnsupportedError("No such rows.", "Ask for others.")
+        if way:
+            WAYS[way]()
+        return FailingRunner(self.bad_reference_rows.get(problem.rows))
+
+
+@dataclass
+class FailingRunner:
+    bad_reference: str | None
+    runs: Counter[Tactic] = field(default_factory=Counter)
+
+    def run(self, tactic: Tactic, draw: int = 0) -> Number:
+        self.runs[tactic] += 1
+        if self.runs[tactic] >= tactic["from_run"] and (way := WAYS.get(str(tactic["name"]))):
+            way()
+        time.sleep(0.001)
+        return Number(0.0 if tactic["name"] == "zeros" else 1.0)
+
+    def reference(self, draw: int = 0) -> Number:
+        if self.bad_reference:
+            WAYS[self.bad_reference]()
+        return Number(1.0)
+
+
+def problem(rows: int = 4) -> Problem:
+    regime = Regime()
+    return Problem(LAYER, regime, rows, regime.shard(LAYER), ())
+
+
+@dataclass
+class CompilingBackend(FailingBackend):
+    """Compiles by writing the tactic's name and where it ran into `log`; tactics that fail fail here."""
+
+    log: str = ""
+    seconds: float = 0.0
+
+    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> object:
+        return layer.digest, tactic
+
+    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
+        with open(self.log, "a") as log:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            log.write(f"{tactic['name']}|{rows}|{capability}|{os.nice(0)}|{seen!r}|{os.getpid()}\n")
+        if way := WAYS.get(str(tactic["name"])):
+            way()
+        time.sleep(self.seconds)
