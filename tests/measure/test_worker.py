@@ -1,0 +1,210 @@
+"""A tactic may fail in any way; the others are measured, and nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from planted_failures import FailingBackend, problem, tactic
+from processes import children, eventually, is_running
+
+from moetune.backends.base import Problem
+from moetune.backends.torch_ops import TorchBackend
+from moetune.errors import NoResultError, UnsupportedError
+from moetune.measure.bench import Stage
+from moetune.measure.worker import Timeouts, Worker
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.workload.routing import realize
+
+QUICK = Timeouts(prepare_s=20, first_run_s=0.5, timing_s=0.5, run_s=0.01)
+GOOD, OTHER = tactic("default"), tactic("other")
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    """Processes that are not ours."""
+    return children()
+
+
+@pytest.fixture(scope="module")
+def worker(strangers):
+    backend = FailingBackend(
+        bad_rows={5: "segfaults", 6: "raises", 7: "is unsupported"}, bad_reference_rows={8: "exits", 9: "raises"}
+    )
+    with Worker(backend, "cpu", timeouts=QUICK) as worker:
+        yield worker
+    assert children() == strangers
+
+
+@pytest.fixture
+def bench(worker):
+    return worker.bench(problem())
+
+
+def test_whatever_a_tactic_does_costs_that_tactic_and_nothing_else(bench, capfd):
+    reasons = {
+        tactic("raises"): "RuntimeError: planted failure",
+        tactic("exhausts memory"): "out of memory: MemoryError: 200 GiB",
+        tactic("spins"): "hung: nothing came of it within 0.5 s during its first run",
+        tactic("segfaults"): "killed by SIGSEGV during its first run",
+        tactic("exits"): "the process exited with status 3: free(): invalid pointer during its first run",
+        tactic("is killed"): "killed by SIGKILL, as the system does when memory runs out during its first run",
+        tactic("loses the device"): "RuntimeError: CUDA error: an illegal memory access was encountered",
+        tactic("segfaults", from_run=3): "killed by SIGSEGV during its timing",
+        tactic("spins", from_run=2): "hung: nothing came of it within 0.51 s during its timing",
+        tactic("raises", from_run=4): "RuntimeError: planted failure",
+    }
+    silent = tactic("prints")
+    tactics = [GOOD, *reasons, silent, OTHER, GOOD]
+    series = bench.samples(tactics, [0, 1, 0])
+    assert bench.failures == reasons
+    for asked, samples in zip(tactics, series, strict=True):
+        assert (samples is None) == (asked in reasons)
+        assert samples is None or (len(samples) == 3 and min(samples) >= 1000)
+    assert series[0] != series[-1]
+    assert capfd.readouterr() == ("", "")
+    assert bench.samples([tactic("segfaults")], [0]) == [None]
+
+
+def test_a_wrong_result_is_found_and_a_right_one_passes(bench):
+    assert bench.check(GOOD, 0)
+    assert not bench.check(tactic("zeros"), 0)
+    assert bench.failures == {tactic("zeros"): "wrong result: relative error 1.0e+00, allowed 1e-02"}
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("segfaults", "killed by SIGSEGV during its check"),
+        ("raises", "RuntimeError: planted failure"),
+        ("loses the device", "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_tactic_that_fails_in_its_check_is_not_right(bench, way, reason):
+    assert not bench.check(tactic(way), 0)
+    assert bench.failures == {tactic(way): reason}
+    assert bench.check(GOOD, 0)
+
+
+def test_without_a_reference_no_tactic_is_to_blame(worker):
+    for rows, said in ((8, "reference computation: the process exited with status 3"), (9, "planted failure")):
+        bench = worker.bench(problem(rows))
+        with pytest.raises(NoResultError, match=said) as error:
+            bench.check(GOOD, 0)
+        assert "No tactic is to blame" in error.value.hint
+        assert bench.failures == {}
+        assert bench.samples([GOOD], [0]) != [None]
+
+
+def test_a_problem_that_cannot_be_prepared_is_an_error_and_the_next_one_works(worker):
+    with pytest.raises(NoResultError, match=r"5 rows of tiny on cpu failed during the preparation: killed by SIGSEGV"):
+        worker.bench(problem(5))
+    with pytest.raises(NoResultError, match="RuntimeError: planted failure"):
+        worker.bench(problem(6))
+    with pytest.raises(UnsupportedError) as error:
+        worker.bench(problem(7))
+    assert (error.value.message, error.value.hint) == ("No such rows.", "Ask for others.")
+    assert worker.bench(problem(4)).check(GOOD, 0)
+
+
+def test_an_earlier_bench_still_answers_and_keeps_its_failures(worker):
+    first, second = worker.bench(problem(1)), worker.bench(problem(2))
+    assert first.samples([tactic("raises"), GOOD], [0])[0] is None
+    assert second.check(GOOD, 0)
+    assert first.check(GOOD, 0)
+    assert first.failures.keys() == {tactic("raises")}
+    assert second.failures == {}
+
+
+def test_a_process_killed_from_outside_between_questions_is_replaced(bench, strangers):
+    (pid,) = children() - strangers
+    os.kill(pid, signal.SIGKILL)
+    assert bench.samples([GOOD], [0]) != [None]
+    assert bench.failures == {}
+    assert children() - strangers != {pid}
+
+
+def test_nothing_to_time_is_no_question(bench):
+    assert bench.samples([], [0]) == []
+
+
+def test_after_an_interrupt_the_next_answer_is_to_the_next_question(bench, strangers):
+    slow = tactic("spins", from_run=2)
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        bench.samples([slow], [0])
+    timer.join()
+    assert children() == strangers
+    assert bench.check(OTHER, 0) is True
+    assert bench.failures == {}
+
+
+@pytest.mark.parametrize(("stage", "runs", "limit_s"), [(Stage.PREPARE, 1, 5), (Stage.FIRST_RUN, 1, 2)])
+def test_time_outs_do_not_depend_on_runs_where_there_is_one(stage, runs, limit_s):
+    assert Timeouts(5, 2, 3, 0.5).limit_s(stage, runs) == limit_s
+
+
+def test_a_batch_may_take_longer_the_more_runs_it_has():
+    assert Timeouts(5, 2, 3, 0.5).limit_s(Stage.TIMING, 48) == 27
+
+
+SCRIPT = """
+    from planted_failures import FailingBackend, problem, tactic
+    from moetune.measure.worker import Worker
+
+    print("script", flush=True)
+    with Worker(FailingBackend(), "cpu") as worker:  # no guard: a spawned process would run this again
+        bench = worker.bench(problem())
+        print("measuring", flush=True)
+        bench.samples([tactic("spins")], [0])
+"""
+
+
+@pytest.mark.parametrize("deadly", [signal.SIGINT, signal.SIGKILL])
+def test_a_worker_does_not_outlive_who_asked(deadly, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as script:
+        assert script.stdout.readline() == "script\n"
+        assert script.stdout.readline() == "measuring\n"
+        (worker,) = children(script.pid)
+        os.killpg(script.pid, deadly)  # as a terminal's Ctrl-C does
+        out, err = script.communicate(timeout=20)
+    assert out == ""
+    assert script.returncode == -deadly
+    assert ("KeyboardInterrupt" in err) == (deadly == signal.SIGINT)
+    assert eventually(lambda: not is_running(worker))
+
+
+def test_ctrl_c_alone_does_not_end_the_worker(bench, strangers):
+    (pid,) = children() - strangers
+    os.kill(pid, signal.SIGINT)
+    assert bench.check(GOOD, 0)
+    assert children() - strangers == {pid}
+
+
+def test_a_real_backend_is_measured_and_checked_in_a_worker():
+    layer = MoELayer(num_experts=8, top_k=2, hidden_size=16, intermediate_size=8, precision="fp32")
+    regime = Regime(ep_size=2, attention_dp=True)
+    routings = tuple(realize(layer, regime, 4, draw=draw) for draw in range(2))
+    backend = TorchBackend()
+    tactics = backend.candidates(layer, regime, 4, "cpu").tactics
+    with Worker(backend, "cpu") as worker:
+        bench = worker.bench(Problem(layer, regime, 4, regime.shard(layer), routings))
+        assert all(samples and min(samples) > 0 for samples in bench.samples(tactics, [0, 1]))
+        assert all(bench.check(tactic, 1) for tactic in tactics)
+    assert bench.failures == {}
