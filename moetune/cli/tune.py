@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
+from moetune.bucket import Strategy
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, show
 
@@ -15,10 +17,22 @@ from moetune.cli.output import document, show
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure; a miss exits 3.")
 @click.option("--again", is_flag=True, help="Measure every bucket even where a profile has it.")
+@click.option(
+    "--strategy",
+    type=click.Choice(get_args(Strategy)),
+    default="auto",
+    help="The backend's own search, or every tactic.  [default: auto]",
+)
 @click.option("--time-budget", type=float, metavar="S", help="About how many seconds it may take.  [default: no limit]")
 @json_option
 def tune(
-    question: Question, store: Path | None, frozen: bool, again: bool, time_budget: float | None, as_json: bool
+    question: Question,
+    store: Path | None,
+    frozen: bool,
+    again: bool,
+    strategy: Strategy,
+    time_budget: float | None,
+    as_json: bool,
 ) -> None:
     """Measure the fastest tactic of each bucket, or serve it from the store or from moetune's packaged profiles.
 
@@ -41,6 +55,7 @@ def tune(
             folder,
             frozen=frozen,
             again=again,
+            strategy=strategy,
             time_budget_s=time_budget,
             on_event=progress,
         )

@@ -1,11 +1,13 @@
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from planted import PlantedBackend
 
 import moetune as package
+from moetune import final
 from moetune.backends import registry
 from moetune.store.profile import Profile
 
@@ -16,11 +18,12 @@ QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
 
 @pytest.fixture
 def planted(monkeypatch):
-    """A backend `planted` with known times, and short finals."""
+    """A backend `planted` with known times, in this process, and short finals."""
     backend = PlantedBackend(milliseconds={"default": 1.0, "fast": 0.1})
     real = registry.backend
     monkeypatch.setattr(registry, "backend", lambda name: backend if name == "planted" else real(name))
-    monkeypatch.setattr(TUNE, "FINAL_SECONDS", 0.05)
+    monkeypatch.setattr(final, "SECONDS", 0.05)
+    monkeypatch.setattr(TUNE, "tune", partial(TUNE.tune, isolate=False))
     return backend
 
 
@@ -178,6 +181,19 @@ def test_an_interrupted_run_keeps_what_is_measured_and_goes_on_from_there(moetun
     assert set(planted.prepared) == {8}
 
 
+def test_the_time_budget_reaches_the_loop(moetune, monkeypatch):
+    asked = []
+
+    def interrupted(*question, **options):
+        asked.append(options["time_budget_s"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TUNE, "tune", interrupted)
+    for words in (["--time-budget", "90"], []):
+        assert moetune("tune", "--model", "qwen3-30b-a3b", *words).exit_code == 130
+    assert asked == [90.0, None]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -186,6 +202,7 @@ def test_an_interrupted_run_keeps_what_is_measured_and_goes_on_from_there(moetun
         (["show", "no-such.json"], "There is no profile no-such.json"),
         (["tune", "--model", "qwen3-30b-a3b", "--frozen", "--again"], "--frozen never measures"),
         (["tune", "--model", "deepseek-r1", "--backend", "torch"], "fp8_block"),
+        (["tune", "--model", "qwen3-30b-a3b", "--time-budget", "0"], "time budget must be positive"),
         (["store", "burn"], "No such command 'burn'"),
     ],
 )
