@@ -1,0 +1,208 @@
+"""`Compilers`: processes that compile tactics ahead, while the GPU measures others."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe, wait
+from typing import Any, Self, cast
+
+from moetune.backends.base import Backend, CompilesAhead
+from moetune.measure.child import Channel, Child
+from moetune.measure.reasons import reason_of
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+NICENESS = 10
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def capability_of(device: str) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(device)
+
+
+class Compilers:
+    """A pool of processes of low priority and without a GPU; a context manager. Nothing of it is left afterwards.
+
+    A process that dies or hangs costs the tactic that it compiled. Where there is nothing to compile (on a CPU, or
+    with a backend that does not compile ahead) requests do nothing; processes start as requests come.
+
+    Args:
+        backend: pickled, so a module must define its class.
+        capability: compute capability of the device to compile for; see `capability_of`.
+        processes: the most at a time; by default the cores that this process may use.
+        timeout_s: after which a tactic hangs; the start of a process counts.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        capability: tuple[int, int] | None,
+        processes: int | None = None,
+        *,
+        timeout_s: float = 120.0,
+    ) -> None:
+        self._backend = backend if isinstance(backend, CompilesAhead) else None
+        self._capability = capability
+        self._most = processes or len(os.sched_getaffinity(0))
+        self._timeout_s = timeout_s
+        self._changed = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._reasons: dict[Hashable, str | None] = {}
+        self._requested: set[Hashable] = set()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._alarm, self._ring = Pipe(duplex=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills whatever compiles; what was not compiled never will be."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread:
+            self._ring.send_bytes(b"closed")
+            self._thread.join()
+            self._thread = None
+        self._alarm.close()
+        self._ring.close()
+
+    def request(self, layer: MoELayer, regime: Regime, rows: int, tactics: Iterable[Tactic]) -> None:
+        """Queues the tactics of a bucket, each once, in their order, and returns at once."""
+        self._enqueue(self._jobs(layer, regime, rows, tactics))
+
+    def wait(self, layer: MoELayer, regime: Regime, rows: int, tactics: Sequence[Tactic]) -> dict[Tactic, str]:
+        """Waits until these tactics, ahead of all others, are compiled.
+
+        Returns:
+            Those that do not compile, each with the reason.
+        """
+        jobs = self._jobs(layer, regime, rows, tactics)
+        self._enqueue(jobs)
+        keys = {job.key for job in jobs}
+        with self._changed:
+            first = [job for job in self._queue if job.key in keys]
+            rest = [job for job in self._queue if job.key not in keys]
+            self._queue = deque([*first, *rest])
+            self._changed.wait_for(lambda: self._closed or self._failure or keys <= self._reasons.keys())
+            if self._failure:
+                raise self._failure
+            reasons = [(job.tactic, self._reasons.get(job.key)) for job in jobs]
+        return {tactic: reason for tactic, reason in reasons if reason is not None}
+
+    def _jobs(self, layer: MoELayer, regime: Regime, rows: int, tactics: Iterable[Tactic]) -> list[_Job]:
+        if self._backend is None or self._capability is None:
+            return []
+        key = self._backend.compile_key
+        return [
+            _Job(key(layer, regime, rows, tactic), layer, regime, rows, tactic, self._capability) for tactic in tactics
+        ]
+
+    def _enqueue(self, jobs: Sequence[_Job]) -> None:
+        with self._changed:
+            for job in jobs:
+                if job.key not in self._requested:
+                    self._requested.add(job.key)
+                    self._queue.append(job)
+            if self._closed or not self._queue:
+                return
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="moetune-compilers", daemon=True)
+                self._thread.start()
+        self._ring.send_bytes(b"queued")
+
+    def _run(self) -> None:
+        """What the thread does: gives the jobs out, and takes the answers in."""
+        busy: dict[Any, _Busy] = {}
+        idle: list[Child] = []
+        try:
+            while not self._closed:
+                self._give_out(busy, idle)
+                deadline = min((each.deadline for each in busy.values()), default=None)
+                left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+                for ready in wait([self._alarm, *busy], left_s):
+                    if ready is self._alarm:
+                        self._alarm.recv_bytes()
+                    else:
+                        self._take_in(busy.pop(ready), idle)
+                for connection in [c for c, each in busy.items() if each.deadline <= time.monotonic()]:
+                    late = busy.pop(connection)
+                    late.child.kill()
+                    self._finish(late.job, f"hung: not compiled within {self._timeout_s:g} s")
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        finally:
+            for child in [*idle, *(each.child for each in busy.values())]:
+                child.kill()
+
+    def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
+        while len(busy) < self._most and (job := self._next()):
+            child = idle.pop() if idle else Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS)
+            busy[child.channel.connection] = _Busy(child, job, time.monotonic() + self._timeout_s)
+            with suppress(OSError):  # if it is dead, its connection is about to say so
+                child.channel.send(job)
+
+    def _take_in(self, done: _Busy, idle: list[Child]) -> None:
+        try:
+            reason = cast("str | None", done.child.channel.receive())
+            idle.append(done.child)
+        except (EOFError, OSError):
+            reason = str(done.child.died())
+        self._finish(done.job, reason)
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            return self._queue.popleft() if self._queue and not self._closed else None
+
+    def _finish(self, job: _Job, reason: str | None) -> None:
+        with self._changed:
+            self._reasons[job.key] = reason
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    key: Hashable
+    layer: MoELayer
+    regime: Regime
+    rows: int
+    tactic: Tactic
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Busy:
+    child: Child
+    job: _Job
+    deadline: float
+
+
+def _serve(channel: Channel, backend: CompilesAhead) -> None:
+    """What a process does: compiles what it is sent, and answers with the reason if that fails."""
+    while True:
+        job: _Job = channel.receive()
+        try:
+            backend.compile(job.layer, job.regime, job.rows, job.tactic, job.capability)
+            reason = None
+        except Exception as error:
+            reason = reason_of(error)
+        channel.send(reason)

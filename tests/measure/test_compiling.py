@@ -1,0 +1,132 @@
+"""Tactics are compiled ahead, in order, each once, by processes that may die and leave nothing behind."""
+
+import time
+from pathlib import Path
+
+import pytest
+from planted_failures import LAYER, CompilingBackend, FailingBackend, tactic
+from processes import children, eventually
+
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.measure.compiling import Compilers, capability_of
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+REGIME = Regime()
+HOPPER = (9, 0)
+NAMES = [tactic(name) for name in "abcdef"]
+
+
+@pytest.fixture
+def before():
+    return children()
+
+
+@pytest.fixture
+def log(tmp_path):
+    return tmp_path / "log"
+
+
+def compiled(log: Path) -> list[str]:
+    return [line.split("|")[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_requests_are_compiled_once_each_in_order_without_waiting(log, before):
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=1) as compilers:
+        start = time.monotonic()
+        compilers.request(LAYER, REGIME, 4, NAMES[:3])
+        compilers.request(LAYER, REGIME, 8, NAMES[1:4])
+        assert time.monotonic() - start < 0.1
+        assert compilers.wait(LAYER, REGIME, 8, NAMES[:4]) == {}
+        assert compiled(log) == ["a", "b", "c", "d"]
+    assert children() == before
+    first = log.read_text().splitlines()[0].split("|")
+    assert first[1:4] == ["4", "(9, 0)", "10"]  # niceness
+    assert first[4] == "''"  # no GPU is visible
+
+
+def test_what_is_waited_for_comes_first(log):
+    with Compilers(CompilingBackend(log=str(log), seconds=0.05), HOPPER, processes=1) as compilers:
+        compilers.request(LAYER, REGIME, 4, NAMES[:5])
+        assert compilers.wait(LAYER, REGIME, 4, [NAMES[5], NAMES[3]]) == {}
+        done = compiled(log)
+        assert {"f", "d"} <= set(done)
+        assert len(done) < 6
+        compilers.wait(LAYER, REGIME, 4, NAMES)
+        assert sorted(compiled(log)) == list("abcdef")
+
+
+def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
+    bad = {
+        tactic("raises"): "RuntimeError: planted failure",
+        tactic("segfaults"): "killed by SIGSEGV",
+        tactic("spins"): "hung: not compiled within 1 s",
+        tactic("exits"): "the process exited with status 3: free(): invalid pointer",
+    }
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=1) as compilers:
+        assert compilers.wait(LAYER, REGIME, 4, [NAMES[0], *bad, NAMES[1]]) == bad
+        assert compilers.wait(LAYER, REGIME, 4, [tactic("raises"), NAMES[0]]) == {
+            tactic("raises"): "RuntimeError: planted failure"
+        }
+        assert len(children() - before) <= 2
+    assert children() == before
+    assert {"a", "b"} <= set(compiled(log))
+
+
+def test_several_processes_share_the_work(log):
+    with Compilers(CompilingBackend(log=str(log), seconds=0.3), HOPPER, processes=3) as compilers:
+        compilers.wait(LAYER, REGIME, 4, NAMES)
+    assert len({line.split("|")[5] for line in log.read_text().splitlines()}) == 3
+
+
+def test_closing_kills_what_still_compiles_at_once(log, before):
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2) as compilers:
+        compilers.request(LAYER, REGIME, 4, [tactic("spins"), tactic("spins", from_run=2), *NAMES])
+        assert eventually(lambda: compiled(log) == ["spins", "spins"])
+        start = time.monotonic()
+    assert time.monotonic() - start < 1
+    assert children() == before
+    assert compiled(log) == ["spins", "spins"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability"), [(FailingBackend(), HOPPER), (CompilingBackend(log="/nowhere/log"), None)]
+)
+def test_where_there_is_nothing_to_compile_no_process_starts(backend, capability, before):
+    with Compilers(backend, capability) as compilers:
+        compilers.request(LAYER, REGIME, 4, NAMES)
+        assert compilers.wait(LAYER, REGIME, 4, NAMES) == {}
+        assert children() == before
+
+
+def test_a_cpu_has_no_compute_capability():
+    assert capability_of("cpu") is None
+
+
+MODEL = MoELayer(num_experts=16, top_k=4, hidden_size=128, intermediate_size=128, precision="bf16")
+CONFIG = Tactic(BLOCK_SIZE_M=16, BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, GROUP_SIZE_M=1, num_warps=4, num_stages=2)
+
+
+def keys(backend, regime, rows):
+    return [backend.compile_key(MODEL, regime, each, CONFIG) for each in rows]
+
+
+def test_the_builtin_triton_kernel_is_compiled_once_for_all_rows():
+    shared = Regime(ep_size=4, dispatch="allgather")
+    assert len(set(keys(TritonBackend(), shared, [1, 3, 16, 8192]))) == 1
+    assert len(set(keys(TritonBackend(), Regime(), [1, 2, 16, 8192]))) == 2  # 4·M·k ≤ E: not sorted
+    assert keys(TritonBackend(), shared, [16]) != keys(TritonBackend(), Regime(ep_size=4, layout="slot"), [16])
+    assert len(set(keys(TritonBackend("vllm"), shared, [1, 3, 16]))) == 3
+
+
+def test_triton_compiles_ahead_into_its_cache_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bad = Tactic({**CONFIG, "BLOCK_SIZE_N": 48})
+    regime = Regime(ep_size=4, dispatch="allgather")
+    with Compilers(TritonBackend(), HOPPER, processes=1) as compilers:
+        failed = compilers.wait(MODEL, regime, 64, [CONFIG, bad])
+        assert failed.keys() == {bad}
+        assert len(list(tmp_path.rglob("grouped_gemm_kernel.cubin"))) == 2
+        assert compilers.wait(MODEL, regime, 1024, [CONFIG]) == {}
+        assert len(list(tmp_path.rglob("grouped_gemm_kernel.cubin"))) == 2
