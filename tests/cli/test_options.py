@@ -94,11 +94,11 @@ def test_every_command_that_takes_a_question_checks_it(moetune, command):
 
 @pytest.fixture
 def abilities(monkeypatch):
-    """Makes the backends able to run here or not, whatever this machine is."""
+    """Makes these all the backends there are, able to run here or not, whatever this machine is."""
 
     def able(**available):
-        diagnosis = lambda name, **options: registry.Diagnosis(name, available[name])  # noqa: E731
-        monkeypatch.setattr(registry, "diagnosis", diagnosis)
+        monkeypatch.setattr(registry, "_HOMES", {name: registry._HOMES[name] for name in available})
+        monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, available[name]))
 
     return able
 
