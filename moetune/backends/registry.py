@@ -12,6 +12,8 @@ from moetune.errors import UsageError
 
 _HOMES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
+    "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
+    "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass:FlashInferCutlassBackend",
     "torch": "moetune.backends.torch_ops:TorchBackend",
 }

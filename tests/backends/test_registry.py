@@ -13,7 +13,13 @@ from moetune.errors import UsageError
 
 
 def test_every_named_backend_is_there_and_has_its_name() -> None:
-    assert registry.backends() == ("triton", "flashinfer-cutlass", "torch")
+    assert registry.backends() == (
+        "triton",
+        "flashinfer-trtllm",
+        "flashinfer-trtllm-routed",
+        "flashinfer-cutlass",
+        "torch",
+    )
     for name in registry.backends():
         made = registry.backend(name)
         assert isinstance(made, Backend)
@@ -35,7 +41,7 @@ def test_a_backend_that_cannot_be_imported_is_diagnosed_and_hides_no_other(monke
     assert (gone.name, gone.available) == ("gone", False)
     assert "no_such_module" in gone.reason
     assert gone.hint
-    assert [other.name for other in others] == ["triton", "flashinfer-cutlass", "torch"]
+    assert [other.name for other in others] == list(registry.backends()[1:])
     assert others[-1].available
 
 

@@ -1,0 +1,115 @@
+"""The six weight formats: which op computes them, on which activations, and which values they hold without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from moetune.spec.layer import Precision
+
+Activations = Literal["bf16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp8"]
+"""The MMA's activations. bf16; e4m3 with one f32 scale for 128 values, or for the tensor; e2m1 with one e4m3 scale for
+16 values; e4m3 with one e8m0 scale for 32 values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Values that a quantized block can hold: `kind`'s numbers, one of magnitude `largest` in each `block` of them.
+
+    With its largest magnitude present every quantizer finds the same scale, a power of two, and rounds nothing.
+    `deviation`: of the normal values that are rounded to the grid.
+    """
+
+    kind: Literal["e2m1", "e4m3", "int4"]
+    block: int
+    largest: float
+    deviation: float
+
+
+E4M3_BLOCK = Grid("e4m3", 128, 448.0, 112.0)
+E4M3_MX = Grid("e4m3", 32, 448.0, 112.0)
+NVFP4 = Grid("e2m1", 16, 6.0, 2.0)
+MXFP4 = Grid("e2m1", 32, 6.0, 2.0)
+MXINT4 = Grid("int4", 32, -8.0, 2.5)
+
+ACTIVATION_GRIDS: Mapping[Activations, Grid | None] = {
+    "bf16": None,
+    "fp8_block": E4M3_BLOCK,
+    "fp8_tensor": E4M3_BLOCK,
+    "nvfp4": NVFP4,
+    "mxfp8": E4M3_MX,
+}
+
+INTERMEDIATE_TOLERANCES: Mapping[Activations, float] = {
+    "bf16": 2e-2,
+    "fp8_block": 8e-2,
+    "fp8_tensor": 8e-2,
+    "nvfp4": 0.2,
+    "mxfp8": 8e-2,
+}
+"""Weights and inputs lie on their grids, so the error is that of the rounded intermediate: 2⁻⁹, 2⁻⁴ or 2⁻² at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How one weight format is computed.
+
+    `op`: the public function that routes from logits; with `_routed_moe` in the place of `_moe`, the one for given ids.
+    `activations`: the allowed ones, the default first. `multiple_of`: H and I/tp must be multiples of it, or are
+    padded to one where `padded` (as vLLM and SGLang do for gpt-oss). `clamped`: whether it computes the clamped swiglu.
+    """
+
+    op: str
+    activations: tuple[Activations, ...]
+    grid: Grid | None
+    multiple_of: int = 128
+    padded: bool = False
+    clamped: bool = False
+    bias: bool = False
+    weight_on_input: bool = False
+    unpacked_ids: bool = True
+
+    @property
+    def routed_op(self) -> str:
+        """The public function for given ids."""
+        return self.op.removesuffix("_moe") + "_routed_moe"
+
+    def aligned(self, size: int) -> int:
+        """`size`, padded to the multiple that the kernels take."""
+        return -(-size // self.multiple_of) * self.multiple_of if self.padded else size
+
+
+FORMATS: Mapping[Precision, Format] = {
+    Precision.BF16: Format("trtllm_bf16_moe", ("bf16",), None, clamped=True),
+    Precision.FP8_BLOCK: Format("trtllm_fp8_block_scale_moe", ("fp8_block",), E4M3_BLOCK, clamped=True),
+    Precision.FP8_TENSOR: Format("trtllm_fp8_per_tensor_scale_moe", ("fp8_tensor",), E4M3_BLOCK, weight_on_input=True),
+    Precision.NVFP4: Format("trtllm_fp4_block_scale_moe", ("nvfp4",), NVFP4),
+    Precision.MXFP4: Format(
+        "trtllm_fp4_block_scale_moe",
+        ("bf16", "mxfp8"),
+        MXFP4,
+        multiple_of=256,
+        padded=True,
+        clamped=True,
+        bias=True,
+    ),
+    Precision.MXINT4: Format("trtllm_mxint4_block_scale_moe", ("bf16",), MXINT4, multiple_of=256, unpacked_ids=False),
+}
+"""FlashInfer 0.7.2.post1: fused_moe/core.py, fused_moe/prepare.py, csrc/trtllm_fused_moe_kernel_launcher.cu."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """L experts of H × I as the layer has them, and padded as the kernel gets them."""
+
+    num_local: int
+    hidden: int
+    intermediate: int
+    padded_hidden: int
+    padded_intermediate: int
+
+    @classmethod
+    def of(cls, fmt: Format, num_local: int, hidden: int, intermediate: int) -> Sizes:
+        """The sizes of one rank's experts in `fmt`."""
+        return cls(num_local, hidden, intermediate, fmt.aligned(hidden), fmt.aligned(intermediate))

@@ -1,0 +1,135 @@
+"""`TrtllmRunner`: one problem's weights, inputs and routings, and the op's recorded calls on them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from moetune.backends.base import Problem
+from moetune.backends.flashinfer_trtllm import arguments
+from moetune.backends.flashinfer_trtllm.call import Call, record_call
+from moetune.backends.flashinfer_trtllm.enumeration import to_kernel
+from moetune.backends.flashinfer_trtllm.formats import FORMATS
+from moetune.backends.flashinfer_trtllm.logits import (
+    complete_rows,
+    correction_bias,
+    kernel_choice,
+    kernel_routing,
+    logits_for,
+)
+from moetune.backends.flashinfer_trtllm.weights import CLAMPED_SWIGLU, Expert, Weights
+from moetune.spec.layer import Activation
+from moetune.spec.tactic import Tactic
+from moetune.workload.packing import pack_eager
+from moetune.workload.routing import Routing
+
+Ids = Literal["packed", "unpacked", "logits"]
+"""How a call is routed: one int32 a slot, ids and weights apart, or logits that the kernel routes."""
+
+_INPUT_BYTES = 2**29
+"""Inputs of different draws differ as long as all fit in this; past it they repeat."""
+
+
+class TrtllmRunner:
+    """See `Runner`. `run` waits for nothing, so that a CUDA graph can capture it.
+
+    Args:
+        problem: what is asked.
+        weights: of the problem's rank, on its device.
+        ids: how the calls are routed.
+        quantized: whether activations arrive quantized; else `run` quantizes them.
+        hidden_dtype: what `run` returns; the op writes bf16, which is cast where that is another.
+
+    Raises:
+        UnsupportedError: the installed FlashInfer's ops have other parameters.
+    """
+
+    def __init__(
+        self, problem: Problem, weights: Weights, *, ids: Ids, quantized: bool, hidden_dtype: torch.dtype
+    ) -> None:
+        self._problem, self._weights, self._ids = problem, weights, ids
+        self._hidden_dtype = hidden_dtype
+        self._quantizes = not quantized and weights.activations != "bf16"
+        generator = torch.Generator(problem.device).manual_seed(problem.regime.seed + 1)
+        input_bytes = 2 * problem.rows * weights.sizes.hidden
+        num_inputs = min(len(problem.routings), max(1, _INPUT_BYTES // input_bytes))
+        self._inputs = [weights.input_rows(problem.rows, generator) for _ in range(num_inputs)]
+        self._activations = [weights.quantize(x) for x in self._inputs]
+        self._output = torch.empty(
+            problem.rows, weights.sizes.padded_hidden, dtype=torch.bfloat16, device=problem.device
+        )
+        self._choices: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._calls = [self._call(draw, routing) for draw, routing in enumerate(problem.routings)]
+
+    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
+        """See `Runner.run`: `[rows, H]` in the hidden dtype; bf16 in a buffer that the next call overwrites."""
+        call = self._calls[draw]
+        if self._quantizes:
+            call = call.with_activations(*self._weights.quantize(self._inputs[draw % len(self._inputs)]))
+        output = call.run(to_kernel(tactic))[:, : self._weights.sizes.hidden]
+        return output.to(self._hidden_dtype)
+
+    def reference(self, draw: int = 0) -> torch.Tensor:
+        """See `Runner.reference`: fp32 from the experts and inputs before FlashInfer's layout and quantization."""
+        x = self._inputs[draw % len(self._inputs)].float()
+        ids, slot_weights = self._choices[draw]
+        on_input = self._problem.layer.weight_on_input
+        out = torch.zeros_like(x)
+        for index in range(self._weights.sizes.num_local):
+            rows, columns = torch.where(ids == self._problem.shard.first + index)
+            if not len(rows):
+                continue
+            weight = slot_weights[rows, columns].unsqueeze(1)
+            products = self._expert(self._weights.expert(index), x[rows] * weight if on_input else x[rows])
+            out.index_add_(0, rows, products if on_input else products * weight)
+        return out
+
+    def _expert(self, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+        projected = x @ expert.w1.float().T
+        if expert.b1 is not None:
+            projected = projected + expert.b1
+        up, gate = projected.chunk(2, dim=1)
+        if self._problem.layer.activation is Activation.SWIGLU_CLAMPED:
+            alpha, beta, limit = CLAMPED_SWIGLU.values()
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            activated = gate * (alpha * gate).sigmoid() * (up + beta)
+        else:
+            activated = torch.nn.functional.silu(gate) * up
+        products = activated @ expert.w2.float().T
+        return products if expert.b2 is None else products + expert.b2
+
+    def _call(self, draw: int, routing: Routing) -> Call:
+        problem = self._problem
+        fmt = FORMATS[problem.layer.precision]
+        return record_call(
+            fmt.op if self._ids == "logits" else fmt.routed_op,
+            arguments.op_arguments(
+                problem.layer,
+                problem.shard,
+                self._weights.sizes,
+                top_k=problem.row_top_k,
+                tune_max_num_tokens=problem.regime.tune_max_num_tokens,
+                weights=self._weights.arguments,
+                activations=self._activations[draw % len(self._activations)],
+                output=self._output,
+                routing=self._routing_arguments(draw, routing),
+            ),
+        )
+
+    def _routing_arguments(self, draw: int, routing: Routing) -> dict[str, Any]:
+        problem, device = self._problem, self._problem.device
+        if self._ids == "logits":
+            ids = complete_rows(routing.topk_ids, problem.shard)
+            method = kernel_routing(problem.layer).within_groups(problem.shard.num_slots, ids)
+            logits = logits_for(ids, problem.shard.num_slots, method, problem.regime.seed + draw)
+            bias = correction_bias(problem.shard.num_slots, method, problem.regime.seed)
+            chosen, weights = kernel_choice(logits, method, problem.row_top_k, bias)
+            self._choices.append((chosen.to(device), weights.to(device)))
+            return arguments.from_logits(method, logits.to(device), None if bias is None else bias.to(device))
+        ids = routing.topk_ids.to(device, torch.int32).contiguous()
+        weights = routing.topk_weights.to(device, torch.float32).contiguous()
+        if self._ids == "packed":
+            weights = weights.bfloat16()
+        self._choices.append((ids, weights.float()))
+        return arguments.routed(problem.layer, pack_eager(ids, weights) if self._ids == "packed" else (ids, weights))
