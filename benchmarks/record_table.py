@@ -5,7 +5,7 @@ re-measured interleaved over all draws, the best one twice (A/A). A finished cel
 that stops goes on where it was: give the same journal again. `--pack` turns a journal into the compact table under
 tests/data/.
 
-    python benchmarks/record_table.py --model qwen3-235b-a22b --journal qwen.jsonl --seconds 500
+    python benchmarks/record_table.py --model qwen3-235b-a22b --journal qwen.jsonl --seconds 500 --gpus 4
     python benchmarks/record_table.py --pack qwen.jsonl --out tests/data/grouped_triton-qwen3-235b-a22b-ep8-h200.json
 """
 
@@ -41,7 +41,7 @@ LOADS = {
 ROWS = (256, 16, 64, 1024, 4, 4096, 1, 8192)
 COARSE_MS = 6.0
 FINAL_SECONDS = 3.0
-HOPELESS = 4.0
+HOPELESS = 3.0
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--finalists", type=int, default=20)
     parser.add_argument("--journal", type=Path, default=Path("table.jsonl"))
     parser.add_argument("--seconds", type=float, default=540.0, help="no cell is begun after this long")
+    parser.add_argument("--gpus", type=int, default=1, help="cells are shared out among so many GPUs")
     parser.add_argument("--limit", type=int, help="only so many configurations, for a trial")
     parser.add_argument("--pack", type=Path, help="a journal to pack; measures nothing")
     parser.add_argument("--out", type=Path)
@@ -74,20 +75,44 @@ def record(options: argparse.Namespace) -> None:
     everything = backend.candidates(layer, widest, 8192, "cuda").tactics[: options.limit]
     compile_ahead(space.Shapes.of(layer, widest, 8192), everything)
     print(f"compiled {len(everything)} configurations in {time.perf_counter() - start:.0f} s", flush=True)
-    for load, rows in cells:
-        if (load, rows) in done or time.perf_counter() - start > options.seconds:
-            continue
-        begin = time.perf_counter()
-        cell = measure(layer, backend, Regime(ep_size=options.ep, **LOADS[load]), rows, options)
-        with options.journal.open("a") as journal:
-            journal.write(json.dumps({"load": load, **cell}, separators=(",", ":")) + "\n")
-        best = min(cell["finalists"], key=lambda entry: stats.median(entry["rounds_us"]))
-        print(
-            f"{load:>12} {rows:>5} rows: best {stats.median(best['rounds_us']):9.1f} us of {len(cell['single_us'])}"
-            f" ({len(cell['failures'])} failed), default {cell['default_us']:9.1f} us, A/A {cell['noise']:.2%},"
-            f" {time.perf_counter() - begin:.0f} s",
-            flush=True,
-        )
+    missing = [cell for cell in cells if cell not in done]
+    end = time.time() + options.seconds - (time.perf_counter() - start)
+    context = multiprocessing.get_context("spawn")
+    devices = context.SimpleQueue()
+    for index in range(options.gpus):
+        devices.put(f"cuda:{index}")
+    with context.Pool(options.gpus, _take_device, (devices,)) as pool:
+        for line, cell in pool.imap_unordered(partial(_record_cell, options, end), missing):
+            if cell:
+                with options.journal.open("a") as journal:
+                    journal.write(json.dumps(cell, separators=(",", ":")) + "\n")
+            print(line, flush=True)
+
+
+_DEVICE = "cuda"
+
+
+def _take_device(devices) -> None:
+    global _DEVICE
+    _DEVICE = devices.get()
+    torch.cuda.set_device(_DEVICE)
+
+
+def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, int]) -> tuple[str, dict | None]:
+    """One cell on this process's GPU, and a line about it; None where the time is up."""
+    load, rows = cell_of
+    if time.time() > end:
+        return f"{load} {rows}: left for the next run", None
+    begin = time.perf_counter()
+    regime = Regime(ep_size=options.ep, **LOADS[load])
+    cell = {"load": load, **measure(layer_of(options.model), TritonBackend(), regime, rows, options)}
+    best = min(cell["finalists"], key=lambda entry: stats.median(entry["rounds_us"]))
+    line = (
+        f"{load:>12} {rows:>5} rows: best {stats.median(best['rounds_us']):9.1f} us of {len(cell['single_us'])}"
+        f" ({len(cell['failures'])} failed), default {cell['default_us']:9.1f} us, A/A {cell['noise']:.2%},"
+        f" {time.perf_counter() - begin:.0f} s on {_DEVICE}"
+    )
+    return line, cell
 
 
 def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
@@ -109,9 +134,9 @@ def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: object) 
 def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> dict:
     """One cell: single timings of all, interleaved timings of the best."""
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in range(regime.draws))
-    problem = Problem(layer, regime, rows, regime.shard(layer), routings, "cuda")
-    runner, clock = backend.prepare(problem), CudaClock("cuda", repeats=1)
-    tactics = list(backend.candidates(layer, regime, rows, "cuda").tactics[: options.limit])
+    problem = Problem(layer, regime, rows, regime.shard(layer), routings, _DEVICE)
+    runner, clock = backend.prepare(problem), CudaClock(_DEVICE, repeats=1)
+    tactics = list(backend.candidates(layer, regime, rows, _DEVICE).tactics[: options.limit])
     default = backend.default(layer, regime, rows)
     random.Random(0).shuffle(tactics)
     single: dict = {}
@@ -119,7 +144,7 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     hopeless = 0
     clock.warm_up(partial(runner.run, default), 0)
     fastest_us = time_once(partial(runner.run, default))
-    draws = range(max(4, min(regime.draws, int(COARSE_MS * 1e3 / fastest_us))))
+    draws = range(max(2, min(regime.draws, int(COARSE_MS * 1e3 / fastest_us))))
     begin = time.perf_counter()
     for tactic in tactics:
         call = partial(runner.run, tactic)
@@ -151,7 +176,7 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
         "rows": rows,
         "model": layer.name,
         "regime": regime.model_dump(mode="json"),
-        "environment": environment(backend, "cuda").model_dump(mode="json"),
+        "environment": environment(backend, _DEVICE).model_dump(mode="json"),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "default": list(default.values()),
         "default_us": stats.median(by_round[final.index(default)]),

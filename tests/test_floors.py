@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "moetune"
 FLOORS = (
     "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "events", "final", "bucket",
     "tune", "export", "report",
-    "engine", "fleet", "cli",
+    "engine", "fleet", "cli", "__main__",
 )  # fmt: skip
 NO_TORCH = ("errors", "stats", "spec", "search", "store", "report")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

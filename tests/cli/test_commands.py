@@ -317,7 +317,7 @@ def test_a_miss_points_to_the_packaged_profile_of_another_torch(moetune, questio
 
 
 def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):
-    monkeypatch.setattr(TUNE, "FINAL_SECONDS", 0.1)
+    monkeypatch.setattr(final, "SECONDS", 0.1)
     words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2", "--backend", "torch")
     document = _document(moetune("tune", *words, "--json"))
     assert document["backend"] == "torch"

@@ -1,0 +1,5 @@
+"""`python -m moetune`."""
+
+from moetune.cli.main import main
+
+main()
