@@ -122,7 +122,8 @@ def report(result: dict) -> str:
     """The tune as Markdown."""
     lines = [
         f"\n`{result['command']}`: {result['wall_s']} s wall, {result['cores']} cores, "
-        f"{len(result['buckets'])} buckets; against the default geomean {result['gain_geomean']:.3f}×, least {result['gain_least']:.3f}×\n",
+        f"{len(result['buckets'])} buckets; against the default geomean {result['gain_geomean']:.3f}×, "
+        f"least {result['gain_least']:.3f}×\n",
         "| rows | µs | default µs | gain | tried | failed | A/A |\n|---|---|---|---|---|---|---|",
     ]
     lines += [
