@@ -127,8 +127,8 @@ def _entries(profile: Profile, version: Version, rows: int, tactic: Tactic) -> I
             yield keys[1], [RUNNER, second]
         return
     policy = [list(TRTLLM_POLICY)] if version.policies else []
-    routed, activations = profile.backend.endswith("-routed"), profile.environment.strict.get("activations", "")
-    for key in trtllm_keys(version, layer, regime, rows, routed, activations):
+    routed, mxfp4 = profile.backend.endswith("-routed"), profile.environment.strict.get("mxfp4_activations", "bf16")
+    for key in trtllm_keys(version, layer, regime, rows, routed, mxfp4):
         yield key, [RUNNER, list(trtllm_pair(profile, tactic)), *policy]
 
 

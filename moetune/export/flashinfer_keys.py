@@ -85,7 +85,7 @@ class TrtllmOp:
     `DtypeTrtllmGen`. `packed_width`: values in one element of a row. `scale_block`: values that share a scale of the
     activation. `ids_in_logits_mode`: whether buffers for the ids are inputs where the kernel routes. `unpacked`:
     whether ids and weights can come apart. `shuffled`, `weight_layout`: how weights lie (0 MajorK, 2 BlockMajorK), as
-    the op has it by default. `multiple_of`: what H and I/tp are padded to.
+    moetune's backends and the engines lay them. `multiple_of`: what H and I/tp are padded to.
     """
 
     logits: str
@@ -133,7 +133,7 @@ TRTLLM_OPS: Final = {
         E4M3,
         ids_in_logits_mode=True,
     ),
-    Precision.FP8_BLOCK: _named("fp8_block_scale", E4M3, E4M3, fp8=DEEPSEEK_FP8, scale_block=128, shuffled=False),
+    Precision.FP8_BLOCK: _named("fp8_block_scale", E4M3, E4M3, fp8=DEEPSEEK_FP8, scale_block=128, weight_layout=2),
     Precision.NVFP4: _named("fp4_block_scale", E2M1, E2M1, packed_width=2, scale_block=16, ids_in_logits_mode=True),
     Precision.MXFP4: _named("fp4_block_scale", BF16, MX_E2M1, ids_in_logits_mode=True, multiple_of=256),
     Precision.MXINT4: _named("mxint4_block_scale", BF16, MX_INT4, unpacked=False, weight_layout=2),
@@ -196,7 +196,7 @@ def cutlass_keys(
 
 
 def trtllm_keys(
-    version: Version, layer: MoELayer, regime: Regime, rows: int, routed: bool, activations: str = ""
+    version: Version, layer: MoELayer, regime: Regime, rows: int, routed: bool, mxfp4_activations: str = "bf16"
 ) -> Iterator[str]:
     """The keys of the trtllm-gen op at one bucket, for each way in which engines pass ids, scales and the output.
 
@@ -206,14 +206,15 @@ def trtllm_keys(
         regime: gives the shards.
         rows: the bucket.
         routed: whether the engine routes, else the kernel does from the logits.
-        activations: `mxfp8` for mxfp4 experts on such activations; else the precision has its own.
+        mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
 
     Raises:
         UnsupportedError: the op's tuner does not know this layer.
     """
     if layer.precision not in TRTLLM_OPS or layer.activation not in _TRTLLM_ACTIVATIONS:
         raise _unsupported("trtllm", layer, TRTLLM_OPS, _TRTLLM_ACTIVATIONS)
-    op = MXFP4_MXFP8 if (layer.precision, activations) == (Precision.MXFP4, "mxfp8") else TRTLLM_OPS[layer.precision]
+    mxfp8 = layer.precision is Precision.MXFP4 and mxfp4_activations == "mxfp8"
+    op = MXFP4_MXFP8 if mxfp8 else TRTLLM_OPS[layer.precision]
     hidden, k = op.padded(layer.hidden_size), row_top_k(layer, regime)
     ids, empty = (rows, k), (rows,)
     slots = layer.num_experts + regime.redundant_experts

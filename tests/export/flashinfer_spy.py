@@ -178,6 +178,8 @@ def trtllm(
             "gemm2_weights": empty(local, hidden, inner, dtype=E4M3),
             "gemm2_weights_scale": empty(local, hidden // 128, inner // 128, dtype=f32),
             "fp8_quantization_type": Fp8QuantizationType.DeepSeekFp8,
+            "use_shuffled_weight": True,
+            "weight_layout": 2,
         }
         if mode != "logits":
             routing = {**routing, "routing_bias": None}

@@ -85,7 +85,7 @@ def test_trtllm_hits_whichever_way_the_engine_calls(b200, tmp_path, name, backen
     made = profile(backend, PURE_EP, MoELayer(**{**dict(LAYER), "precision": precision}))
     if activations:
         environment = made.environment.model_copy(
-            update={"strict": {**made.environment.strict, "activations": activations}}
+            update={"strict": {**made.environment.strict, "mxfp4_activations": activations}}
         )
         made = made.model_copy(update={"environment": environment})
     loaded(b200, tmp_path, made)

@@ -1,13 +1,14 @@
 """Against FlashInfer itself: the installed one's code runs here, the others' keys were recorded by the same calls."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
-from flashinfer_spy import flashinfer, recorded
+from flashinfer_spy import LaunchedError, flashinfer, recorded
 
 from moetune.errors import UnsupportedError
-from moetune.export.flashinfer_keys import VERSIONS, cutlass_keys, trtllm_keys
+from moetune.export.flashinfer_keys import TRTLLM_OPS, VERSIONS, cutlass_keys, trtllm_keys
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -34,7 +35,8 @@ def keys(version, name):
         pairs = cutlass_keys(VERSIONS[version], of(precision), regime, 512, programmatic_launch=True)
         return sorted(key for pair in pairs for key in pair)
     precision, _, activations = precision.partition("-")
-    return sorted(trtllm_keys(VERSIONS[version], of(precision), EP8, 512, rest == ["routed"], activations))
+    routed = rest == ["routed"]
+    return sorted(trtllm_keys(VERSIONS[version], of(precision), EP8, 512, routed, activations or "bf16"))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -50,6 +52,30 @@ def test_the_installed_flashinfer_looks_up_what_was_recorded():
     with flashinfer() as core:
         now = recorded(core)
     assert now == json.loads((GOLDEN / f"{installed.__version__}.json").read_text())
+
+
+@pytest.mark.parametrize("precision", TRTLLM_OPS)
+@pytest.mark.parametrize("backend", ["flashinfer-trtllm", "flashinfer-trtllm-routed"])
+def test_the_calls_that_the_trtllm_backends_time_have_these_keys(monkeypatch, backend, precision):
+    from flashinfer.autotuner import AutoTuner
+
+    from moetune.backends import registry
+    from moetune.backends.flashinfer_trtllm import call
+
+    seen = []
+    record = call._Recorder.choose_one
+
+    def spy(self, op, runners, config, inputs, **more):
+        shapes = tuple(tuple(one.shape) if one is not None else (0,) for one in inputs)
+        extras = runners[0].get_cache_key_extras(inputs)
+        seen.append(AutoTuner._get_cache_key(op, runners[0], shapes, config, extras).file_key)
+        return record(self, op, runners, config, inputs, **more)
+
+    monkeypatch.setattr(call._Recorder, "choose_one", spy)
+    with flashinfer("NVIDIA B200"), contextlib.suppress(LaunchedError):
+        registry.backend(backend).candidates(of(precision), EP8, 512, "cpu")
+    assert len(seen) == 1
+    assert seen[0] in set(trtllm_keys(VERSIONS["0.7.2.post1"], of(precision), EP8, 512, backend.endswith("-routed")))
 
 
 def test_a_rank_has_keys_of_its_own_up_to_0_7_1():
