@@ -13,6 +13,7 @@ import click
 
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.options import resolve
 from moetune.spec.regime import DISPATCHES, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, LAYOUTS, Regime
 
 if TYPE_CHECKING:
@@ -149,47 +150,27 @@ def ask(
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
-    from moetune.spec import presets
-
-    layer = presets.layer(model, precision)
-    given = {
-        "ep_size": ep,
-        "tp_size": tp,
-        "attention_dp": dp,
-        "layout": layout,
-        "redundant_experts": redundant_experts,
-        "distribution": distribution,
-        "seed": seed,
-        "draws": draws,
-        "ladder": ladder,
-        "tune_max_num_tokens": tune_max_num_tokens,
-    }
-    explicit = {name: value for name, value in given.items() if value is not None}
-    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp), **explicit})
+    layer, regime, _ = resolve(
+        model,
+        precision=precision,
+        ep=ep,
+        tp=tp,
+        dp=dp,
+        dispatch=dispatch,
+        layout=layout,
+        rank=rank,
+        redundant_experts=redundant_experts,
+        distribution=distribution,
+        seed=seed,
+        draws=draws,
+        ladder=ladder,
+        tune_max_num_tokens=tune_max_num_tokens,
+    )
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    regime.shard(layer, rank or 0)
     if dp and dispatch is None:
         _say_what_dp_means(regime)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     return Question(layer, regime, _backend(backend or AUTO, of_triton, layer, regime), rank or 0)
-
-
-def _dispatch(
-    dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None, dp: bool | None
-) -> dict[str, Any]:
-    """The fields of a regime that `--dispatch` stands for."""
-    if dispatch is None:
-        return {}
-    if ":" in dispatch:
-        from moetune.spec import dispatcher
-
-        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp))
-    if dispatch not in DISPATCHES:
-        raise UsageError(
-            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:WORD, given {dispatch!r}.",
-            "An engine's word is spelled like vllm:allgather_reducescatter, sglang:none or trtllm:attention_dp.",
-        )
-    return {"dispatch": dispatch}
 
 
 def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regime) -> Backend:
