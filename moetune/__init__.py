@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetune.engine.warmup import warmup as warmup
     from moetune.plan import plan as plan
     from moetune.spec.layer import MoELayer as MoELayer
     from moetune.spec.presets import layer as layer
@@ -43,6 +44,7 @@ _HOMES = {
     "realize": "moetune.workload.routing",
     "tune": "moetune.tune",
     "unpack_topk": "moetune.workload.packing",
+    "warmup": "moetune.engine.warmup",
 }
 __all__ = [*_HOMES]
 

@@ -1,0 +1,1 @@
+"""Inside a running engine: its own warm-up asks moetune."""

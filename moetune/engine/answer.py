@@ -1,0 +1,281 @@
+"""One call of FlashInfer's tuner answered: from the store where it has the buckets, else by measuring them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from moetune.engine import session as sessions
+from moetune.engine.agree import broadcast, gather, leads
+from moetune.engine.bench import EngineBench, choose
+from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
+from moetune.engine.lookup import DEFAULT_CONFIG, Answers, environment_of, native_of, regime_of_buckets, tactic_of
+from moetune.engine.session import Session
+from moetune.errors import MoetuneError
+from moetune.final import STRESS_FACTORS
+from moetune.spec.regime import Regime
+from moetune.store.profile import Choice, Profile
+
+if TYPE_CHECKING:
+    from moetune.workload.routing import Routing
+
+
+OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
+"""How the tuner's names of the ops begin that can be ours; all others pass at the cost of this comparison."""
+FINALISTS = 3
+"""How many of FlashInfer's fastest meet its default in the final."""
+DRAWS = 8
+"""The most draws of a final."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of `AutoTuner.choose_one`. `tuner` is moetune's subclass of it."""
+
+    tuner: Any
+    op: str
+    runner: Any
+    config: Any
+    inputs: Sequence[Any]
+    arguments: Mapping[str, Any]
+
+    @cached_property
+    def effective_config(self) -> Any:
+        """With the overrides of the contexts around."""
+        return self.tuner.effective(self.config)
+
+    @cached_property
+    def identity(self) -> Any:
+        """FlashInfer's key of this call with the rows taken out: a weaker key, equal for all rows."""
+        shapes = [list(shape) for shape in self.tuner._get_input_sizes(self.inputs)]
+        for spec in self.effective_config.dynamic_tensor_specs:
+            for at, dim in zip(spec.input_idx, spec.dim_idx, strict=True):
+                shapes[at][dim] = 0
+        for spec in self.effective_config.constraint_specs:
+            shapes[spec.input_idx][spec.dim_idx] = -1
+        extras = self.runner.get_cache_key_extras(self.inputs)
+        return (self.op, type(self.runner).__name__, tuple(map(tuple, shapes)), extras)
+
+    @cached_property
+    def profiles(self) -> dict[int, Any]:
+        """FlashInfer's optimization profile of each bucket, by rows."""
+        (spec,) = self.effective_config.dynamic_tensor_specs
+        at, dim = spec.input_idx[0], spec.dim_idx[0]
+        made = self.tuner._generate_optimization_profiles(self.effective_config, self.inputs)
+        return {profile.get_opt_shapes()[at][dim]: profile for profile in made}
+
+    def rows_of(self, inputs: Sequence[Any]) -> int:
+        """The rows of these inputs."""
+        spec = self.effective_config.dynamic_tensor_specs[0]
+        return int(inputs[spec.input_idx[0]].shape[spec.dim_idx[0]])
+
+    def key(self, rows: int) -> Any:
+        """FlashInfer's `ProfilingCacheKey` of a bucket."""
+        shapes, extras = self.profiles[rows].get_opt_shapes(), self.runner.get_cache_key_extras(self.inputs)
+        return self.tuner._get_cache_key(self.op, self.runner, shapes, self.effective_config, extras)
+
+    def device(self) -> str:
+        """The torch device of the inputs."""
+        return next(str(tensor.device) for tensor in self.inputs if hasattr(tensor, "device"))
+
+    def run(self, draws: Sequence[Sequence[Any]], tactic: Any, draw: int) -> object:
+        """The op on one draw's inputs."""
+        return self.runner(list(draws[draw]), tactic=tactic, **self.arguments)
+
+
+def answer(session: Session, call: Call) -> None:
+    """Sees to it that FlashInfer's cache holds the session's answer for the buckets of `call`, if it is ours.
+
+    Outside tuning mode only the store is asked, once. Nothing that goes wrong here stops the engine: it is logged once,
+    and the op is FlashInfer's again.
+    """
+    if not call.op.startswith(OPS) or call.identity in session.not_ours:
+        return
+    tuning = call.tuner.is_tuning_mode
+    if not tuning and call.identity in session.looked_up:
+        return
+    session.looked_up.add(call.identity)
+    try:
+        op = recognize(session.layer, session.regime, session.rank, call.op, call.runner, call.inputs, call.arguments)
+        if op is None:
+            session.not_ours.add(call.identity)
+            return
+        fresh = [rows for rows in call.profiles if not _is_placed(session, call, rows)]
+        if fresh:
+            with _passing_through():
+                _fill(session, call, op, fresh)
+    except Exception as error:  # an engine must start, whatever happens to its tuning
+        session.not_ours.add(call.identity)
+        session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)
+        if tuning:
+            session.count(call.op, missed=list(call.profiles))
+            session.announce()
+
+
+def _is_placed(session: Session, call: Call, rows: int) -> bool:
+    key = call.key(rows)
+    return key in session.placed and bool(call.tuner.holds(key, session.placed[key]))
+
+
+@contextmanager
+def _passing_through() -> Iterator[None]:
+    """What is called while an answer is found is not ours."""
+    token = sessions.enter(None)
+    try:
+        yield
+    finally:
+        sessions.leave(token)
+
+
+def _fill(session: Session, call: Call, op: MoEOp, fresh: Sequence[int]) -> None:
+    """Places the stored choices of the fresh buckets, and, in tuning mode, measures the others."""
+    regime = regime_of_buckets(session.regime, list(call.profiles))
+    possible = [rows for rows in fresh if rows in regime.buckets]
+    if op.routing_input is RoutingInput.NONE:
+        _fill_cutlass(session, call, op, regime, possible)
+    else:
+        _fill_by_hook(session, call, op, regime, possible)
+    session.count(op.backend, missed=[rows for rows in fresh if call.key(rows) not in session.placed])
+    if call.tuner.is_tuning_mode or session.served:
+        session.announce()
+
+
+def _place(session: Session, call: Call, rows: int, tactic: Any) -> None:
+    key = call.key(rows)
+    call.tuner.place(key, tactic, call.profiles[rows], call.effective_config)
+    session.placed[key] = tactic
+
+
+def _group(session: Session) -> Any:
+    from flashinfer.autotuner import get_autotune_process_group
+
+    return session.group if session.group is not None else get_autotune_process_group()
+
+
+def _fill_by_hook(session: Session, call: Call, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
+    """trtllm-gen and CuteDSL ops: FlashInfer sweeps the tactics on the regime's dummies, a final decides."""
+    from moetune.engine.flashinfer_hook import version
+
+    group = _group(session)
+    environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
+    answers = Answers(session.store, session.layer, regime, op.backend, environment)
+    stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
+    everywhere = gather({bucket: choice.tactic for bucket, choice in stored.items()}, group)
+    served = [bucket for bucket in stored if all(theirs.get(bucket) == stored[bucket].tactic for theirs in everywhere)]
+    for bucket in served:
+        _place(session, call, bucket, native_of(stored[bucket].tactic))
+    session.count(op.backend, served=served)
+    missing = [bucket for bucket in rows if bucket not in served]
+    if not missing or not call.tuner.is_tuning_mode:
+        return
+    dummies = Dummies(session, op, regime, call)
+    swept = call.tuner.profiled(call, frozenset(map(call.key, missing)), dummies.hook)
+    choices = [_final(session, call, dummies, bucket, swept[bucket], group) for bucket in missing if bucket in swept]
+    for choice in choices:
+        _place(session, call, choice.rows, native_of(choice.tactic))
+    session.count(op.backend, tuned=[choice.rows for choice in choices])
+    if choices and (problem := answers.save(choices)):
+        session.logger.warning("moetune: %s", problem)
+
+
+@dataclass(frozen=True)
+class Dummies:
+    """The regime's routings in the inputs of one op."""
+
+    session: Session
+    op: MoEOp
+    regime: Regime
+    call: Call
+
+    def hook(self, tensors: list[Any]) -> list[Any]:
+        """FlashInfer's `inputs_pre_hook`: the first draw; other rows than the regime's are left as they are."""
+        rows = self.call.rows_of(tensors)
+        return self.placed(tensors, self.routing(rows, 0)) if rows in self.regime.buckets else tensors
+
+    def routing(self, rows: int, draw: int) -> Routing:
+        """A draw of the regime."""
+        from moetune.workload.routing import realize
+
+        return realize(self.session.layer, self.regime, rows, self.op.rank, draw)
+
+    def stressed(self, routing: Routing, factor: int) -> Routing:
+        """The busiest expert at `factor` times its load."""
+        from moetune.workload.routing import stress
+
+        return stress(self.session.layer, self.regime, routing, self.op.rank, factor)
+
+    def placed(self, tensors: Sequence[Any], routing: Routing) -> list[Any]:
+        """The tensors with the routing in them."""
+        shard = self.regime.shard(self.session.layer, self.op.rank)
+        return self.op.place(tensors, routing, self.session.layer, shard, self.call.arguments.get("routing_bias"))
+
+
+def _final(
+    session: Session, call: Call, dummies: Dummies, rows: int, swept: Sequence[tuple[Any, float]], group: Any
+) -> Choice:
+    """FlashInfer's fastest against its default, on draws that its sweep has not seen."""
+    from moetune.measure.clock import clock_for
+
+    tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
+    if call.config.inputs_pre_hook is not None:
+        tensors = list(call.config.inputs_pre_hook(tensors))
+    unseen = [dummies.routing(rows, 1 + draw) for draw in range(min(session.regime.draws, DRAWS))]
+    stressed = [_stressed_or_same(dummies, unseen[0], factor, tensors) for factor in STRESS_FACTORS]
+    draws = [*(dummies.placed(tensors, routing) for routing in unseen), *stressed]
+    order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)
+    natives = [DEFAULT_CONFIG, *(swept[at][0] for _, at in order[:FINALISTS])]
+    calls = {tactic_of(native): partial(call.run, draws, native) for native in natives}
+    bench = EngineBench(calls, clock_for(call.device()), group)
+    stress_draws = {str(factor): len(unseen) + at for at, factor in enumerate(STRESS_FACTORS)}
+    return choose(bench, tuple(calls), stress_draws, unseen, rows, len(swept))
+
+
+def _stressed_or_same(dummies: Dummies, routing: Routing, factor: int, tensors: Sequence[Any]) -> list[Any]:
+    """Inputs under stress; the routing as it is where the router's logits cannot bring the stress about."""
+    try:
+        return dummies.placed(tensors, dummies.stressed(routing, factor))
+    except MoetuneError:
+        return dummies.placed(tensors, routing)
+
+
+def _fill_cutlass(session: Session, call: Call, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
+    """`cutlass_fused_moe`: the tuner is shown no routing, so moetune times the op itself; the first rank for all."""
+    if regime.digest not in session.profiles:
+        group = _group(session)
+        text = _cutlass_profile(session, call, op, regime) if leads(group) else None
+        text = broadcast(text, group)
+        if text is None:
+            session.count(op.backend, missed=rows)
+            return
+        session.profiles[regime.digest] = Profile.model_validate_json(text)
+    which = "gemm1" if op.name.endswith("gemm1") else "gemm2"
+    for choice in session.profiles[regime.digest].choices:
+        if choice.rows in rows:
+            _place(session, call, choice.rows, int(choice.tactic[which]))
+
+
+def _cutlass_profile(session: Session, call: Call, op: MoEOp, regime: Regime) -> str | None:
+    from moetune.events import BucketChosen
+    from moetune.tune import load, tune
+
+    def note(event: object) -> None:
+        if isinstance(event, BucketChosen):
+            session.count(op.backend, tuned=[event.choice.rows])
+
+    question = (session.layer, regime, op.backend, session.store)
+    try:
+        if call.tuner.is_tuning_mode:
+            profile = tune(*question, device=call.device(), isolate=False, on_event=note)
+            new = {rows for backend, rows in session.tuned if backend == op.backend}
+        else:
+            profile, new = load(*question, device=call.device()), set[int]()
+        session.count(op.backend, served=[choice.rows for choice in profile.choices if choice.rows not in new])
+        return profile.model_dump_json()
+    except MoetuneError as error:
+        session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
+    except Exception as error:  # the other ranks wait for this one
+        session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", op.name, type(error).__name__, error)
+    return None

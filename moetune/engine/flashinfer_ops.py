@@ -1,0 +1,235 @@
+"""FlashInfer's MoE ops as its tuner sees them: which call is the question's, and where a dummy's routing goes.
+
+Taken from the sources of flashinfer-python 0.6.18 and 0.7.2.post1: `MoeRunnerInputs` gives the order of the trtllm-gen
+ops' inputs, `RoutingInputMode` says which of them is read. The mode is an argument of the call; shapes do not tell it,
+since ops that route from logits may pass uninitialised `(M, k)` buffers as ids, and the tuner widens empty ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from moetune.errors import UnsupportedError, UsageError
+from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.regime import Regime, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from moetune.workload.routing import Routing
+
+LOGITS, IDS, WEIGHTS = 1, 2, 3
+"""Positions in the inputs of a trtllm-gen op."""
+CUTLASS_OPS = ("trtllm::fused_moe::gemm1", "trtllm::fused_moe::gemm2")
+_TRTLLM_OP = re.compile(r"flashinfer::trtllm_\w+_moe")
+
+
+class RoutingInput(Enum):
+    """FlashInfer's `RoutingInputMode`, and what the ops without one of their own take."""
+
+    LOGITS = 0
+    PACKED = 1
+    UNPACKED = 2
+    IDS_ALONE = 3  # CuteDSL: plain ids, their weights need not change
+    NONE = 4  # cutlass_fused_moe: the tuner is shown no routing at all
+
+
+@dataclass(frozen=True, slots=True)
+class MoEOp:
+    """One op that computes the question's layer. `ids_index`: where its ids are, for `IDS_ALONE`."""
+
+    name: str
+    backend: str
+    routing_input: RoutingInput
+    rank: int
+    ids_index: int = IDS
+
+    def place(self, inputs: Sequence[Any], routing: Routing, layer: MoELayer, shard: Shard, bias: Any) -> list[Any]:
+        """`inputs` with `routing` in them; the other tensors are the same objects.
+
+        Args:
+            inputs: what the tuner made for `len(routing.topk_ids)` rows.
+            routing: the dummy.
+            layer: whose router reads logits.
+            shard: the experts of this rank.
+            bias: the engine's routing bias `[num_experts]`, or None.
+
+        Raises:
+            UnsupportedError: no logits make this layer's router choose these ids.
+        """
+        from moetune.workload.packing import pack_eager
+
+        placed = list(inputs)
+        ids, weights = routing.topk_ids, routing.topk_weights
+        match self.routing_input:
+            case RoutingInput.LOGITS:
+                placed[LOGITS] = _like(inputs[LOGITS], logits_for(layer, routing, shard, bias))
+            case RoutingInput.PACKED:
+                placed[IDS] = _like(inputs[IDS], pack_eager(ids, weights))
+            case RoutingInput.UNPACKED:
+                placed[IDS] = _like(inputs[IDS], ids)
+                placed[WEIGHTS] = _like(inputs[WEIGHTS], weights)
+            case RoutingInput.IDS_ALONE:
+                placed[self.ids_index] = _like(inputs[self.ids_index], ids)
+            case RoutingInput.NONE:
+                pass
+        return placed
+
+
+def recognize(
+    layer: MoELayer,
+    regime: Regime,
+    rank: int | None,
+    op: str,
+    runner: Any,
+    inputs: Sequence[Any],
+    arguments: Mapping[str, Any],
+) -> MoEOp | None:
+    """The MoE op that this call of the tuner is, if it computes `layer` under `regime`; else None.
+
+    An op is told by its experts, its top-k and this rank's part of them, which are what routing depends on.
+
+    Args:
+        layer: the question's.
+        regime: the question's.
+        rank: the question's; None takes any.
+        op: the tuner's name of it.
+        runner: the one runner it is called with.
+        inputs: what the tuner was called with.
+        arguments: the keyword arguments that the runner is going to be given.
+    """
+    if op in CUTLASS_OPS:
+        return _cutlass(layer, regime, rank, op, runner, inputs)
+    if _TRTLLM_OP.fullmatch(op):
+        found = _Experts(arguments["num_experts"], runner.top_k, runner.num_local_experts, _offset(arguments))
+        mode = _routing_input(inputs, arguments)
+        backend = "flashinfer-trtllm" if mode is RoutingInput.LOGITS else "flashinfer-trtllm-routed"
+        return _if_ours(layer, regime, rank, found, lambda rank: MoEOp(op, backend, mode, rank))
+    if type(runner).__name__.startswith("CuteDsl") and hasattr(runner, "local_expert_offset"):
+        found = _Experts(runner.num_experts, runner.top_k, runner.num_local_experts, runner.local_expert_offset)
+        at = _int32_position(inputs, found.top_k)
+        if at is not None:
+            ids = RoutingInput.IDS_ALONE
+            return _if_ours(layer, regime, rank, found, lambda rank: MoEOp(op, "flashinfer-cutedsl", ids, rank, at))
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    num_slots: int
+    top_k: int
+    num_local: int
+    first: int
+
+
+def _if_ours(
+    layer: MoELayer, regime: Regime, rank: int | None, found: _Experts, make: Callable[[int], MoEOp]
+) -> MoEOp | None:
+    top_k = 1 if regime.layout == "slot" else layer.top_k
+    for shard in _shards(layer, regime, rank):
+        if found == _Experts(shard.num_slots, top_k, shard.num_local, shard.first):
+            return make(shard.rank)
+    return None
+
+
+def _shards(layer: MoELayer, regime: Regime, rank: int | None) -> list[Shard]:
+    try:
+        return [regime.shard(layer, r) for r in (range(regime.ep_size) if rank is None else (rank,))]
+    except UsageError:
+        return []
+
+
+def _offset(arguments: Mapping[str, Any]) -> int:
+    return int(arguments.get("local_expert_offset") or 0)
+
+
+def _routing_input(inputs: Sequence[Any], arguments: Mapping[str, Any]) -> RoutingInput:
+    mode = arguments.get("routing_input_mode")
+    if mode is not None:
+        return RoutingInput(int(mode))
+    # trtllm_fp8_per_channel_scale_moe has no such argument: it takes logits or packed ids
+    return RoutingInput.PACKED if inputs[LOGITS] is None else RoutingInput.LOGITS
+
+
+def _int32_position(inputs: Sequence[Any], top_k: int) -> int | None:
+    """Where the one int32 tensor of k columns is: the ids, whichever CuteDSL runner it is."""
+    import torch
+
+    found = [
+        at
+        for at, tensor in enumerate(inputs)
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int32 and tensor.shape[1:] == (top_k,)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _cutlass(
+    layer: MoELayer, regime: Regime, rank: int | None, op: str, runner: Any, inputs: Sequence[Any]
+) -> MoEOp | None:
+    import torch
+
+    precision = {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}.get(runner.weight_dtype)
+    if runner.weight_dtype == torch.float8_e4m3fn:
+        precision = None if runner.use_deepseek_fp8_block_scale else Precision.FP8_TENSOR
+    other_kernels = runner.use_w4_group_scaling or runner.min_latency_mode or not runner.use_fused_finalize
+    same_shape = (
+        inputs[1].shape[0] * runner.ep_size == layer.num_experts + regime.redundant_experts
+        and inputs[0].shape[-1] == layer.hidden_size
+        and inputs[1].shape[1] == 2 * layer.intermediate_size // regime.tp_size
+        and (runner.ep_size, runner.tp_size) == (regime.ep_size, regime.tp_size)
+        and runner.top_k == (1 if regime.layout == "slot" else layer.top_k)
+    )
+    if precision != layer.precision or other_kernels or not same_shape or rank not in (None, runner.ep_rank):
+        return None
+    return MoEOp(op, "flashinfer-cutlass", RoutingInput.NONE, runner.ep_rank)
+
+
+def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits `[M, num_slots]` float32 from which the layer's own router chooses `routing`'s load.
+
+    A slot of −1 becomes a foreign expert, which the kernel skips as well.
+
+    Args:
+        layer: its routing method is what the kernel computes.
+        routing: ids `[M, k]`.
+        shard: the experts of this rank.
+        bias: the engine's routing bias `[num_slots]`, or None.
+
+    Raises:
+        UnsupportedError: the router chooses otherwise whatever the logits: a group limit or a large bias is in the way.
+    """
+    import torch
+
+    from moetune.workload.router import is_local, route
+
+    ids = routing.topk_ids.long()
+    rows, top_k = ids.shape
+    slots = torch.arange(shard.num_slots)
+    # the row's own ids first, then foreign ones, another for each row; local ones not in the row never
+    turn = (slots - torch.arange(rows).unsqueeze(1)) % shard.num_slots
+    preference = -1.0 - turn.float() / shard.num_slots
+    preference[:, is_local(slots, shard)] = -3.0
+    present = torch.where(ids < 0, shard.num_slots, ids)
+    padded = torch.nn.functional.pad(preference, (0, 1)).scatter_(1, present, 1.0)[:, :-1]
+    chosen = padded.topk(top_k, dim=1).indices
+    logits = torch.full((rows, shard.num_slots), -10.0).scatter_(1, chosen, 10.0)
+
+    bias = None if bias is None else bias.detach().float().cpu()
+    experts, _ = route(layer.routing, logits, top_k, bias)
+    load = torch.bincount(experts.flatten(), minlength=shard.num_slots)[shard.first : shard.first + shard.num_local]
+    if not torch.equal(load, routing.load):
+        raise UnsupportedError(f"The router of {layer.name} cannot be led to this load by its logits.")
+    return logits
+
+
+def _like(placeholder: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` on `placeholder`'s device in its dtype; they must be of its shape."""
+    if placeholder.shape != values.shape:
+        raise UnsupportedError(
+            f"The tuner's input is {tuple(placeholder.shape)} where the dummy has {tuple(values.shape)}."
+        )
+    return values.to(placeholder.device, placeholder.dtype)

@@ -1,0 +1,104 @@
+"""Plugins of vLLM and SGLang: with `MOETUNE_REGIME` set, each of the engine's processes tunes for that regime.
+
+The entry points are in the groups `vllm.general_plugins` and `sglang.srt.plugins`; both engines call them early in
+every process, sometimes more than once. Loading one imports neither torch nor FlashInfer: the hook waits until the
+engine itself imports FlashInfer's tuner, so a process that never does pays nothing, and none asks CUDA before a fork.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from moetune.errors import MoetuneError
+
+VARIABLE = "MOETUNE_REGIME"
+TUNER_MODULE = "flashinfer.autotuner.autotuner"
+
+_registered = False
+
+
+def vllm() -> None:
+    """Entry point of the group `vllm.general_plugins`."""
+    register(logging.getLogger("vllm.moetune"))
+
+
+def sglang() -> None:
+    """Entry point of the group `sglang.srt.plugins`."""
+    register(logging.getLogger("sglang.moetune"))
+
+
+def register(logger: logging.Logger) -> None:
+    """Puts the hook in place for this process; nothing without `MOETUNE_REGIME`. A second call does nothing.
+
+    `MOETUNE_REGIME` is spelled like the options of the command line:
+    `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`. A value that is none is logged as an
+    error, and the engine starts without moetune.
+
+    Args:
+        logger: one that the engine prints.
+    """
+    global _registered
+    spelled = os.environ.get(VARIABLE)
+    if not spelled or _registered:
+        return
+    _registered = True
+    try:
+        _register(spelled, logger)
+    except MoetuneError as error:
+        logger.error("moetune: %s=%r is not used: %s", VARIABLE, spelled, error)
+    except Exception as error:  # the engine must start
+        logger.error("moetune: %s=%r is not used: %s: %s", VARIABLE, spelled, type(error).__name__, error)
+
+
+def _register(spelled: str, logger: logging.Logger) -> None:
+    from moetune.engine import flashinfer_hook, session
+    from moetune.engine.warmup import session_for
+    from moetune.spec.options import parse
+
+    asked = parse(spelled)
+    question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
+    if obstacle := flashinfer_hook.obstacle():
+        logger.warning("moetune: %s", obstacle)
+        return
+    session.set_for_process(question)
+    when_imported(TUNER_MODULE, lambda module: flashinfer_hook.install_for_process())
+    logger.info("moetune: FlashInfer's MoE ops will be tuned for %s under %s", asked.layer.name, asked.regime.slug)
+
+
+def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Calls `act` with the module `name` as soon as that was executed; now, if it was."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Watch(name, act))
+
+
+class _Watch(MetaPathFinder):
+    """Finds one module as the other finders do, and acts once it was executed."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self._name, self._act = name, act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute, act = spec.loader.exec_module, self._act
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                act(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,211 @@
+import dataclasses
+import logging
+
+import pytest
+from flashinfer.autotuner import AutoTuner, autotune
+from stand_ins import FAST, PACKED, SLOW, Trtllm
+
+import moetune
+from moetune.engine import answer
+from moetune.errors import UsageError
+from moetune.spec.tactic import Tactic
+from moetune.store.store import Store
+
+BUCKETS = {1, 2, 4, 8}
+
+
+def fresh_process(monkeypatch):
+    monkeypatch.setattr(AutoTuner, "_instance", None)
+    return AutoTuner.get()
+
+
+def test_the_second_start_measures_nothing(trtllm, layer, regime, monkeypatch):
+    with moetune.warmup(layer, regime) as first:
+        assert trtllm() == tuple(FAST)
+    assert {rows for _, rows in first.tuned} == BUCKETS
+    fresh_process(monkeypatch)
+    again = Trtllm(layer, regime)
+    with moetune.warmup(layer, regime) as second:
+        assert again() == tuple(FAST)
+    assert not again.runner.seen
+    assert {rows for _, rows in second.served} == BUCKETS
+    assert not second.tuned | second.missed
+
+
+def test_a_second_layer_of_the_model_asks_nothing_again(trtllm, layer, regime):
+    with moetune.warmup(layer, regime) as seen:
+        trtllm()
+        runs = len(trtllm.runner.seen)
+        trtllm()
+        trtllm(3)
+    assert len(trtllm.runner.seen) == runs
+    assert len(seen.tuned) == len(BUCKETS)
+
+
+def test_what_flashinfer_tuned_for_another_load_is_replaced(trtllm, layer, regime):
+    with autotune(True):
+        assert trtllm() == FAST
+    trtllm.times_us |= {str(FAST): 120.0, str(SLOW): 60.0}
+    trtllm.runner.seen.clear()
+    with moetune.warmup(layer, regime):
+        assert trtllm() == tuple(SLOW)
+    assert trtllm.runner.seen
+
+
+def test_the_store_holds_the_choice_with_its_times(trtllm, layer, regime, tmp_path):
+    with moetune.warmup(layer, regime, store=tmp_path):
+        trtllm()
+    ((_, profile),) = Store(tmp_path).profiles()
+    assert profile.backend == "flashinfer-trtllm-routed"
+    assert profile.regime == regime
+    assert [choice.rows for choice in profile.choices] == sorted(BUCKETS)
+    choice = profile.choices[-1]
+    assert choice.tactic == Tactic(tile_n=16, config=1)
+    assert (choice.time_us, choice.default_time_us, choice.gain) == (50.0, 100.0, 2.0)
+    assert choice.default_tactic == Tactic(tile_n=-1, config=-1)
+
+
+def test_ops_that_differ_in_more_than_the_rows_are_kept_apart(trtllm, layer, regime, monkeypatch):
+    with moetune.warmup(layer, regime):
+        trtllm()
+    fresh_process(monkeypatch)
+    other = Trtllm(layer, regime, op="flashinfer::trtllm_bf16_moe")
+    with moetune.warmup(layer, regime) as seen:
+        other()
+    assert {rows for _, rows in seen.tuned} == BUCKETS
+
+
+def test_flashinfers_own_file_carries_the_answers(trtllm, layer, regime, monkeypatch, tmp_path):
+    path = tmp_path / "configs.json"
+    with moetune.warmup(layer, regime):
+        trtllm()
+    AutoTuner.get().save_configs(str(path))
+    loaded = fresh_process(monkeypatch)
+    assert loaded.load_configs(str(path))
+    again = Trtllm(layer, regime)
+    for rows in (1, 2, 3, 8):
+        assert again(rows) == tuple(FAST)
+    with autotune(True):
+        again()
+    assert not again.runner.seen, "it hits in tuning mode too"
+
+
+def test_an_engine_that_skips_its_sweep_is_served_from_the_store(trtllm, layer, regime, monkeypatch):
+    with moetune.warmup(layer, regime):
+        trtllm()
+    fresh_process(monkeypatch)
+    again, unknown = Trtllm(layer, regime), Trtllm(layer, regime, op="flashinfer::trtllm_bf16_moe")
+    with moetune.warmup(layer, regime) as seen:
+        AutoTuner.get().is_tuning_mode = False
+        assert again() == tuple(FAST)
+        assert unknown() == -1
+    assert not again.runner.seen + unknown.runner.seen
+    assert {rows for _, rows in seen.served} == BUCKETS
+
+
+def test_ranks_that_do_not_all_have_the_answer_measure_together(trtllm, layer, regime, monkeypatch):
+    with moetune.warmup(layer, regime):
+        trtllm()
+    fresh_process(monkeypatch)
+    other_rank = [{1: Tactic(tile_n=16, config=1), 2: Tactic(tile_n=8, config=0)}]
+    monkeypatch.setattr(answer, "gather", lambda value, group: [value, *other_rank])
+    again = Trtllm(layer, regime)
+    with moetune.warmup(layer, regime) as seen:
+        again()
+    assert {rows for _, rows in seen.served} == {1}
+    assert {rows for _, rows in seen.tuned} == {2, 4, 8}
+
+
+def test_a_cliff_keeps_a_tactic_from_winning(trtllm, layer, regime, monkeypatch):
+    forward = type(trtllm.runner).forward
+    busiest = {rows: max(max(moetune.realize(layer, regime, rows, 1, d).load) for d in range(5)) for rows in BUCKETS}
+
+    def slow_when_one_expert_is_busy(self, inputs, tactic=-1, **kwargs):
+        out = forward(self, inputs, tactic, **kwargs)
+        if list(tactic if tactic != -1 else ()) == FAST and max(trtllm.load(inputs)) > busiest[inputs[0].shape[0]]:
+            self.last_us_cache[0] = 2000.0
+        return out
+
+    monkeypatch.setattr(type(trtllm.runner), "forward", slow_when_one_expert_is_busy)
+    with moetune.warmup(layer, regime):
+        assert trtllm() != tuple(FAST)
+
+
+def test_one_line_says_what_became_of_the_buckets(trtllm, layer, regime, caplog):
+    with caplog.at_level(logging.INFO, "moetune"), moetune.warmup(layer, regime):
+        trtllm()
+    lines = [record.message for record in caplog.records if record.name == "moetune"]
+    assert lines == [
+        "moetune: tiny under ep4-tp1-dp-alltoall-packed-random: "
+        "buckets of flashinfer-trtllm-routed: 0 served, 4 tuned, 0 missed"
+    ]
+
+
+def test_a_store_that_cannot_be_written_does_not_stop_the_engine(trtllm, layer, regime, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with moetune.warmup(layer, regime, store=tmp_path / "file"):
+        trtllm()
+    assert "moetune" in caplog.text
+
+
+def test_a_regime_that_does_not_fit_is_refused_before_anything_runs(layer, regime):
+    with pytest.raises(UsageError, match="rank must be"), moetune.warmup(layer, regime, rank=4):
+        pass
+    with pytest.raises(UsageError, match="does not divide"), moetune.warmup(layer, moetune.Regime(ep_size=3)):
+        pass
+
+
+def test_the_default_distribution_comes_from_the_environment(layer, monkeypatch):
+    monkeypatch.setenv("TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION", "Balanced")
+    with moetune.warmup(layer, moetune.Regime(ep_size=4)) as seen:
+        assert seen.regime.distribution == "balanced"
+
+
+def test_flashinfers_real_runner_is_recognized(tuner, layer, regime):
+    sm100 = pytest.importorskip("flashinfer.fused_moe.backends.trtllm.sm100_runner", reason="from FlashInfer 0.7.2")
+    from flashinfer.tllm_enums import DtypeTrtllmGen, Fp8QuantizationType, RoutingInputMode
+
+    class Operations:
+        @staticmethod
+        def trtllm_get_valid_moe_configs(*question):
+            return [[8, 0], [16, 1]]
+
+    op = Trtllm(layer, regime, mode=PACKED)
+    stand_in = op.runner
+
+    class MoERunner(sm100.MoERunner):
+        rows = staticmethod(stand_in.rows)
+        last_us = 1.0
+
+        def forward(self, inputs, tactic=-1, do_preparation=False, **kwargs):
+            stand_in.times_us_cache[str(tactic)] = 100.0 if tactic == -1 else 50.0
+            return stand_in.forward(inputs, tactic)
+
+    op.runner = MoERunner(
+        Operations(),
+        top_k=layer.top_k,
+        num_local_experts=4,
+        num_experts=layer.num_experts,
+        dtype_act=DtypeTrtllmGen.Bfloat16,
+        dtype_weights=DtypeTrtllmGen.Bfloat16,
+        fp8_quantization_type=Fp8QuantizationType.NoneFp8,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+    )
+
+    def config(inputs):
+        named = dataclasses.replace(sm100.MoeRunnerInputs.from_list(inputs), hidden_states_scale=None)
+        inputs[:] = named.to_list()
+        return op.runner._make_tuning_config(
+            named, 8, RoutingInputMode.PackedPrecomputed, use_cuda_graph=True, use_cold_l2_cache=True
+        )
+
+    op.config = config
+    op.op = "flashinfer::trtllm_bf16_moe"
+    with moetune.warmup(layer, regime) as seen:
+        op()
+    assert {rows for _, rows in seen.tuned} == BUCKETS
+    for _, inputs in stand_in.seen[: 2 * len(BUCKETS)]:
+        rows = stand_in.rows(inputs)
+        assert op.load(inputs) == moetune.realize(layer, regime, rows, rank=1).load.tolist()
+        assert inputs[3].shape == (rows,), "the widened placeholder"
