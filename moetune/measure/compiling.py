@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Pipe, wait
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from moetune.backends.base import Backend, CompilesAhead
 from moetune.measure.child import Channel, Child
@@ -20,6 +20,8 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 NICENESS = 10
+START_S = 300.0
+"""A process that has not taken its first tactic by then hangs."""
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -42,7 +44,7 @@ class Compilers:
         backend: pickled, so a module must define its class.
         capability: compute capability of the device to compile for; see `capability_of`.
         processes: the most at a time; by default the cores that this process may use.
-        timeout_s: after which a tactic hangs; the start of a process counts.
+        timeout_s: after which a tactic hangs.
     """
 
     def __init__(
@@ -141,11 +143,11 @@ class Compilers:
                     if ready is self._alarm:
                         self._alarm.recv_bytes()
                     else:
-                        self._take_in(busy.pop(ready), idle)
+                        self._take_in(ready, busy, idle)
                 for connection in [c for c, each in busy.items() if each.deadline <= time.monotonic()]:
                     late = busy.pop(connection)
                     late.child.kill()
-                    self._finish(late.job, f"hung: not compiled within {self._timeout_s:g} s")
+                    self._finish(late.job, f"hung: not compiled within {late.limit_s:g} s")
         except BaseException as error:
             with self._changed:
                 self._failure = error
@@ -157,17 +159,23 @@ class Compilers:
     def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
         while len(busy) < self._most and (job := self._next()):
             child = idle.pop() if idle else Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS)
-            busy[child.channel.connection] = _Busy(child, job, time.monotonic() + self._timeout_s)
+            busy[child.channel.connection] = _Busy(child, job, START_S)
             with suppress(OSError):  # if it is dead, its connection is about to say so
                 child.channel.send(job)
 
-    def _take_in(self, done: _Busy, idle: list[Child]) -> None:
+    def _take_in(self, ready: Any, busy: dict[Any, _Busy], idle: list[Child]) -> None:
+        child, job = busy[ready].child, busy[ready].job
         try:
-            reason = cast("str | None", done.child.channel.receive())
-            idle.append(done.child)
+            answer = child.channel.receive()
         except (EOFError, OSError):
-            reason = str(done.child.died())
-        self._finish(done.job, reason)
+            answer = _Compiled(str(child.died()))
+        else:
+            if answer is None:
+                busy[ready] = _Busy(child, job, self._timeout_s)
+                return
+            idle.append(child)
+        del busy[ready]
+        self._finish(job, answer.reason)
 
     def _next(self) -> _Job | None:
         with self._changed:
@@ -193,16 +201,29 @@ class _Job:
 class _Busy:
     child: Child
     job: _Job
-    deadline: float
+    limit_s: float
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.limit_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """`reason`: why not, or None."""
+
+    reason: str | None = None
 
 
 def _serve(channel: Channel, backend: CompilesAhead) -> None:
-    """What a process does: compiles what it is sent, and answers with the reason if that fails."""
+    """What a process does: answers None as it takes a job, and again when it is done."""
     while True:
         job: _Job = channel.receive()
+        channel.send(None)
         try:
             backend.compile(job.layer, job.regime, job.rows, job.tactic, job.capability)
-            reason = None
+            done = _Compiled()
         except Exception as error:
-            reason = reason_of(error)
-        channel.send(reason)
+            done = _Compiled(reason_of(error))
+        channel.send(done)

@@ -61,10 +61,10 @@ def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
     bad = {
         tactic("raises"): "RuntimeError: planted failure",
         tactic("segfaults"): "killed by SIGSEGV",
-        tactic("spins"): "hung: not compiled within 1 s",
+        tactic("spins"): "hung: not compiled within 2 s",
         tactic("exits"): "the process exited with status 3: free(): invalid pointer",
     }
-    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=1) as compilers:
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=2) as compilers:
         assert compilers.wait(LAYER, REGIME, 4, [NAMES[0], *bad, NAMES[1]]) == bad
         assert compilers.wait(LAYER, REGIME, 4, [tactic("raises"), NAMES[0]]) == {
             tactic("raises"): "RuntimeError: planted failure"
