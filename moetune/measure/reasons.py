@@ -8,9 +8,13 @@ MOST_CHARACTERS = 240
 
 
 def reason_of(error: BaseException) -> str:
-    """The type and the first line of an exception; running out of memory is said in these words first."""
-    lines = str(error).strip().splitlines()
-    named = f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")
+    """The type and the first line of an exception; running out of memory is said in these words first.
+
+    Where the first line only introduces (Triton's tells a place in the source, then quotes it), the last one follows.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    said = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    named = f"{type(error).__name__}: {said}".removesuffix(": ")
     return shortened(f"out of memory: {named}" if is_out_of_memory(error) else named)
 
 

@@ -30,6 +30,11 @@ def test_running_out_of_memory_is_said_first(error):
     assert reason_of(error).startswith("out of memory: ")
 
 
+def test_an_error_that_begins_with_its_place_is_told_by_its_end():
+    error = ValueError('at 2:4:\ndef kernel(x_ptr):\n    tl.static_assert(False, "too wide")\n    ^\ntoo wide')
+    assert reason_of(error) == "ValueError: at 2:4: too wide"
+
+
 def test_a_real_allocation_that_cannot_be_had_is_out_of_memory():
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 60, dtype=torch.int8)
