@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import native
 import pytest
 import torch
-from conftest import CompiledModule
-from questions import REGIMES, SIZES, backend, layer, problem
+import trtllm_native as native
+from trtllm_compiled import CompiledModule
+from trtllm_questions import REGIMES, SIZES, backend, layer, problem
 
 from moetune.backends.flashinfer_trtllm.backend import TrtllmBackend
 from moetune.errors import UnsupportedError

@@ -1,6 +1,6 @@
 """The compiled module's MoE in plain torch: reads its arguments by their C++ names, undoes the layouts, multiplies.
 
-It stands for what FlashInfer's sources say of the kernels, not for the chip; see `conftest`.
+It stands for what FlashInfer's sources say of the kernels, not for the chip; see `trtllm_compiled`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from conftest import E2M1, deinterleave
 from flashinfer.fused_moe.core import get_reorder_rows_for_gated_act_gemm_row_indices
 from flashinfer.tllm_enums import RoutingInputMode, RoutingMethodType
 from flashinfer.utils import get_shuffle_matrix_a_row_indices
+from trtllm_compiled import E2M1, deinterleave
 
 from moetune.spec.layer import RoutingMethod
 from moetune.workload.packing import unpack_topk
