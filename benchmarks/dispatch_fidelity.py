@@ -1,0 +1,213 @@
+"""Which dummy is right for which dispatcher: regret on real traffic of tactics tuned on each, one GPU as one rank.
+
+    PYTHONPATH=. python benchmarks/dispatch_fidelity.py OUT.jsonl [--seconds 550] [--models …] [--kinds …] [--summary]
+
+Real traffic: ep ranks send T tokens each through a simulated global router, and this rank gets what the dispatch
+brings, on draws that no tuner saw. Four choices for the bucket of those rows: FlashInfer's own autotune, moetune's for
+the packed dummy, moetune's for that dispatcher, and the best known, of a longer search on the very traffic. OUT is a
+journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or
+3 % in a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from flashinfer_autotune import LOADS
+from flashinfer_common import (
+    DRAWS,
+    Journal,
+    bf16_layer,
+    geomean,
+    ids,
+    means_us,
+    own_autotune,
+    own_pick,
+    pair,
+    searched,
+    unseen_problem,
+    warm_flashinfer,
+)
+
+from moetune.backends.base import Problem
+from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.search.coordinate import coordinate
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+from moetune.workload.dispatch import rows_for_tokens
+from moetune.workload.popularity import seeded_generator
+from moetune.workload.router import is_local, random_slots
+from moetune.workload.routing import Routing
+
+SHARES = {"qwen3-235b-a22b": (4, 8, 32), "deepseek-r1": (8, 32)}
+KINDS = ("allgather", "deduplicated", "slot", "pool")
+TOKENS = (16, 64, 256, 1024)
+MOST_ROWS = 65536
+GEOMEAN_WITHIN, WORST_WITHIN = 0.01, 0.03
+
+
+def traffic(layer: MoELayer, regime: Regime, rows: int, draw: int) -> Routing:
+    """What reaches rank 0 in `rows` rows, from the global router's tokens alone: no dummy's formula is used."""
+    shard, kind = regime.shard(layer), regime.layout or "allgather"
+    generator = seeded_generator("traffic", layer.shape, regime.ep_size, kind, rows, draw)
+
+    def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return random_slots(generator, layer, 0, layer.num_experts, tokens, layer.top_k)
+
+    found_ids, found_weights, found = [], [], 0
+    while found < rows:
+        chosen, weights = routed(rows)
+        local = is_local(chosen, shard)
+        if kind == "deduplicated":
+            chosen, weights = chosen[local.any(1)], weights[local.any(1)]
+        elif kind == "slot":
+            chosen, weights = chosen[local].unsqueeze(1), weights[local].unsqueeze(1)
+        elif kind == "pool":
+            absent = ~local.any(1, keepdim=True)
+            chosen, weights = chosen.masked_fill(absent, -1), weights.masked_fill(absent, 0.0)
+            blocks = absent.view(regime.ep_size, -1).int().argsort(dim=1, stable=True)
+            order = (blocks + torch.arange(0, rows, rows // regime.ep_size).unsqueeze(1)).flatten()
+            chosen, weights = chosen[order], weights[order]
+        found_ids.append(chosen)
+        found_weights.append(weights)
+        found += len(chosen)
+    chosen = torch.cat(found_ids)[:rows].int()
+    load = torch.bincount(chosen[is_local(chosen, shard)].long() - shard.first, minlength=shard.num_local)
+    return Routing(chosen, torch.cat(found_weights)[:rows], load)
+
+
+def cells(models: Sequence[str], kinds: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Every cell whose rows fit; `rows` is what the kernel sees on average, `bucket` FlashInfer's for it."""
+    found = []
+    for model, kind, sent in product(models, kinds, tokens):
+        for ep in SHARES[model]:
+            layer, regime = bf16_layer(model), regime_of(ep, kind)
+            rows = max(1, round(rows_for_tokens(layer, regime, sent)))
+            if kind == "pool":
+                rows = ep * sent
+            if rows <= MOST_ROWS:
+                bucket = regime.ladder.lookup(rows, regime.tune_max_num_tokens)
+                found.append({"model": model, "ep": ep, "kind": kind, "tokens": sent, "rows": rows, "bucket": bucket})
+    return found
+
+
+def regime_of(ep: int, kind: str, bucket: int | None = None) -> Regime:
+    """A dispatch in FlashInfer's buckets, or in one bucket alone."""
+    size = {"ladder": "hybrid", "tune_max_num_tokens": MOST_ROWS} if bucket is None else {"ladder": [bucket]}
+    return Regime(**{"ep_size": ep, **LOADS[kind], **size})
+
+
+def tuned(layer: MoELayer, regime: Regime) -> Tactic:
+    from moetune.tune import tune
+
+    with tempfile.TemporaryDirectory() as store:
+        return tune(layer, regime, "flashinfer-cutlass", store).choices[0].tactic
+
+
+def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
+    """One cell: the four choices, interleaved on the same unseen draws of real traffic."""
+    layer, ep, kind, bucket = bf16_layer(cell["model"]), cell["ep"], cell["kind"], cell["bucket"]
+    regime, backend = regime_of(ep, kind), _backend()
+    _own_tunes(cell["model"], ep, kind == "slot")
+    draws = tuple(traffic(layer, regime, cell["rows"], draw) for draw in range(DRAWS))
+    runner = backend.prepare(Problem(layer, regime, cell["rows"], regime.shard(layer), draws, "cuda"))
+    candidates = backend.candidates(layer, regime, cell["rows"], "cuda").tactics
+    choices = {
+        "own": own_pick(runner),
+        "packed": pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed", bucket)),
+        "moetune": tuned(layer, regime_of(ep, kind, bucket)),
+    }
+    starts = [tactic for tactic in choices.values() if tactic in candidates]
+    longer = coordinate(candidates, starts=starts, explore=len(candidates), rounds=(2, DRAWS, DRAWS), finalists=8)
+    known = list(dict.fromkeys((*choices.values(), *searched(longer, runner, range(DRAWS)))))
+    times = dict(zip(known, means_us(runner, known, range(DRAWS), rounds=9), strict=True))
+    best = min(times, key=times.get)
+    return {
+        "best": ids(best), "best_us": times[best],
+        **{name: ids(tactic) for name, tactic in choices.items()},
+        **{f"{name}_us": times[tactic] for name, tactic in choices.items()},
+        "busiest": [int(draw.load.max()) for draw in draws],
+    }  # fmt: skip
+
+
+def _same_dummy(line: dict[str, Any], cell: dict[str, Any]) -> bool:
+    """Whether both cells have the same packed dummy, so that it is tuned once."""
+    keys = ("model", "ep", "bucket")
+    return all(line[key] == cell[key] for key in keys) and (line["kind"] == "slot") == (cell["kind"] == "slot")
+
+
+def _of_rows(layer: MoELayer, kind: str) -> MoELayer:
+    """The layer with as many ids in a row as the kernel sees, for a packed dummy of those rows."""
+    return layer.model_copy(update={"top_k": 1}) if kind == "slot" else layer
+
+
+@cache
+def _backend() -> FlashInferCutlassBackend:
+    return FlashInferCutlassBackend()
+
+
+@cache
+def _own_tunes(model: str, ep: int, one_id: bool) -> None:
+    """FlashInfer's autotune, once for each key of its: it knows ep and the ids in a row, no dispatch."""
+    layer, regime = bf16_layer(model), regime_of(ep, "slot" if one_id else "allgather")
+    print(f"FlashInfer tunes {model} at EP{ep}, k={'1' if one_id else layer.top_k}: "
+          f"{own_autotune(_backend().prepare(unseen_problem(layer, regime, 8192, 1))):.1f} s", flush=True)  # fmt: skip
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Regret by kind and choice: geomean and worst over the cells."""
+    found = []
+    for kind in sorted({line["kind"] for line in lines}):
+        of_kind = [line for line in lines if line["kind"] == kind]
+        for choice in ("own", "packed", "moetune"):
+            ratios = [line[f"{choice}_us"] / line["best_us"] for line in of_kind]
+            worst = max(ratios) - 1
+            found.append({"kind": kind, "choice": choice, "cells": len(ratios), "geomean": geomean(ratios) - 1,
+                          "worst": worst})  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--models", default=",".join(SHARES))
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=550.0, help="no cell is begun after this long")
+    parser.add_argument("--summary", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    begin, journal = time.perf_counter(), Journal(options.out)
+    wanted = cells(options.models.split(","), options.kinds.split(","), [int(t) for t in options.tokens.split(",")])
+    missing = [] if options.summary else [cell for cell in wanted if not journal.find(**cell)]
+    if missing:
+        warm_flashinfer()
+    for cell in missing:
+        if time.perf_counter() - begin > options.seconds:
+            break
+        packed = next((line["packed"] for line in journal.lines if _same_dummy(line, cell)), None)
+        line = journal.add(**cell, **measure(cell, packed))
+        regrets = {name: line[f"{name}_us"] / line["best_us"] - 1 for name in ("own", "packed", "moetune")}
+        print(cell, f"best {line['best_us']:.1f} µs", {name: f"{r:+.2%}" for name, r in regrets.items()}, flush=True)
+    lines = [line for cell in wanted if (line := journal.find(**cell))]
+    if not lines:
+        return 1
+    table = summary(lines)
+    print("| dispatch | choice | cells | geomean | worst |\n|---|---|---|---|---|")
+    for row in table:
+        print(f"| {row['kind']} | {row['choice']} | {row['cells']} | {row['geomean']:.2%} | {row['worst']:.2%} |")
+    ours = [row for row in table if row["choice"] == "moetune"]
+    return int(any(row["geomean"] > GEOMEAN_WITHIN or row["worst"] > WORST_WITHIN for row in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The part of the FlashInfer benchmarks that needs no GPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import cliffs
+import dispatch_fidelity as fidelity
+import flashinfer_autotune as autotune
+from flashinfer_common import Journal, bf16_layer, means_us, pair, pair_us, searched
+
+from moetune.search.coordinate import coordinate
+from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.tactic import Tactic
+from moetune.workload.router import is_local
+
+
+class PlantedRunner:
+    """Remembers what it ran; a tactic with a negative gemm1 raises."""
+
+    def run(self, tactic, draw=0):
+        if tactic["gemm1"] < 0:
+            raise RuntimeError("planted")
+        self.ran = tactic, draw
+
+
+class PlantedClock:
+    """100 µs a unit of gemm1 + gemm2, one more for each draw and each round."""
+
+    def warm_up(self, call, draw):
+        call(draw)
+
+    def paired_samples(self, calls, draws):
+        return [[100.0 * sum(call.args[0].values()) + draw for draw in draws] for call in calls]
+
+
+def test_a_journal_is_read_again_and_a_torn_line_is_dropped(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add(model="a", rows=4, us=[1, 2])
+    with path.open("a") as file:
+        file.write('{"model": "b", "ro')
+    again = Journal(path)
+    assert again.find(model="a", rows=4)["us"] == [1, 2]
+    assert again.find(model="a", rows=8) is None
+    assert again.find(model="b") is None
+    assert [json.loads(line)["model"] for line in path.read_text().splitlines()[:1]] == ["a"]
+
+
+def test_the_last_line_of_a_key_counts(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for us in (1, 2):
+        journal.add(rows=4, us=us)
+    assert journal.find(rows=4)["us"] == 2
+
+
+def test_means_are_over_draws_of_medians_over_rounds():
+    assert means_us(PlantedRunner(), [pair((1, 2)), pair((1, 3))], (0, 4), 3, PlantedClock()) == [302.0, 402.0]
+
+
+def test_a_search_runs_on_the_draws_it_is_given_and_leaves_failures_out(capsys):
+    tactics = [pair((a, b)) for a in range(-2, 6) for b in range(8)]
+    finalists = searched(coordinate(tactics), PlantedRunner(), (0, 1), PlantedClock())
+    assert finalists[0] == pair((0, 0))
+    assert all(tactic["gemm1"] >= 0 for tactic in finalists)
+    assert "planted" in capsys.readouterr().out
+
+
+def test_a_recorded_table_gives_any_pair_and_the_fixed_one_exactly():
+    table = {"fixed": [1, 5], "gemm1_us": {"0": 90.0, "1": 100.0}, "gemm2_us": {"5": 100.0, "6": 130.0}}
+    assert pair_us(table, Tactic(gemm1=1, gemm2=5)) == 100.0
+    assert pair_us(table, Tactic(gemm1=0, gemm2=6)) == 120.0
+
+
+def test_layers_are_of_the_presets_shape_in_bf16():
+    layer = bf16_layer("deepseek-r1")
+    assert layer.precision is Precision.BF16
+    assert (layer.num_experts, layer.hidden_size) == (256, 7168)
+
+
+def test_a_load_or_a_dispatcher_gives_a_regime_in_flashinfers_buckets():
+    layer = bf16_layer("qwen3-235b-a22b")
+    assert autotune.regime_of(layer, 4, "packed").layout == "packed"
+    high = autotune.regime_of(layer, 8, "vllm:deepep_high_throughput")
+    assert high.layout == "deduplicated"
+    assert len(high.buckets) == 21
+
+
+def test_the_summary_names_the_buckets_where_moetune_is_slower():
+    buckets = [
+        {"rows": rows, "own_us": own, "moetune_us": 100.0, "noise": 0.002}
+        for rows, own in ((64, 98.0), (128, 121.0), (1024, 100.0), (4096, 99.5))
+    ]
+    found = autotune.summary(buckets)
+    assert found["slower"] == [64]
+    assert (found["worst"], found["best"]) == (0.98, 1.21)
+    assert found["geomean_128_1024"] == pytest.approx(1.1)
+
+
+def test_every_kind_and_share_has_its_cells_and_pools_are_whole_blocks():
+    found = fidelity.cells(list(fidelity.SHARES), fidelity.KINDS, fidelity.TOKENS)
+    assert {(cell["model"], cell["ep"], cell["kind"]) for cell in found} == {
+        (model, ep, kind) for model, shares in fidelity.SHARES.items() for ep in shares for kind in fidelity.KINDS
+    }
+    assert all(cell["rows"] == cell["ep"] * cell["tokens"] for cell in found if cell["kind"] in ("pool", "allgather"))
+    assert all(cell["bucket"] >= cell["rows"] for cell in found)
+    slots = [cell for cell in found if cell["kind"] == "slot"]
+    assert all(
+        abs(cell["rows"] - 8 * cell["tokens"]) <= 0.02 * cell["rows"] for cell in slots if "qwen" in cell["model"]
+    )
+
+
+LAYER = MoELayer(num_experts=64, top_k=4, hidden_size=64, intermediate_size=64)
+
+
+@pytest.mark.parametrize("kind", fidelity.KINDS)
+def test_traffic_is_what_each_dispatch_brings(kind):
+    regime = fidelity.regime_of(8, kind)
+    shard = regime.shard(LAYER)
+    routing = fidelity.traffic(LAYER, regime, 256, 0)
+    local = is_local(routing.topk_ids, shard)
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (256, 1 if kind == "slot" else 4)
+    assert int(routing.load.sum()) == int(local.sum())
+    if kind == "slot":
+        assert local.all()
+    if kind == "deduplicated":
+        assert local.any(1).all()
+        assert not local.all()
+    if kind == "pool":
+        empty = (routing.topk_ids < 0).all(1)
+        assert torch.equal(empty, ~local.any(1))
+        blocks = empty.view(8, -1).int()
+        assert torch.equal(blocks, blocks.sort(dim=1).values)
+    if kind == "allgather":
+        assert 0.08 < local.float().mean() < 0.17
+
+
+def test_traffic_differs_by_draw_and_repeats_by_number():
+    regime = fidelity.regime_of(8, "deduplicated")
+    first, again, other = (fidelity.traffic(LAYER, regime, 64, draw).topk_ids for draw in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_regrets_are_told_by_kind_and_choice():
+    lines = [
+        {"kind": "slot", "own_us": 130.0, "packed_us": 102.0, "moetune_us": 100.0, "best_us": 100.0},
+        {"kind": "slot", "own_us": 110.0, "packed_us": 100.0, "moetune_us": 101.0, "best_us": 100.0},
+    ]
+    own, _, ours = fidelity.summary(lines)
+    assert (own["choice"], own["cells"], round(own["worst"], 3)) == ("own", 2, 0.3)
+    assert own["geomean"] == pytest.approx((1.3 * 1.1) ** 0.5 - 1)
+    assert ours["worst"] == pytest.approx(0.01)
+
+
+def test_a_cliff_is_what_slows_more_than_twice_as_much_as_the_best():
+    us = {"0": [100, 110, 120, 140, 160], "44": [70, 400, 870, 1500, 1710], "3": [90, 100, 110, 130, 150],
+          "9": [300, 330, 400, 500, 600]}  # fmt: skip
+    assert set(cliffs.cliffs(us)) == {"44"}
+    assert cliffs.cliffs(us)["44"] == pytest.approx(1500 / 130, abs=0.01)
+
+
+def test_who_picked_a_cliff_is_told():
+    flat, steep = [100.0] * 5, [50.0, 50.0, 200.0, 300.0, 400.0]
+    line = {"us": {"gemm1": {"0": flat, "44": steep}, "gemm2": {"45": flat}}, "own": [44, 45], "moetune": [0, 45]}
+    found = cliffs.verdict(line)
+    assert found["own"] == {"gemm1 44": found["gemm1"]["44"]}
+    assert found["moetune"] == {}
