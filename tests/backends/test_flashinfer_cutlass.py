@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -367,3 +368,27 @@ def test_a_built_module_is_found_where_flashinfer_looks(empty_caches, place):
     (folder / f"{folder.name}.so").touch()
     assert unbuilt("90") is None
     assert unbuilt("100") is not None
+
+
+def test_tune_goes_through_the_search_and_answers_each_bucket(op, monkeypatch, tmp_path):
+    from moetune.tune import tune
+
+    compute = FakeOp.__call__
+
+    def slower(self, *args, **kwargs):
+        gemm1, gemm2 = kwargs["profile_ids"]
+        away = abs(gemm1 - 11) + abs(gemm2 - 99) / 2 if gemm1 >= 0 else 100
+        time.sleep(2e-5 * (1 + away))
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(FakeOp, "__call__", slower)
+    layer = small(num_experts=4, top_k=1, hidden_size=16, intermediate_size=16)
+    regime = Regime(ep_size=2, ladder=[1, 2], draws=2)
+    profile = tune(layer, regime, FlashInferCutlassBackend(), tmp_path, device="cpu", isolate=False)
+    assert [choice.rows for choice in profile.choices] == [1, 2]
+    for choice in profile.choices:
+        assert choice.default_tactic == UNTUNED
+        assert abs(choice.tactic["gemm1"] - 11) + abs(choice.tactic["gemm2"] - 99) / 2 < 12
+        assert choice.tried < 44 + 80 + 30
+        assert choice.gain > 1.5
+    assert profile.choices[1].tried < profile.choices[0].tried
