@@ -1,0 +1,116 @@
+"""Cache files of TensorRT-LLM's AutoTuner, as `autotune(cache_path=…)` and `TLLM_AUTOTUNER_CACHE_PATH` read them.
+
+A file is `{"metadata": {…}, "shared": {}, "rank_0": {KEY: {"runner_id", "tactic", "min_time"}, …}, …}`; each MoE op is
+tuned by each rank for itself, so entries stand under every rank. `tactic` is the `repr` of `[tile_n, config]`,
+`min_time` in milliseconds (`AutoTunerProfilingCache`; the metadata is written and not compared).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+from moetune.errors import UnsupportedError, UsageError
+from moetune.export.base import FOLDER, Export
+from moetune.export.flashinfer import trtllm_pair
+from moetune.export.trtllm_keys import Runner, keys, runner
+from moetune.spec.ladder import Ladder
+from moetune.spec.layer import Precision
+from moetune.store.profile import Choice, Profile
+
+BACKENDS: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
+OLDEST: Final = (1, 2)
+"""The first release whose files have an object a rank."""
+NEWEST: Final = "1.3.0"
+_ACTIVATIONS: Final = {Precision.NVFP4: "nvfp4", Precision.FP8_BLOCK: "fp8_block"}
+
+_USAGE: Final = f"""
+Set `TLLM_AUTOTUNER_CACHE_PATH={FOLDER}/FILE.json` for every rank of `trtllm-serve`, or call `autotune(cache_path=…)`
+around your own warm-up, with MoE backend `TRTLLM`. The engine measures what the file lacks and writes it back: give it
+a copy.
+
+One file serves this deployment only: TensorRT-LLM's keys hold neither ep nor attention DP.
+"""
+_NUMBERING: Final = (
+    "config counts the kernels of FlashInfer's trtllm-gen build, TensorRT-LLM counts its own: the file is right only "
+    "where both were built with the same kernels, and TensorRT-LLM checks no tactic that it loads."
+)
+
+
+def export(profile: Profile, version: str | None = None) -> Export:
+    """One cache file for every bucket and every rank of the profile's regime.
+
+    TensorRT-LLM's buckets are powers of two to 8192, and the maximum where it is larger; under attention DP it divides
+    the rows by ep first. Each gets the tactic that the profile looks up for the rows that then enter the kernel.
+
+    Args:
+        profile: of one of `BACKENDS`.
+        version: of TensorRT-LLM, for the metadata.
+
+    Raises:
+        UsageError: no version, or one whose files have another format.
+        UnsupportedError: another backend, a layer that no runner computes, or a tactic that the backend cannot have
+            listed.
+    """
+    if profile.backend not in BACKENDS:
+        raise UnsupportedError(
+            f"TensorRT-LLM takes tactics of {' and '.join(BACKENDS)}; the profile's are of {profile.backend}.",
+            f"Tune with --backend {BACKENDS[1]}.",
+        )
+    regime = profile.regime
+    known = _runner(profile)
+    ranks = {
+        f"rank_{rank}": dict(_entries(profile, known, rank % regime.ep_size))
+        for rank in range(regime.ep_size * regime.tp_size)
+    }
+    document = {"metadata": _metadata(profile, _version(version)), "shared": {}, **ranks}
+    count = len(ranks["rank_0"])
+    notes = (f"{known.name}: {count} entries for each of {len(ranks)} ranks.",)
+    name = f"trtllm-{known.op}-{profile.layer.slug}.json"
+    return Export({name: json.dumps(document, indent=2) + "\n"}, _USAGE, warnings=(_NUMBERING,), notes=notes)
+
+
+def lookups(profile: Profile) -> dict[int, Choice]:
+    """TensorRT-LLM's buckets, each with the choice for the fewest rows that are looked up there."""
+    regime = profile.regime
+    factor = regime.ep_size if regime.attention_dp else regime.ladder.divisor
+    largest = regime.tune_max_num_tokens * regime.ladder.divisor // factor
+    buckets = Ladder(name="pow2").buckets(max(largest, 8192))
+    return {bucket: profile.choice(bucket * factor) for bucket in buckets}
+
+
+def _runner(profile: Profile) -> Runner:
+    precision, strict = profile.layer.precision, profile.environment.strict
+    measured = strict.get("mxfp4_activations", "bf16") if precision is Precision.MXFP4 else _ACTIVATIONS.get(precision)
+    return runner(precision, strict.get("activations") or measured or precision.value)
+
+
+def _entries(profile: Profile, known: Runner, ep_rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    for bucket, choice in lookups(profile).items():
+        tactic = repr(list(trtllm_pair(profile, choice.tactic)))
+        for key in keys(known, profile.layer, profile.regime, ep_rank, bucket):
+            yield key, {"runner_id": 0, "tactic": tactic, "min_time": choice.time_us / 1000}
+
+
+def _version(version: str | None) -> str:
+    wanted = version or NEWEST
+    parts = wanted.split(".")
+    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
+        raise UsageError(f"Not a version of TensorRT-LLM: {wanted!r}.", "Write it like 1.3.0.")
+    if tuple(map(int, parts[:2])) < OLDEST:
+        raise UsageError(
+            f"moetune does not write the cache files of TensorRT-LLM {wanted}, whose keys hold hashes of a process.",
+            f"It writes those from {'.'.join(map(str, OLDEST))} on.",
+        )
+    return wanted
+
+
+def _metadata(profile: Profile, version: str) -> dict[str, Any]:
+    capability = profile.environment.strict.get("compute_capability", "10.0")
+    return {
+        "lib_version": version,
+        "creation_timestamp": max(choice.measured_time.timestamp() for choice in profile.choices),
+        "device_name": profile.environment.device,
+        "device_capability": [int(part) for part in capability.split(".")],
+    }
