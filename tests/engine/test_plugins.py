@@ -1,0 +1,196 @@
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import tomllib
+import types
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from flashinfer.autotuner import AutoTuner, autotune
+from flashinfer.autotuner.autotuner import AutoTuner as Stock
+from stand_ins import FAST, Trtllm
+
+import moetune
+from moetune.engine import flashinfer_hook, plugins, session
+
+ROOT = Path(__file__).parents[2]
+GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")
+CONFIG = """{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 16,
+"num_experts_per_tok": 2, "hidden_size": 32, "moe_intermediate_size": 16, "hidden_act": "silu",
+"norm_topk_prob": true, "num_hidden_layers": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
+"torch_dtype": "bfloat16"}"""
+
+
+@pytest.fixture
+def process(tuner, monkeypatch):
+    """This process as one in which no plugin was loaded, and afterwards too."""
+    monkeypatch.setattr(plugins, "_registered", False)
+    monkeypatch.setattr(flashinfer_hook, "_users", 0)
+    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    yield
+    session.set_for_process(None)
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(CONFIG)
+    return path
+
+
+def spelled(model):
+    return f"--model {model} --ep 4 --dp --draws 4 --ladder hybrid --tune-max-num-tokens 8"
+
+
+def plugin(group):
+    (found,) = (entry for entry in entry_points(group=group) if entry.name == "moetune")
+    return found.load()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_entry_points_are_declared_and_found(group):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][group]
+    (found,) = (entry for entry in entry_points(group=group) if entry.name == "moetune")
+    assert found.value == declared["moetune"]
+    assert callable(found.load())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_nothing_happens_without_the_variable(process, group, layer, regime):
+    plugin(group)()
+    assert type(AutoTuner.get()) is Stock
+    assert session.current() is None
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_with_the_variable_the_engines_own_warmup_is_tuned(process, group, model, regime, monkeypatch, caplog):
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    with caplog.at_level(logging.INFO):
+        plugin(group)()
+        plugin(group)()
+        op = Trtllm(session.current().layer, regime)
+        with autotune(True):  # as vLLM and SGLang do
+            assert op() == tuple(FAST)
+            op()
+    lines = [record for record in caplog.records if "buckets of" in record.message]
+    assert [line.message.partition("buckets of")[2] for line in lines] == [
+        " flashinfer-trtllm-routed: 0 served, 4 tuned, 0 missed"
+    ]
+    assert lines[0].name.startswith(group.partition(".")[0]), "a logger that the engine prints"
+    for _, inputs in op.runner.seen[:12]:
+        rows = op.runner.rows(inputs)
+        assert op.load(inputs) == moetune.realize(op.layer, regime, rows, rank=1).load.tolist()
+    assert op(3) == tuple(FAST), "and serves"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("--model no-such-model --ep 4", "no-such-model"),
+        ("--ep 4", "--model is missing"),
+        ("--model {model} --ep 3", "does not divide"),
+        ("nonsense", "nrecognized arguments"),
+    ],
+)
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_wrong_value_is_logged_and_the_engine_starts(process, group, value, reason, model, monkeypatch, caplog):
+    monkeypatch.setenv(plugins.VARIABLE, value.format(model=model))
+    plugin(group)()
+    plugin(group)()
+    errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert reason in errors[0]
+    assert type(AutoTuner.get()) is Stock
+
+
+def test_an_unknown_version_is_logged_and_left_alone(process, model, monkeypatch, caplog):
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    monkeypatch.setattr(flashinfer_hook, "version", lambda: "1.0.0")
+    plugins.vllm()
+    assert "1.0.0 is not among the versions" in caplog.text
+    assert type(AutoTuner.get()) is Stock
+
+
+def test_a_plugin_loads_neither_torch_nor_flashinfer_and_waits_for_the_tuner(model):
+    program = (
+        "import sys\nfrom moetune.engine import plugins\nplugins.vllm()\n"
+        "assert not {'torch', 'flashinfer'} & sys.modules.keys()\n"
+        "from flashinfer.autotuner import AutoTuner\nassert AutoTuner._instance is None\n"
+        "assert type(AutoTuner.get()).__name__ == 'MoetuneTuner'\nassert AutoTuner.get() is AutoTuner.get()\n"
+    )
+    environment = {**os.environ, plugins.VARIABLE: spelled(model)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def engine_source(package: str, module: str) -> Path:
+    """The engine's own file: installed, or below `MOETUNE_ENGINE_SOURCES`; nothing of the engine is imported."""
+    below = os.environ.get("MOETUNE_ENGINE_SOURCES")
+    spec = importlib.util.find_spec(package)
+    roots = [Path(below)] if below else []
+    roots += [Path(place).parent for place in (spec.submodule_search_locations or ())] if spec else []
+    for root in roots:
+        if (root / module).is_file():
+            return root / module
+    pytest.skip(f"{package} is not installed here")
+
+
+def executed(path: Path, name: str, monkeypatch, **stand_ins: types.SimpleNamespace) -> types.ModuleType:
+    """The engine's module with what it imports of its engine replaced."""
+    for imported, stand_in in stand_ins.items():
+        full = imported.replace("__", ".")
+        module = types.ModuleType(full)
+        vars(module).update(vars(stand_in))
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, full, module)
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, made)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_vllms_own_loader_loads_it(process, model, monkeypatch):
+    path = engine_source("vllm", "vllm/plugins/__init__.py")
+    envs = types.SimpleNamespace(VLLM_PLUGINS=["moetune"])
+    platform = types.SimpleNamespace(is_xpu=lambda: False)
+    loader = executed(
+        path,
+        "vllm.plugins",
+        monkeypatch,
+        vllm=types.SimpleNamespace(envs=envs),
+        vllm__envs=envs,
+        vllm__platforms=types.SimpleNamespace(current_platform=platform),
+    )
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    loader.load_general_plugins()
+    assert type(AutoTuner.get()).__name__ == "MoetuneTuner"
+
+
+def test_sglangs_own_loader_loads_it(process, model, monkeypatch):
+    path = engine_source("sglang", "sglang/srt/plugins/__init__.py")
+    setting = types.SimpleNamespace(get=lambda: "moetune")
+    unset = types.SimpleNamespace(get=lambda: None)
+    registry = types.SimpleNamespace(apply_hooks=lambda: None)
+    source = types.SimpleNamespace(set=lambda value: None, reset=lambda token: None)
+    loader = executed(
+        path,
+        "sglang.srt.plugins",
+        monkeypatch,
+        sglang=types.SimpleNamespace(),
+        sglang__srt=types.SimpleNamespace(),
+        sglang__srt__environ=types.SimpleNamespace(
+            envs=types.SimpleNamespace(SGLANG_PLUGINS=setting, SGLANG_PLATFORM=unset)
+        ),
+        sglang__srt__plugins__hook_registry=types.SimpleNamespace(
+            HookRegistry=registry, HookSource=lambda **named: None, _current_plugin_source=source
+        ),
+    )
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    loader.load_plugins()
+    assert type(AutoTuner.get()).__name__ == "MoetuneTuner"
