@@ -14,7 +14,7 @@ SIZES: dict[Precision, tuple[int, int]] = {
     Precision.BF16: (128, 128),
     Precision.FP8_BLOCK: (256, 128),
     Precision.FP8_TENSOR: (128, 256),
-    Precision.NVFP4: (128, 128),
+    Precision.NVFP4: (512, 128),
     Precision.MXFP4: (160, 96),
     Precision.MXINT4: (256, 256),
 }
@@ -41,7 +41,7 @@ REGIMES: dict[str, dict[str, Any]] = {
 
 
 def layer(precision: Precision = Precision.BF16, **changes: Any) -> MoELayer:
-    hidden, intermediate = SIZES[precision]
+    hidden, intermediate = SIZES.get(precision, (128, 128))
     gpt_oss = {"activation": Activation.SWIGLU_CLAMPED, "expert_bias": True} if precision is Precision.MXFP4 else {}
     given = {"num_experts": 16, "top_k": 3, "hidden_size": hidden, "intermediate_size": intermediate}
     return MoELayer(**{**given, "precision": precision, **gpt_oss, **changes})
