@@ -40,6 +40,11 @@ def _default(field: str) -> str:
 
 
 _QUESTION_OPTIONS = (
+    click.option(
+        "--launch",
+        metavar="LINE",
+        help="An engine's launch line, as 'vllm serve …', in place of the options below; those beside it win.",
+    ),
     click.option("--model", metavar="NAME|PATH", help="A name of `moetune models`, or a Hugging Face config.json."),
     click.option("--precision", type=click.Choice(list(map(str, Precision))), help="Of the weights; the model's own."),
     click.option("--ep", type=int, metavar="N", help="Ranks that share the experts." + _default("ep_size")),
@@ -105,6 +110,8 @@ def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[.
         @functools.wraps(command)
         def called(**given: Any) -> None:
             asked = {name: given.pop(name) for name in _NAMES}
+            if (line := given.pop("launch")) is not None:
+                asked |= _launch(line, asked)
             command(question=_parse(required, **asked), **given)
 
         wrapped: Callable[..., None] = called
@@ -113,6 +120,14 @@ def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[.
         return wrapped
 
     return decorate
+
+
+def _launch(line: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What an engine's launch line stands for where no option beside it does; --kernel and --remote are triton's."""
+    from moetune.spec import launch
+
+    of_triton = asked["kernel"] is not None or asked["remote"] is not None
+    return launch.options(line, {**asked, "backend": asked["backend"] or ("triton" if of_triton else None)})
 
 
 def _parse(required: bool, *, model: str | None, **asked: Any) -> Question | None:

@@ -222,3 +222,15 @@ def test_an_option_beats_the_variable(moetune, monkeypatch):
 def test_another_value_of_the_variable_is_refused_with_the_values(moetune, monkeypatch):
     monkeypatch.setenv(DISTRIBUTION_VARIABLE, "foo")
     _refused(moetune("plan", *QWEN), DISTRIBUTION_VARIABLE, "'foo'", "balanced, random")
+
+
+def test_an_engines_launch_line_stands_for_the_options(moetune):
+    line = "vllm serve Qwen/Qwen3-30B-A3B -dp 8 --enable-expert-parallel --all2all-backend deepep_high_throughput"
+    expected = Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    assert _regime(moetune, "--launch", line) == expected
+    assert _regime(moetune, "--launch", line, "--ep", "4", "--ladder", "8,16").ep_size == 4
+
+
+def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
+    _refused(moetune("plan", "--launch", "make coffee"), "does not know this command: 'make coffee'", "vllm serve")
+    _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Give --model")
