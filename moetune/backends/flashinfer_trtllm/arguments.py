@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moetune.backends.flashinfer_trtllm.formats import FORMATS, Sizes
+from moetune.backends.flashinfer_trtllm.formats import FORMATS, Fp8BlockLayout, Sizes
 from moetune.backends.flashinfer_trtllm.logits import KernelRouting
 from moetune.spec.layer import MoELayer, Precision
 from moetune.spec.regime import Shard
@@ -60,6 +60,7 @@ def op_arguments(
     activations: tuple[torch.Tensor, torch.Tensor | None],
     output: torch.Tensor,
     routing: Mapping[str, Any],
+    fp8_block_layout: Fp8BlockLayout = "blocked",
 ) -> dict[str, Any]:
     """Every argument of the layer's op. `routing` is `routed`'s or `from_logits`', `weights` are `Weights.arguments`.
 
@@ -87,10 +88,11 @@ def op_arguments(
         case Precision.BF16:
             arguments |= {"use_shuffled_weight": True, "weight_layout": WeightLayout.BlockMajorK.value}
         case Precision.FP8_BLOCK:
+            blocked = fp8_block_layout == "blocked"
             arguments |= {
                 "hidden_states_scale": scale,
-                "use_shuffled_weight": True,
-                "weight_layout": WeightLayout.BlockMajorK.value,
+                "use_shuffled_weight": blocked,
+                "weight_layout": (WeightLayout.BlockMajorK if blocked else WeightLayout.MajorK).value,
                 "fp8_quantization_type": Fp8QuantizationType.DeepSeekFp8,
             }
         case Precision.FP8_TENSOR:

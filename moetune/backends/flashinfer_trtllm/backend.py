@@ -8,7 +8,14 @@ import re
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moetune.backends.base import Candidates, Problem
-from moetune.backends.flashinfer_trtllm.formats import FORMATS, INTERMEDIATE_TOLERANCES, Activations, Format, Sizes
+from moetune.backends.flashinfer_trtllm.formats import (
+    FORMATS,
+    INTERMEDIATE_TOLERANCES,
+    Activations,
+    Format,
+    Fp8BlockLayout,
+    Sizes,
+)
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.layer import Activation, MoELayer, Precision
 from moetune.spec.regime import Regime
@@ -22,6 +29,7 @@ CAPABILITIES = ((10, 0), (10, 3))
 NEEDED_VERSION = (0, 7, 2)
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
 _HIDDEN_DTYPES = ("bfloat16", "float16", "float32")
+_FP8_BLOCK_LAYOUTS = ("blocked", "plain")
 _ROUTED_TOP_K = 32
 
 
@@ -32,6 +40,7 @@ class TrtllmBackend:
         mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
         quantized: whether activations arrive quantized, so that quantizing is not timed; when not given, they do
             where tokens travel (an engine quantizes before it sends), and do not where they stay.
+        fp8_block_layout: of DeepSeek's e4m3 experts: `blocked` as vLLM has them, `plain` as SGLang.
         hidden_dtype: the engine's; the kernels write bf16, and the cast to another dtype is timed with them.
 
     Raises:
@@ -45,6 +54,7 @@ class TrtllmBackend:
         *,
         mxfp4_activations: Activations = "bf16",
         quantized: bool | None = None,
+        fp8_block_layout: Fp8BlockLayout = "blocked",
         hidden_dtype: HiddenDtype = "bfloat16",
     ) -> None:
         allowed = FORMATS[Precision.MXFP4].activations
@@ -52,7 +62,12 @@ class TrtllmBackend:
             raise UsageError(f"mxfp4_activations must be one of {', '.join(allowed)}; given {mxfp4_activations!r}.")
         if hidden_dtype not in _HIDDEN_DTYPES:
             raise UsageError(f"hidden_dtype must be one of {', '.join(_HIDDEN_DTYPES)}; given {hidden_dtype!r}.")
+        if fp8_block_layout not in _FP8_BLOCK_LAYOUTS:
+            raise UsageError(
+                f"fp8_block_layout must be one of {', '.join(_FP8_BLOCK_LAYOUTS)}; given {fp8_block_layout!r}."
+            )
         self.mxfp4_activations = mxfp4_activations
+        self.fp8_block_layout = fp8_block_layout
         self.quantized = quantized
         self.hidden_dtype = hidden_dtype
         self._loaded: tuple[tuple[object, ...], Weights] | None = None
@@ -134,6 +149,7 @@ class TrtllmBackend:
             "ids": self.ids,
             "mxfp4_activations": self.mxfp4_activations,
             "arrives_quantized": quantized,
+            "fp8_block_layout": self.fp8_block_layout,
             "hidden_dtype": self.hidden_dtype,
         }
 
@@ -184,6 +200,7 @@ class TrtllmBackend:
                 activations=activations[self._activations(layer)],
                 output=meta(hidden, torch.bfloat16),
                 routing=how,
+                fp8_block_layout=self.fp8_block_layout,
             ),
         )
         return Candidates(enumerate_tactics(call.valid_tactics, equivalent_rows(routing, shard.num_local)))
@@ -213,7 +230,10 @@ class TrtllmBackend:
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # frees the old weights before the new ones are made
             sizes = self._sizes(layer, regime, problem.shard.num_local)
-            self._loaded = key, Weights(layer, self._activations(layer), sizes, regime.seed, problem.device)
+            self._loaded = (
+                key,
+                Weights(layer, self._activations(layer), sizes, regime.seed, problem.device, self.fp8_block_layout),
+            )
         quantized = regime.dispatch != "none" if self.quantized is None else self.quantized
         dtype: torch.dtype = getattr(torch, self.hidden_dtype)
         return TrtllmRunner(problem, self._loaded[1], ids=self.ids, quantized=quantized, hidden_dtype=dtype)
@@ -253,9 +273,15 @@ class TrtllmRoutedBackend(TrtllmBackend):
         packed: bool = True,
         mxfp4_activations: Activations = "bf16",
         quantized: bool | None = None,
+        fp8_block_layout: Fp8BlockLayout = "blocked",
         hidden_dtype: HiddenDtype = "bfloat16",
     ) -> None:
-        super().__init__(mxfp4_activations=mxfp4_activations, quantized=quantized, hidden_dtype=hidden_dtype)
+        super().__init__(
+            mxfp4_activations=mxfp4_activations,
+            quantized=quantized,
+            fp8_block_layout=fp8_block_layout,
+            hidden_dtype=hidden_dtype,
+        )
         self.packed = packed
 
     @property

@@ -12,6 +12,10 @@ Activations = Literal["bf16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp8"]
 """The MMA's activations. bf16; e4m3 with one f32 scale for 128 values, or for the tensor; e2m1 with one e4m3 scale for
 16 values; e4m3 with one e8m0 scale for 32 values."""
 
+Fp8BlockLayout = Literal["blocked", "plain"]
+"""How DeepSeek's e4m3 experts lie: shuffled and blocked along K (vLLM), or as in the checkpoint (SGLang). Other kernels
+with other tactics: a tactic of one means nothing to the other."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:

@@ -114,6 +114,7 @@ class TrtllmRunner:
                 activations=self._activations[draw % len(self._activations)],
                 output=self._output,
                 routing=self._routing_arguments(draw, routing),
+                fp8_block_layout=self._weights.fp8_block_layout,
             ),
         )
 

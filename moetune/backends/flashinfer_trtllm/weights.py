@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from moetune.backends.flashinfer_trtllm.formats import ACTIVATION_GRIDS, FORMATS, Activations, Grid, Sizes
+from moetune.backends.flashinfer_trtllm.formats import (
+    ACTIVATION_GRIDS,
+    FORMATS,
+    Activations,
+    Fp8BlockLayout,
+    Grid,
+    Sizes,
+)
 from moetune.spec.layer import Activation, MoELayer, Precision
 
 EPILOGUE_ROWS = 128
@@ -71,8 +78,17 @@ class Weights:
     Weights have a variance near 1/fan-in, so that values keep their size through both GEMMs.
     """
 
-    def __init__(self, layer: MoELayer, activations: Activations, sizes: Sizes, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        layer: MoELayer,
+        activations: Activations,
+        sizes: Sizes,
+        seed: int,
+        device: str,
+        fp8_block_layout: Fp8BlockLayout = "blocked",
+    ) -> None:
         self.layer, self.activations, self.sizes = layer, activations, sizes
+        self.fp8_block_layout = fp8_block_layout
         self._seed, self._device = seed, device
         self._grid = FORMATS[layer.precision].grid
         self.arguments = self._prepare()
@@ -155,6 +171,8 @@ class Weights:
                 return prepare.prepare_trtllm_mxint4_weights(w1, w2, **shape)  # type: ignore[no-any-return]
             case Precision.FP8_BLOCK:
                 view = prepare.prepare_trtllm_fp8_block_weights(w1, w2, quant=self._quant(), **shape)
+                if self.fp8_block_layout == "plain":
+                    return view
                 return view | {name: _deepseek_layout(view[name]) for name in ("gemm1_weights", "gemm2_weights")}
             case Precision.FP8_TENSOR:
                 view = prepare.prepare_trtllm_fp8_per_tensor_weights(

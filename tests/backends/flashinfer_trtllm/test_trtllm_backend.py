@@ -180,11 +180,14 @@ def test_every_option_is_part_of_the_environment() -> None:
         environment("packed", quantized=False),
         environment("packed", mxfp4_activations="mxfp8"),
         environment("packed", hidden_dtype="float16"),
+        environment("packed", fp8_block_layout="plain"),
     ]
     assert len(set(variants)) == len(variants)
 
 
-@pytest.mark.parametrize("options", [{"mxfp4_activations": "nvfp4"}, {"hidden_dtype": "float8"}])
+@pytest.mark.parametrize(
+    "options", [{"mxfp4_activations": "nvfp4"}, {"hidden_dtype": "float8"}, {"fp8_block_layout": "x"}]
+)
 def test_an_option_that_is_none_is_an_error_that_lists_the_values(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be one of"):
         backend("packed", **options)

@@ -199,6 +199,20 @@ def test_the_clamped_swiglus_numbers_reach_the_kernel(compiled: CompiledModule, 
     assert (native.output(function, arguments) - reference).norm() / reference.norm() < 1e-3
 
 
+@pytest.mark.parametrize("how", ["logits", "packed"])
+def test_deepseeks_experts_can_lie_as_in_the_checkpoint(compiled: CompiledModule, how: str) -> None:
+    made = backend(how, fp8_block_layout="plain")
+    asked, regime = layer(Precision.FP8_BLOCK), Regime(ep_size=4)
+    made.candidates(asked, regime, 16, "cpu")
+    assert {(query["use_shuffled_weight"], query["weight_layout"]) for query in compiled.queries} == {(False, 0)}
+    runner = made.prepare(problem(asked, regime))
+    runner.run(TACTIC)
+    function, arguments = compiled.calls.pop()
+    assert arguments["gemm1_weights"].shape == (4, 256, 256)
+    reference = runner.reference()
+    assert (native.output(function, arguments) - reference).norm() / reference.norm() < 1e-3
+
+
 @pytest.mark.parametrize(("hidden_dtype", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
 def test_the_kernel_writes_bf16_and_a_run_returns_the_engines_dtype(
     compiled: CompiledModule, hidden_dtype: str, dtype: torch.dtype

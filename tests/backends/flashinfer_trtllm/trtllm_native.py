@@ -113,7 +113,10 @@ def _weight(function: str, arguments: Arguments, expert: int, gemm: int) -> torc
     if stored.dim() == 3:  # BlockMajorK: [K/block, N, block]
         stored = stored.transpose(0, 1).flatten(1)
     if function == "trtllm_fp8_block_scale_moe":
-        weight = _ordered(stored.view(torch.uint8), 64).view(torch.float8_e4m3fn).float()
+        assert (arguments["use_shuffled_weight"], arguments["weight_layout"]) in ((True, 2), (False, 0))
+        if arguments["use_shuffled_weight"]:
+            stored = _ordered(stored.view(torch.uint8), 64).view(torch.float8_e4m3fn)
+        weight = stored.float()
         return weight * scale[expert].repeat_interleave(128, 0).repeat_interleave(128, 1)
     weight = _ordered(stored.view(torch.uint8), 128, gated=gated).view(stored.dtype)
     if scale is None:
