@@ -58,7 +58,7 @@ def obstacle() -> str | None:
 @functools.cache
 def tuner_class() -> Any:
     """The subclass of the installed FlashInfer's `AutoTuner`."""
-    from flashinfer.autotuner.autotuner import AutoTuner
+    from flashinfer.autotuner.autotuner import AutoTuner, _tactic_to_json
 
     class MoetuneTuner(AutoTuner):  # type: ignore[misc]
         """`AutoTuner` that answers the current session's ops by its regime."""
@@ -105,15 +105,22 @@ def tuner_class() -> Any:
             return recording.milliseconds
 
         def place(self, key: Any, tactic: Any, profile: Any, config: Any) -> None:
-            """Puts an answer where `AutoTuner` itself looks first and saves from."""
+            """Puts an answer where `AutoTuner` itself looks first, saves from, and, under autotune_v2, publishes."""
             winners = self._winner_cache() if hasattr(self, "_winner_cache") else self.profiling_cache
             winners[key] = (tactic, profile)
-            if hasattr(self, "_profiling_cache_policies"):  # from 0.7.0 an entry names how it was measured
-                policy = self._profiling_policy(config)
-                identity = getattr(self, "_winner_cache_identity", None)  # from 0.7.1 with the partition
-                self._profiling_cache_policies[(identity(), key) if identity else key] = policy
             self._dirty = True
             self._dirty_seq += 1
+            if not hasattr(self, "_profiling_cache_policies"):
+                return
+            policy = self._profiling_policy(config)  # from 0.7.0 an entry names how it was measured
+            partitioned = hasattr(self, "_winner_cache_identity")  # from 0.7.1 beside its partition, and on disk
+            self._profiling_cache_policies[(self._winner_cache_identity(), key) if partitioned else key] = policy
+            store = self._active_managed_store
+            if store is not None:  # or its reload would bring back the winner of FlashInfer's sweep
+                named = {"profiling_policy": policy} if partitioned else {}
+                fields = key.key_fields
+                store.publish(key.file_key, key.runner_class_name, _tactic_to_json(tactic), key_fields=fields, **named)
+                self._managed_decoded.pop((str(store.root), store.env_hash, fields), None)
 
         def holds(self, key: Any, tactic: Any) -> bool:
             """Whether the entry is still the one that was placed."""

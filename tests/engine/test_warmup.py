@@ -3,7 +3,7 @@ import logging
 
 import pytest
 from flashinfer.autotuner import AutoTuner, autotune
-from stand_ins import FAST, PACKED, SLOW, Trtllm
+from stand_ins import FAST, MIDDLING, PACKED, SLOW, TIMES_US, Trtllm
 
 import moetune
 from moetune.engine import answer
@@ -88,6 +88,15 @@ def test_flashinfers_own_file_carries_the_answers(trtllm, layer, regime, monkeyp
     with autotune(True):
         again()
     assert not again.runner.seen, "it hits in tuning mode too"
+
+
+def test_flashinfers_managed_store_carries_the_answers(tuner, layer, regime, tmp_path):
+    autotune_cache = pytest.importorskip("flashinfer.autotune_cache", reason="from 0.7.0; vLLM tunes into it")
+    op = Trtllm(layer, regime, times_us={**TIMES_US, str(FAST): 98.0, str(MIDDLING): 99.0})
+    with moetune.warmup(layer, regime), autotune_cache.autotune_v2(cache_root=tmp_path):
+        assert op() == -1, "within the margin"
+    autotune_cache.autotune_v2_reload()
+    assert op(3) == -1, "not the winner of FlashInfer's sweep"
 
 
 def test_an_engine_that_skips_its_sweep_is_served_from_the_store(trtllm, layer, regime, monkeypatch):
