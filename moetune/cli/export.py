@@ -50,6 +50,10 @@ def export(
     version = ["--for-version", for_version] if for_version else []
     command = shlex.join(["moetune", "export", str(path), "--to", target, "--out", str(out), *version])
     result = exported(profile, target, version=for_version, source=str(path), command=command)
+    if target in ("flashinfer", "trtllm"):
+        from moetune.export.listed import check
+
+        check(profile)
     states = write(result.files, out, force=force)
     folder = out / profile.regime.slug
     if as_json:

@@ -68,7 +68,13 @@ def export(profile: Profile, version: str | None = None) -> Export:
     count = len(ranks["rank_0"])
     notes = (f"{known.name}: {count} entries for each of {len(ranks)} ranks.",)
     name = f"trtllm-{known.op}-{profile.layer.slug}.json"
-    return Export({name: json.dumps(document, indent=2) + "\n"}, _USAGE, warnings=(_NUMBERING,), notes=notes)
+    return Export(
+        {name: json.dumps(document, indent=2) + "\n"},
+        _USAGE,
+        variables={"TLLM_AUTOTUNER_CACHE_PATH": f"{FOLDER}/{name}"},
+        warnings=(_NUMBERING,),
+        notes=notes,
+    )
 
 
 def lookups(profile: Profile) -> dict[int, Choice]:

@@ -7,6 +7,7 @@ from trtllm_reader import Call, Reader
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export import export as exported
+from moetune.export.base import FOLDER
 from moetune.export.trtllm import export
 from moetune.export.trtllm_keys import RUNNERS
 from moetune.spec.layer import MoELayer, RoutingMethod
@@ -180,6 +181,8 @@ def test_a_router_without_a_bias_has_none_in_its_key():
 def test_the_warning_says_that_the_engines_number_their_kernels_apart():
     result = exported(made(SMALL, PURE_EP8), "trtllm")
     assert "FlashInfer's trtllm-gen build" in result.warnings[0]
+    (path,) = (path for path in result.files if path.endswith(".json") and "moetune" not in path)
+    assert result.variables == {"TLLM_AUTOTUNER_CACHE_PATH": f"{FOLDER}/{path.partition('/')[2]}"}
 
 
 @pytest.mark.parametrize(

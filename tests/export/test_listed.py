@@ -1,0 +1,67 @@
+from dataclasses import dataclass, field
+
+import pytest
+from flashinfer_profiles import profile
+
+from moetune.backends import registry
+from moetune.backends.base import Candidates
+from moetune.errors import UnsupportedError
+from moetune.export import listed
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+MADE = profile("flashinfer-cutlass", Regime(ep_size=8, ladder="1,2,4"))
+
+
+@dataclass
+class Fake:
+    tactics: tuple[Tactic, ...] = tuple(choice.tactic for choice in MADE.choices)
+    version: str = "0.7.2.post1"
+    obstacle: tuple[str, str] | None = None
+    asked: list[int] = field(default_factory=list)
+
+    def unavailable(self):
+        return self.obstacle
+
+    def environment(self):
+        return {"flashinfer": self.version}
+
+    def candidates(self, layer, regime, rows, device):
+        self.asked.append(rows)
+        return Candidates(self.tactics)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(listed, "DEVICES", tmp_path)
+
+    def put(fake):
+        monkeypatch.setattr(registry, "backend", lambda name: fake)
+        return fake
+
+    return put
+
+
+def test_every_bucket_s_tactic_is_looked_up(here):
+    fake = here(Fake())
+    assert listed.check(MADE)
+    assert fake.asked == [1, 2, 4]
+
+
+def test_a_tactic_that_is_not_listed_is_refused(here):
+    here(Fake(tactics=(MADE.choices[0].tactic,)))
+    with pytest.raises(UnsupportedError, match=r"lists no tactic gemm1=1 gemm2=46 for 2 rows"):
+        listed.check(MADE)
+
+
+@pytest.mark.parametrize("fake", [Fake(obstacle=("no device", "get one")), Fake(version="0.7.1")])
+def test_another_version_or_a_backend_that_cannot_run_is_not_asked(here, fake):
+    assert not listed.check(here(fake) and MADE)
+    assert fake.asked == []
+
+
+def test_without_a_device_no_backend_is_imported(monkeypatch, tmp_path):
+    monkeypatch.setattr(listed, "DEVICES", tmp_path)
+    monkeypatch.setattr(registry, "backend", lambda name: pytest.fail("asked for a backend"))
+    assert not listed.check(MADE)
