@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
+STRESS_SAMPLES = 3
 CLIFF = 2.0
-"""A finalist slower than this times the default on a stress draw cannot win."""
-SECONDS = 2.0
+"""A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
+SECONDS = 1.0
 """About how long the interleaved rounds of one final may take."""
 SAMPLES = (20, 96)
 """The least and the most paired samples of a final."""
@@ -94,33 +95,48 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
         bench: where finalists are timed under stress.
         stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
     """
+    better = [
+        tactic
+        for tactic, series in sorted(final.finalists.items(), key=lambda item: sum(item[1]))
+        if paired_ratio(series, final.default_us).high < 1 - final.noise
+        and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
+    ]
+    stress_us = _stress(bench, (final.default, *better), stress_draws)
     cliffs: dict[Tactic, str] = {}
-    for tactic, series in sorted(final.finalists.items(), key=lambda item: sum(item[1])):
-        ratio = paired_ratio(series, final.default_us)
-        if ratio.high >= 1 - final.noise:
-            break
-        if median(series) >= median(final.default_us):
-            continue  # its mean is better by a few disturbed rounds alone
-        stress_us, default_stress_us = _stress(bench, tactic, final.default, stress_draws)
-        cliff = next((f for f in stress_us if stress_us[f] > CLIFF * default_stress_us[f]), None)
-        if cliff is None:
-            return Verdict(tactic, series, paired_ratio(final.default_us, series), stress_us, default_stress_us, cliffs)
-        slower = stress_us[cliff] / default_stress_us[cliff]
-        cliffs[tactic] = (
-            f"cliff: {slower:.1f} times the default's time with the busiest expert at {cliff} times its load"
-        )
-    stress_us, _ = _stress(bench, final.default, final.default, stress_draws)
-    gain = paired_ratio(final.default_us, final.default_us)
-    return Verdict(final.default, final.default_us, gain, stress_us, stress_us, cliffs)
+    for tactic in better:
+        if cliff := _cliff(tactic, stress_us):
+            cliffs[tactic] = cliff
+            continue
+        series = final.finalists[tactic]
+        gain = paired_ratio(final.default_us, series)
+        return Verdict(tactic, series, gain, stress_us[tactic], stress_us[final.default], cliffs)
+    unchanged = paired_ratio(final.default_us, final.default_us)
+    of_default = stress_us[final.default]
+    return Verdict(final.default, final.default_us, unchanged, of_default, of_default, cliffs)
 
 
 def _stress(
-    bench: BenchLike, tactic: Tactic, default: Tactic, stress_draws: Mapping[str, int]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median times in µs of a tactic and of the default on each stress draw, by its factor."""
-    mine: dict[str, float] = {}
-    theirs: dict[str, float] = {}
-    for factor, draw in stress_draws.items():
-        for times, series in zip((mine, theirs), bench.samples((tactic, default), [draw] * 3), strict=True):
-            times[factor] = median(series) if series else float("inf")
-    return mine, theirs
+    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int]
+) -> dict[Tactic, dict[str, float]]:
+    """Median times in µs of each tactic on each stress draw, by its factor; infinite where it failed."""
+    draws = [draw for _ in range(STRESS_SAMPLES) for draw in stress_draws.values()]
+    taken = bench.samples(tactics, draws)
+    return {
+        tactic: {
+            factor: median(series[at :: len(stress_draws)]) if series else float("inf")
+            for at, factor in enumerate(stress_draws)
+        }
+        for tactic, series in zip(tactics, taken, strict=True)
+    }
+
+
+def _cliff(tactic: Tactic, stress_us: Mapping[Tactic, Mapping[str, float]]) -> str | None:
+    """Where a tactic falls off, in words, or None."""
+    for factor, time_us in stress_us[tactic].items():
+        best_us = min(times[factor] for times in stress_us.values())
+        if time_us > CLIFF * best_us:
+            return (
+                f"cliff: {time_us / best_us:.1f} times the best finalist's time with the busiest expert at {factor} "
+                "times its load"
+            )
+    return None

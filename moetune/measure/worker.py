@@ -245,7 +245,7 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch.device(device).index or 0)
     reporter = _Reporter(channel)
     bench: Bench | None = None
     while True:
