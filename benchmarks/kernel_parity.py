@@ -102,13 +102,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kernel", choices=("vllm", "sglang"), default="vllm")
+    parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--workers", type=int, default=14)
     options = parser.parse_args()
     if obstacle := TritonBackend(options.kernel).unavailable():
         print(f"{options.kernel}: {obstacle[0]} {obstacle[1]}", file=sys.stderr)
         return 2
     results = []
-    for name, (label, rows) in product(LAYERS, LOADS):
+    for name, (label, rows) in product(options.layers.split(","), LOADS):
         result = compare(name, label, rows, options.kernel, options.workers)
         results.append(result)
         ratios = sorted(result["ratios"])

@@ -118,7 +118,7 @@ def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, in
 def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
     """Every tactic's kernels into Triton's cache, one process a core."""
     capability = torch.cuda.get_device_capability()
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         list(pool.imap_unordered(partial(_compile, shapes, capability), list(tactics), chunksize=4))
 
 

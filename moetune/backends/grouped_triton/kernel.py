@@ -86,20 +86,21 @@ def grouped_gemm_kernel(
         if SWAP_AB:
             a = tl.load(a_ptrs, mask=real[None, :] & inside[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
-            product = tl.dot(w, a)
         else:
             a = tl.load(a_ptrs, mask=real[:, None] & inside[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
-            product = tl.dot(a, w)
         if SCALE_BLOCK > 0:
             group = step * BLOCK_SIZE_K // SCALE_BLOCK
             a_scale = tl.load(a_scale_ptrs + group, mask=real, other=0.0)
             w_scale = tl.load(w_scale_ptrs + group)
             if SWAP_AB:
-                product = product * w_scale[:, None] * a_scale[None, :]
+                accumulator += tl.dot(w, a) * w_scale[:, None] * a_scale[None, :]
             else:
-                product = product * a_scale[:, None] * w_scale[None, :]
-        accumulator += product
+                accumulator += tl.dot(a, w) * a_scale[:, None] * w_scale[None, :]
+        elif SWAP_AB:
+            accumulator += tl.dot(w, a)
+        else:
+            accumulator += tl.dot(a, w)
         a_ptrs += BLOCK_SIZE_K
         w_ptrs += BLOCK_SIZE_K
 

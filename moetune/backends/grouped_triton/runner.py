@@ -98,7 +98,32 @@ class TritonRunner:
         """The reference with the kernel's own roundings: quantized operands, bf16 intermediates and products."""
         return self._reference(draw, round_like_kernel=True)
 
-    def _reference(self, draw: int, *, round_like_kernel: bool) -> torch.Tensor:
+    def staged_errors(self, tactic: Mapping[str, Any], draw: int = 0) -> tuple[float, float]:
+        """Relative Frobenius errors of both stages of a run, each against the rounded reference of its own input.
+
+        The first stage ends with the activated intermediate. In fp8 it is quantized anew, and there one bf16 rounding
+        that falls the other way can change the scale of 128 values: over the whole layer that is half a percent, and
+        with one row to average over more. Each stage alone has no such leverage.
+        """
+        out = self.run(tactic, draw).float()
+        activated = self._activated.clone()
+        expected = torch.zeros_like(activated, dtype=torch.float32)
+        expected_out = self._reference(draw, round_like_kernel=True, activated=activated, expected=expected)
+        local = (self._topk_ids[draw].view(-1) >= self._first) & (
+            self._topk_ids[draw].view(-1) < self._first + self._shapes.num_local
+        )
+        return _relative(activated[local].float(), expected[local]), _relative(out, expected_out)
+
+    def _reference(
+        self,
+        draw: int,
+        *,
+        round_like_kernel: bool,
+        activated: torch.Tensor | None = None,
+        expected: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The output; `expected` is filled with the intermediate, and `activated`, if given, goes on in its place."""
+
         def rounded(values: torch.Tensor) -> torch.Tensor:
             return values.bfloat16().float() if round_like_kernel else values
 
@@ -114,8 +139,12 @@ class TritonRunner:
             rows, columns = torch.where(self._topk_ids[draw] == self._first + expert)
             gate, up = rounded(x[rows] @ self._weight(self._w1, self._w1_scales, expert).T).chunk(2, dim=-1)
             gated = torch.nn.functional.gelu(gate, approximate="tanh") if self._gelu else activation(gate)
-            activated = quantized(rounded(gated * up))
-            products = activated @ self._weight(self._w2, self._w2_scales, expert).T
+            intermediate, slots = rounded(gated * up), rows * self._topk_ids[draw].shape[1] + columns
+            if expected is not None:
+                expected[slots] = intermediate
+            if activated is not None:
+                intermediate = activated[slots].float()
+            products = quantized(intermediate) @ self._weight(self._w2, self._w2_scales, expert).T
             products *= self._topk_weights[draw][rows, columns].unsqueeze(1)
             out.index_add_(0, rows, rounded(products))
         return out
@@ -164,3 +193,8 @@ class TritonRunner:
     def _normal(shape: tuple[int, int], deviation: float, generator: torch.Generator) -> torch.Tensor:
         values = torch.randn(shape, generator=generator, device=generator.device)
         return values.mul_(deviation).bfloat16()
+
+
+def _relative(result: torch.Tensor, reference: torch.Tensor) -> float:
+    scale = float(reference.norm())
+    return float((result - reference).norm()) / scale if scale else float(result.norm())

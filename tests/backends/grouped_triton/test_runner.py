@@ -72,6 +72,31 @@ def test_right_for_every_kind_of_tile(precision):
         assert_right(runner, tactic, precision)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_each_stage_is_judged_on_its_own_input(precision):
+    """A wrong weight of the second GEMM is the second stage's error alone, one of the first GEMM the first's alone."""
+    runner = runner_of(layer_of(precision), REGIMES["deduplicated"], 18)
+    assert max(runner.staged_errors(TACTICS[0])) <= 4e-3
+    right = runner._reference
+    for stage, name in enumerate(("_w1", "_w2")):
+        weights = getattr(runner, name)
+        kept = weights.clone()
+        weights[:, :16] = 0
+
+        def of_right_weights(draw, weights=weights, kept=kept, **options):
+            wrong = weights.clone()
+            weights.copy_(kept)
+            expected = right(draw, **options)
+            weights.copy_(wrong)
+            return expected
+
+        runner._reference = of_right_weights
+        errors = runner.staged_errors(TACTICS[0])
+        assert errors[stage] > 0.05
+        assert errors[1 - stage] <= 4e-3
+        weights.copy_(kept)
+
+
 @pytest.mark.parametrize("remote", ["drop", "zero"])
 @pytest.mark.parametrize("name", ["none", "packed, L < k", "pool"])
 def test_remote_slots_add_nothing(name, remote):
