@@ -10,23 +10,21 @@ The profiles that come with moetune are laid out alike in a second folder, which
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
-import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from moetune.errors import DamagedProfileError, MissError, MoetuneError, NewerSchemaError, StoreError, UsageError
+from moetune.errors import DamagedProfileError, MissError, StoreError, UsageError
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.store.profile import SCHEMA_VERSION, Profile
+from moetune.store.files import moved_aside, read_profile, replace
+from moetune.store.profile import Profile
 
 STORE_VARIABLE = "MOETUNE_STORE"
 PACKAGED_VARIABLE = "MOETUNE_PACKAGED_PROFILES"
@@ -161,15 +159,15 @@ class Store:
         damaged: DamagedProfileError | None = None
         with self._locked():
             try:
-                stored = _parse(path)
+                stored = read_profile(path)
                 if differing := _differing(*question, stored):
                     raise DamagedProfileError(f"{path} is not the profile of its place: {', '.join(differing)} differ.")
                 profile = stored.merged(profile)
             except FileNotFoundError:
                 profile = self._over_packaged(profile)
             except DamagedProfileError as error:
-                damaged = _moved_aside(path, error)
-            _replace(path, profile.model_dump_json(indent=1) + "\n")
+                damaged = moved_aside(path, error)
+            replace(path, profile.model_dump_json(indent=1) + "\n")
         if damaged is not None:
             raise DamagedProfileError(damaged.message, f"{damaged.hint} The new measurements are saved in its place.")
         return profile
@@ -195,7 +193,7 @@ class Store:
         question = (profile.layer, profile.regime, profile.backend, profile.environment)
         for root in self.roots[1:]:
             with suppress(FileNotFoundError, NotADirectoryError, StoreError):  # what was measured is saved in any case
-                packaged = _parse(root / _relative_path(*question))
+                packaged = read_profile(root / _relative_path(*question))
                 if not _differing(*question, packaged):
                     return packaged.merged(profile)
         return profile
@@ -203,7 +201,7 @@ class Store:
     def _read(self, path: Path) -> Profile:
         """The profile in `path`; a damaged file of the store is moved aside."""
         try:
-            return _parse(path)
+            return read_profile(path)
         except DamagedProfileError as error:
             if self.is_packaged(path):
                 raise DamagedProfileError(
@@ -215,9 +213,9 @@ class Store:
         try:
             with self._locked():
                 try:
-                    return _parse(path)  # a writer may have put a good one in its place by now
+                    return read_profile(path)  # a writer may have put a good one in its place by now
                 except DamagedProfileError as still:
-                    raise _moved_aside(path, still) from None
+                    raise moved_aside(path, still) from None
                 except FileNotFoundError:
                     raise damaged from None
         except UsageError as refused:
@@ -290,95 +288,8 @@ def _unequal(wanted: Mapping[str, object], stored: Mapping[str, object]) -> dict
 def _profiles(paths: Iterable[Path]) -> Iterator[tuple[Path, Profile | StoreError]]:
     for path in sorted(paths):
         try:
-            yield path, _parse(path)
+            yield path, read_profile(path)
         except FileNotFoundError:
             continue  # moved aside since it was listed
         except StoreError as error:
             yield path, error
-
-
-def _parse(path: Path) -> Profile:
-    """The profile in a file, which is left as it is.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: there is none.
-        DamagedProfileError: it is no profile of this schema.
-        NewerSchemaError: it is of a newer schema.
-        StoreError: it cannot be read.
-    """
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise StoreError(f"The profile {path} cannot be read: {error.strerror or error}.") from None
-    try:
-        document = json.loads(content)
-        version = document["schema_version"] if isinstance(document, dict) else None
-        if type(version) is not int or version < 1:
-            raise ValueError(f"unknown schema_version {version!r}")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise DamagedProfileError(f"{path} is no profile: {_reason(error)}.") from None
-    if version > SCHEMA_VERSION:
-        raise NewerSchemaError(
-            f"The profile {path} has schema_version {version}, and this moetune knows up to {SCHEMA_VERSION}.",
-            "Update moetune, or give another folder with --store.",
-        )
-    try:
-        return Profile.model_validate(document)
-    except (MoetuneError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedProfileError(f"{path} is no profile: {_reason(error)}.") from None
-
-
-def _reason(error: Exception) -> str:
-    """An error as one line, without its final stop."""
-    match error:
-        case KeyError():
-            text = f"no {error.args[0]}"
-        case UnicodeDecodeError():
-            text = f"no UTF-8 text at byte {error.start}"
-        case MoetuneError():
-            text = error.message
-        case _:
-            text = str(error)
-    return " ".join(text.split()).rstrip(".")
-
-
-def _moved_aside(path: Path, error: DamagedProfileError) -> DamagedProfileError:
-    """Moves a damaged file to the first free `<name>.damaged-<n>`, and says so. The lock must be held."""
-    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
-    aside = next(name for name in names if not name.exists())
-    path.rename(aside)
-    _sync_folder(path.parent)
-    return DamagedProfileError(error.message, f"It was moved, unharmed, to {aside}.")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that it has, whatever happens, its old content or its new one."""
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    """As `mkdir --parents`, durably."""
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -686,7 +686,7 @@ def test_reader_leaves_a_file_that_a_writer_has_mended_meanwhile(
     store: Store, profile_of: ProfileOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = damage(store, profile_of(), DAMAGE["truncated"])
-    parse, seen = store_module._parse, []
+    parse, seen = store_module.read_profile, []
 
     def mended_after_the_first_look(asked: Path) -> Profile:
         try:
@@ -696,7 +696,7 @@ def test_reader_leaves_a_file_that_a_writer_has_mended_meanwhile(
                 seen.append(asked)
                 path.write_text(profile_of().model_dump_json())
 
-    monkeypatch.setattr(store_module, "_parse", mended_after_the_first_look)
+    monkeypatch.setattr(store_module, "read_profile", mended_after_the_first_look)
     assert load(store, profile_of()) == profile_of()
     assert files(store) == {path}
 
