@@ -20,8 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,6 +38,7 @@ from moetune.errors import UsageError
 from moetune.events import BucketStarted, Event
 from moetune.measure.bench import Bench
 from moetune.measure.clock import Clock, CpuClock, CudaClock
+from moetune.measure.compiling import Compilers, capability_of
 from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
@@ -181,41 +181,51 @@ def measure_all(
     devices = [f"cuda:{index}" for index in range(options.gpus)] or ["cpu"]
     pools: dict[str, ProcessPoolExecutor] = {}
     running: dict[Future[Attempt], tuple[str, Job]] = {}
-    while True:
-        for place, device in enumerate(devices):
-            busy = any(device == taken for taken, _ in running.values())
-            if not busy and time.time() < end and (job := next_job(tunings, cells, done, begun)):
-                pool = pools.setdefault(device, _pool(device, place, len(devices)))
-                work, last = (
-                    (tune_job, store) if isinstance(job, Tuning) else (cell_job, tactics_of(job, journal, tunings))
-                )
-                task = pool.submit(attempt, work, job, options.backend, device, end, last)
-                running[task] = device, job
-                begun.add(job)
-        if not running:
-            break
-        for task in wait(running, return_when=FIRST_COMPLETED).done:
-            device, job = running.pop(task)
-            try:
-                line, error = task.result()
-            except BrokenProcessPool:
-                line, error = None, "its process died"
-            if error:
-                errors[job] = error
-                print(f"{named(job)}: {error}", file=sys.stderr, flush=True)
-                pools.pop(device).shutdown(wait=False)
-            if line is None:
-                continue
-            if journal.lines:
-                require_same_environment(journal.lines[0], line)
-            journal.add(**line)
-            done.add(job)
-            print(f"{named(job)}: {line['seconds']:.1f} s on {device}", file=sys.stderr, flush=True)
+    backend, processes = backend_of(options.backend), max(1, len(os.sched_getaffinity(0)) // 8)
+    with Compilers(backend, capability_of(devices[0]), processes) as compilers:
+        while True:
+            for place, device in enumerate(devices):
+                busy = any(device == taken for taken, _ in running.values())
+                if not busy and time.time() < end and (job := next_job(tunings, cells, done, begun)):
+                    pool = pools.get(device) or pools.setdefault(device, _pool(device, place, len(devices)))
+                    work, last = (
+                        (tune_job, store) if isinstance(job, Tuning) else (cell_job, tactics_of(job, journal, tunings))
+                    )
+                    task = pool.submit(attempt, work, job, options.backend, device, end, last)
+                    running[task] = device, job
+                    begun.add(job)
+            if not running:
+                break
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                device, job = running.pop(task)
+                line, error = (None, "its process died") if task.exception() else task.result()
+                if error:
+                    errors[job] = error
+                    print(f"{named(job)}: {error}", file=sys.stderr, flush=True)
+                    pools.pop(device).shutdown(wait=False)
+                if line is None:
+                    continue
+                if journal.lines:
+                    require_same_environment(journal.lines[0], line)
+                journal.add(**line)
+                if isinstance(job, Tuning):
+                    request_elsewhere(compilers, job, line, cells)
+                done.add(job)
+                print(f"{named(job)}: {line['seconds']:.1f} s on {device}", file=sys.stderr, flush=True)
     for pool in pools.values():
         pool.shutdown()
     return [
         f"{named(job)}: {errors.get(job, 'left for the next run')}" for job in (*tunings, *cells) if job not in done
     ]
+
+
+def request_elsewhere(compilers: Compilers, tuning: Tuning, line: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+    """Asks for what a tune has chosen to be compiled for the other loads too, before a GPU has to wait for it."""
+    chosen = {choice["rows"]: Tactic(choice["tactic"]) for choice in line["choices"]}
+    for cell in cells:
+        if (cell.model, cell.ep) == (tuning.model, tuning.ep) and cell.load != tuning.load and cell.rows in chosen:
+            regime = regime_of(cell.ep, cell.load, cell.ladder)
+            compilers.request(layer_of(cell.model), regime, cell.rows, [chosen[cell.rows]])
 
 
 def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> Attempt:
@@ -313,7 +323,8 @@ def compare(
         the reason why it `failed`; `ratio` is None where the own tactic failed.
     """
     draws = range(2 * regime.draws, 3 * regime.draws)
-    routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
+        routings = tuple(threads.map(lambda draw: realize(layer, regime, rows, draw=draw), draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), routings, device)
     clock = clock or (CudaClock(device, repeats=1) if device.startswith("cuda") else CpuClock())
     bench = Bench(backend, problem, clock)

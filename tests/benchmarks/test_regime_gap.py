@@ -1,6 +1,8 @@
 """The part of the regime gap benchmark that needs no GPU."""
 
 import argparse
+import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -112,6 +114,18 @@ def test_a_cell_takes_the_tactics_of_its_own_rows_layer_and_ep(tmp_path):
     assert set(of_cell["a", 32, "packed", 16]) == {"packed", DEFAULT}
 
 
+def test_what_a_tune_chose_is_compiled_for_the_other_loads_at_its_rows():
+    class Requests(list):
+        def request(self, layer, regime, rows, tactics):
+            self.append((layer.name, regime.ep_size, regime.layout, rows, tactics))
+
+    tunings, cells, _ = gap.plan(["deepseek-r1", "qwen3-235b-a22b"], [8, 32], ["packed", "pool", "slot"], [16, 64])
+    tuning = next(t for t in tunings if (t.model, t.ep, t.load) == ("deepseek-r1", 32, "pool"))
+    requests = Requests()
+    gap.request_elsewhere(requests, tuning, {"choices": [{"rows": 64, "tactic": {"m": 1}}]}, cells)
+    assert sorted(requests) == [("deepseek-r1", 32, load, 64, [Tactic(m=1)]) for load in ("packed", "slot")]
+
+
 def compared(backend, tactics):
     regime = gap.regime_of(2, "packed", "4")
     return gap.compare(LAYER, regime, 4, backend, "cpu", tactics, "packed", PlantedClock())
@@ -204,6 +218,18 @@ def test_lines_of_another_environment_are_not_mixed_in():
     report.require_same_environment({"environment": ENVIRONMENT}, same)
     with pytest.raises(SystemExit, match="another environment"):
         report.require_same_environment(same, {"environment": {**ENVIRONMENT, "strict": {"torch": "3"}}})
+
+
+def dies(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_costs_its_job_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gap, "tune_job", dies)
+    tunings, _, _ = gap.plan(["a"], [2], ["packed", "slot"], [4])
+    options = argparse.Namespace(backend="torch", gpus=0, journal=tmp_path / "gap.jsonl")
+    told = gap.measure_all(options, Journal(options.journal), tunings, [], end=float("inf"))
+    assert told == ["a EP2 slot, the tune: its process died", "a EP2 packed, the tune: its process died"]
 
 
 CONFIG = """{"model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8,
