@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
-    from moetune.search.base import Search
+    from moetune.search.base import Search, Times
+    from moetune.store.journal import Journaled
     from moetune.workload.routing import Routing
 
 STARTS = 4
@@ -38,11 +39,16 @@ Strategy = Literal["auto", "exhaustive"]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket to be tuned. The problem's draws: those of the search, as many unseen ones, the stressed ones."""
+    """One bucket to be tuned. The problem's draws: those of the search, as many unseen ones, the stressed ones.
+
+    Of an interrupted run: `hints`, the best tactics that it knew, and `failed`, which are no candidates any more.
+    """
 
     candidates: Candidates
     default: Tactic
     problem: Problem
+    hints: tuple[Tactic, ...] = ()
+    failed: Mapping[Tactic, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
@@ -57,6 +63,15 @@ class Bucket:
             backend.default(layer, regime, rows),
             Problem(layer, regime, rows, regime.shard(layer), (*draws, *stressed), device),
         )
+
+    def resumed(self, journaled: Journaled) -> Bucket:
+        """The bucket with what an interrupted run left of it."""
+        past = journaled.of(self.rows, self.default)
+        offered, excluded = self.candidates.tactics, self.candidates.excluded
+        failed = {tactic: past.failed[tactic] for tactic in offered if tactic in past.failed}
+        kept = tuple(tactic for tactic in offered if tactic not in failed)
+        candidates = replace(self.candidates, tactics=kept, excluded={**excluded, **failed})
+        return replace(self, candidates=candidates, hints=past.best(STARTS), failed=failed)
 
     @property
     def rows(self) -> int:
@@ -80,25 +95,45 @@ class Bucket:
         return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
-        """The backend's own search, or the exhaustive one where it has none or it is asked for."""
+        """The backend's own search, or the exhaustive one where it has none or it is asked for.
+
+        A search without starts looks wider than one with any, so hints alone never make it one with starts.
+        """
         from moetune.backends.base import Searches
 
         if strategy == "auto" and isinstance(backend, Searches):
-            return backend.search(self.problem, self.candidates, starts)
+            return backend.search(self.problem, self.candidates, (*self.hints, *starts) if starts else ())
         return exhaustive(self.candidates.tactics)
 
 
 class BucketTuner:
-    """Searches one bucket, plays the final on draws that the search has not seen, and decides."""
+    """Searches one bucket, plays the final on draws that the search has not seen, and decides.
+
+    Args:
+        bucket: what is tuned.
+        bench: where tactics are timed.
+        compilers: which compile them first.
+        share_s: the bucket's share of the time budget.
+        tell: is told what happens.
+        note: is given what each batch of the search brought: rounds, mean times in µs, and the reasons of failures.
+    """
 
     def __init__(
-        self, bucket: Bucket, bench: BenchLike, compilers: Compilers, share_s: float | None, tell: OnEvent
+        self,
+        bucket: Bucket,
+        bench: BenchLike,
+        compilers: Compilers,
+        share_s: float | None,
+        tell: OnEvent,
+        note: Callable[[int, Times, Mapping[Tactic, str]], None],
     ) -> None:
         self._bucket, self._bench, self._compilers, self._tell = bucket, bench, compilers, tell
+        self._note = note
         self._began, self._share_s = time.monotonic(), share_s
         self._uncompiled: dict[Tactic, str] = {}
         self._times: dict[Tactic, float] = {}
         self._tried: set[Tactic] = set()
+        self._noted: set[Tactic] = set()
 
     @property
     def _failures(self) -> Mapping[Tactic, str]:
@@ -135,7 +170,7 @@ class BucketTuner:
         seconds = min(final.SECONDS, FINAL_SHARE * self._share_s) if self._share_s is not None else final.SECONDS
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
         verdict = final.decide(played, bench, bucket.stress_draws)
-        reasons = {**self._failures, **verdict.cliffs}
+        reasons = {**bucket.failed, **self._failures, **verdict.cliffs}
         loads = [routing.load.tolist() for routing in bucket.seen]
         return Choice(
             rows=bucket.rows,
@@ -163,10 +198,16 @@ class BucketTuner:
         self._uncompiled |= self._compilers.wait(layer, regime, rows, tactics)
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
         draws = list(islice(cycle(range(regime.draws)), rounds))
-        series = self._bench.samples(compiled, draws)
-        times = {t: sum(samples) / len(samples) for t, samples in zip(compiled, series, strict=True) if samples}
-        while times and not self._bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
-            del times[leader]
+        times: dict[Tactic, float] = {}
+        try:
+            series = self._bench.samples(compiled, draws)
+            times = {t: sum(samples) / len(samples) for t, samples in zip(compiled, series, strict=True) if samples}
+            while times and not self._bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
+                del times[leader]
+        finally:  # an interrupt too leaves what is known
+            failed = {tactic: reason for tactic, reason in self._failures.items() if tactic not in self._noted}
+            self._noted.update(failed)
+            self._note(rounds, times, failed)
         for tactic in tactics:
             if tactic not in self._tried:
                 self._tried.add(tactic)

@@ -20,6 +20,19 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """There is the journal of an interrupted run.
+
+    It knows something of the buckets `rows`; `failed` tactics that failed in them are not tried again. `unread` names
+    its lines that say nothing to this moetune.
+    """
+
+    rows: tuple[int, ...]
+    failed: int
+    unread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BucketStarted:
     """Bucket `index` of `count` begins: `tactics` candidates, the excluded ones with their reasons."""
 
@@ -65,5 +78,5 @@ class SearchStopped:
     tactics: int
 
 
-Event = Served | BucketStarted | TacticMeasured | SearchStopped | BucketChosen | BucketsSkipped
+Event = Served | Resumed | BucketStarted | TacticMeasured | SearchStopped | BucketChosen | BucketsSkipped
 OnEvent = Callable[[Event], None]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.bucket import STARTS, Bucket, BucketTuner, Strategy
 from moetune.errors import MissError, UnsupportedError, UsageError
-from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Served
+from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 from moetune.spec.tactic import Tactic
+from moetune.store.journal import Journal
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
 
@@ -42,7 +44,9 @@ def tune(
 ) -> Profile:
     """Every bucket of the regime answered: from the store where it has the answer, else by measuring.
 
-    Each bucket is saved as soon as it is known, so an interrupted run resumes.
+    Each bucket is saved as soon as it is known, and what its search measures before that is journaled. So the run after
+    an interrupted one goes on at the bucket where that stopped: it tries first what was best there, and does not try
+    again what failed.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
@@ -51,7 +55,7 @@ def tune(
         backend: the family of kernels, by name or as it was made by `registry.backend`.
         store: a store or its folder; `MOETUNE_STORE`, else the user's cache folder, by default.
         frozen: never measure.
-        again: measure every bucket even where the store has it.
+        again: measure every bucket even where the store has it, and forget what an interrupted run knew.
         device: a torch device; `cuda` where there is one, else `cpu`, by default.
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic, for ground truth.
         isolate: run kernels in a process of their own, which one that crashes or hangs takes down alone.
@@ -84,10 +88,16 @@ def tune(
         )
     question.require_support()
     question.store.ensure_writable()
-    for choice in _choices(question, missing, strategy, isolate, time_budget_s, stored, tell):
-        stored = question.store.save(question.profile(choice))
-        tell(BucketChosen(choice, missing.index(choice.rows), len(missing)))
+    journal = question.journal()
+    if again:
+        journal.remove()
+    with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, tell)) as choices:
+        for choice in choices:
+            stored = question.store.save(question.profile(choice))
+            tell(BucketChosen(choice, missing.index(choice.rows), len(missing)))
     assert stored is not None
+    if all(_has(stored, rows) for rows in question.regime.buckets):
+        journal.remove()
     return stored
 
 
@@ -147,6 +157,9 @@ class _Question:
         except MissError:
             return None, None
 
+    def journal(self) -> Journal:
+        return self.store.journal(self.layer, self.regime, self.backend.name, self.environment)
+
     def profile(self, choice: Choice) -> Profile:
         return Profile(
             layer=self.layer,
@@ -158,9 +171,9 @@ class _Question:
 
     def require_support(self) -> None:
         if missing := self.backend.unavailable():
-            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}", missing[1])
+            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}.", missing[1])
         if reason := self.backend.unsupported(self.layer, self.regime):
-            raise UnsupportedError(f"Backend {self.backend.name} does not compute {self.layer.name}: {reason}")
+            raise UnsupportedError(f"Backend {self.backend.name} does not compute {self.layer.name}: {reason}.")
 
 
 def _has(profile: Profile | None, rows: int) -> bool:
@@ -174,23 +187,26 @@ def _choices(
     isolate: bool,
     time_budget_s: float | None,
     stored: Profile | None,
+    journal: Journal,
     tell: OnEvent,
-) -> Iterator[Choice]:
+) -> Generator[Choice]:
     """The choice of one missing bucket after the other, as long as the time lasts."""
     from moetune.measure.compiling import Compilers, capability_of
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
+    journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
     with ExitStack() as stack:
         bench_of = stack.enter_context(_benches(question, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
         buckets = []
         for rows in missing:
-            buckets.append(
-                bucket := Bucket.of(question.layer, question.regime, question.backend, question.device, rows)
-            )
-            first = next(bucket.search(question.backend, strategy, ()))
-            compilers.request(question.layer, question.regime, rows, first.tactics)
+            bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
+            buckets.append(bucket)
+            compilers.request(layer, regime, rows, next(bucket.search(backend, strategy, ())).tactics)
+        if (resumed := [bucket for bucket in buckets if bucket.hints or bucket.failed]) or journaled.unread:
+            failed = sum(len(bucket.failed) for bucket in resumed)
+            tell(Resumed(tuple(bucket.rows for bucket in resumed), failed, journaled.unread))
         if len(buckets) > 1:  # what later searches will ask for, while the first ones measure
             compilers.request(layer, regime, missing[-1], buckets[-1].candidates.tactics)
         starts: tuple[Tactic, ...] = tuple(dict.fromkeys(choice.tactic for choice in stored.choices)) if stored else ()
@@ -205,7 +221,8 @@ def _choices(
                 )
             )
             search = bucket.search(backend, strategy, starts[:STARTS])
-            tuned = BucketTuner(bucket, bench_of(bucket.problem), compilers, share_s, tell)
+            note = partial(journal.note, bucket.rows, strategy)
+            tuned = BucketTuner(bucket, bench_of(bucket.problem), compilers, share_s, tell, note)
             finalists = tuned.search(search)
             starts = tuple(dict.fromkeys((*finalists, *starts)))
             yield tuned.choose(finalists)

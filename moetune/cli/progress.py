@@ -18,7 +18,7 @@ from moetune.report.format import duration, human_time
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moetune.events import Event, Served
+    from moetune.events import Event, Resumed, Served
     from moetune.store.profile import Choice
 
 
@@ -57,16 +57,26 @@ class Progress:
     ) -> None:
         if self._task is not None:
             self._bar.stop()
-        if isinstance(error, KeyboardInterrupt) and self._costs:
+        if isinstance(error, KeyboardInterrupt) and (self._costs or self._measured):
             self._line(f"Finished buckets are saved: {len(self._costs)}. The same command goes on from there.")
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, SearchStopped, Served, TacticMeasured
+        from moetune.events import (
+            BucketChosen,
+            BucketsSkipped,
+            BucketStarted,
+            Resumed,
+            SearchStopped,
+            Served,
+            TacticMeasured,
+        )
 
         match event:
             case Served():
                 self.served = event
+            case Resumed():
+                self._resume(event)
             case BucketStarted():
                 self._start(event.rows, event.count, event.tactics)
             case TacticMeasured():
@@ -82,6 +92,15 @@ class Progress:
                 self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
             case BucketChosen():
                 self._finish(event.choice, event.index, event.count)
+
+    def _resume(self, event: Resumed) -> None:
+        if event.rows:
+            buckets = ", ".join(map(str, event.rows))
+            self._line(f"Going on at {buckets} rows, where a run was interrupted.")
+        if event.failed:
+            self._line(f"{event.failed} tactics that failed in it are not tried again; --again does.")
+        for reason in event.unread:
+            self._line(f"Ignored: {reason}")
 
     def _start(self, rows: int, count: int, tactics: int) -> None:
         self._began, self._tactics, self._measured = time.monotonic(), tactics, 0

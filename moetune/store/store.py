@@ -24,11 +24,13 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.files import moved_aside, read_profile, replace
+from moetune.store.journal import Journal
 from moetune.store.profile import Profile
 
 STORE_VARIABLE = "MOETUNE_STORE"
 PACKAGED_VARIABLE = "MOETUNE_PACKAGED_PROFILES"
 LOCK_NAME = ".lock"
+JOURNAL_SUFFIX = ".journal.jsonl"
 LOCK_TIMEOUT_S = 60.0
 LOCK_POLL_S = 0.01
 
@@ -87,6 +89,10 @@ class Store:
             UsageError: the backend's name cannot be part of a file name.
         """
         return self.root / _relative_path(layer, regime, backend, environment)
+
+    def journal(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Journal:
+        """What has been measured for the profile at `path` and is not in it yet."""
+        return Journal(self.path(layer, regime, backend, environment).with_suffix(JOURNAL_SUFFIX), self._locked)
 
     def is_packaged(self, path: Path) -> bool:
         """Whether a profile lies in a folder that is read and never written: it came with moetune."""
