@@ -32,7 +32,7 @@ def _tune(regime=REGIME, **options):
 
 
 def test_the_fastest_right_tactic_replaces_the_default_in_every_bucket(plant):
-    plant(milliseconds={"default": 2.0, "fast": 0.5, "middling": 1.0})
+    plant(milliseconds={"default": 6.0, "fast": 0.2, "middling": 3.0})
     profile = _tune()
     assert [choice.rows for choice in profile.choices] == [4, 8]
     for choice in profile.choices:
@@ -52,7 +52,7 @@ def test_a_tie_keeps_the_default(plant):
 
 def test_a_tactic_that_raises_or_is_wrong_costs_only_itself(plant):
     plant(
-        milliseconds={"default": 2.0, "fast": 0.5, "broken": 0.1, "liar": 0.1},
+        milliseconds={"default": 4.0, "fast": 0.2, "broken": 0.1, "liar": 0.1},
         raising=frozenset({"broken"}),
         wrong=frozenset({"liar"}),
     )
@@ -70,7 +70,7 @@ def test_a_tactic_that_raises_or_is_wrong_costs_only_itself(plant):
 
 
 def test_a_tactic_with_a_cliff_cannot_win(plant):
-    plant(milliseconds={"default": 2.0, "trap": 0.5, "steady": 1.0}, cliff=frozenset({"trap"}))
+    plant(milliseconds={"default": 6.0, "trap": 1.0, "steady": 2.5}, cliff=frozenset({"trap"}))
     choice = _tune().choices[0]
     assert choice.tactic == tactic("steady")
     assert any(r.tactic == tactic("trap") and r.reason.startswith("cliff") for r in choice.rejected)
@@ -247,7 +247,7 @@ def test_where_nearly_every_round_is_disturbed_all_count_and_the_noise_says_so()
 
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
     """It proposes one tactic besides the default, and in the next bucket is told which ones were good."""
-    backend = plant(milliseconds={"default": 2.0, "fast": 0.5, "faster": 0.1})
+    backend = plant(milliseconds={"default": 8.0, "fast": 2.5, "faster": 0.1})
     told = []
 
     def search(problem, candidates, starts):
@@ -292,7 +292,7 @@ def test_a_time_budget_is_positive(plant, seconds):
 
 def test_in_a_worker_a_tactic_that_kills_its_process_costs_only_itself(tmp_path):
     """The planted backend is pickled: what it prepares is counted in another process, so not here."""
-    backend = PlantedBackend({"default": 2.0, "fast": 0.2, "killer": 0.1}, killing=frozenset({"killer"}))
+    backend = PlantedBackend({"default": 4.0, "fast": 0.2, "killer": 0.1}, killing=frozenset({"killer"}))
     choice = tune(LAYER, Regime(ep_size=2, attention_dp=True, ladder="4", draws=2), backend, device="cpu").choices[0]
     assert choice.tactic == tactic("fast")
     assert [rejection.tactic for rejection in choice.rejected] == [tactic("killer")]
