@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,12 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 from moetune.spec.tactic import Tactic
-from moetune.store.journal import Journal
+from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
+
+REALIZERS = 4
+"""Threads that draw the routings of the buckets to come while one is measured."""
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
@@ -191,41 +195,50 @@ def _choices(
     tell: OnEvent,
 ) -> Generator[Choice]:
     """The choice of one missing bucket after the other, as long as the time lasts."""
+    from moetune.backends.base import CompilesAhead
     from moetune.measure.compiling import Compilers, capability_of
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
+    _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
     with ExitStack() as stack:
         bench_of = stack.enter_context(_benches(question, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
-        buckets = []
-        for rows in missing:
+        ahead = ThreadPoolExecutor(REALIZERS, "moetune-realize")
+        stack.callback(ahead.shutdown, cancel_futures=True)
+
+        def realized(rows: int) -> Bucket:
             bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
-            buckets.append(bucket)
-            compilers.request(layer, regime, rows, next(bucket.search(backend, strategy, ())).tactics)
-        if (resumed := [bucket for bucket in buckets if bucket.hints or bucket.failed]) or journaled.unread:
-            failed = sum(len(bucket.failed) for bucket in resumed)
-            tell(Resumed(tuple(bucket.rows for bucket in resumed), failed, journaled.unread))
-        if len(buckets) > 1:  # what later searches will ask for, while the first ones measure
-            compilers.request(layer, regime, missing[-1], buckets[-1].candidates.tactics)
+            if isinstance(backend, CompilesAhead):
+                compilers.request(layer, regime, rows, next(bucket.search(backend, strategy, ())).tactics)
+                if rows == missing[-1]:  # what later searches will ask for, while the first ones measure
+                    compilers.request(layer, regime, rows, bucket.candidates.tactics)
+            return bucket
+
+        buckets = [ahead.submit(realized, rows) for rows in missing]
         starts: tuple[Tactic, ...] = tuple(dict.fromkeys(choice.tactic for choice in stored.choices)) if stored else ()
-        for index, bucket in enumerate(buckets):
-            share_s = (end - time.monotonic()) / (len(buckets) - index) if end else None
+        for index, rows in enumerate(missing):
+            share_s = (end - time.monotonic()) / (len(missing) - index) if end else None
             if share_s is not None and share_s <= 0 and index:
-                tell(BucketsSkipped(tuple(left.rows for left in buckets[index:])))
+                tell(BucketsSkipped(tuple(missing[index:])))
                 return
-            tell(
-                BucketStarted(
-                    bucket.rows, index, len(buckets), len(bucket.candidates.tactics), bucket.candidates.excluded
-                )
-            )
+            bucket, buckets[index] = buckets[index].result(), Future()  # its routings are not needed any longer
+            offered = bucket.candidates
+            tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
             search = bucket.search(backend, strategy, starts[:STARTS])
-            note = partial(journal.note, bucket.rows, strategy)
+            note = partial(journal.note, rows, strategy)
             tuned = BucketTuner(bucket, bench_of(bucket.problem), compilers, share_s, tell, note)
             finalists = tuned.search(search)
             starts = tuple(dict.fromkeys((*finalists, *starts)))
             yield tuned.choose(finalists)
+
+
+def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: OnEvent) -> None:
+    past = {rows: journaled.of(rows, default) for rows, default in defaults.items()}
+    known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
+    if known or journaled.unread:
+        tell(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))
 
 
 @contextmanager

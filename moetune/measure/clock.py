@@ -91,6 +91,9 @@ class CudaClock:
     Args:
         device: the torch device.
         repeats: executions behind one sample, which is their median.
+
+    Attributes:
+        eager: why calls could not be captured, one reason for each that was timed without a graph.
     """
 
     def __init__(self, device: str = "cuda", repeats: int = 1) -> None:
@@ -102,8 +105,7 @@ class CudaClock:
         self._flush = torch.empty(2 * max(l2_bytes, 1 << 20), dtype=torch.int8, device=self._device)
         # the default stream cannot be captured
         self._side_stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        # graphs are replayed one at a time and what they compute is not read, so they may share their memory
-        self._pool = torch.cuda.graph_pool_handle()
+        self.eager: list[str] = []
 
     def warm_up(self, call: Call, draw: int) -> None:
         """See `Clock`."""
@@ -147,7 +149,8 @@ class CudaClock:
             with self._capture(graph):
                 self._enqueue(call, events)
             execute = graph.replay
-        except RuntimeError:  # it synchronizes, which a capture cannot
+        except RuntimeError as error:  # it synchronizes, which a capture cannot
+            self.eager.append(str(error).splitlines()[0])
             torch.cuda.synchronize()
             events = self._events(draws, external=False)
 
@@ -171,7 +174,7 @@ class CudaClock:
 
         self._side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side_stream):
-            graph.capture_begin(pool=self._pool)
+            graph.capture_begin()
             try:
                 yield
             finally:

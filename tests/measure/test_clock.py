@@ -127,6 +127,18 @@ def test_cuda_clock_times_work_and_pairs_by_draw() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
+def test_cuda_clock_captures_call_after_call() -> None:
+    source = torch.randn(1 << 20, device="cuda")
+    clock = CudaClock("cuda")
+    for _ in range(3):
+        clock.paired_samples([lambda draw: source * 2, lambda draw: source + draw], [0, 1, 0])
+    assert clock.eager == []
+    clock.paired_samples([lambda draw: source.sum().item()], [0])
+    assert len(clock.eager) == 1
+
+
+@pytest.mark.gpu
+@needs_cuda
 def test_cuda_clock_times_with_a_cold_l2() -> None:
     quarter = torch.cuda.get_device_properties(0).L2_cache_size // 4
     source = torch.ones(quarter, dtype=torch.int8, device="cuda")
