@@ -69,28 +69,30 @@ def grouped_gemm_kernel(
     depth = tl.arange(0, BLOCK_SIZE_K)
     w_ptr += expert * N * K
     if SWAP_AB:
-        a_ptrs = a_ptr + rows[None, :] * K + depth[:, None]
-        w_ptrs = w_ptr + columns[:, None] * K + depth[None, :]
+        a_ptrs = a_ptr + (rows[None, :] * K + depth[:, None])
+        w_ptrs = w_ptr + (columns[:, None] * K + depth[None, :])
         accumulator = tl.zeros((BLOCK_SIZE_N, BLOCK_SIZE_M), dtype=tl.float32)
     else:
-        a_ptrs = a_ptr + rows[:, None] * K + depth[None, :]
-        w_ptrs = w_ptr + columns[None, :] * K + depth[:, None]
+        a_ptrs = a_ptr + (rows[:, None] * K + depth[None, :])
+        w_ptrs = w_ptr + (columns[None, :] * K + depth[:, None])
         accumulator = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
     if SCALE_BLOCK > 0:
         scale_depth = tl.cdiv(K, SCALE_BLOCK)
         a_scale_ptrs = a_scales_ptr + rows * scale_depth
-        w_scale_ptrs = w_scales_ptr + (expert * tl.cdiv(N, SCALE_BLOCK) + columns // SCALE_BLOCK) * scale_depth
+        w_scales_ptr += expert * tl.cdiv(N, SCALE_BLOCK) * scale_depth
+        w_scale_ptrs = w_scales_ptr + columns // SCALE_BLOCK * scale_depth
 
     for step in range(tl.cdiv(K, BLOCK_SIZE_K)):
-        inside = depth < K - step * BLOCK_SIZE_K
+        start = step * BLOCK_SIZE_K  # added to each pointer: one uniform register, not an increment for every load
+        inside = depth < K - start
         if SWAP_AB:
-            a = tl.load(a_ptrs, mask=real[None, :] & inside[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=inside[None, :], other=0.0)
+            a = tl.load(a_ptrs + start, mask=real[None, :] & inside[:, None], other=0.0)
+            w = tl.load(w_ptrs + start, mask=inside[None, :], other=0.0)
         else:
-            a = tl.load(a_ptrs, mask=real[:, None] & inside[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+            a = tl.load(a_ptrs + start, mask=real[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_ptrs + start, mask=inside[:, None], other=0.0)
         if SCALE_BLOCK > 0:
-            group = step * BLOCK_SIZE_K // SCALE_BLOCK
+            group = start // SCALE_BLOCK
             a_scale = tl.load(a_scale_ptrs + group, mask=real, other=0.0)
             w_scale = tl.load(w_scale_ptrs + group)
             if SWAP_AB:
@@ -101,8 +103,6 @@ def grouped_gemm_kernel(
             accumulator += tl.dot(w, a)
         else:
             accumulator += tl.dot(a, w)
-        a_ptrs += BLOCK_SIZE_K
-        w_ptrs += BLOCK_SIZE_K
 
     if SWAP_AB:
         accumulator = tl.trans(accumulator)
