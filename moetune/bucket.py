@@ -102,7 +102,8 @@ class Bucket:
         from moetune.backends.base import Searches
 
         if strategy == "auto" and isinstance(backend, Searches):
-            return backend.search(self.problem, self.candidates, (*self.hints, *starts) if starts else ())
+            starts = tuple(dict.fromkeys((*self.hints, *starts))) if starts else ()
+            return backend.search(self.problem, self.candidates, starts)
         return exhaustive(self.candidates.tactics)
 
 

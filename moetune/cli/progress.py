@@ -98,7 +98,7 @@ class Progress:
             buckets = ", ".join(map(str, event.rows))
             self._line(f"Going on at {buckets} rows, where a run was interrupted.")
         if event.failed:
-            self._line(f"{event.failed} tactics that failed in it are not tried again; --again does.")
+            self._line(f"Tactics that failed there and are not tried again: {event.failed}. --again tries them.")
         for reason in event.unread:
             self._line(f"Ignored: {reason}")
 

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from planted import PlantedBackend
+from planted import PlantedBackend, PlantedRunner
 
 import moetune as package
 from moetune import final
@@ -179,6 +179,30 @@ def test_an_interrupted_run_keeps_what_is_measured_and_goes_on_from_there(moetun
     planted.prepared.clear()
     assert moetune("tune", *question).exit_code == 0
     assert set(planted.prepared) == {8}
+
+
+def test_after_an_interrupt_amid_a_search_the_next_run_says_where_it_goes_on(moetune, question, planted, monkeypatch):
+    planted.milliseconds["broken"] = 0.1
+    planted.raising = frozenset({"broken"})
+    real = PlantedRunner.run
+
+    def interrupted(self, tactic, draw=0):
+        if tactic["algorithm"] == "broken":
+            self.backend.failed = True
+        elif getattr(self.backend, "failed", False):
+            raise KeyboardInterrupt
+        return real(self, tactic, draw)
+
+    monkeypatch.setattr(PlantedRunner, "run", interrupted)
+    result = moetune("tune", *question)
+    assert result.exit_code == 130
+    monkeypatch.setattr(PlantedRunner, "run", real)
+    assert "Going on" not in result.stderr
+    lines = moetune("tune", *question).stderr.splitlines()
+    assert lines[1:3] == [
+        "Going on at 4 rows, where a run was interrupted.",
+        "Tactics that failed there and are not tried again: 1. --again tries them.",
+    ]
 
 
 def test_the_time_budget_reaches_the_loop(moetune, monkeypatch):
