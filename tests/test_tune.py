@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from planted import LAYER, PlantedBackend, PlantedRunner, tactic
 from processes import children, eventually
 
@@ -244,7 +245,17 @@ def test_an_interrupt_between_two_buckets_ends_the_worker_at_once():
     assert children() == strangers
 
 
-def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(tmp_path):
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Of torch, here and in processes that are started: two on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(one_thread, tmp_path):
     """The command line, really killed; the library goes on."""
     config = tmp_path / "config.json"
     config.write_text(
