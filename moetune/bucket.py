@@ -20,7 +20,7 @@ from moetune.stats import median
 from moetune.store.profile import Choice, Rejection
 
 if TYPE_CHECKING:
-    from moetune.backends.base import Backend, Candidates, Problem
+    from moetune.backends.base import Backend, Candidates, CompilesAhead, Problem
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
     from moetune.search.base import Search, Times
@@ -93,6 +93,10 @@ class Bucket:
         """The number of each stressed draw, by its factor."""
         first = 2 * self.problem.regime.draws
         return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
+
+    def likely(self, backend: CompilesAhead) -> Sequence[Tactic]:
+        """The candidates, likeliest first."""
+        return backend.likely(self.problem, self.candidates)
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
         """The backend's own search, or the exhaustive one where it has none or it is asked for.

@@ -26,6 +26,8 @@ from moetune.store.store import Store
 
 REALIZERS = 4
 """Threads that draw the routings of the buckets to come while one is measured."""
+COMPILED_FIRST, COMPILED_AHEAD = 32, 128
+"""How many of a bucket's likeliest tactics are compiled before any other's, and how many after those."""
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
@@ -203,20 +205,25 @@ def _choices(
     layer, regime, backend = question.layer, question.regime, question.backend
     _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
     with ExitStack() as stack:
-        bench_of = stack.enter_context(_benches(question, isolate))
-        compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
         ahead = ThreadPoolExecutor(REALIZERS, "moetune-realize")
         stack.callback(ahead.shutdown, cancel_futures=True)
+        bench_of = stack.enter_context(_benches(question, isolate))
+        compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
 
         def realized(rows: int) -> Bucket:
             bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
             if isinstance(backend, CompilesAhead):
-                compilers.request(layer, regime, rows, next(bucket.search(backend, strategy, ())).tactics)
-                if rows == missing[-1]:  # what later searches will ask for, while the first ones measure
-                    compilers.request(layer, regime, rows, bucket.candidates.tactics)
+                compilers.request(layer, regime, rows, bucket.likely(backend)[:COMPILED_FIRST])
             return bucket
 
+        def compile_more(drawn: Sequence[Future[Bucket]]) -> None:
+            for bucket in [future.result() for future in drawn]:
+                if isinstance(backend, CompilesAhead):
+                    more = bucket.likely(backend)[COMPILED_FIRST:COMPILED_AHEAD]
+                    compilers.request(layer, regime, bucket.rows, more)
+
         buckets = [ahead.submit(realized, rows) for rows in missing]
+        ahead.submit(compile_more, tuple(buckets))
         starts: tuple[Tactic, ...] = tuple(dict.fromkeys(choice.tactic for choice in stored.choices)) if stored else ()
         for index, rows in enumerate(missing):
             share_s = (end - time.monotonic()) / (len(missing) - index) if end else None

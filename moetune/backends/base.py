@@ -98,6 +98,10 @@ class Backend(Protocol):
 class CompilesAhead(Protocol):
     """A backend whose tactics can be compiled before they are run: by other processes, which have no GPU."""
 
+    def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
+        """The tactics of a bucket in the order in which its search will probably ask for them."""
+        ...
+
     def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
         """What the compiled code depends on: where keys are equal, compiling once is enough."""
         ...

@@ -40,6 +40,10 @@ class Clock(Protocol):
         ...
 
 
+INTERLEAVE_US = 4000.0
+"""About how long a call may be timed before it is another's turn; longer where one execution takes longer."""
+
+
 def clock_for(device: str) -> Clock:
     """The clock of a torch device's kind."""
     return CudaClock(device) if device.startswith("cuda") else CpuClock()
@@ -84,8 +88,8 @@ class CpuClock:
 class CudaClock:
     """CUDA events around each call, inside a CUDA graph, the L2 cache overwritten before each.
 
-    A call is captured once, as a graph that walks over all draws, so weights and activations are as cold as between
-    two layers of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the
+    A call is captured as graphs that walk over the draws, so weights and activations are as cold as between two layers
+    of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the
     device, as an engine running it would) is timed by events without a graph, launch overhead included.
 
     Args:
@@ -118,26 +122,45 @@ class CudaClock:
     def paired_samples(
         self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
-        """See `Clock`. A draw named n times is sampled in n rounds; in each, every call's graph is replayed once."""
+        """See `Clock`. A draw named n times is sampled in n rounds.
+
+        Calls alternate after every few draws, as many as take `INTERLEAVE_US`: a GPU at its power limit changes its
+        clock within milliseconds, and what is compared must see the same.
+        """
         import torch
 
-        if not draws:
+        if not draws or not calls:
             return [[] for _ in calls]
         rounds = max(Counter(draws).values())
         distinct = tuple(dict.fromkeys(draws))
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
         with torch.cuda.device(self._device), _no_garbage_collection():
-            runs = len(distinct) * self._repeats
+            before(0, 1)
+            chunks = _chunks(distinct, self._once_us(calls[0], distinct[0]))
             walks = []
             for position, call in enumerate(calls):
-                before(position, runs)  # it is captured, and runs where it cannot be
-                walks.append(self._walk(call, distinct))
-            for turn in range(rounds):
-                for position in order(len(calls), turn):
-                    before(position, runs)
-                    for draw, sample in walks[position]().items():
-                        times[position][draw].append(sample)
+                before(position, len(distinct) * self._repeats)  # it is captured, and runs where it cannot be
+                walks.append([self._walk(call, chunk) for chunk in chunks])
+            turn = 0
+            for _ in range(rounds):
+                for number, chunk in enumerate(chunks):
+                    for position in order(len(calls), turn):
+                        before(position, len(chunk) * self._repeats)
+                        for draw, sample in walks[position][number]().items():
+                            times[position][draw].append(sample)
+                    turn += 1
         return [_in_order(of_call, draws) for of_call in times]
+
+    def _once_us(self, call: Call, draw: int) -> float:
+        """About how long a call takes, launch overhead included."""
+        import torch
+
+        begin, end = self._event(), self._event()
+        begin.record()
+        call(draw)
+        end.record()
+        torch.cuda.synchronize()
+        return 1e3 * float(begin.elapsed_time(end))
 
     def _walk(self, call: Call, draws: Sequence[int]) -> Callable[[], dict[int, float]]:
         """A function that executes `call` on every draw and returns the µs of each."""
@@ -183,13 +206,14 @@ class CudaClock:
     def _events(
         self, draws: Sequence[int], external: bool
     ) -> dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
+        return {draw: [(self._event(external), self._event(external)) for _ in range(self._repeats)] for draw in draws}
+
+    @staticmethod
+    def _event(external: bool = False) -> torch.cuda.Event:
         import torch
 
-        def event() -> torch.cuda.Event:
-            made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
-            return made
-
-        return {draw: [(event(), event()) for _ in range(self._repeats)] for draw in draws}
+        made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
+        return made
 
     def _enqueue(self, call: Call, events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> None:
         for repeat in range(self._repeats):
@@ -199,6 +223,12 @@ class CudaClock:
                 begin.record()
                 call(draw)
                 end.record()
+
+
+def _chunks(draws: Sequence[int], call_us: float) -> list[tuple[int, ...]]:
+    """`draws` in parts of as many calls as take `INTERLEAVE_US`, at least one."""
+    size = max(1, int(INTERLEAVE_US / max(call_us, 1.0)))
+    return [tuple(draws[at : at + size]) for at in range(0, len(draws), size)]
 
 
 def _in_order(times: dict[int, list[float]], draws: Sequence[int]) -> list[float]:

@@ -20,6 +20,8 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 NICENESS = 10
+RESERVE = 3
+"""One process in so many is kept free for tactics that are waited for."""
 START_S = 300.0
 """A process that has not taken its first tactic by then hangs."""
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -58,11 +60,13 @@ class Compilers:
         self._backend = backend if isinstance(backend, CompilesAhead) else None
         self._capability = capability
         self._most = processes or len(os.sched_getaffinity(0))
+        self._reserve = self._most // RESERVE
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._queue: deque[_Job] = deque()
         self._reasons: dict[Hashable, str | None] = {}
         self._requested: set[Hashable] = set()
+        self._awaited: set[Hashable] = set()
         self._closed = False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -103,6 +107,9 @@ class Compilers:
             first = [job for job in self._queue if job.key in keys]
             rest = [job for job in self._queue if job.key not in keys]
             self._queue = deque([*first, *rest])
+            self._awaited |= keys
+            if self._thread and not self._closed:
+                self._ring.send_bytes(b"awaited")
             self._changed.wait_for(lambda: self._closed or self._failure or keys <= self._reasons.keys())
             if self._failure:
                 raise self._failure
@@ -157,7 +164,7 @@ class Compilers:
                 child.kill()
 
     def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
-        while len(busy) < self._most and (job := self._next()):
+        while len(busy) < self._most and (job := self._next(len(busy))):
             child = idle.pop() if idle else Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS)
             busy[child.channel.connection] = _Busy(child, job, START_S)
             with suppress(OSError):  # if it is dead, its connection is about to say so
@@ -177,9 +184,13 @@ class Compilers:
         del busy[ready]
         self._finish(job, answer.reason)
 
-    def _next(self) -> _Job | None:
+    def _next(self, busy: int) -> _Job | None:
+        """The next job; one that nobody waits for leaves some processes to what may be waited for any moment."""
         with self._changed:
-            return self._queue.popleft() if self._queue and not self._closed else None
+            if not self._queue or self._closed:
+                return None
+            awaited = self._queue[0].key in self._awaited
+            return self._queue.popleft() if awaited or busy < max(1, self._most - self._reserve) else None
 
     def _finish(self, job: _Job, reason: str | None) -> None:
         with self._changed:

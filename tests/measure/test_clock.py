@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetune.measure.clock import CpuClock, CudaClock, clock_for, order
+from moetune.measure.clock import CpuClock, CudaClock, _chunks, clock_for, order
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
@@ -92,6 +92,13 @@ def test_taking_time_collects_no_garbage() -> None:
     assert collections == []
 
 
+@pytest.mark.parametrize(("call_us", "sizes"), [(1.0, [16]), (250.0, [16]), (1000.0, [4] * 4), (9000.0, [1] * 16)])
+def test_calls_alternate_the_more_often_the_longer_they_take(call_us: float, sizes: list[int]) -> None:
+    chunks = _chunks(range(16), call_us)
+    assert [len(chunk) for chunk in chunks] == sizes
+    assert [draw for chunk in chunks for draw in chunk] == list(range(16))
+
+
 def test_nothing_to_time_is_no_error() -> None:
     assert CpuClock().paired_samples([], [0, 1]) == []
     assert CpuClock().paired_samples([lambda draw: None], []) == [[]]
@@ -117,6 +124,9 @@ def test_cuda_clock_times_work_and_pairs_by_draw() -> None:
         result[0].item()  # cannot be captured
         return result
 
+    for call in (double, double_and_wait):
+        clock.warm_up(call, 0)
+        clock.warm_up(call, 1)
     captured, uncaptured, nothing = clock.paired_samples([double, double_and_wait, lambda draw: None], [0, 1, 1, 0])
     for times in (captured, uncaptured):
         assert len(times) == 4

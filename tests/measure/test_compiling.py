@@ -57,6 +57,17 @@ def test_what_is_waited_for_comes_first(log):
         assert sorted(compiled(log)) == list("abcdef")
 
 
+def test_a_process_is_kept_free_for_what_is_waited_for(log):
+    with Compilers(CompilingBackend(log=str(log), seconds=0.5), HOPPER, processes=3) as compilers:
+        compilers.request(LAYER, REGIME, 4, NAMES[:5])
+        assert eventually(lambda: set(compiled(log)) == {"a", "b"})
+        start = time.monotonic()
+        compilers.wait(LAYER, REGIME, 4, [NAMES[5]])
+        assert set(compiled(log)) >= {"a", "b", "f"}
+        assert "e" not in compiled(log)
+        assert time.monotonic() - start < 5
+
+
 def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
     bad = {
         tactic("raises"): "RuntimeError: planted failure",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from moetune.backends.base import Candidates, Problem
@@ -116,17 +116,27 @@ class TritonBackend:
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
         """Successive halving over a twentieth of the candidates; see `halving` and `prior`."""
+        return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=starts)
+
+    def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
+        """By the prior, the default first."""
+        predicted_us = self._predicted_us(problem, candidates) or {}
+        return candidates.tactics[:1] + tuple(
+            sorted(candidates.tactics[1:], key=lambda tactic: predicted_us.get(tactic, 0.0))
+        )
+
+    @staticmethod
+    def _predicted_us(problem: Problem, candidates: Candidates) -> Mapping[Tactic, float] | None:
         limits = space.Limits.of(problem.device)
         if limits is None:  # under the interpreter a prior of a GPU says nothing
-            return halving(candidates.tactics, starts=starts)
-        predicted_us = space.predicted_us(
+            return None
+        return space.predicted_us(
             candidates.tactics,
             space.Shapes.of(problem.layer, problem.regime, problem.rows),
             [routing.load.tolist() for routing in problem.routings[: problem.regime.draws]],
             space.machine(problem.device),
             limits.capability,
         )
-        return halving(candidates.tactics, predicted_us=predicted_us, starts=starts)
 
     def tolerance(self, layer: MoELayer) -> float:
         """1e-2 in bf16; 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from recorded import H200
 
 from moetune.backends.base import Backend, Problem
+from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as preset
 from moetune.spec.regime import Regime
+from moetune.workload.routing import realize
 
 
 def test_it_is_a_backend():
@@ -83,3 +86,18 @@ def test_without_a_gpu_it_says_so_and_prepares_nothing():
     assert "CUDA" in TritonBackend().unavailable()[0]
     with pytest.raises(UnsupportedError, match="CUDA"):
         TritonBackend().prepare(Problem(layer, regime, 4, regime.shard(layer), ()))
+
+
+def test_the_likeliest_tactic_to_be_asked_for_is_the_default(monkeypatch):
+    backend, regime = TritonBackend(), Regime(ep_size=8, attention_dp=True)
+    layer = preset("qwen3-235b-a22b")
+    limits = space.Limits((9, 0), 232448, 255, 65536)
+    monkeypatch.setattr(space.Limits, "of", classmethod(lambda cls, device: limits))
+    monkeypatch.setattr(space, "machine", lambda device: H200)
+    routings = tuple(realize(layer, regime, 64, draw=draw) for draw in range(regime.draws))
+    problem = Problem(layer, regime, 64, regime.shard(layer), routings)
+    candidates = backend.candidates(layer, regime, 64, "cuda")
+    likely = backend.likely(problem, candidates)
+    assert likely[0] == backend.default(layer, regime, 64)
+    assert sorted(map(str, likely)) == sorted(map(str, candidates.tactics))
+    assert set(next(backend.search(problem, candidates, ())).tactics) <= set(likely[:32])
