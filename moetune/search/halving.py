@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import sub
 
 from moetune.search.base import Batch, Search
 from moetune.spec.tactic import Tactic, Value
@@ -75,6 +76,8 @@ class _Space:
         self._residuals = [0.0] * len(self._tactics)
         self._weights = [0.0] * len(self._tactics)
         self._open = set(range(len(self._tactics)))
+        farthest = sum(map(max, zip(*self._points, strict=True)))
+        self._weight_of = [(_NEARNESS + distance) ** -_SHARPNESS for distance in range(farthest + 1)]
 
     def __contains__(self, tactic: Tactic) -> bool:
         return tactic in self._number
@@ -86,8 +89,7 @@ class _Space:
             at = self._number[tactic]
             residual, here = math.log(time_us) - self._prior[at], self._points[at]
             for number in self._open:
-                distance = sum(map(abs, map(int.__sub__, here, self._points[number])))
-                weight = (_NEARNESS + distance) ** -_SHARPNESS
+                weight = self._weight_of[sum(map(abs, map(sub, here, self._points[number])))]
                 self._residuals[number] += weight * residual
                 self._weights[number] += weight
 
