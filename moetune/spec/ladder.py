@@ -1,8 +1,9 @@
 """`Ladder`: the row counts that are tuned, and the rule by which an engine maps run-time rows to one of them.
 
-Rules, each checked against the engine's source: TensorRT-LLM `last_positive_power_of_2` after dividing by ep
-under attention DP (TensorRT-LLM #13667); FlashInfer `get_hybrid_num_tokens_buckets` / `map_to_hybrid_bucket`
-(0.6.18 … 0.7.2.post1); vLLM `try_get_optimal_moe_config` (nearest key, the smaller one of two equally near).
+Rules, each checked against the engine's source: TensorRT-LLM `round_rule` (TensorRT-LLM #13667: after dividing by ep
+under attention DP, the last power of two, but past 8192 the larger maximum); FlashInfer
+`get_hybrid_num_tokens_buckets` / `map_to_hybrid_bucket` (0.6.18 … 0.7.2.post1); vLLM `try_get_optimal_moe_config`
+(nearest key, the smaller one of two equally near).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Ladder(FrozenModel):
 
     @property
     def rounding(self) -> Rounding:
-        """How rows between two buckets are mapped."""
+        """How rows between two buckets are mapped; those that `pow2` has past 8192 go to its maximum all the same."""
         return {"pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "list": "ceil"}[self.name]  # type: ignore[return-value]
 
     def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
@@ -103,6 +104,8 @@ class Ladder(FrozenModel):
         if self.name == "hybrid":
             return _hybrid_bucket(rows, tune_max_num_tokens)
         buckets = self.buckets(tune_max_num_tokens)
+        if self.name == "pow2" and rows > POW2_LAST:
+            return buckets[-1]
         match self.rounding:
             case "floor":
                 return buckets[bisect.bisect_right(buckets, rows) - 1]

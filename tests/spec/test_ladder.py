@@ -24,6 +24,26 @@ def test_tensorrt_llm_rounds_down_and_stays_at_the_last_bucket(rows, bucket):
     assert Ladder().lookup(rows, 8192) == bucket
 
 
+@pytest.mark.parametrize(
+    ("rows", "bucket"),
+    [(8191, 4096), (8192, 8192), (8193, 20_000), (15_000, 20_000), (20_000, 20_000), (10**6, 20_000)],
+)
+def test_tensorrt_llm_takes_a_larger_maximum_for_all_rows_past_8192(rows, bucket):
+    assert Ladder().lookup(rows, 20_000) == bucket
+    assert Ladder.parse("pow2/8").lookup(8 * rows + 7, 20_000) == bucket
+
+
+@given(rows=st.integers(1, 300_000), maximum=st.integers(1, 40_000), ep_size=st.sampled_from([1, 2, 8, 72]))
+def test_pow2_is_tensorrt_llms_rule(rows, maximum, ep_size):
+    """`round_rule` of its trtllm-gen MoE runners, its buckets cut at a maximum below 8192 as everywhere here."""
+    deflated = rows // ep_size
+    if deflated > 8192 and maximum > 8192:
+        expected = maximum
+    else:
+        expected = min(1 << (max(1, deflated).bit_length() - 1), 8192, 1 << (maximum.bit_length() - 1))
+    assert Ladder.parse(f"pow2/{ep_size}").lookup(rows, maximum) == expected
+
+
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (7, 1), (16, 2), (2400, 256), (65536, 8192), (10**6, 8192)])
 def test_tensorrt_llm_divides_the_pool_by_ep_first(rows, bucket):
     assert Ladder.parse("pow2/8").lookup(rows, 8192) == bucket
