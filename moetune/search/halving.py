@@ -47,7 +47,7 @@ def halving(
     budget = min(len(tactics), max(2 * ETA, int(share * len(tactics))))
     first = max(1, budget // 2)
     known = tuple(dict.fromkeys(tactic for tactic in (tactics[0], *starts) if tactic in space))[: max(1, first // 2)]
-    proposed = space.promising(first) if predicted_us else tuple(tactics[:: -(-len(tactics) // first)])
+    proposed = space.distinct(first) if predicted_us else tuple(tactics[:: -(-len(tactics) // first)])
     batch = tuple(dict.fromkeys((*known, *proposed)))[:first]
     times: dict[Tactic, float] = {}
     tried: set[Tactic] = set()
@@ -97,6 +97,11 @@ class _Space:
         """The `count` open tactics that are expected to be fastest; ties in the order given."""
         ranked = sorted(self._open, key=lambda number: (self._expected(number), number))
         return tuple(self._tactics[number] for number in ranked[: max(count, 0)])
+
+    def distinct(self, count: int) -> tuple[Tactic, ...]:
+        """As `promising` before anything is known, but one tactic only of those that the prior cannot tell apart."""
+        first_of = {prior: number for number, prior in reversed(list(enumerate(self._prior)))}
+        return tuple(self._tactics[first_of[prior]] for prior in sorted(first_of)[:count])
 
     def _expected(self, number: int) -> float:
         weight = self._weights[number]
