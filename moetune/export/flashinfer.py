@@ -127,8 +127,9 @@ def _entries(profile: Profile, version: Version, rows: int, tactic: Tactic) -> I
             yield keys[1], [RUNNER, second]
         return
     policy = [list(TRTLLM_POLICY)] if version.policies else []
-    routed, mxfp4 = profile.backend.endswith("-routed"), profile.environment.strict.get("mxfp4_activations", "bf16")
-    for key in trtllm_keys(version, layer, regime, rows, routed, mxfp4):
+    routed, strict = profile.backend.endswith("-routed"), profile.environment.strict
+    mxfp4, fp8_block = strict.get("mxfp4_activations", "bf16"), strict.get("fp8_block_layout", "blocked")
+    for key in trtllm_keys(version, layer, regime, rows, routed, mxfp4, fp8_block):
         yield key, [RUNNER, list(trtllm_pair(profile, tactic)), *policy]
 
 

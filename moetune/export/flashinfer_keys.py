@@ -138,8 +138,9 @@ TRTLLM_OPS: Final = {
     Precision.MXFP4: _named("fp4_block_scale", BF16, MX_E2M1, ids_in_logits_mode=True, multiple_of=256),
     Precision.MXINT4: _named("mxint4_block_scale", BF16, MX_INT4, unpacked=False, weight_layout=2),
 }
-"""mxfp4 with bf16 activations."""
+"""mxfp4 with bf16 activations, fp8 blocks as vLLM lays them."""
 MXFP4_MXFP8: Final = replace(TRTLLM_OPS[Precision.MXFP4], activation=MX_E4M3, scale_block=32)
+FP8_BLOCK_PLAIN: Final = replace(TRTLLM_OPS[Precision.FP8_BLOCK], shuffled=False, weight_layout=0)
 
 _CUTLASS_DTYPES: Final = {Precision.BF16: "bfloat16", Precision.FP8_TENSOR: "float8_e4m3fn"}
 _CUTLASS_ACTIVATIONS: Final = {Activation.SILU: SWIGLU, Activation.GELU: GEGLU_TANH}
@@ -196,7 +197,13 @@ def cutlass_keys(
 
 
 def trtllm_keys(
-    version: Version, layer: MoELayer, regime: Regime, rows: int, routed: bool, mxfp4_activations: str = "bf16"
+    version: Version,
+    layer: MoELayer,
+    regime: Regime,
+    rows: int,
+    routed: bool,
+    mxfp4_activations: str = "bf16",
+    fp8_block_layout: str = "blocked",
 ) -> Iterator[str]:
     """The keys of the trtllm-gen op at one bucket, for each way in which engines pass ids, scales and the output.
 
@@ -207,14 +214,14 @@ def trtllm_keys(
         rows: the bucket.
         routed: whether the engine routes, else the kernel does from the logits.
         mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
+        fp8_block_layout: how DeepSeek's e4m3 experts lie, `blocked` as vLLM has them or `plain` as SGLang.
 
     Raises:
         UnsupportedError: the op's tuner does not know this layer.
     """
     if layer.precision not in TRTLLM_OPS or layer.activation not in _TRTLLM_ACTIVATIONS:
         raise _unsupported("trtllm", layer, TRTLLM_OPS, _TRTLLM_ACTIVATIONS)
-    mxfp8 = layer.precision is Precision.MXFP4 and mxfp4_activations == "mxfp8"
-    op = MXFP4_MXFP8 if mxfp8 else TRTLLM_OPS[layer.precision]
+    op = _trtllm_op(layer.precision, mxfp4_activations, fp8_block_layout)
     hidden, k = op.padded(layer.hidden_size), row_top_k(layer, regime)
     ids, empty = (rows, k), (rows,)
     slots = layer.num_experts + regime.redundant_experts
@@ -236,6 +243,15 @@ def trtllm_keys(
     for extra in extras:
         for shape in shapes:
             yield str((name, RUNNER, shape, extra))
+
+
+def _trtllm_op(precision: Precision, mxfp4_activations: str, fp8_block_layout: str) -> TrtllmOp:
+    match precision, mxfp4_activations, fp8_block_layout:
+        case Precision.MXFP4, "mxfp8", _:
+            return MXFP4_MXFP8
+        case Precision.FP8_BLOCK, _, "plain":
+            return FP8_BLOCK_PLAIN
+    return TRTLLM_OPS[precision]
 
 
 def _trtllm_extras(op: TrtllmOp, layer: MoELayer, regime: Regime, experts: int) -> tuple[Any, ...]:

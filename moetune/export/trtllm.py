@@ -88,6 +88,12 @@ def lookups(profile: Profile) -> dict[int, Choice]:
 
 def _runner(profile: Profile) -> Runner:
     precision, strict = profile.layer.precision, profile.environment.strict
+    if precision is Precision.FP8_BLOCK and strict.get("fp8_block_layout", "blocked") != "plain":
+        raise UnsupportedError(
+            "TensorRT-LLM multiplies fp8 blocks as they lie in the checkpoint; the profile's tactics are of the "
+            "kernels for shuffled and blocked ones.",
+            f'Tune with the backend registry.backend("{profile.backend}", fp8_block_layout="plain").',
+        )
     measured = strict.get("mxfp4_activations", "bf16") if precision is Precision.MXFP4 else _ACTIVATIONS.get(precision)
     return runner(precision, strict.get("activations") or measured or precision.value)
 

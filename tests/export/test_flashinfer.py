@@ -98,6 +98,17 @@ def test_trtllm_hits_whichever_way_the_engine_calls(b200, tmp_path, name, backen
             assert answer.tactic == tuple(made.tactic(rows).values()), (mode, rows)
 
 
+@pytest.mark.parametrize(("layout", "hits"), [("blocked", True), ("plain", False)])
+def test_fp8_blocks_are_found_only_as_they_were_measured(b200, tmp_path, layout, hits):
+    made = profile(ROUTED, PURE_EP, MoELayer(**{**dict(LAYER), "precision": "fp8_block"}))
+    strict = {**made.environment.strict, "fp8_block_layout": layout}
+    environment = made.environment.model_copy(update={"strict": strict})
+    loaded(b200, tmp_path, made.model_copy(update={"environment": environment}))
+    (answer,) = spy.trtllm(b200, "fp8_block_scale", 300, **SHAPE, mode="unpacked")  # shuffled and blocked, as vLLM
+    assert (answer.tactic == tuple(made.tactic(300).values())) is hits
+    assert hits or answer.tactic == -1
+
+
 def test_in_tuning_mode_nothing_is_measured_again(b200, tmp_path):
     from flashinfer.autotuner import autotune
 

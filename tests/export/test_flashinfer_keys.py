@@ -54,9 +54,8 @@ def test_the_installed_flashinfer_looks_up_what_was_recorded():
     assert now == json.loads((GOLDEN / f"{installed.__version__}.json").read_text())
 
 
-@pytest.mark.parametrize("precision", TRTLLM_OPS)
-@pytest.mark.parametrize("backend", ["flashinfer-trtllm", "flashinfer-trtllm-routed"])
-def test_the_calls_that_the_trtllm_backends_time_have_these_keys(monkeypatch, backend, precision):
+def looked_up(monkeypatch, backend, precision, **options):
+    """The key of the call that a trtllm backend times."""
     from flashinfer.autotuner import AutoTuner
 
     from moetune.backends import registry
@@ -73,9 +72,28 @@ def test_the_calls_that_the_trtllm_backends_time_have_these_keys(monkeypatch, ba
 
     monkeypatch.setattr(call._Recorder, "choose_one", spy)
     with flashinfer("NVIDIA B200"), contextlib.suppress(LaunchedError):
-        registry.backend(backend).candidates(of(precision), EP8, 512, "cpu")
-    assert len(seen) == 1
-    assert seen[0] in set(trtllm_keys(VERSIONS["0.7.2.post1"], of(precision), EP8, 512, backend.endswith("-routed")))
+        registry.backend(backend, **options).candidates(of(precision), EP8, 512, "cpu")
+    (key,) = seen
+    return key
+
+
+@pytest.mark.parametrize("precision", TRTLLM_OPS)
+@pytest.mark.parametrize("backend", ["flashinfer-trtllm", "flashinfer-trtllm-routed"])
+def test_the_calls_that_the_trtllm_backends_time_have_these_keys(monkeypatch, backend, precision):
+    key = looked_up(monkeypatch, backend, precision)
+    assert key in set(trtllm_keys(VERSIONS["0.7.2.post1"], of(precision), EP8, 512, backend.endswith("-routed")))
+
+
+@pytest.mark.parametrize("backend", ["flashinfer-trtllm", "flashinfer-trtllm-routed"])
+def test_fp8_blocks_that_lie_otherwise_have_keys_of_their_own(monkeypatch, backend):
+    found = {}
+    for layout in ("blocked", "plain"):
+        routed = backend.endswith("-routed")
+        found[layout] = set(
+            trtllm_keys(VERSIONS["0.7.2.post1"], of("fp8_block"), EP8, 512, routed, fp8_block_layout=layout)
+        )
+        assert looked_up(monkeypatch, backend, "fp8_block", fp8_block_layout=layout) in found[layout]
+    assert not found["blocked"] & found["plain"]
 
 
 def test_a_rank_has_keys_of_its_own_up_to_0_7_1():

@@ -139,7 +139,7 @@ def test_another_shard_misses():
     ("layer", "strict", "call"),
     [
         (R1, {}, lambda rows: r1_nvfp4(rows, ids=True)),
-        (preset("deepseek-r1"), {}, r1_fp8),
+        (preset("deepseek-r1"), {"fp8_block_layout": "plain"}, r1_fp8),
         (GPT_OSS, {"mxfp4_activations": "mxfp8"}, lambda rows: gpt_oss("mxfp8", rows)),
         (GPT_OSS, {"activations": "fp8"}, lambda rows: gpt_oss("fp8", rows)),
         (GPT_OSS, {}, lambda rows: gpt_oss("bf16", rows)),
@@ -198,7 +198,14 @@ def test_the_warning_says_that_the_engines_number_their_kernels_apart():
 def test_a_layer_without_a_runner_is_refused(changed, said):
     layer = MoELayer(**{**dict(SMALL), **changed})
     with pytest.raises(UnsupportedError, match=said):
-        export(made(layer, PURE_EP8))
+        export(made(layer, PURE_EP8, {"fp8_block_layout": "plain"}))
+
+
+@pytest.mark.parametrize("strict", [{}, {"fp8_block_layout": "blocked"}])
+def test_fp8_blocks_that_lie_otherwise_than_in_the_checkpoint_are_refused(strict):
+    with pytest.raises(UnsupportedError, match="as they lie in the checkpoint") as refused:
+        export(made(preset("deepseek-r1"), PURE_EP8, strict))
+    assert 'fp8_block_layout="plain"' in refused.value.hint
 
 
 def test_other_backends_are_refused():
