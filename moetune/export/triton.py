@@ -100,14 +100,9 @@ class TritonProfile:
             found = [word for word in bringing(regime.dispatch, regime.layout) if word.startswith(f"{engine}:")]
             load = regime.layout or regime.dispatch
             if not found:
-                tunable = ", ".join(
-                    str(word)
-                    for word in words()
-                    if word.engine == engine and word.tunable and word.brings.get("layout") != "pool"
-                )
                 yield (
                     f"No dispatcher of {engine} brings the {load} load that these tactics were measured under; "
-                    f"tune with --no-dp, or with --dispatch and one of {tunable}."
+                    f"tune with --no-dp, or with --dispatch {' or '.join(_reaching_triton(engine))}."
                 )
             elif regime.layout == "pool":
                 yield (
@@ -143,6 +138,15 @@ class TritonProfile:
         if len(self.num_experts) > 1:
             first, last = self.num_experts
             yield f"Shards are uneven: what was measured on {first} experts is written for {last} as well."
+
+
+def _reaching_triton(engine: str) -> list[str]:
+    """The engine's dispatchers before its Triton kernel, one for each load that they bring."""
+    by_load: dict[str, str] = {}
+    for word in words():
+        if word.engine == engine and word.tunable and word.brings.get("layout") != "pool":
+            by_load.setdefault(str(word.brings), str(word))
+    return list(by_load.values())
 
 
 def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ...]:
