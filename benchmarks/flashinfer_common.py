@@ -25,13 +25,16 @@ DRAWS = 8
 
 
 class Journal:
-    """JSON lines, appended as they are measured; a run that stops goes on where it was."""
+    """JSON lines, appended as they are measured; a run that stops goes on where it was.
+
+    A line that a killed run left torn is skipped, and the next one begins on a line of its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[dict[str, Any]] = []
-        if path.exists():
-            self.lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        text = path.read_text() if path.exists() else ""
+        self.lines: list[dict[str, Any]] = [line for line in map(_parsed, text.splitlines()) if line is not None]
+        self._torn = bool(text) and not text.endswith("\n")
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
         """The last line that holds these values."""
@@ -40,9 +43,18 @@ class Journal:
     def add(self, **fields: Any) -> dict[str, Any]:
         line = json.loads(json.dumps(fields))
         with self.path.open("a") as file:
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.write("\n" * self._torn + json.dumps(line, separators=(",", ":")) + "\n")
+        self._torn = False
         self.lines.append(line)
         return line
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _flat(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,21 @@ def test_a_journal_is_read_again_and_a_torn_line_is_dropped(tmp_path):
     assert [json.loads(line)["model"] for line in path.read_text().splitlines()[:1]] == ["a"]
 
 
+@pytest.mark.parametrize("torn", ['{"model": "b", "ro', '{"model":"b","us":{"1":2}', '{"model":"b","rows":8}', "12"])
+def test_what_is_added_after_a_torn_line_is_found_by_the_next_reader(tmp_path, torn):
+    """A line may be cut anywhere, also behind a brace, or lack its newline alone."""
+    path = tmp_path / "journal.jsonl"
+    Journal(path).add(model="a", rows=4)
+    with path.open("a") as file:
+        file.write(torn)
+    resumed = Journal(path)
+    resumed.add(model="c", rows=16)
+    resumed.add(model="d", rows=32)
+    again = Journal(path)
+    assert [line["model"] for line in again.lines if line["model"] != "b"] == ["a", "c", "d"]
+    assert bool(again.find(model="b")) == (torn == '{"model":"b","rows":8}')
+
+
 def test_the_last_line_of_a_key_counts(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     for us in (1, 2):
