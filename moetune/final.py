@@ -61,7 +61,7 @@ def play(
     """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
     A round in which the default took two different times says nothing about the others either: it is dropped for all
-    alike, as long as enough rounds remain.
+    alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
 
     Raises:
         NoResultError: the default failed.
@@ -81,14 +81,22 @@ def play(
         pairs = enumerate(zip(series[0], series[-1], strict=True))
         quiet = [number for number, pair in pairs if max(pair) <= DISTURBED * min(pair)]
         if len(quiet) >= least:
-            series = [[times[number] for number in quiet] if times else [] for times in series]
             break
-    kept = {t: tuple(times) for t, times in zip(finalists, series[1:-1], strict=True) if t not in bench.failures}
-    return Final(default, tuple(series[0]), noise_floor(series[0], series[-1]), kept)
+    else:
+        quiet = list(range(len(series[0])))
+    kept = {
+        tactic: tuple(times[number] for number in quiet)
+        for tactic, times in zip(finalists, series[1:-1], strict=True)
+        if tactic not in bench.failures
+    }
+    first, again = ([times[number] for number in quiet] for times in (series[0], series[-1]))
+    return Final(default, tuple(first), noise_floor(first, again), kept)
 
 
 def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:
-    """The fastest finalist that beats the default beyond noise and falls off no cliff; else the default.
+    """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
+
+    Where there is none it is the default.
 
     Args:
         final: who played.
@@ -104,6 +112,8 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
     stress_us = _stress(bench, (final.default, *better), stress_draws)
     cliffs: dict[Tactic, str] = {}
     for tactic in better:
+        if tactic in bench.failures:
+            continue
         if cliff := _cliff(tactic, stress_us):
             cliffs[tactic] = cliff
             continue

@@ -415,6 +415,46 @@ def test_where_nearly_every_round_is_disturbed_all_count_and_the_noise_says_so()
     assert final.noise > 1
 
 
+def test_a_finalist_that_fails_when_the_final_is_prolonged_costs_only_itself():
+    bench = _Scripted(lambda number: 5.0 if number < 120 else 1.0)
+    real = bench.samples
+
+    def samples(tactics, draws):
+        default, other, again = real([], draws)
+        if bench.rounds > 100:
+            bench.failures[tactic("other")] = "RuntimeError: planted failure"
+        return [default, None if bench.failures else other, other, again]
+
+    bench.samples = samples
+    final = play(bench, tactic("default"), [tactic("other"), tactic("steady")], [0, 1])
+    assert final.finalists.keys() == {tactic("steady")}
+    assert len(final.finalists[tactic("steady")]) == len(final.default_us)
+
+
+def _decided(default_us, other_us, stressed, failures):
+    """The verdict on the default and `other`, their rounds all alike; `stressed` is what the bench answers."""
+    final = Final(tactic("default"), (default_us,) * 20, 0.0, {tactic("other"): (other_us,) * 20})
+    bench = _Scripted(lambda number: 1.0)
+    bench.failures = failures
+    bench.samples = lambda tactics, draws: [series and series * len(draws) for series in stressed]
+    return decide(final, bench, {"2": 1})
+
+
+def test_a_finalist_that_fails_under_stress_cannot_win_and_keeps_its_own_reason():
+    failures = {tactic("other"): "RuntimeError: planted failure"}
+    for of_default in ((10.0,), None):
+        verdict = _decided(10.0, 5.0, [of_default, None], failures)
+        assert verdict.tactic == tactic("default")
+        assert verdict.cliffs == {}
+
+
+def test_a_finalist_that_stands_the_stress_under_which_the_default_fails_wins():
+    verdict = _decided(10.0, 5.0, [None, (12.0,)], {tactic("default"): "RuntimeError: planted failure"})
+    assert verdict.tactic == tactic("other")
+    assert verdict.stress_us == {"2": 12.0}
+    assert verdict.default_stress_us == {"2": float("inf")}
+
+
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
     """It proposes one tactic besides the default, and in the next bucket is told which ones were good."""
     backend = plant(milliseconds={"default": 8.0, "fast": 2.5, "faster": 0.1})
