@@ -66,7 +66,10 @@ class Channel:
 
     def noted(self) -> Any:
         """The last note."""
-        return pickle.loads(os.pread(self._note, _NOTE_BYTES, 0))
+        note = os.pread(self._note, _NOTE_BYTES, 0)
+        while note != (again := os.pread(self._note, _NOTE_BYTES, 0)):
+            note = again  # what is read while it is written may be parts of two notes; what is read twice is whole
+        return pickle.loads(note)
 
 
 class Child:
