@@ -12,7 +12,15 @@ from moetune.engine import session as sessions
 from moetune.engine.agree import broadcast, gather, leads
 from moetune.engine.bench import EngineBench, choose
 from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
-from moetune.engine.lookup import DEFAULT_CONFIG, Answers, environment_of, native_of, regime_of_buckets, tactic_of
+from moetune.engine.lookup import (
+    DEFAULT_CONFIG,
+    Answers,
+    environment_of,
+    native_of,
+    regime_of_buckets,
+    tactic_of,
+    tolerance_of,
+)
 from moetune.engine.session import Session
 from moetune.errors import MoetuneError
 from moetune.final import STRESS_FACTORS
@@ -25,8 +33,6 @@ if TYPE_CHECKING:
 
 OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
 """How the tuner's names of the ops begin that can be ours; all others pass at the cost of this comparison."""
-FINALISTS = 3
-"""How many of FlashInfer's fastest meet its default in the final."""
 DRAWS = 8
 """The most draws of a final."""
 
@@ -226,9 +232,10 @@ def _final(
     stressed = [_stressed_or_same(dummies, unseen[0], factor, tensors) for factor in STRESS_FACTORS]
     draws = [*(dummies.placed(tensors, routing) for routing in unseen), *stressed]
     order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)
-    natives = [DEFAULT_CONFIG, *(swept[at][0] for _, at in order[:FINALISTS])]
-    calls = {tactic_of(native): partial(call.run, draws, native) for native in natives}
-    bench = EngineBench(calls, clock_for(call.device()), group)
+    others = broadcast([swept[at][0] for _, at in order], group)  # each rank has times of its own
+    calls = {tactic_of(native): partial(call.run, draws, native) for native in (DEFAULT_CONFIG, *others)}
+    default = tactic_of(DEFAULT_CONFIG)
+    bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
     stress_draws = {str(factor): len(unseen) + at for at, factor in enumerate(STRESS_FACTORS)}
     return choose(bench, tuple(calls), stress_draws, unseen, rows, len(swept))
 

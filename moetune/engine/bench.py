@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from moetune.engine.agree import gather
@@ -14,6 +15,8 @@ from moetune.stats import median
 from moetune.store.profile import Choice, Rejection
 
 if TYPE_CHECKING:
+    import torch
+
     from moetune.measure.clock import Call, Clock
     from moetune.workload.routing import Routing
 
@@ -21,6 +24,12 @@ MARGIN = 0.03
 """How much faster than the default a tactic must be, however quiet the machine (flashinfer #3537 asks for as much)."""
 SECONDS = 1.0
 """About how long one final may take."""
+FINALISTS = 3
+"""How many of the fastest tactics meet the default in the final."""
+CHECKED_ROWS = 2048
+"""Outputs are compared on about this many evenly spread rows: an engine has little memory to spare."""
+LEAST_RMS = 1e-30
+"""Smaller outputs are next to bf16's subnormal numbers, whose few bits tell nothing: dummy scales can make them so."""
 
 Series = list[tuple[float, ...] | None]
 
@@ -31,16 +40,22 @@ class EngineBench:
     Args:
         calls: what runs a tactic on the draw of a number.
         clock: how time is taken.
+        default: the tactic whose output the others' are compared with.
+        tolerance: the largest relative Frobenius error against it.
         group: ranks that time the same tactics in the same order, or None.
 
     Attributes:
-        failures: the tactics that did not run on some rank.
+        failures: the tactics that did not run on some rank, or ran wrong.
     """
 
-    def __init__(self, calls: Mapping[Tactic, Call], clock: Clock, group: Any = None) -> None:
+    def __init__(
+        self, calls: Mapping[Tactic, Call], clock: Clock, default: Tactic, tolerance: float, group: Any = None
+    ) -> None:
         self.failures: dict[Tactic, str] = {}
         self._calls, self._clock, self._group = calls, clock, group
+        self._default, self._tolerance = default, tolerance
         self._warm: set[Tactic] = set()
+        self._expected: dict[int, torch.Tensor | None] = {}
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
         """See `Bench.samples`. A collective: every rank of the group must call it."""
@@ -56,8 +71,35 @@ class EngineBench:
         return pooled
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """Whether it ran; inside an engine there is no reference to compare with."""
-        return tactic not in self.failures
+        """Whether its output on `draw` agrees with the default tactic's on the same inputs, on every rank.
+
+        Inside an engine no layer can be computed in fp32, but two tactics that agree are hardly wrong alike. Where the
+        op returns no single tensor of rows (`do_finalize=False`, whose order is the tactic's own), or one that says
+        nothing (no finite number, all but zero), running is enough. A collective: every rank of the group must call it.
+        """
+        found = self.failures.get(tactic) or self._disagreement(tactic, draw)
+        reasons = [reason for reason in gather(found, self._group) if reason]
+        if reasons:
+            self.failures.setdefault(tactic, reasons[0])
+        return not reasons
+
+    def _disagreement(self, tactic: Tactic, draw: int) -> str | None:
+        if draw not in self._expected:
+            try:
+                self._expected[draw] = output_of(self._calls[self._default], draw)
+            except Exception:  # the final says what it raises
+                self._expected[draw] = None
+        expected = self._expected[draw]
+        if expected is None:
+            return None
+        try:
+            found = output_of(self._calls[tactic], draw)
+            error = None if found is None else relative_error(found, expected)
+        except Exception as raised:  # a kernel may raise anything
+            return f"{type(raised).__name__}: {raised}"
+        if error is None or error <= self._tolerance:
+            return None
+        return f"wrong result: relative error {error:.1e} against the default's, allowed {self._tolerance:.0e}"
 
     def _samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
         for tactic in {*tactics} - self._warm - self.failures.keys():
@@ -81,6 +123,41 @@ def mean_of_ranks(ranks: Sequence[Series]) -> Series:
     return pooled
 
 
+def output_of(call: Call, draw: int) -> torch.Tensor | None:
+    """About `CHECKED_ROWS` rows of what a call writes; None where it returns no single matrix.
+
+    It runs twice: ops write into a buffer of the caller's, which may still hold another tactic's output.
+    """
+    output = _matrix(call(draw))
+    if output is None:
+        return None
+    output.zero_()
+    again = _matrix(call(draw))
+    return None if again is None else again[:: max(1, len(again) // CHECKED_ROWS)].clone()
+
+
+def _matrix(returned: Any) -> torch.Tensor | None:
+    import torch
+
+    outputs = returned if isinstance(returned, list | tuple) else [returned]
+    if len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) and outputs[0].ndim == 2:
+        return outputs[0]
+    return None
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """The relative Frobenius error `[M, H]` of `found`, over what is finite in `expected`; NaN where `found` is not.
+
+    None where `expected` says nothing: the tuner's random inputs overflow it, or make it all but zero.
+    """
+    finite = expected.isfinite()
+    expected, found = expected[finite].double(), found[finite].double()
+    scale = expected.norm()
+    if not len(expected) or scale < LEAST_RMS * len(expected) ** 0.5:
+        return None
+    return float((found - expected).norm() / scale)
+
+
 def choose(
     bench: EngineBench,
     tactics: Sequence[Tactic],
@@ -91,9 +168,11 @@ def choose(
 ) -> Choice:
     """The final of one bucket: the first of `tactics`, the default, stays unless another beats it beyond the margin.
 
+    The first `FINALISTS` that agree with the default play.
+
     Args:
         bench: its draws 0 … `len(routings)` − 1 are the regime's.
-        tactics: the default, then the finalists.
+        tactics: the default, then the others from the fastest on; the same on every rank.
         stress_draws: further draws of the bench, by the factor on the busiest expert's load.
         routings: what the draws are.
         rows: of the bucket.
@@ -102,7 +181,8 @@ def choose(
     Raises:
         NoResultError: the default did not run.
     """
-    default, *finalists = tactics
+    default, *others = tactics
+    finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
     final = play(bench, default, finalists, range(len(routings)), SECONDS)
     verdict = decide(dataclasses.replace(final, noise=max(final.noise, MARGIN)), bench, stress_draws)
     rejected = {**bench.failures, **verdict.cliffs}

@@ -99,6 +99,17 @@ def environment_of(backend: str, device: str, flashinfer_version: str, op: str, 
     return environment(cast("Backend", Called()), device)
 
 
+def tolerance_of(layer: MoELayer) -> float:
+    """How far two tactics of an op may be apart: the trtllm-gen backend's tolerance of the layer's precision.
+
+    The activations are the engine's own choice, so it is that of the coarsest; bf16's where there is no such backend.
+    """
+    from moetune.backends.flashinfer_trtllm.formats import FORMATS, INTERMEDIATE_TOLERANCES
+
+    fmt = FORMATS.get(layer.precision)
+    return max(INTERMEDIATE_TOLERANCES[of] for of in (fmt.activations if fmt else ("bf16",)))
+
+
 def tactic_of(native: Any) -> Tactic:
     """FlashInfer's tactic as a `Tactic`: trtllm-gen's `[tile_n, config]` by name, any other as its JSON."""
     if native == DEFAULT_CONFIG:

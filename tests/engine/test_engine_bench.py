@@ -2,24 +2,31 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetune.engine.bench import EngineBench, mean_of_ranks
+import moetune
+from moetune.engine import bench as benches
+from moetune.engine.bench import CHECKED_ROWS, EngineBench, choose, mean_of_ranks, relative_error
 from moetune.engine.lookup import regime_of_buckets
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 TWO_RANKS = """
-import sys, torch.distributed as dist
+import os, sys, torch.distributed as dist
 from moetune.engine.agree import broadcast, gather
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 group = dist.group.WORLD
 assert gather({"rank": rank}, group) == [{"rank": 0}, {"rank": 1}]
 assert broadcast(f"from {rank}", group) == "from 0"
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's threads may abort the process at its end
 """
+
+
+DEFAULT, OTHER = Tactic(config=-1), Tactic(config=2)
 
 
 class Clock:
@@ -44,10 +51,114 @@ def test_a_tactic_that_raises_fails_alone():
     def raises(draw):
         raise RuntimeError("planted")
 
-    bench = EngineBench({Tactic(config=1): lambda draw: 1.0 + draw, Tactic(config=2): raises}, Clock())
-    assert bench.samples((Tactic(config=1), Tactic(config=2)), [0, 1]) == [(1.0, 2.0), None]
-    assert bench.failures == {Tactic(config=2): "RuntimeError: planted"}
-    assert not bench.check(Tactic(config=2), 0)
+    bench = EngineBench({DEFAULT: lambda draw: 1.0 + draw, OTHER: raises}, Clock(), DEFAULT, 1e-2)
+    assert bench.samples((DEFAULT, OTHER), [0, 1]) == [(1.0, 2.0), None]
+    assert bench.failures == {OTHER: "RuntimeError: planted"}
+    assert not bench.check(OTHER, 0)
+
+
+class Kernel:
+    """An op that writes into its caller's buffer, as trtllm-gen's do: `default` there, or what a tactic makes of it."""
+
+    def __init__(self, rows=64, default=None):
+        self.default = torch.randn(rows, 8, generator=torch.Generator().manual_seed(0)) if default is None else default
+        self.output = torch.full_like(self.default, 7.0)
+
+    def call(self, makes):
+        def run(draw):
+            made = makes(self.default)
+            if made is not None:
+                self.output.copy_(made)
+            return [self.output]
+
+        return run
+
+    def agrees(self, makes, reason=""):
+        bench = EngineBench({DEFAULT: self.call(lambda right: right), OTHER: self.call(makes)}, Clock(), DEFAULT, 2e-2)
+        right = bench.check(OTHER, 0)
+        assert bench.failures.keys() == (set() if right else {OTHER})
+        assert reason in bench.failures.get(OTHER, "")
+        return right
+
+
+@pytest.mark.parametrize(
+    ("makes", "agrees"),
+    [
+        (lambda right: right, True),
+        (lambda right: right * 1.01, True),
+        (lambda right: right * 1.05, False),
+        (lambda right: right.flip(0), False),
+        (torch.zeros_like, False),
+        (lambda right: right.where(torch.arange(8) > 0, float("nan")), False),
+        (lambda right: right.where(torch.arange(64)[:, None] > 0, float("inf")), False),
+        (lambda right: None, False),
+    ],
+    ids=["same", "near", "far", "permuted", "zero", "nan", "a row of inf", "writes nothing"],
+)
+def test_a_tactic_must_agree_with_the_default(makes, agrees):
+    assert Kernel().agrees(makes, "" if agrees else "against the default's, allowed 2e-02") is agrees
+
+
+def test_rows_past_the_checked_ones_are_looked_at_too():
+    rows = 4 * CHECKED_ROWS
+    last = torch.arange(rows)[:, None] < rows // 2
+    assert not Kernel(rows).agrees(lambda right: right.where(last, 0.0))
+
+
+@pytest.mark.parametrize("default", [torch.full((4, 8), torch.nan), torch.full((4, 8), 1e-38), torch.zeros(0, 8)])
+def test_a_default_that_says_nothing_refuses_nobody(default):
+    assert Kernel(default=default).agrees(lambda right: torch.ones_like(right))
+
+
+def test_what_overflows_in_the_default_is_left_out_of_the_comparison():
+    default = torch.ones(4, 8)
+    default[0] = torch.inf
+    kernel = Kernel(default=default)
+    assert kernel.agrees(lambda right: right.where(right.isfinite(), -1.0))
+    assert not kernel.agrees(lambda right: 2 * right)
+
+
+def test_outputs_in_the_tactics_own_order_are_not_compared():
+    calls = {DEFAULT: lambda draw: [torch.ones(4, 8)] * 3, OTHER: lambda draw: [torch.zeros(8, 8)] * 3}
+    assert EngineBench(calls, Clock(), DEFAULT, 1e-2).check(OTHER, 0)
+
+
+def test_a_tactic_that_is_wrong_on_another_rank_is_wrong_here(monkeypatch):
+    monkeypatch.setattr(benches, "gather", lambda value, group: [value, "wrong result there"])
+    kernel = Kernel()
+    assert not kernel.agrees(lambda right: right, "wrong result there")
+
+
+def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
+    monkeypatch.setattr(benches, "SECONDS", 1e-3)
+    kernel, layer = Kernel(), moetune.layer("qwen3-30b-a3b")
+    ranked = [Tactic(config=number) for number in range(1, 6)]
+    makes = {DEFAULT: lambda right: right, ranked[0]: lambda right: -right}
+    calls = {tactic: kernel.call(makes.get(tactic, makes[DEFAULT])) for tactic in (DEFAULT, *ranked)}
+    times_us = {tactic: 10.0 * (number + 1) for number, tactic in enumerate(ranked)}
+    timed = []
+
+    class Planted(Clock):
+        def paired_samples(self, given, draws):
+            tactics = [next(tactic for tactic in calls if calls[tactic] is call) for call in given]
+            timed.extend(tactics)
+            return [[times_us.get(tactic, 100.0)] * len(draws) for tactic in tactics]
+
+    routings = [moetune.realize(layer, Regime(ep_size=8), 64)]
+    bench = EngineBench(calls, Planted(), DEFAULT, 2e-2)
+    choice = choose(bench, (DEFAULT, *ranked), {"2": 1}, routings, 64, 6)
+    assert choice.tactic == ranked[1]
+    assert set(timed) == {DEFAULT, *ranked[1:4]}
+    (rejection,) = choice.rejected
+    assert rejection.tactic == ranked[0]
+    assert "relative error 2.0e+00" in rejection.reason
+
+
+@given(st.integers(0, 2**32), st.floats(1e-3, 0.5))
+def test_the_relative_error_is_that_of_the_frobenius_norms(seed, size):
+    expected = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))
+    assert relative_error(expected, expected) == 0
+    assert relative_error((1 + size) * expected, expected) == pytest.approx(size, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,24 @@ def test_a_cliff_keeps_a_tactic_from_winning(trtllm, layer, regime, monkeypatch)
         assert trtllm() != tuple(FAST)
 
 
+def test_a_tactic_that_disagrees_with_flashinfers_default_cannot_win(trtllm, layer, regime, monkeypatch, tmp_path):
+    forward = type(trtllm.runner).forward
+
+    def written(self, inputs, tactic=-1, **kwargs):
+        wrong = tactic != -1 and list(tactic) == FAST
+        inputs[0].copy_(inputs[4][:, :1].expand_as(inputs[0]) * (-1.0 if wrong else 1.0))
+        return [forward(self, inputs, tactic, **kwargs)]
+
+    monkeypatch.setattr(type(trtllm.runner), "forward", written)
+    with moetune.warmup(layer, regime, store=tmp_path):
+        assert trtllm() == tuple(MIDDLING)
+    ((_, profile),) = Store(tmp_path).profiles()
+    for choice in profile.choices:
+        (rejection,) = choice.rejected
+        assert rejection.tactic == Tactic(tile_n=FAST[0], config=FAST[1])
+        assert "wrong result: relative error 2.0e+00 against the default's" in rejection.reason
+
+
 def test_one_line_says_what_became_of_the_buckets(trtllm, layer, regime, caplog):
     with caplog.at_level(logging.INFO, "moetune"), moetune.warmup(layer, regime):
         trtllm()
