@@ -39,13 +39,14 @@ def capability_of(device: str) -> tuple[int, int] | None:
 class Compilers:
     """A pool of processes of low priority and without a GPU; a context manager. Nothing of it is left afterwards.
 
-    A process that dies or hangs costs the tactic that it compiled. Where there is nothing to compile (on a CPU, or
-    with a backend that does not compile ahead) requests do nothing; processes start as requests come.
+    A process that dies or hangs costs the tactic that it compiled, one that dies idle costs none. Where there is
+    nothing to compile (on a CPU, or with a backend that does not compile ahead) requests do nothing; processes start
+    as requests come.
 
     Args:
         backend: pickled, so a module must define its class.
         capability: compute capability of the device to compile for; see `capability_of`.
-        processes: the most at a time; by default the cores that this process may use.
+        processes: the most at a time; by default as many as this process may use cores.
         timeout_s: after which a tactic hangs.
     """
 
@@ -165,24 +166,29 @@ class Compilers:
 
     def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
         while len(busy) < self._most and (job := self._next(len(busy))):
+            proven = bool(idle)
             child = idle.pop() if idle else Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS)
-            busy[child.channel.connection] = _Busy(child, job, START_S)
+            busy[child.channel.connection] = _Busy(child, job, START_S, innocent=proven)
             with suppress(OSError):  # if it is dead, its connection is about to say so
                 child.channel.send(job)
 
     def _take_in(self, ready: Any, busy: dict[Any, _Busy], idle: list[Child]) -> None:
-        child, job = busy[ready].child, busy[ready].job
+        at = busy.pop(ready)
         try:
-            answer = child.channel.receive()
+            answer = at.child.channel.receive()
         except (EOFError, OSError):
-            answer = _Compiled(str(child.died()))
+            reason = str(at.child.died())
+            if at.innocent:
+                with self._changed:
+                    self._queue.appendleft(at.job)
+            else:
+                self._finish(at.job, reason)
+            return
+        if answer is None:
+            busy[ready] = _Busy(at.child, at.job, self._timeout_s)
         else:
-            if answer is None:
-                busy[ready] = _Busy(child, job, self._timeout_s)
-                return
-            idle.append(child)
-        del busy[ready]
-        self._finish(job, answer.reason)
+            idle.append(at.child)
+            self._finish(at.job, answer.reason)
 
     def _next(self, busy: int) -> _Job | None:
         """The next job; one that nobody waits for leaves some processes to what may be waited for any moment."""
@@ -210,9 +216,12 @@ class _Job:
 
 @dataclass(frozen=True, slots=True)
 class _Busy:
+    """A process and its job. The job is innocent of the end of a process that was idle, and has not taken it yet."""
+
     child: Child
     job: _Job
     limit_s: float
+    innocent: bool = False
     since: float = field(default_factory=time.monotonic)
 
     @property

@@ -1,13 +1,16 @@
 """Tactics are compiled ahead, in order, each once, by processes that may die and leave nothing behind."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 from planted_failures import LAYER, CompilingBackend, FailingBackend, tactic
-from processes import children, eventually
+from processes import children, eventually, is_running
 
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.measure import compiling
 from moetune.measure.compiling import Compilers, capability_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -83,6 +86,25 @@ def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
         assert len(children() - before) <= 2
     assert children() == before
     assert {"a", "b"} <= set(compiled(log))
+
+
+def test_a_process_that_dies_idle_costs_no_tactic(log, before):
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=1) as compilers:
+        assert compilers.wait(LAYER, REGIME, 4, NAMES[:1]) == {}
+        (idle,) = children() - before
+        os.kill(idle, signal.SIGKILL)
+        assert eventually(lambda: not is_running(idle))
+        assert compilers.wait(LAYER, REGIME, 4, NAMES[1:3]) == {}
+        assert compiled(log) == ["a", "b", "c"]
+    assert children() == before
+
+
+def test_processes_that_cannot_start_cost_the_tactics_that_wait_for_them(log, monkeypatch):
+    monkeypatch.setattr(compiling, "_serve", Path)  # takes a channel and a backend for a path, and raises
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=1) as compilers:
+        failed = compilers.wait(LAYER, REGIME, 4, NAMES[:2])
+    assert failed.keys() == set(NAMES[:2])
+    assert all("status 1: TypeError" in reason for reason in failed.values())
 
 
 def test_several_processes_share_the_work(log):
