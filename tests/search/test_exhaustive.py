@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moetune.search.exhaustive import HOPELESS, LEAST, WITHIN, exhaustive
+from moetune.search.exhaustive import HOPELESS, LEAST, TOGETHER, WITHIN, exhaustive
 from moetune.spec.tactic import Tactic
 
 TACTICS = tuple(Tactic(number=n) for n in range(40))
@@ -27,6 +29,18 @@ def test_a_hopeless_tactic_is_not_timed_again():
     (_, second), finalists = _finish(exhaustive(TACTICS), times)
     assert second.tactics == TACTICS[1:]
     assert TACTICS[0] not in finalists
+
+
+@given(count=st.integers(1, 5 * TOGETHER), data=st.data())
+def test_however_many_tactics_few_are_timed_together_and_near_equals_are(count, data):
+    tactics = [Tactic(number=number) for number in range(count)]
+    times = dict(zip(data.draw(st.permutations(tactics)), range(1000, 1000 + count), strict=True))
+    batches, finalists = _finish(exhaustive(tactics), times)
+    assert max(len(batch.tactics) for batch in batches) <= TOGETHER
+    once, again = ([batch.tactics for batch in batches if batch.rounds == rounds] for rounds in (1, 2))
+    assert [tactic for batch in once for tactic in batch] == tactics
+    assert [tactic for batch in again for tactic in batch] == sorted(tactics, key=times.get)
+    assert finalists == tuple(sorted(tactics, key=times.get)[:20])
 
 
 def test_the_second_timing_counts():
