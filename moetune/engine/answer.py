@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from moetune.engine import offline
 from moetune.engine import session as sessions
 from moetune.engine.agree import broadcast, gather, leads
 from moetune.engine.bench import EngineBench, choose
@@ -169,6 +170,8 @@ def _fill_by_hook(session: Session, call: Call, op: MoEOp, regime: Regime, rows:
     environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
     answers = Answers(session.store, session.layer, regime, op.backend, environment)
     stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
+    if unknown := [bucket for bucket in rows if bucket not in stored]:
+        stored |= offline.load(answers, {bucket: call.key(bucket).file_key for bucket in unknown})
     everywhere = gather({bucket: choice.tactic for bucket, choice in stored.items()}, group)
     served = [bucket for bucket in stored if all(theirs.get(bucket) == stored[bucket].tactic for theirs in everywhere)]
     for bucket in served:

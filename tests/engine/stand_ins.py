@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from flashinfer.autotuner import AutoTuner, DynamicTensorSpec, TunableRunner, TuningConfig
 from flashinfer.fused_moe.core import MoeRunnerInputs
@@ -168,3 +170,59 @@ class Trtllm:
                 ids = inputs[2]
         local = ids.flatten()[(ids.flatten() >= self.first) & (ids.flatten() < self.first + 4)] - self.first
         return torch.bincount(local.long(), minlength=4).tolist()
+
+
+def real_runner(layer, regime, maximum=8):
+    """An op of packed ids on bf16 experts with FlashInfer's own runner, and the stand-in that notes its calls."""
+    sm100 = pytest.importorskip("flashinfer.fused_moe.backends.trtllm.sm100_runner", reason="from FlashInfer 0.7.2")
+    from flashinfer.fused_moe.core import ActivationType, WeightLayout
+    from flashinfer.tllm_enums import DtypeTrtllmGen, Fp8QuantizationType, RoutingInputMode
+
+    class Module:
+        @staticmethod
+        def trtllm_get_valid_moe_configs(*question):
+            return [[8, 0], [16, 1]]
+
+    op = Trtllm(layer, regime, mode=PACKED, maximum=maximum, op="flashinfer::trtllm_bf16_moe")
+    stand_in = op.runner
+
+    class MoERunner(sm100.MoERunner):
+        rows = staticmethod(stand_in.rows)
+        last_us = 1.0
+
+        def forward(self, inputs, tactic=-1, do_preparation=False, **kwargs):
+            stand_in.times_us_cache[str(tactic)] = 100.0 if tactic == -1 else 50.0
+            return stand_in.forward(inputs, tactic)
+
+    op.runner = MoERunner(
+        Module(),
+        top_k=layer.top_k,
+        num_local_experts=4,
+        num_experts=layer.num_experts,
+        dtype_act=DtypeTrtllmGen.Bfloat16,
+        dtype_weights=DtypeTrtllmGen.Bfloat16,
+        fp8_quantization_type=Fp8QuantizationType.NoneFp8,
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        activation_type=ActivationType.Swiglu,
+        use_shuffled_weight=True,
+        weight_layout=WeightLayout.BlockMajorK,
+    )
+    inputs_of = op.inputs
+
+    def inputs(rows):
+        named = dataclasses.replace(sm100.MoeRunnerInputs.from_list(inputs_of(rows)), hidden_states_scale=None)
+        hidden_states = torch.zeros(rows, layer.hidden_size, dtype=torch.bfloat16)
+        return dataclasses.replace(named, hidden_states=hidden_states).to_list()
+
+    def config(inputs):
+        return op.runner._make_tuning_config(
+            sm100.MoeRunnerInputs.from_list(inputs),
+            maximum,
+            RoutingInputMode.PackedPrecomputed,
+            use_cuda_graph=True,
+            use_cold_l2_cache=True,
+        )
+
+    op.inputs, op.config = inputs, config
+    return op, stand_in

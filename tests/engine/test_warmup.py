@@ -1,17 +1,19 @@
-import dataclasses
 import logging
 
 import pytest
 from flashinfer.autotuner import AutoTuner, autotune
-from stand_ins import FAST, MIDDLING, PACKED, SLOW, TIMES_US, Trtllm
+from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm, real_runner
 
 import moetune
 from moetune.engine import answer
 from moetune.errors import UsageError
+from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.store import Store
 
 BUCKETS = {1, 2, 4, 8}
+GIVEN = {"ep_size": 4, "attention_dp": True, "draws": 4, "ladder": "hybrid", "tune_max_num_tokens": 8}
+"""The fixture's regime."""
 
 
 def fresh_process(monkeypatch):
@@ -182,53 +184,47 @@ def test_a_regime_that_does_not_fit_is_refused_before_anything_runs(layer, regim
         pass
 
 
-def test_the_default_distribution_comes_from_the_environment(layer, monkeypatch):
-    monkeypatch.setenv("TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION", "Balanced")
-    with moetune.warmup(layer, moetune.Regime(ep_size=4)) as seen:
-        assert seen.regime.distribution == "balanced"
+def balanced_by(monkeypatch, spelled="Balanced"):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, spelled)
+
+
+def test_tensorrt_llms_variable_gives_the_default_distribution(trtllm, layer, regime, monkeypatch):
+    balanced_by(monkeypatch)
+    with moetune.warmup(layer, regime, rank=1) as seen:
+        trtllm()
+    assert seen.regime == Regime(**{**GIVEN, "distribution": "balanced"})
+    for _, inputs in trtllm.runner.seen[: 3 * len(BUCKETS)]:
+        load = trtllm.load(inputs)
+        assert load == moetune.realize(layer, seen.regime, trtllm.runner.rows(inputs), rank=1).load.tolist()
+        assert max(load) - min(load) <= 1
+
+
+def test_tensorrt_llms_variable_means_to_a_warmup_what_it_means_to_the_command_line(layer, monkeypatch):
+    from moetune.cli.options import ask
+
+    balanced_by(monkeypatch)
+    asked = ask("qwen3-30b-a3b", ep=4, dp=True, ladder="hybrid")
+    with moetune.warmup(asked.layer, Regime(ep_size=4, attention_dp=True, ladder="hybrid")) as seen:
+        assert seen.regime.digest == asked.regime.digest
+        assert (seen.regime.distribution, seen.regime.draws) == ("balanced", 1)
+
+
+def test_a_distribution_that_was_given_wins_over_tensorrt_llms_variable(layer, monkeypatch):
+    balanced_by(monkeypatch)
+    with moetune.warmup(layer, Regime(ep_size=4, distribution="random")) as seen:
+        assert seen.regime.distribution == "random"
+
+
+def test_a_wrong_value_of_tensorrt_llms_variable_is_an_error_that_lists_the_values(layer, regime, monkeypatch):
+    balanced_by(monkeypatch, "uniform")
+    with pytest.raises(UsageError) as error, moetune.warmup(layer, regime):
+        pass
+    for said in (DISTRIBUTION_VARIABLE, "uniform", "balanced", "random"):
+        assert said in str(error.value)
 
 
 def test_flashinfers_real_runner_is_recognized(tuner, layer, regime):
-    sm100 = pytest.importorskip("flashinfer.fused_moe.backends.trtllm.sm100_runner", reason="from FlashInfer 0.7.2")
-    from flashinfer.tllm_enums import DtypeTrtllmGen, Fp8QuantizationType, RoutingInputMode
-
-    class Operations:
-        @staticmethod
-        def trtllm_get_valid_moe_configs(*question):
-            return [[8, 0], [16, 1]]
-
-    op = Trtllm(layer, regime, mode=PACKED)
-    stand_in = op.runner
-
-    class MoERunner(sm100.MoERunner):
-        rows = staticmethod(stand_in.rows)
-        last_us = 1.0
-
-        def forward(self, inputs, tactic=-1, do_preparation=False, **kwargs):
-            stand_in.times_us_cache[str(tactic)] = 100.0 if tactic == -1 else 50.0
-            return stand_in.forward(inputs, tactic)
-
-    op.runner = MoERunner(
-        Operations(),
-        top_k=layer.top_k,
-        num_local_experts=4,
-        num_experts=layer.num_experts,
-        dtype_act=DtypeTrtllmGen.Bfloat16,
-        dtype_weights=DtypeTrtllmGen.Bfloat16,
-        fp8_quantization_type=Fp8QuantizationType.NoneFp8,
-        hidden_size=layer.hidden_size,
-        intermediate_size=layer.intermediate_size,
-    )
-
-    def config(inputs):
-        named = dataclasses.replace(sm100.MoeRunnerInputs.from_list(inputs), hidden_states_scale=None)
-        inputs[:] = named.to_list()
-        return op.runner._make_tuning_config(
-            named, 8, RoutingInputMode.PackedPrecomputed, use_cuda_graph=True, use_cold_l2_cache=True
-        )
-
-    op.config = config
-    op.op = "flashinfer::trtllm_bf16_moe"
+    op, stand_in = real_runner(layer, regime)
     with moetune.warmup(layer, regime) as seen:
         op()
     assert {rows for _, rows in seen.tuned} == BUCKETS
