@@ -15,6 +15,7 @@ from stand_ins import FAST, Trtllm
 
 import moetune
 from moetune.engine import flashinfer_hook, plugins, session
+from moetune.spec.regime import DISTRIBUTION_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")
@@ -103,6 +104,21 @@ def test_a_wrong_value_is_logged_and_the_engine_starts(process, group, value, re
     errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
     assert reason in errors[0]
+    assert type(AutoTuner.get()) is Stock
+
+
+def test_tensorrt_llms_variable_gives_the_plugins_default_distribution(process, model, monkeypatch):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "balanced")
+    monkeypatch.setenv(plugins.VARIABLE, f"--model {model} --ep 4")
+    plugins.vllm()
+    assert session.current().regime.distribution == "balanced"
+
+
+def test_a_wrong_value_of_tensorrt_llms_variable_is_logged_and_the_engine_starts(process, model, monkeypatch, caplog):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "uniform")
+    monkeypatch.setenv(plugins.VARIABLE, f"--model {model} --ep 4")
+    plugins.vllm()
+    assert f"{DISTRIBUTION_VARIABLE} must be" in caplog.text
     assert type(AutoTuner.get()) is Stock
 
 
