@@ -103,16 +103,15 @@ class TritonBackend:
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Of 1920 configurations those that the device can run and that differ; the default first."""
         return space.candidates(
-            space.Shapes.of(layer, regime, rows),
+            self._shapes(layer, regime, rows),
             space.Limits.of(device),
             zero_remote=self.remote == "zero",
             clamps_k=self.kernel != "sglang",
         )
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """vLLM's own choice where no file was tuned; see `space.default_config`."""
-        shapes = space.Shapes.of(layer, regime, rows)
-        return space.default_config(rows, shapes.num_local, shapes.fp8)
+        """The engine's own choice where no file was tuned: SGLang's for its kernel, else vLLM's."""
+        return space.engine_default(self._shapes(layer, regime, rows))
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
         """Successive halving over a twentieth of the candidates; see `halving` and `prior`."""
@@ -125,14 +124,13 @@ class TritonBackend:
             sorted(candidates.tactics[1:], key=lambda tactic: predicted_us.get(tactic, 0.0))
         )
 
-    @staticmethod
-    def _predicted_us(problem: Problem, candidates: Candidates) -> Mapping[Tactic, float] | None:
+    def _predicted_us(self, problem: Problem, candidates: Candidates) -> Mapping[Tactic, float] | None:
         limits = space.Limits.of(problem.device)
         if limits is None:  # under the interpreter a prior of a GPU says nothing
             return None
         return space.predicted_us(
             candidates.tactics,
-            space.Shapes.of(problem.layer, problem.regime, problem.rows),
+            self._shapes(problem.layer, problem.regime, problem.rows),
             [routing.load.tolist() for routing in problem.routings[: problem.regime.draws]],
             space.machine(problem.device),
             limits.capability,
@@ -144,7 +142,7 @@ class TritonBackend:
 
     def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
         """The builtin kernel is the same for all rows of a layer; an engine's is specialized for some numbers."""
-        shapes = space.Shapes.of(layer, regime, rows)
+        shapes = self._shapes(layer, regime, rows)
         if self.kernel != "builtin":
             return shapes, tactic
         return shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted, tactic
@@ -153,7 +151,7 @@ class TritonBackend:
         """Both GEMMs, into Triton's cache; see `ahead.compile_tactic`."""
         from moetune.backends.grouped_triton.ahead import compile_tactic
 
-        shapes = space.Shapes.of(layer, regime, rows)
+        shapes = self._shapes(layer, regime, rows)
         compile_tactic(shapes, tactic, capability=capability, kernel=self.kernel, zero_remote=self.remote == "zero")
 
     def prepare(self, problem: Problem) -> TritonRunner:
@@ -169,3 +167,6 @@ class TritonBackend:
         from moetune.backends.grouped_triton.runner import TritonRunner
 
         return TritonRunner(problem, self.kernel, zero_remote=self.remote == "zero")
+
+    def _shapes(self, layer: MoELayer, regime: Regime, rows: int) -> space.Shapes:
+        return space.Shapes.of(layer, regime, rows, kernel=self.kernel)

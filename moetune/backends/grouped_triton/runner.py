@@ -36,7 +36,7 @@ class TritonRunner:
 
     def __init__(self, problem: Problem, kernel: str, *, zero_remote: bool) -> None:
         device, shard = problem.device, problem.shard
-        self._shapes = shapes = Shapes.of(problem.layer, problem.regime, problem.rows, shard.rank)
+        self._shapes = shapes = Shapes.of(problem.layer, problem.regime, problem.rows, shard.rank, kernel=kernel)
         self._grouped = grouped_kernel(kernel)
         self._gelu = problem.layer.activation is Activation.GELU
         self._first = shard.first
@@ -67,7 +67,12 @@ class TritonRunner:
             self._activated_quantized = self._workspace(slots, intermediate)
         if shapes.sorted:
             self._aligner = Aligner(
-                slots, shapes.num_experts, shard.first, shapes.num_local, zero_remote=zero_remote, device=device
+                slots,
+                shapes.num_groups(zero_remote),
+                shard.first,
+                shapes.num_local,
+                zero_remote=zero_remote,
+                device=device,
             )
         else:
             self._all_slots = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)

@@ -32,10 +32,12 @@ KernelName = Literal["builtin", "vllm", "sglang"]
 _FILES: Mapping[str, tuple[str, ...]] = {
     "vllm": ("model_executor/layers/fused_moe/fused_moe.py",),
     "sglang": (
+        "kernels/ops/moe/fused_moe_triton_kernels.py",
         "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_kernels.py",
         "srt/layers/moe/fused_moe_triton/fused_moe_triton_kernels.py",
     ),
 }
+"""Below the package's folder, the newest first."""
 _KERNEL = "fused_moe_kernel"
 
 
@@ -92,6 +94,7 @@ class EngineKernel:
         """See `GroupedKernel.arguments`."""
         block_k = effective_block_size_k(tactic, gemm.fp8) if self.clamps_k else tactic["BLOCK_SIZE_K"]
         assert isinstance(block_k, int)
+        swap_ab = swaps_operands(tactic, gemm.fp8, gemm.capability)
         scale_depth, scale_columns = (gemm.K // SCALE_BLOCK, gemm.N // SCALE_BLOCK) if gemm.fp8 else (0, 0)
         known = {
             **_SAME_FOR_ALL,
@@ -128,7 +131,8 @@ class EngineKernel:
             "use_fp8_w8a8": gemm.fp8,
             "even_Ks": gemm.K % block_k == 0,
             "filter_expert": gemm.zero_remote,
-            "swap_ab": swaps_operands(tactic, gemm.fp8, gemm.capability),
+            "swap_ab": swap_ab,
+            "SWAP_AB": swap_ab,
         }
         options = {name: tactic[name] for name in ("num_warps", "num_stages")}
         return {name: known[name] for name in self._parameters if name in known} | options
@@ -140,16 +144,16 @@ _OF_THE_LAUNCH = (
     *("stride_am", "stride_be", "stride_bn", "stride_cm", "stride_asm", "stride_ask"),
     *("stride_bse", "stride_bsk", "stride_bsn", "group_n", "group_k", "naive_block_assignment"),
     *("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "MUL_ROUTED_WEIGHT", "top_k"),
-    *("compute_type", "use_fp8_w8a8", "even_Ks", "filter_expert", "swap_ab"),
+    *("compute_type", "use_fp8_w8a8", "even_Ks", "filter_expert", "swap_ab", "SWAP_AB"),
 )
 _SAME_FOR_ALL: Mapping[str, Any] = {
     **dict.fromkeys(("a_desc", "b_desc", "bias_ptr", "b_bias_ptr", "add_mask_ptr")),
     **dict.fromkeys(("stride_ak", "stride_bk", "stride_cn", "SPLIT_K", "ROUTER_TOPK"), 1),
     **dict.fromkeys(("stride_bias_e", "stride_bias_n", "stride_bbe", "stride_bbn"), 0),
     **dict.fromkeys(("use_int8_w8a8", "use_int8_w8a16", "per_channel_quant", "HAS_BIAS", "c_sorted"), False),
-    **dict.fromkeys(("FUSE_ADD_TO_OUTPUT", "FUSE_SUM_ALL_REDUCE"), False),
+    **dict.fromkeys(("FUSE_ADD_TO_OUTPUT", "FUSE_SUM_ALL_REDUCE", "MASK_OUTPUT"), False),
 }
-"""Contiguous tensors, no bias, no other precision, nothing fused, no TMA."""
+"""Contiguous tensors, no bias, no other precision, nothing fused, no TMA, no programmatic dependent launch."""
 
 
 def _source_file(engine: str) -> Path:

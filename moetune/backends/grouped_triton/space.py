@@ -40,7 +40,8 @@ class Shapes:
     """Everything that the kernels' arguments depend on, in numbers.
 
     `rows` M, `top_k` ids in a row, `hidden_size` H, `intermediate_size` I of one expert on this rank, `num_local`
-    L of `num_experts` expert slots. `fp8`: e4m3 with 128×128 block scales, else bf16.
+    L of `num_experts` expert slots. `fp8`: e4m3 with 128×128 block scales, else bf16. `sglang`: aligned as
+    SGLang does (0.5.23, `moe_align_block_size`): every load is sorted, and only local experts bound the grid.
     """
 
     rows: int
@@ -50,10 +51,11 @@ class Shapes:
     num_local: int
     num_experts: int
     fp8: bool
+    sglang: bool = False
 
     @classmethod
-    def of(cls, layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> Self:
-        """The shapes of one bucket."""
+    def of(cls, layer: MoELayer, regime: Regime, rows: int, rank: int = 0, *, kernel: str = "builtin") -> Self:
+        """The shapes of one bucket, for the kernel of that name; the builtin one is launched as vLLM's is."""
         shard = regime.shard(layer, rank)
         return cls(
             rows,
@@ -63,6 +65,7 @@ class Shapes:
             shard.num_local,
             shard.num_slots,
             layer.precision is Precision.FP8_BLOCK,
+            sglang=kernel == "sglang",
         )
 
     @property
@@ -78,11 +81,11 @@ class Shapes:
     @property
     def sorted(self) -> bool:
         """Whether slots are sorted by expert: not by vLLM where they are few and no expert is remote (4·M·k ≤ E)."""
-        return not self.whole_layer or 4 * self.num_slots > self.num_experts
+        return self.sglang or not self.whole_layer or 4 * self.num_slots > self.num_experts
 
     def num_groups(self, zero_remote: bool) -> int:
-        """The most groups of slots that are padded to blocks; it bounds the grid. The engines count all experts."""
-        return max(self.num_experts, self.num_local + zero_remote)
+        """The most groups of slots that are padded to blocks; it bounds the grid. vLLM counts all experts."""
+        return max(0 if self.sglang else self.num_experts, self.num_local + zero_remote)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +212,25 @@ def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
     )
 
 
+def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
+    """What SGLang runs where no file was tuned: `get_default_config` of SGLang 0.5.23, stated anew.
+
+    fp8 with block scales: one tile for any rows. Else a small tile up to as many rows as local experts, and one of
+    BLOCK_SIZE_K 32 in groups of 8, which is none of the 1920, for more; warps and stages are Triton's own defaults.
+    """
+    if fp8:
+        return _config(64, SCALE_BLOCK, SCALE_BLOCK, 32, 4, 3)
+    return _config(16, 32, 64, 1, 4, 3) if rows <= num_local else _config(64, 64, 32, 8, 4, 3)
+
+
+def engine_default(shapes: Shapes) -> Tactic:
+    """The default of the engine that is stood in for: SGLang's for its kernel, else vLLM's."""
+    default = sglang_default_config if shapes.sglang else default_config
+    return default(shapes.rows, shapes.num_local, shapes.fp8)
+
+
 def candidates(shapes: Shapes, limits: Limits | None, *, zero_remote: bool, clamps_k: bool = True) -> Candidates:
-    """All 1920 configurations: the ones worth timing, the default among them, and the others with their reasons.
+    """All 1920 configurations and the default: the ones worth timing, and the others with their reasons.
 
     Args:
         shapes: of the bucket.
@@ -219,7 +239,7 @@ def candidates(shapes: Shapes, limits: Limits | None, *, zero_remote: bool, clam
         clamps_k: the kernel clamps BLOCK_SIZE_K to the scale block (vLLM); SGLang's does not, and would compute
             wrong numbers.
     """
-    default = default_config(shapes.rows, shapes.num_local, shapes.fp8)
+    default = engine_default(shapes)
     kept: dict[tuple[int, ...], Tactic] = {_behavior(default, shapes, zero_remote): default}
     excluded: dict[Tactic, str] = {}
     for values in product(*VALUES.values()):

@@ -6,6 +6,7 @@ rounds to nearest even. Both are replaced by torch's conversions; everything els
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,18 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-RUN_KERNELS = {"test_align.py", "test_kernels.py", "test_runner.py"}
+RUN_KERNELS = {"test_align.py", "test_kernels.py", "test_runner.py", "test_engine_forwards.py"}
+
+
+@pytest.fixture(params=["vllm", "sglang"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An engine whose own sources are here: below `MOETUNE_ENGINE_SOURCES`, or installed."""
+    if below := os.environ.get("MOETUNE_ENGINE_SOURCES"):
+        monkeypatch.syspath_prepend(below)
+    name: str = request.param
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is neither installed nor below MOETUNE_ENGINE_SOURCES")
+    return name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,11 @@ import triton
 
 from moetune.backends.grouped_triton import ahead
 from moetune.backends.grouped_triton.align import Alignment
+from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.gemm import BuiltinKernel, Operands, two_gemms
 from moetune.backends.grouped_triton.space import VALUES, Shapes, shared_bytes
+from moetune.spec.presets import layer as preset
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 BF16 = Shapes(256, 8, 512, 256, 4, 32, fp8=False)
@@ -76,3 +79,16 @@ def test_the_driver_that_was_active_is_active_again():
     before = triton.runtime.driver._active
     ahead.compile_tactic(BF16, SMALL, capability=HOPPER)
     assert triton.runtime.driver._active is before
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen"), [("qwen3-235b-a22b", SMALL), ("deepseek-r1", tactic(64, 128, 128, 1, 4, 3))]
+)
+@pytest.mark.parametrize(("ep_size", "rows"), [(8, 64), (1, 1)])
+def test_the_kernel_of_an_engines_own_file_compiles(engine, model, chosen, ep_size, rows):
+    backend, layer, regime = TritonBackend(engine), preset(model), Regime(ep_size=ep_size)
+    for each in (chosen, backend.default(layer, regime, rows)):
+        shapes = Shapes.of(layer, regime, rows, kernel=engine)
+        usage = ahead.compile_tactic(shapes, each, capability=HOPPER, kernel=engine, zero_remote=engine == "sglang")
+        assert usage["shared_bytes"] >= shared_bytes(each, shapes.fp8, HOPPER)
+        assert usage["spill_bytes"] == 0

@@ -5,13 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+HERE = Path(__file__).parent
 
-def test_kernels_are_right_under_tritons_interpreter():
-    here = Path(__file__).parent
-    files = [str(here / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
+
+def run_interpreted(*arguments):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+def test_kernels_are_right_under_tritons_interpreter():
+    run_interpreted(*(str(HERE / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")))
+
+
+def test_an_engines_own_kernel_is_right_under_tritons_interpreter(engine):
+    run_interpreted(str(HERE / "test_engine_forwards.py"), "-k", engine)

@@ -13,12 +13,15 @@ from moetune.backends.grouped_triton.space import (
     accumulator_registers,
     candidates,
     default_config,
+    engine_default,
     idle_warps,
     illegal,
     max_padded_slots,
     shared_bytes,
     swaps_operands,
 )
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 H200 = Limits((9, 0), 232448, 255, 65536)
@@ -154,3 +157,28 @@ def test_slots_are_sorted_unless_they_are_few_and_all_local():
     assert not Shapes(rows=4, top_k=8, **whole).sorted
     assert Shapes(rows=5, top_k=8, **whole).sorted
     assert Shapes(rows=1, top_k=8, **QWEN).sorted
+
+
+def test_sglang_sorts_every_load_and_bounds_the_grid_by_its_local_experts():
+    layer, regime = MoELayer(num_experts=128, top_k=8, hidden_size=4096, intermediate_size=1536), Regime()
+    assert not Shapes.of(layer, regime, 1).sorted
+    assert Shapes.of(layer, regime, 1, kernel="sglang").sorted
+    sharded = Regime(ep_size=8)
+    assert Shapes.of(layer, sharded, 1, kernel="vllm").num_groups(zero_remote=True) == 128
+    assert Shapes.of(layer, sharded, 1, kernel="sglang").num_groups(zero_remote=True) == 17
+
+
+@pytest.mark.parametrize(
+    ("rows", "fp8", "values"),
+    [  # SGLang 0.5.23's get_default_config(rows, E=16, …) and with block_shape [128, 128]
+        (16, False, (16, 32, 64, 1, 4, 3)),
+        (17, False, (64, 64, 32, 8, 4, 3)),
+        (1, True, (64, 128, 128, 32, 4, 3)),
+        (2064, True, (64, 128, 128, 32, 4, 3)),
+    ],
+)
+def test_the_default_of_sglangs_kernel_is_sglangs(rows, fp8, values):
+    shapes = Shapes(rows=rows, top_k=8, **{**QWEN, "fp8": fp8}, sglang=True)
+    assert engine_default(shapes) == tactic(*values)
+    found = candidates(shapes, H200, zero_remote=True, clamps_k=False)
+    assert found.tactics[0] == tactic(*values)
