@@ -121,6 +121,7 @@ class BucketTuner:
         share_s: the bucket's share of the time budget.
         tell: is told what happens.
         note: is given what each batch of the search brought: rounds, mean times in µs, and the reasons of failures.
+        final_s: about how many seconds the final may take; `final.SECONDS` by default.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class BucketTuner:
         share_s: float | None,
         tell: OnEvent,
         note: Callable[[int, Times, Mapping[Tactic, str]], None],
+        final_s: float | None = None,
     ) -> None:
         self._bucket, self._bench, self._compilers, self._tell = bucket, bench, compilers, tell
-        self._note = note
+        self._note, self._final_s = note, final_s
         self._began, self._share_s = time.monotonic(), share_s
         self._uncompiled: dict[Tactic, str] = {}
         self._times: dict[Tactic, float] = {}
@@ -172,7 +174,9 @@ class BucketTuner:
             raise NoResultError(
                 f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
             )
-        seconds = min(final.SECONDS, FINAL_SHARE * self._share_s) if self._share_s is not None else final.SECONDS
+        seconds = final.SECONDS if self._final_s is None else self._final_s
+        if self._share_s is not None:
+            seconds = min(seconds, FINAL_SHARE * self._share_s)
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
         verdict = final.decide(played, bench, bucket.stress_draws)
         reasons = {**bucket.failed, **self._failures, **verdict.cliffs}

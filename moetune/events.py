@@ -34,7 +34,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class BucketStarted:
-    """Bucket `index` of `count` begins: `tactics` candidates, the excluded ones with their reasons."""
+    """Bucket `index` of `count` begins, its inputs ready: `tactics` candidates, the excluded ones and the reasons."""
 
     rows: int
     index: int

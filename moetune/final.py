@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
@@ -26,12 +26,22 @@ SAMPLES = (20, 96)
 TRIES = 3
 """How often a final is prolonged when too many of its rounds were disturbed."""
 DISTURBED = 1.25
-"""A round is disturbed where the default's two times differ by more than this factor."""
+"""A round is disturbed where two times of the same tactic differ by more than this factor."""
+FAR = 1.5
+"""A default slower than this times the leading finalist is far behind: it need not be timed as often …"""
+OPENING = 6
+"""… but in this many rounds."""
+BEHIND = 1.05
+"""A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """Paired samples in µs of the default and of every finalist; `noise` is the A/A noise floor of the default."""
+    """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
+
+    Sample i of each was taken in one round. Who left after the opening rounds has fewer: those of the first rounds.
+    `noise` is that of the default; where that is far behind, of the leading finalist.
+    """
 
     default: Tactic
     default_us: tuple[float, ...]
@@ -56,41 +66,99 @@ def play(
     default: Tactic,
     finalists: Sequence[Tactic],
     draws: Sequence[int],
-    seconds: float = SECONDS,
+    seconds: float | None = None,
 ) -> Final:
     """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
-    A round in which the default took two different times says nothing about the others either: it is dropped for all
+    A default that is far behind would take most of the time to say what a few rounds say: it plays the opening rounds
+    only, the leading finalist is timed twice in its place, and what the opening shows to be behind leaves as well.
+
+    A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
+
+    Args:
+        bench: where they are timed.
+        default: what must be beaten.
+        finalists: who may beat it.
+        draws: numbers of the bench's draws.
+        seconds: about how long it may take; `SECONDS` by default.
 
     Raises:
         NoResultError: the default failed.
     """
-    tactics = (default, *finalists, default)
-    once = bench.samples(tactics, draws[:1])
-    round_us = sum(series[0] for series in once if series)
+    once = bench.samples((default, *finalists), draws[:1])
+    _require(default, bench)
+    first_us = {tactic: series[0] for tactic, series in zip((default, *finalists), once, strict=True) if series}
+    finalists = [tactic for tactic in finalists if tactic in first_us]
+    leader = min(first_us, key=lambda tactic: first_us[tactic])
+    budget_us = 1e6 * (SECONDS if seconds is None else seconds)
+    if first_us[default] > FAR * first_us[leader]:
+        return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
     least, most = SAMPLES
-    rounds = min(most, max(least, int(seconds * 1e6 / max(round_us, 1.0))))
+    rounds = min(most, max(least, int(budget_us / max(sum(first_us.values()) + first_us[default], 1.0))))
+    first, *others, again = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, least)
+    _require(default, bench)
+    kept = {tactic: tuple(times) for tactic, times in zip(finalists, others, strict=True) if times}
+    return Final(default, tuple(first), noise_floor(first, again), kept)
+
+
+def _play_far(
+    bench: BenchLike, default: Tactic, leader: Tactic, others: Sequence[Tactic], draws: Sequence[int], budget_us: float
+) -> Final:
+    """`play` where the default seems far behind `leader`, the fastest finalist in one round."""
     turns = cycle(draws)
+    players = (leader, *others, default)
+    *taken, again = _rounds(bench, (*players, leader), turns, OPENING, OPENING // 2)
+    _require(default, bench)
+    if leader in bench.failures:
+        return play(bench, default, others, draws, budget_us / 1e6)
+    opening = {tactic: times for tactic, times in zip(players, taken, strict=True) if times}
+    medians = {tactic: median(times) for tactic, times in opening.items()}
+    best_us = min(medians.values())
+    stays = [tactic for tactic in others if tactic in medians and medians[tactic] <= BEHIND * best_us]
+    if medians[default] <= FAR * best_us:  # its one round had been disturbed
+        stays = [tactic for tactic in (*others, default) if tactic in medians]
+
+    least, most = (count - OPENING for count in SAMPLES)
+    round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
+    left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()))
+    rounds = min(most, max(least, int(left_us / max(round_us, 1.0))))
+    *taken, once_more = _rounds(bench, (leader, *stays, leader), turns, rounds, least)
+    _require(default, bench)
+    if leader in bench.failures:
+        return play(bench, default, others, draws, budget_us / 1e6)
+    closing = dict(zip((leader, *stays), taken, strict=True))
+    series = {
+        tactic: (*times, *closing.get(tactic, ())) for tactic, times in opening.items() if tactic not in bench.failures
+    }
+    default_us = series.pop(default)
+    return Final(default, default_us, noise_floor(series[leader], (*again, *once_more)), series)
+
+
+def _rounds(
+    bench: BenchLike, tactics: Sequence[Tactic], turns: Iterator[int], rounds: int, least: int
+) -> list[list[float]]:
+    """Paired samples in µs by position, of the rounds in which the first tactic and the last, the same, agree.
+
+    Of all rounds, where there are not `least` such after `TRIES`. Of a tactic that fails there are none.
+    """
     series: list[list[float]] = [[] for _ in tactics]
     for _ in range(TRIES):
         for times, taken in zip(series, bench.samples(tactics, list(islice(turns, rounds))), strict=True):
             times.extend(taken or ())
-        if default in bench.failures:
-            raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
+        series = [[] if tactic in bench.failures else times for tactic, times in zip(tactics, series, strict=True)]
+        if tactics[0] in bench.failures:
+            break
         pairs = enumerate(zip(series[0], series[-1], strict=True))
         quiet = [number for number, pair in pairs if max(pair) <= DISTURBED * min(pair)]
         if len(quiet) >= least:
-            break
-    else:
-        quiet = list(range(len(series[0])))
-    kept = {
-        tactic: tuple(times[number] for number in quiet)
-        for tactic, times in zip(finalists, series[1:-1], strict=True)
-        if tactic not in bench.failures
-    }
-    first, again = ([times[number] for number in quiet] for times in (series[0], series[-1]))
-    return Final(default, tuple(first), noise_floor(first, again), kept)
+            return [[times[number] for number in quiet] if times else [] for times in series]
+    return series
+
+
+def _require(default: Tactic, bench: BenchLike) -> None:
+    if default in bench.failures:
+        raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
 
 
 def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:
@@ -105,8 +173,8 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
     """
     better = [
         tactic
-        for tactic, series in sorted(final.finalists.items(), key=lambda item: sum(item[1]))
-        if paired_ratio(series, final.default_us).high < 1 - final.noise
+        for tactic, series in sorted(final.finalists.items(), key=lambda item: (-len(item[1]), sum(item[1])))
+        if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
     stress_us = _stress(bench, (final.default, *better), stress_draws)
@@ -118,11 +186,17 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
             cliffs[tactic] = cliff
             continue
         series = final.finalists[tactic]
-        gain = paired_ratio(final.default_us, series)
+        gain = common_ratio(final.default_us, series)
         return Verdict(tactic, series, gain, stress_us[tactic], stress_us[final.default], cliffs)
     unchanged = paired_ratio(final.default_us, final.default_us)
     of_default = stress_us[final.default]
     return Verdict(final.default, final.default_us, unchanged, of_default, of_default, cliffs)
+
+
+def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """`paired_ratio` over the rounds that both played: the first ones."""
+    rounds = min(len(numerator), len(denominator))
+    return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
 def _stress(

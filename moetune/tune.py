@@ -197,10 +197,11 @@ def _choices(
     tell: OnEvent,
 ) -> Generator[Choice]:
     """The choice of one missing bucket after the other, as long as the time lasts."""
-    from moetune.backends.base import CompilesAhead
+    from moetune.backends.base import CompilesAhead, PacesFinal
     from moetune.measure.compiling import Compilers, capability_of
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
+    final_s = question.backend.final_s if isinstance(question.backend, PacesFinal) else None
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
     _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
@@ -231,11 +232,11 @@ def _choices(
                 tell(BucketsSkipped(tuple(missing[index:])))
                 return
             bucket, buckets[index] = buckets[index].result(), Future()  # its routings are not needed any longer
-            offered = bucket.candidates
+            offered, bench = bucket.candidates, bench_of(bucket.problem)
             tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
             search = bucket.search(backend, strategy, starts[:STARTS])
             note = partial(journal.note, rows, strategy)
-            tuned = BucketTuner(bucket, bench_of(bucket.problem), compilers, share_s, tell, note)
+            tuned = BucketTuner(bucket, bench, compilers, share_s, tell, note, final_s)
             finalists = tuned.search(search)
             starts = tuple(dict.fromkeys((*finalists, *starts)))
             yield tuned.choose(finalists)

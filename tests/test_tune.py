@@ -1,17 +1,22 @@
+import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from planted import LAYER, PlantedBackend, PlantedRunner, tactic
 from processes import children, eventually
 
+from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
-from moetune.final import Final, decide, play
+from moetune.final import OPENING, SAMPLES, Final, decide, play
 from moetune.measure.bench import Bench
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
@@ -387,16 +392,13 @@ class _Scripted:
     """A bench on which the default takes 10 µs and the other 9, in disturbed rounds `slow(round)` times that."""
 
     def __init__(self, slow):
-        self.failures, self.rounds, self._slow = {}, 0, slow
+        self.failures, self.rounds, self._slow = {}, -1, slow  # the first round only tells how long one takes
 
     def samples(self, tactics, draws):
         start, self.rounds = self.rounds, self.rounds + len(draws)
-        first, other, again = ([], [], [])
-        for number in range(start, self.rounds):
-            first.append(10.0)
-            other.append(9.0 * self._slow(number))
-            again.append(10.0 * self._slow(number))
-        return [first, other, again]
+        slow = [self._slow(number) for number in range(start, self.rounds)]
+        first, other, again = [10.0] * len(slow), [9.0 * factor for factor in slow], [10.0 * factor for factor in slow]
+        return [first, other, again][: len(tactics)]
 
 
 def test_rounds_in_which_the_default_disagrees_with_itself_are_dropped_for_all_alike():
@@ -411,7 +413,7 @@ def test_rounds_in_which_the_default_disagrees_with_itself_are_dropped_for_all_a
 def test_where_nearly_every_round_is_disturbed_all_count_and_the_noise_says_so():
     bench = _Scripted(lambda number: 1.0 if number % 100 == 0 else 5.0)
     final = play(bench, tactic("default"), [tactic("other")], [0, 1])
-    assert len(final.default_us) == bench.rounds - 1
+    assert len(final.default_us) == bench.rounds
     assert final.noise > 1
 
 
@@ -420,10 +422,10 @@ def test_a_finalist_that_fails_when_the_final_is_prolonged_costs_only_itself():
     real = bench.samples
 
     def samples(tactics, draws):
-        default, other, again = real([], draws)
+        default, other, again = real(tactics[:3], draws)
         if bench.rounds > 100:
             bench.failures[tactic("other")] = "RuntimeError: planted failure"
-        return [default, None if bench.failures else other, other, again]
+        return [default, None if bench.failures else other, other, again][: len(tactics)]
 
     bench.samples = samples
     final = play(bench, tactic("default"), [tactic("other"), tactic("steady")], [0, 1])
@@ -453,6 +455,111 @@ def test_a_finalist_that_stands_the_stress_under_which_the_default_fails_wins():
     assert verdict.tactic == tactic("other")
     assert verdict.stress_us == {"2": 12.0}
     assert verdict.default_stress_us == {"2": float("inf")}
+
+
+class _Drifting:
+    """Tactics by their µs, all times a factor that drifts from round to round; counts how often each was timed.
+
+    `hiccup`: who takes three times as long in the first call. `apart`: by what factor the second of two series of one
+    tactic is longer. `fails`: who, and from which call on.
+    """
+
+    def __init__(self, us, *, hiccup=None, apart=1.0, fails=(None, 0)):
+        self.us, self.failures, self.timed, self.calls = us, {}, Counter(), 0
+        self._hiccup, self._apart, self._fails = hiccup, apart, fails
+        self._chance = random.Random(0)
+
+    def samples(self, tactics, draws):
+        self.calls += 1
+        if self._fails[0] in tactics and self.calls >= self._fails[1]:
+            self.failures[self._fails[0]] = "planted"
+        drift = [1 + 0.3 * self._chance.random() for _ in draws]
+        hiccup = self._hiccup if self.calls == 1 else None
+        taken, seen = [], set()
+        for played in tactics:
+            self.timed[played] += len(draws)
+            factor = (3.0 if played == hiccup else 1.0) * (self._apart if played in seen else 1.0)
+            seen.add(played)
+            failed = played in self.failures
+            taken.append(
+                None if failed else tuple(self.us[played] * factor * d * self._chance.gauss(1, 1e-3) for d in drift)
+            )
+        return taken
+
+
+DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
+
+
+def test_a_default_that_is_far_behind_plays_the_opening_only_and_takes_its_stragglers_with_it():
+    bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0, NEXT: 10.2, POOR: 12.0})
+    final = play(bench, DEFAULT, [NEXT, GOOD, POOR], range(16))
+    assert len(final.default_us) == len(final.finalists[POOR]) == OPENING
+    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == SAMPLES[1]
+    assert bench.timed[DEFAULT] == bench.timed[POOR] == OPENING + 1
+    verdict = decide(final, bench, {"2": 0})
+    assert verdict.tactic == GOOD
+    assert verdict.gain.value == pytest.approx(5.0, rel=0.01)
+    assert 0 < final.noise < 0.01
+
+
+def test_the_noise_of_such_a_final_is_that_of_its_leader():
+    quiet = play(_Drifting({DEFAULT: 50.0, GOOD: 10.0}), DEFAULT, [GOOD], range(16))
+    torn = play(_Drifting({DEFAULT: 50.0, GOOD: 10.0}, apart=1.1), DEFAULT, [GOOD], range(16))
+    assert quiet.noise < 0.01
+    assert torn.noise == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("hiccup", [DEFAULT, None])
+def test_a_default_that_only_a_hiccup_put_behind_plays_to_the_end(hiccup):
+    bench = _Drifting({DEFAULT: 10.0, GOOD: 9.0, POOR: 12.0}, hiccup=hiccup)
+    final = play(bench, DEFAULT, [GOOD, POOR], range(16))
+    assert len(final.default_us) == len(final.finalists[GOOD]) == len(final.finalists[POOR]) == SAMPLES[1]
+    assert decide(final, bench, {"2": 0}).tactic == GOOD
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_leader_that_fails_at_any_time_leaves_the_final_to_the_others(call):
+    bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0, NEXT: 10.2}, fails=(GOOD, call))
+    final = play(bench, DEFAULT, [GOOD, NEXT], range(16))
+    assert final.finalists.keys() == {NEXT}
+    assert decide(final, bench, {"2": 0}).tactic == NEXT
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_default_that_fails_in_its_opening_leaves_no_result(call):
+    bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0}, fails=(DEFAULT, call))
+    with pytest.raises(NoResultError, match="planted"):
+        play(bench, DEFAULT, [GOOD], range(16))
+
+
+@given(st.lists(st.floats(1, 100), min_size=2, max_size=7), st.floats(0, 1))
+@settings(max_examples=50, deadline=None)
+def test_the_fastest_beyond_the_noise_wins_however_far_the_default_is_behind(us, seconds):
+    players = [tactic(f"number {number}") for number in range(len(us))]
+    bench = _Drifting(dict(zip(players, us, strict=True)))
+    final = play(bench, players[0], players[1:], range(16), seconds)
+    winner = decide(final, bench, {"2": 0}).tactic
+    assert bench.us[winner] <= 1.005 * min(us) or (winner == players[0] and us[0] < 1.01 * min(us))
+    assert len(final.default_us) >= OPENING
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2])
+def test_a_backend_says_how_long_its_finals_may_take(plant, seconds, monkeypatch):
+    given_s = []
+    real = final_module.play
+
+    def recorded(bench, default, finalists, draws, seconds):
+        given_s.append(seconds)
+        return real(bench, default, finalists, draws, 0.01)
+
+    monkeypatch.setattr(final_module, "play", recorded)
+    backend = plant(milliseconds={"default": 1.0, "fast": 0.1})
+    _tune()
+    backend.final_s = seconds
+    _tune(again=True)
+    _tune(again=True, time_budget_s=0.02)
+    assert given_s[:4] == [final_module.SECONDS] * 2 + [seconds] * 2
+    assert all(0 < s < 0.02 for s in given_s[4:])
 
 
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):

@@ -128,3 +128,10 @@ class Searches(Protocol):
             starts: tactics that were good in neighboring buckets, the best first; maybe none.
         """
         ...
+
+
+@runtime_checkable
+class PacesFinal(Protocol):
+    """A backend that says how long the interleaved rounds of one bucket's final may take, about, in seconds."""
+
+    final_s: float

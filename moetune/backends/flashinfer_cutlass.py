@@ -40,6 +40,16 @@ BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
+ROUNDS, FINAL_S = (1, 4, 8), 0.1
+"""How often the search times a tactic (see `coordinate`), and how long a final takes at least where runs are short.
+
+FlashInfer's own autotune takes 16 to 34 s for the 21 buckets up to 8192 rows, 0.8 to 1.6 s each; so may this, all in.
+In units of a good tactic's time t (0.3 ms at 128 rows of Qwen3-235B on 4 ranks, 2.1 ms at 4096, 21 ms in all 21
+buckets; the untuned default takes 3 to 6 t) a bucket costs, in a simulation with planted times: first runs 80 t, the
+search 190 t, the final 190 t, stress draws 95 t, checks 10 t. That is 12 s of the GPU over the ladder; what is captured
+and computed on the host, about 0.2 s a bucket, comes to it (an estimate).
+"""
+
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
 
 
@@ -47,6 +57,7 @@ class FlashInferCutlassBackend:
     """FlashInfer's CUTLASS fused MoE with explicit tactics: bf16, and fp8 with one scale a tensor; SM90 and later."""
 
     name = "flashinfer-cutlass"
+    final_s = FINAL_S
 
     def __init__(self) -> None:
         self._promising: tuple[Tactic, ...] = ()
@@ -128,7 +139,7 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        return self._remembering(coordinate(candidates.tactics, starts=known, seed=problem.rows))
+        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, seed=problem.rows))
 
     def _remembering(self, search: Search) -> Search:
         measured: dict[Tactic, float] = {}

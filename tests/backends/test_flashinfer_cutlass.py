@@ -2,7 +2,9 @@
 
 import inspect
 import pickle
+import random
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from moetune.backends.flashinfer_cutlass import (  # noqa: E402
     unbuilt,
 )
 from moetune.errors import UnsupportedError  # noqa: E402
+from moetune.final import decide, play  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
 from moetune.spec.presets import layer as preset  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
@@ -290,6 +293,49 @@ def test_a_search_sweeps_less_once_it_has_starts(op):
     assert again[0] == finalists[0]
     assert cold > 44 + 80
     assert warm < cold / 2
+
+
+class Timed:
+    """A bench that answers `us(tactic)` with a little noise, and adds up what a GPU would have run, first runs too."""
+
+    def __init__(self, us):
+        self.us, self.failures, self.spent, self._warm, self._chance = us, {}, Counter(), set(), random.Random(0)
+
+    def samples(self, tactics, draws):
+        for tactic in tactics:
+            self.spent[tactic] += self.us(tactic) * (len(draws) + (tactic not in self._warm))
+            self._warm.add(tactic)
+        return [tuple(self.us(tactic) * self._chance.gauss(1, 0.01) for _ in draws) for tactic in tactics]
+
+
+@pytest.mark.parametrize(("t_us", "most_t"), [(2100.0, 650), (310.0, 850)], ids=["4096 rows", "128 rows"])
+def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, t_us, most_t):
+    """In units of a good tactic's time; see `FINAL_S`. The default, five times as slow, is timed in few rounds."""
+    chance, backend = random.Random(3), FlashInferCutlassBackend()
+    first, second = ({at: part * (1 + chance.expovariate(1)) for at in range(126)} for part in (0.6, 0.4))
+    found = backend.candidates(small(), Regime(), 16, "cuda")
+    best = min(first[t["gemm1"]] + second[t["gemm2"]] for t in found.tactics[1:])
+
+    def us(tactic):
+        return 5 * t_us if tactic == UNTUNED else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
+
+    starts = ()
+    for rows in (16, 32):
+        bench, search = Timed(us), backend.search(problem(small(), Regime(), rows, draws=1), found, starts)
+        batch = next(search)
+        try:
+            while True:
+                taken = bench.samples(batch.tactics, range(batch.rounds))
+                means = [sum(series) / len(series) for series in taken]
+                batch = search.send(dict(zip(batch.tactics, means, strict=True)))
+        except StopIteration as stop:
+            starts = stop.value
+        searched = bench.spent[UNTUNED]
+        played = play(bench, UNTUNED, [t for t in starts if t != UNTUNED], range(16), backend.final_s)
+        assert bench.spent[UNTUNED] - searched <= 8 * 5 * t_us
+        verdict = decide(played, bench, {"2": 0, "3": 1, "4": 2})
+        assert us(verdict.tactic) < 1.01 * t_us
+    assert sum(bench.spent.values()) < most_t * t_us
 
 
 def test_nothing_of_a_search_is_left_out_of_the_candidates(op):
