@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
 
 REALIZERS = 4
-"""Threads that draw the routings of the buckets to come while one is measured."""
+"""Threads that draw the routings of the buckets to come while a GPU measures one."""
 COMPILED_FIRST, COMPILED_AHEAD = 32, 128
 """How many of a bucket's likeliest tactics are compiled before any other's, and how many after those."""
 
@@ -223,23 +225,43 @@ def _choices(
                     more = bucket.likely(backend)[COMPILED_FIRST:COMPILED_AHEAD]
                     compilers.request(layer, regime, bucket.rows, more)
 
-        buckets = [ahead.submit(realized, rows) for rows in missing]
-        ahead.submit(compile_more, tuple(buckets))
-        starts: tuple[Tactic, ...] = tuple(dict.fromkeys(choice.tactic for choice in stored.choices)) if stored else ()
+        buckets: Iterator[Bucket] = map(realized, missing)
+        if _draws_ahead(question.device):
+            drawn = deque(ahead.submit(realized, rows) for rows in missing)
+            ahead.submit(compile_more, tuple(drawn))
+            buckets = _results(drawn)
+        known = stored.choices if stored else ()
+        good: dict[int, Sequence[Tactic]] = {choice.rows: [choice.tactic] for choice in known}
         for index, rows in enumerate(missing):
-            share_s = (end - time.monotonic()) / (len(missing) - index) if end else None
-            if share_s is not None and share_s <= 0 and index:
+            if end and index and time.monotonic() >= end:
                 tell(BucketsSkipped(tuple(missing[index:])))
                 return
-            bucket, buckets[index] = buckets[index].result(), Future()  # its routings are not needed any longer
+            bucket = next(buckets)
             offered, bench = bucket.candidates, bench_of(bucket.problem)
             tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
-            search = bucket.search(backend, strategy, starts[:STARTS])
+            search = bucket.search(backend, strategy, _starts(good, rows))
+            share_s = (end - time.monotonic()) / (len(missing) - index) if end else None
             note = partial(journal.note, rows, strategy)
             tuned = BucketTuner(bucket, bench, compilers, share_s, tell, note, final_s)
-            finalists = tuned.search(search)
-            starts = tuple(dict.fromkeys((*finalists, *starts)))
-            yield tuned.choose(finalists)
+            good[rows] = tuned.search(search)
+            yield tuned.choose(good[rows])
+
+
+def _draws_ahead(device: str) -> bool:
+    """Whether buckets to come are drawn while one is measured; what a CPU measures, that would disturb."""
+    return device.startswith("cuda")
+
+
+def _results(drawn: deque[Future[Bucket]]) -> Iterator[Bucket]:
+    """The buckets in turn; of those handed out nothing is kept."""
+    while drawn:
+        yield drawn.popleft().result()
+
+
+def _starts(good: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tactic, ...]:
+    """What was good in the buckets nearest to one of `rows`, the nearest bucket's first."""
+    nearest = sorted(good, key=lambda other: abs(math.log(other / rows)))
+    return tuple(dict.fromkeys(tactic for other in nearest for tactic in good[other]))[:STARTS]
 
 
 def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: OnEvent) -> None:

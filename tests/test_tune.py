@@ -3,6 +3,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+import threading
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
+from moetune.bucket import Bucket
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, decide, play
@@ -598,6 +601,81 @@ def test_a_time_budget_ends_searches_early_and_leaves_the_last_buckets_to_the_ne
     assert [event for event in events if isinstance(event, BucketsSkipped)] == [BucketsSkipped((8,))]
     assert [event for event in events if isinstance(event, SearchStopped)] == [SearchStopped(4, 1, 2)]
     assert [choice.rows for choice in _tune(strategy="exhaustive").choices] == [4, 8]
+
+
+def test_the_preparation_of_a_bucket_counts_against_its_share(plant, monkeypatch):
+    backend = plant(milliseconds={"default": 5.0})
+    real, batches = PlantedBackend.prepare, []
+
+    def prepare(self, problem):
+        time.sleep(0.4)
+        return real(self, problem)
+
+    def search(problem, candidates, starts):
+        while True:
+            batches.append((yield Batch((tactic("default"),))))
+
+    monkeypatch.setattr(PlantedBackend, "prepare", prepare)
+    backend.search = search
+    _tune(Regime(ladder="4", draws=4), time_budget_s=0.42)
+    assert len(batches) < 10  # 0.6 of 0.42 s are 50
+
+
+def test_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant):
+    backend = plant(milliseconds={"default": 1.0, "a": 0.1, "b": 0.1, "c": 0.1})
+    winners, told = {1: "a", 8: "b", 64: "c"}, {}
+
+    def search(problem, candidates, starts):
+        told[problem.rows] = starts
+        yield Batch((tactic(winners[problem.rows]),))
+        return (tactic(winners[problem.rows]),)
+
+    def interrupt(event):
+        if isinstance(event, BucketChosen) and event.choice.rows == 8:
+            raise KeyboardInterrupt
+
+    backend.search = search
+    regime = Regime(ladder="1,8,64", draws=1)
+    with pytest.raises(KeyboardInterrupt):
+        _tune(regime, on_event=interrupt)
+    assert told == {1: (), 8: (tactic("a"),)}
+    _tune(regime)
+    assert told[64] == (tactic("b"), tactic("a"))
+
+
+def test_on_a_cpu_nothing_is_drawn_while_a_bucket_is_measured(plant, monkeypatch):
+    drawn = []
+    real = Bucket.of
+
+    def of(layer, regime, backend, device, rows):
+        drawn.append(rows)
+        return real(layer, regime, backend, device, rows)
+
+    monkeypatch.setattr(Bucket, "of", of)
+    plant(milliseconds={"default": 1.0, "fast": 0.1})
+    _tune(on_event=lambda event: isinstance(event, BucketChosen) and event.index == 0 and drawn.append("chosen"))
+    assert drawn == [4, "chosen", 8]
+
+
+def test_on_a_gpu_later_buckets_are_drawn_meanwhile_and_what_fails_there_comes_in_its_turn(plant, monkeypatch):
+    threads, real = {}, Bucket.of
+
+    def of(layer, regime, backend, device, rows):
+        threads[rows] = threading.current_thread()
+        if rows == 8:
+            raise UsageError("No such rows.")
+        return real(layer, regime, backend, device, rows)
+
+    monkeypatch.setattr(sys.modules["moetune.tune"], "_draws_ahead", lambda device: True)
+    monkeypatch.setattr(Bucket, "of", of)
+    plant(milliseconds={"default": 1.0, "fast": 0.1})
+    events = []
+    with pytest.raises(UsageError, match="No such rows"):
+        _tune(on_event=events.append)
+    assert [event.choice.tactic for event in events if isinstance(event, BucketChosen)] == [tactic("fast")]
+    assert threads.keys() == {4, 8}
+    assert threading.current_thread() not in threads.values()
+    assert not any(thread.is_alive() for thread in threads.values())
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
