@@ -240,7 +240,7 @@ def _choices(
             offered, bench = bucket.candidates, bench_of(bucket.problem)
             tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
             search = bucket.search(backend, strategy, _starts(good, rows))
-            share_s = (end - time.monotonic()) / (len(missing) - index) if end else None
+            share_s = max(0.0, end - time.monotonic()) / (len(missing) - index) if end else None
             note = partial(journal.note, rows, strategy)
             tuned = BucketTuner(bucket, bench, compilers, share_s, tell, note, final_s)
             good[rows] = tuned.search(search)
