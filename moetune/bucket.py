@@ -204,7 +204,9 @@ class BucketTuner:
     def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:
         """Mean times in µs of those that ran; a wrong one never sets the pace."""
         layer, regime, rows = self._bucket.problem.layer, self._bucket.problem.regime, self._bucket.rows
-        self._uncompiled |= self._compilers.wait(layer, regime, rows, tactics)
+        uncompiled = self._compilers.wait(layer, regime, rows, tactics)
+        uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
+        self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
         draws = list(islice(cycle(range(regime.draws)), rounds))
         times: dict[Tactic, float] = {}

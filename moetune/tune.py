@@ -72,8 +72,8 @@ def tune(
         on_event: is told what happens, in order.
 
     Raises:
-        UsageError: the regime does not fit the layer, an unknown name, a value out of range, or a store that cannot be
-            written.
+        UsageError: the regime does not fit the layer, an unknown name, a value out of range, `frozen` with `again`, or
+            a store that cannot be written.
         UnsupportedError: the backend cannot run here, or does not compute this layer.
         MissError: `frozen`, and the store lacks the answer.
         NoResultError: the default tactic of a bucket failed or is wrong, so nothing can be compared with it.
@@ -81,6 +81,8 @@ def tune(
     tell = on_event or (lambda event: None)
     if time_budget_s is not None and not time_budget_s > 0:
         raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
+    if frozen and again:
+        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
     question = _Question.ask(layer, regime, backend, store, device)
     path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))

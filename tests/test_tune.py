@@ -21,6 +21,7 @@ from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, decide, play
 from moetune.measure.bench import Bench
+from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
 from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
@@ -345,6 +346,28 @@ def test_a_backend_made_with_options_is_taken_as_it_is(plant):
     assert made.prepared == [4, 8]
     assert named.prepared == []
     assert load(LAYER, REGIME, made, device="cpu") == profile
+
+
+def test_frozen_and_again_exclude_each_other(plant):
+    plant(milliseconds={"default": 1.0})
+    _tune()
+    with pytest.raises(UsageError, match="--frozen never measures"):
+        _tune(frozen=True, again=True)
+
+
+@pytest.mark.parametrize("raising", [(), ("default",)])
+def test_a_default_that_was_not_compiled_ahead_is_still_run(plant, monkeypatch, raising):
+    """The process that compiled it may have been killed for memory."""
+    uncompiled = {tactic("default"): "killed by SIGKILL", tactic("other"): "killed by SIGKILL"}
+    monkeypatch.setattr(Compilers, "wait", lambda self, *question: dict(uncompiled))
+    plant(milliseconds={"default": 1.0, "other": 0.1, "fast": 0.3}, raising=frozenset(raising))
+    if raising:
+        with pytest.raises(NoResultError, match="planted failure"):
+            _tune()
+        return
+    choice = _tune().choices[0]
+    assert choice.tactic == tactic("fast")
+    assert choice.rejected == (Rejection(tactic=tactic("other"), reason="killed by SIGKILL"),)
 
 
 def test_frozen_never_measures_and_names_what_differs(plant):

@@ -40,12 +40,9 @@ def tune(
     that is faster beyond the noise; the gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
-    from moetune.errors import UsageError
     from moetune.store.store import Store
     from moetune.tune import tune as tune_of
 
-    if frozen and again:
-        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
     folder = Store(store)
     with Progress(question.regime.buckets) as progress:
         profile = tune_of(
