@@ -7,8 +7,10 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol
+
+from moetune.measure.reasons import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -89,8 +91,8 @@ class CudaClock:
     """CUDA events around each call, inside a CUDA graph, the L2 cache overwritten before each.
 
     A call is captured as graphs that walk over the draws, so weights and activations are as cold as between two layers
-    of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the
-    device, as an engine running it would) is timed by events without a graph, launch overhead included.
+    of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the device, as an engine
+    running it would) is timed by events without a graph, launch overhead included.
 
     Args:
         device: the torch device.
@@ -173,6 +175,8 @@ class CudaClock:
                 self._enqueue(call, events)
             execute = graph.replay
         except RuntimeError as error:  # it synchronizes, which a capture cannot
+            if is_out_of_memory(error):  # a time without a graph would compare with no other
+                raise
             self.eager.append(str(error).splitlines()[0])
             torch.cuda.synchronize()
             events = self._events(draws, external=False)
@@ -200,8 +204,11 @@ class CudaClock:
             graph.capture_begin()
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the capture has failed, not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
     def _events(
         self, draws: Sequence[int], external: bool

@@ -5,6 +5,8 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -106,6 +108,39 @@ def test_nothing_to_time_is_no_error() -> None:
 
 def test_the_device_chooses_the_clock() -> None:
     assert isinstance(clock_for("cpu"), CpuClock)
+
+
+class _FailingGraph:
+    """Capturing into it fails, and then ending the capture does too."""
+
+    def capture_begin(self) -> None: ...
+
+    def capture_end(self) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2.00 GiB", "operation not permitted"])
+def test_what_finds_no_memory_for_its_graph_is_not_timed_without_one(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _FailingGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(CudaClock, "_event", lambda self, external=False: Mock())
+    clock = object.__new__(CudaClock)
+    clock._repeats, clock._side_stream, clock._flush, clock.eager = 1, Mock(), Mock(), []
+
+    def call(draw: int) -> None:
+        raise RuntimeError(said)
+
+    if "memory" in said:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            clock._walk(call, [0])
+        assert clock.eager == []
+    else:
+        clock._walk(call, [0])
+        assert clock.eager == [said]
 
 
 @pytest.mark.gpu
