@@ -81,8 +81,7 @@ class Progress:
                 self._start(event.rows, event.count, event.tactics)
             case TacticMeasured():
                 self._measured += 1
-                left = self._tactics - self._measured
-                self._update(f"{event.rows} rows: {left} more tactics" if left else f"{event.rows} rows: the final")
+                self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
                 if event.time_us is None:
                     self._line(f"{event.rows} rows: {event.tactic} failed: {event.reason}")
             case SearchStopped():

@@ -31,11 +31,13 @@ class Rejection(FrozenModel):
 class Choice(FrozenModel):
     """The answer for one bucket.
 
-    Times are medians of interleaved rounds, each a mean over the regime's draws. `gain` is default_time / time,
-    with the bounds of its 95 % interval (paired bootstrap over rounds and draws). `noise` is the A/A noise floor: by
-    how much two timings of the same tactic differed, relative. `stress_us` maps the factor on the busiest expert's
-    load to the chosen tactic's time, `default_stress_us` to the default's; infinite where it failed. `load` is the
-    number of slots of each local expert summed over all draws, `max_load` the busiest expert's in any one draw.
+    Times are medians over interleaved rounds, each on one of the regime's draws that the search has not seen. `gain` is
+    the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its 95 %
+    interval (paired bootstrap over these rounds); so it is not exactly the quotient of the medians. `noise` is the A/A
+    noise floor: by how much two timings of one tactic can be said to differ, relative. `stress_us` maps the factor on
+    the busiest expert's load to the chosen tactic's time, `default_stress_us` to the default's; infinite where it
+    failed. `tried` counts the tactics that the search timed or saw fail, `candidates` all, excluded ones too. `load` is
+    the number of slots of each local expert summed over the search's draws, `max_load` the busiest expert's in any one.
     `measured_at` is ISO 8601, UTC.
     """
 
