@@ -220,7 +220,7 @@ def _cliff(tactic: Tactic, stress_us: Mapping[Tactic, Mapping[str, float]]) -> s
         best_us = min(times[factor] for times in stress_us.values())
         if time_us > CLIFF * best_us:
             return (
-                f"cliff: {time_us / best_us:.1f} times the best finalist's time with the busiest expert at {factor} "
+                f"cliff: {time_us / best_us:.1f} times the best one's time with the busiest expert at {factor} "
                 "times its load"
             )
     return None

@@ -53,8 +53,8 @@ def tune(
     """Every bucket of the regime answered: from the store where it has the answer, else by measuring.
 
     Each bucket is saved as soon as it is known, and what its search measures before that is journaled. So the run after
-    an interrupted one goes on at the bucket where that stopped: it tries first what was best there, and does not try
-    again what failed.
+    an interrupted one goes on at the bucket where that stopped: it does not try again what failed there, and where the
+    search is given starts, from buckets that are known, what was best there comes first.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
