@@ -27,4 +27,4 @@ def doctor(as_json: bool) -> None:
         document({"schema_version": SCHEMA_VERSION, "backends": backends, "environment": environment})
     else:
         facts = {"device": here.device, **here.strict, **here.informative}
-        show(backends_table(found), facts_table(facts.items()))
+        show(backends_table(found), "", facts_table(facts.items()))

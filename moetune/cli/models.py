@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from moetune.cli.options import json_option
-from moetune.cli.output import document, show
+from moetune.cli.output import document, on_terminal, show
 
 SCHEMA_VERSION = 1
 
@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the layers that moetune knows by name."""
+    """List the layers that moetune knows by name; in a pipe and with --json also where their values stand."""
     from moetune.report.tables import models_table
     from moetune.spec import presets
 
@@ -25,4 +25,5 @@ def models(as_json: bool) -> None:
         ]
         document({"schema_version": SCHEMA_VERSION, "models": entries})
     else:
-        show(models_table((layer, source.url) for layer, source in known))
+        sources = [(layer, source.url) for layer, source in known]
+        show(models_table(sources, addresses=not on_terminal()))

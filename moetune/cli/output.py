@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
 
-PIPE_COLUMNS = 200
-"""Where stdout is no terminal nothing is folded to its width."""
+PIPE_COLUMNS = 1000
+"""Where stdout is no terminal nothing is folded to its width: the longest row is a profile's file, below 300."""
 
 
 def document(content: BaseModel | dict[str, Any], **fields: Any) -> None:
@@ -28,6 +28,11 @@ def console(*, stderr: bool = False) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else PIPE_COLUMNS, highlight=False)
+
+
+def on_terminal() -> bool:
+    """Whether a person reads stdout. There an address is a link, in a pipe a column."""
+    return console().is_terminal
 
 
 def show(*renderables: RenderableType) -> None:

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from moetune.cli.output import console
 from moetune.report.format import duration, human_time
+from moetune.report.tactics import tactic_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +84,7 @@ class Progress:
                 self._measured += 1
                 self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
                 if event.time_us is None:
-                    self._line(f"{event.rows} rows: {event.tactic} failed: {event.reason}")
+                    self._line(f"{event.rows} rows: {tactic_line(event.tactic)} failed: {event.reason}")
             case SearchStopped():
                 tried = f"{event.tried} of {event.tactics} tactics tried"
                 self._line(f"{event.rows} rows: the time budget ended the search, {tried}")
@@ -119,7 +120,9 @@ class Progress:
         if self._task is not None:
             self._bar.update(self._task, advance=1, left=left)
         else:
-            won = f"{choice.tactic} {human_time(choice.time_us)}, {choice.gain:.2f}× the default"
+            kept = choice.tactic == choice.default_tactic
+            gain = "the default" if kept else f"{choice.gain:.2f}× the default"
+            won = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
             self._line(f"[{index + 1}/{count}] {choice.rows} rows: {won} · {left}")
 
     def _line(self, text: str) -> None:

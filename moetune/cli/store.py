@@ -9,7 +9,7 @@ import click
 from rich.markup import escape
 
 from moetune.cli.options import json_option, store_option
-from moetune.cli.output import document, show
+from moetune.cli.output import document, on_terminal, show
 
 if TYPE_CHECKING:
     from moetune.store.profile import Profile
@@ -26,7 +26,10 @@ def store() -> None:
 @store_option
 @json_option
 def list_profiles(store: Path | None, as_json: bool) -> None:
-    """List the stored profiles, those that come with moetune, and the files that are none."""
+    """List the stored profiles, those that come with moetune, and the files that are none.
+
+    In a pipe and with --json each has its file.
+    """
     from moetune.report.tables import store_table
     from moetune.store.profile import Profile
     from moetune.store.store import Store
@@ -50,13 +53,14 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
         return
     own = [entry for entry in profiles if not folder.is_packaged(entry[0])]
     packaged = [entry for entry in profiles if folder.is_packaged(entry[0])]
+    files = not on_terminal()
     if own:
-        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", store_table(own, folder.root))
+        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", "", store_table(own, folder.root, files=files))
     else:
         show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet; `moetune tune` writes one.")
     if packaged and folder.packaged:
         where = f"[dim]packaged with moetune, read-only[/] [cyan]{escape(str(folder.packaged))}[/]"
-        show(where, store_table(packaged, folder.packaged))
+        show("", where, "", store_table(packaged, folder.packaged, files=files))
     show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
 
 

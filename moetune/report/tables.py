@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetune.report.format import count, human_bytes, human_flops, significant
+from moetune.report.tactics import reasons_counted, tactic_columns, tactic_line
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
@@ -70,7 +71,9 @@ def profile_report(
         Text(layer_line(profile.layer), style="bold"),
         Text(regime_line(profile.regime)),
         Text(f"backend {profile.backend} on {profile.environment.device}", style="dim"),
+        Text(),
         profile_table(profile),
+        Text(),
     ]
     reported += [Text(line, style="dim") for line in _behind(profile)]
     if path:
@@ -82,16 +85,18 @@ def profile_table(profile: Profile) -> Table:
     """A row for each bucket: rows, tactic, its time, the default's time, the gain and its 95 % bounds."""
     times = [time for choice in profile.choices for time in (choice.time_us, choice.default_time_us)]
     scale, unit = (1e3, "ms") if times and min(times) >= MILLISECONDS_FROM_US else (1.0, "µs")
+    tactics = tactic_columns([choice.tactic for choice in profile.choices])
     table = _table()
     _add_numbers(table, "rows")
-    table.add_column("tactic")
-    _add_numbers(table, f"time ({unit})", f"default ({unit})", "gain")
+    for title in tactics:
+        table.add_column(title, justify="left" if title == "tactic" else "right", no_wrap=True)
+    _add_numbers(table, f"time\n({unit})", f"default\n({unit})", "gain")
     table.add_column("95 % bounds", justify="center", no_wrap=True)
-    for choice in profile.choices:
+    for choice, *cells in zip(profile.choices, *tactics.values(), strict=True):
         kept = choice.tactic == choice.default_tactic
         table.add_row(
             f"{choice.rows:,}",
-            Text(str(choice.tactic), style="dim" if kept else ""),
+            *(Text(cell, style="dim" if kept else "") for cell in cells),
             significant(choice.time_us / scale),
             significant(choice.default_time_us / scale),
             *_gain(choice),
@@ -111,17 +116,35 @@ def _behind(profile: Profile) -> list[str]:
     choices = profile.choices
     if not choices:
         return ["no bucket is tuned yet"]
-    defaults = sorted({str(choice.default_tactic) for choice in choices})
     lines = [
         f"{_span([choice.tried for choice in choices])} of {_span([choice.candidates for choice in choices])} "
-        f"tactics tried a bucket; the default is {' or '.join(defaults)}",
+        f"tactics tried a bucket; the default: {_default(profile)}",
         f"A/A noise {_span([round(100 * choice.noise, 1) for choice in choices])} %; "
         f"a tactic wins only where its whole interval lies beyond that",
     ]
     if max(choice.noise for choice in choices) > NOISY:
         lines.append("this machine was busy: smaller gains could not be told; tune again with --again where it is idle")
+    lines += _reasons("could not win in a bucket:", [[reject.reason for reject in c.rejected] for c in choices])
     missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
     return [*lines, *([f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []), *_skipped(profile.regime)]
+
+
+def _default(profile: Profile) -> str:
+    """The tactic itself where there is one; whose heuristic it is where it changes with the rows."""
+    defaults = {choice.default_tactic for choice in profile.choices}
+    if len(defaults) == 1:
+        return tactic_line(*defaults)
+    if profile.backend == "triton":
+        engine = "SGLang" if profile.environment.strict.get("kernel") == "sglang" else "vLLM"
+        return f"{len(defaults)} configurations of {engine}'s heuristic"
+    return f"{len(defaults)} tactics, by the rows"
+
+
+def _reasons(title: str, groups: Sequence[Iterable[str]]) -> list[str]:
+    """`title`, and below it how many tactics of a group each kind of reason stands for."""
+    counted = {reason: _span(counts) for reason, counts in reasons_counted(groups).items()}
+    width = max(map(len, counted.values()), default=0)
+    return [title, *(f"{counts:>{width + 2}}  {reason}" for reason, counts in counted.items())] if counted else []
 
 
 def _skipped(regime: Regime) -> list[str]:
@@ -145,13 +168,16 @@ def plan_report(plan: Plan) -> list[RenderableType]:
         Text(regime_line(plan.regime)),
         Text(_rank_line(plan), style="dim"),
         Text(_load_line(plan), style="dim"),
+        Text(),
         plan_table(plan),
+        Text(),
     ]
-    if plan.tactics_unknown:
-        reported.append(Text(f"tactics unknown: {plan.tactics_unknown}", style="dim"))
-    reported += [Text(line, style="dim") for line in _skipped(plan.regime)]
+    below = [f"tactics unknown: {plan.tactics_unknown}"] if plan.tactics_unknown else []
+    below += _reasons("tactics left out of a bucket:", [bucket.excluded_tactics.values() for bucket in plan.buckets])
+    below += _skipped(plan.regime)
+    reported += [Text(line, style="dim") for line in below]
     if plan.wire:
-        reported += [Text(), wire_table(plan)]
+        reported += [*([Text()] if below else []), wire_table(plan)]
     return reported
 
 
@@ -171,21 +197,24 @@ def _load_line(plan: Plan) -> str:
 def plan_table(plan: Plan) -> Table:
     """A row for each bucket: what the kernel sees, what travels, what the GEMMs move and compute."""
     table = _table()
-    _add_numbers(table, "rows", "tokens\na rank", "local\nslots", "slots an\nexpert", "active\nexperts")
-    _add_numbers(table, "received", "combined", "weights", "activations", "GEMMs", "tactics")
+    same = all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
+    _add_numbers(table, *(["rows =\ntokens\na rank"] if same else ["rows", "tokens\na rank"]))
+    _add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
+    for title in (*(("re-\nceived", "com-\nbined") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
+        table.add_column(title, justify="right", overflow="fold")
+    _add_numbers(table, "GEMMs\n(FLOP)", *([] if plan.tactics_unknown else ["tactics"]))
     for bucket in plan.buckets:
         table.add_row(
             f"{bucket.rows:,}",
-            count(bucket.tokens_per_rank),
+            *([] if same else [count(bucket.tokens_per_rank)]),
             count(bucket.local_slots),
             count(bucket.slots_per_expert),
             f"{bucket.active_experts:,.1f}",
-            human_bytes(bucket.received_bytes) if plan.wire else "–",
-            human_bytes(bucket.combine_bytes) if plan.wire else "–",
+            *([human_bytes(bucket.received_bytes), human_bytes(bucket.combine_bytes)] if plan.wire else []),
             human_bytes(bucket.weight_bytes),
             human_bytes(bucket.activation_bytes),
-            human_flops(bucket.flops),
-            "–" if bucket.tactics is None else str(bucket.tactics),
+            human_flops(bucket.flops).removesuffix("FLOP"),
+            *([] if bucket.tactics is None else [f"{bucket.tactics:,}"]),
         )
     return table
 
@@ -193,10 +222,10 @@ def plan_table(plan: Plan) -> Table:
 def wire_table(plan: Plan) -> Table:
     """A row for each way in which a token can travel: its bytes, and how many times less than the plain way."""
     table = _table()
-    table.add_column("before the exchange")
-    table.add_column("routing that travels")
-    _add_numbers(table, "bytes a token", "less by")
-    table.add_column("tensors", style="dim")
+    table.add_column("before the\nexchange")
+    table.add_column("routing\nthat travels", no_wrap=True)
+    _add_numbers(table, "bytes\na token", "less\nby")
+    table.add_column("tensors", style="dim", overflow="fold")
     for payload in plan.wire:
         table.add_row(
             payload.activation,
@@ -208,29 +237,42 @@ def wire_table(plan: Plan) -> Table:
     return table
 
 
-def models_table(models: Iterable[tuple[MoELayer, str]]) -> Table:
-    """A row for each named layer, and where its values stand."""
+def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> Table:
+    """A row for each named layer.
+
+    Args:
+        models: the layers, and where their values stand.
+        addresses: a last column with that; else the name is a link to it.
+    """
     table = _table()
-    table.add_column("model")
-    _add_numbers(table, "experts", "top-k", "hidden", "intermediate")
-    for title in ("precision", "routing"):
-        table.add_column(title)
-    table.add_column("source", style="dim", overflow="fold")
+    table.add_column("model", no_wrap=True)
+    _add_numbers(table, "experts", "top-k", "hidden", "inter-\nmediate")
+    table.add_column("precision", no_wrap=True)
+    table.add_column("routing")
+    if addresses:
+        table.add_column("source", style="dim", overflow="fold")
     for layer, source in models:
         sizes = (layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size)
-        routing = routing_line(layer.routing)
-        table.add_row(layer.name, *(f"{size:,}" for size in sizes), layer.precision.value, routing, escape(source))
+        table.add_row(
+            Text(layer.name, style="" if addresses else f"link {source}"),
+            *(f"{size:,}" for size in sizes),
+            layer.precision.value,
+            routing_line(layer.routing),
+            *([escape(source)] if addresses else []),
+        )
     return table
 
 
 def backends_table(diagnoses: Iterable[Diagnosis]) -> Table:
     """A row for each backend: whether it can run here and, if not, why and what to do."""
     table = _table()
-    for title in ("backend", "runs here", "why not", "what to do"):
-        table.add_column(title)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("runs\nhere")
+    table.add_column("why not, and what to do")
     for diagnosis in diagnoses:
         runs = Text("yes", style="green") if diagnosis.available else Text("no", style="yellow")
-        table.add_row(diagnosis.name, runs, escape(diagnosis.reason), escape(diagnosis.hint))
+        why = Text("\n").join([Text(diagnosis.reason), Text(diagnosis.hint, style="dim")])
+        table.add_row(diagnosis.name, runs, why if diagnosis.reason else "")
     return table
 
 
@@ -241,34 +283,44 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for name, value in facts:
-        table.add_row(name, escape(value))
+        table.add_row(name.replace("_", " "), escape(value))
     return table
 
 
-def store_table(entries: Iterable[tuple[Path, Profile]], root: Path) -> Table:
-    """A row for each stored profile: layer, regime, backend, device, buckets, day, file below `root`."""
+def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: bool = True) -> Table:
+    """A row for each stored profile: layer, regime, backend, device, buckets, day.
+
+    Args:
+        entries: the profiles and their files.
+        root: what the files lie below.
+        files: a last column with each file; else the regime is a link to it.
+    """
     table = _table()
-    for title in ("layer", "regime", "backend", "device"):
+    table.add_column("layer", no_wrap=True)
+    table.add_column("regime", overflow="fold")
+    for title in ("backend", "device"):
         table.add_column(title)
     _add_numbers(table, "buckets")
-    table.add_column("measured")
-    table.add_column("file", style="cyan", overflow="fold")
+    table.add_column("measured", no_wrap=True)
+    if files:
+        table.add_column("file", style="cyan", overflow="fold")
     for path, profile in entries:
         measured = max((choice.measured_at for choice in profile.choices), default="–")
+        below = str(path.relative_to(root) if path.is_relative_to(root) else path)
         table.add_row(
             profile.layer.name,
-            profile.regime.slug,
+            Text(profile.regime.slug, style="" if files else f"link {path.absolute().as_uri()}"),
             profile.backend,
             profile.environment.device,
             f"{len(profile.choices)}/{len(profile.regime.buckets)}",
             measured[:10],
-            escape(str(path.relative_to(root) if path.is_relative_to(root) else path)),
+            *([escape(below)] if files else []),
         )
     return table
 
 
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
 
 
 def _add_numbers(table: Table, *titles: str) -> None:
@@ -278,4 +330,4 @@ def _add_numbers(table: Table, *titles: str) -> None:
 
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g}–{high:g}"
+    return f"{low:,g}" if low == high else f"{low:,g}–{high:,g}"

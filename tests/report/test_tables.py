@@ -25,22 +25,40 @@ LAYER = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermed
 REGIME = Regime(ep_size=4, attention_dp=True, ladder="8,64,4096", draws=2)
 WON = {"tactic": {"algorithm": "grouped_mm"}, "gain": 1.5, "gain_low": 1.43, "gain_high": 1.58}
 
-GOLDEN = """
- rows   tactic       time (µs)   default (µs)      gain   95 % bounds
- ────────────────────────────────────────────────────────────────────
-    8   eager             60.0           60.0   default        –
-   64   grouped_mm         823          1,234     1.50×   1.43 … 1.58
-"""
+GOLDEN = """\
+                  time  default
+rows  tactic      (µs)     (µs)     gain  95 % bounds
+─────────────────────────────────────────────────────
+   8  eager       60.0     60.0  default       –
+  64  grouped_mm   823    1,234    1.50×  1.43 … 1.58"""
+
+TRITON_GOLDEN = """\
+                                         time  default
+rows      M×N×K  group  warps  stages    (µs)     (µs)     gain  95 % bounds
+────────────────────────────────────────────────────────────────────────────
+   8  16×64×128      1      4       4    60.0     60.0  default       –
+  64  128×32×64     16      8       3  12,345   18,518    1.50×  1.43 … 1.58"""
+
+SLOW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 4}
+FAST = {
+    "BLOCK_SIZE_M": 128,
+    "BLOCK_SIZE_N": 32,
+    "BLOCK_SIZE_K": 64,
+    "GROUP_SIZE_M": 16,
+    "num_warps": 8,
+    "num_stages": 3,
+}
 
 
-def _choice(rows, default_time_us, **won):
-    kept = {"tactic": {"algorithm": "eager"}, "gain": 1.0, "gain_low": 1.0, "gain_high": 1.0}
+def _choice(rows, default_time_us, default=None, **won):
+    default = default or {"algorithm": "eager"}
+    kept = {"tactic": default, "gain": 1.0, "gain_low": 1.0, "gain_high": 1.0}
     given = {**kept, **won}
     return Choice(
         rows=rows,
         **given,
         time_us=default_time_us / given["gain"],
-        default_tactic={"algorithm": "eager"},
+        default_tactic=default,
         default_time_us=default_time_us,
         noise=0.004 * rows / 8,
         tried=6,
@@ -51,10 +69,10 @@ def _choice(rows, default_time_us, **won):
     )
 
 
-def _profile(*choices, regime=REGIME, name="small"):
-    environment = Environment(device="Example GPU", strict={"torch": "2.13.0"})
+def _profile(*choices, regime=REGIME, name="small", backend="torch", **strict):
+    environment = Environment(device="Example GPU", strict={"torch": "2.13.0", **strict})
     layer = MoELayer(**{**dict(LAYER), "name": name})
-    return Profile(layer=layer, regime=regime, backend="torch", environment=environment, choices=choices)
+    return Profile(layer=layer, regime=regime, backend=backend, environment=environment, choices=choices)
 
 
 def _text(*renderables, width=160):
@@ -74,22 +92,56 @@ def test_the_table_of_a_profile_is_as_ever():
     assert _text(table) == GOLDEN
 
 
+def test_a_triton_tactic_has_a_column_for_each_tunable_and_80_columns_hold_them():
+    won = {**WON, "tactic": FAST}
+    table = profile_table(_profile(_choice(8, 60.0, SLOW), _choice(64, 18_518.0, SLOW, **won)))
+    assert _text(table) == TRITON_GOLDEN
+    assert _text(table, width=80) == TRITON_GOLDEN
+
+
+def test_tactics_of_other_names_stand_in_columns_of_their_own():
+    table = profile_table(_profile(_choice(8, 60.0, {"tile_n": 32, "config": 5})))
+    assert _rows(_text(table))[1].startswith("rows tile_n config ")
+    assert _rows(_text(table))[3].startswith("8 32 5 60.0 ")
+
+
+@pytest.mark.parametrize(
+    ("backend", "strict", "said"),
+    [
+        ("triton", {"kernel": "builtin"}, "2 configurations of vLLM's heuristic"),
+        ("triton", {"kernel": "sglang"}, "2 configurations of SGLang's heuristic"),
+        ("torch", {}, "2 tactics, by the rows"),
+    ],
+)
+def test_a_default_that_changes_with_the_rows_is_counted(backend, strict, said):
+    profile = _profile(_choice(8, 60.0, SLOW), _choice(64, 60.0, FAST), backend=backend, **strict)
+    lines = _text(*profile_report(profile)).splitlines()
+    assert f"6 of 6 tactics tried a bucket; the default: {said}" in lines
+    assert max(map(len, lines)) <= 90
+
+
+def test_what_could_not_win_is_counted_by_its_reason():
+    wrong = [{"tactic": FAST, "reason": f"its result is wrong by {error}"} for error in (0.5, 0.25)]
+    profile = _profile(_choice(8, 60.0, rejected=wrong), _choice(64, 60.0))
+    text = _text(*profile_report(profile))
+    assert "could not win in a bucket:\n  0–2  its result is wrong by …\n" in text
+    assert "could not win" not in _text(*profile_report(_profile(_choice(8, 60.0))))
+
+
 def test_numbers_of_a_column_end_below_each_other():
-    lines = _text(profile_table(_profile(_choice(8, 60.0), _choice(64, 1234.0)))).splitlines()
-    assert (
-        len({line.index(number) + len(number) for line, number in zip(lines[3:], ("60.0", "1,234"), strict=False)}) == 1
-    )
+    lines = _text(profile_table(_profile(_choice(8, 60.0), _choice(64, 1234.0)))).splitlines()[3:]
+    assert len({line.index(number) + len(number) for line, number in zip(lines, ("60.0", "1,234"), strict=True)}) == 1
 
 
 def test_times_are_in_ms_where_all_are_long():
     text = _text(profile_table(_profile(_choice(8, 2_500.0), _choice(64, 150_000.0))))
-    assert _rows(text)[0] == "rows tactic time (ms) default (ms) gain 95 % bounds"
-    assert _rows(text)[2:] == ["8 eager 2.50 2.50 default –", "64 eager 150 150 default –"]
+    assert _rows(text)[:2] == ["time default", "rows tactic (ms) (ms) gain 95 % bounds"]
+    assert _rows(text)[3:] == ["8 eager 2.50 2.50 default –", "64 eager 150 150 default –"]
 
 
 def test_the_report_of_a_profile_says_what_stands_behind_it():
     text = _text(*profile_report(_profile(_choice(8, 60.0), _choice(64, 70.0)), "/store/profile.json"))
-    assert "6 of 6 tactics tried a bucket; the default is eager" in text
+    assert "6 of 6 tactics tried a bucket; the default: eager" in text
     assert "A/A noise 0.4–3.2 %" in text
     assert "not tuned yet: 4096" in text
     assert "profile: /store/profile.json" in text
@@ -119,10 +171,34 @@ def test_a_plan_shows_each_bucket_and_each_way_to_travel():
     text = _text(*plan_report(planned))
     assert "rank 0 of 4: experts 0 … 3, 49.2 kB of weights" in text
     assert "in closed form" in text
-    assert any(row.startswith("4,096 4,096 16,384 4,096 4.0 ") for row in _rows(text))
+    assert any(row.startswith("4,096 16,384 4,096 4.0 ") for row in _rows(text))
     assert any(
         row.startswith("fp4 packed_topk 52 3.08× hidden_states 32 + hidden_states_scale 4") for row in _rows(text)
     )
+
+
+def test_tokens_a_rank_have_a_column_where_they_are_not_the_rows():
+    regime = Regime(ep_size=4, attention_dp=True, dispatch="allgather", ladder="4096")
+    text = _text(*plan_report(plan(LAYER, regime, device="cpu")))
+    assert any(row.startswith("4,096 1,024 4,096 1,024 4.0 ") for row in _rows(text))
+
+
+def test_a_plan_counts_the_tactics_left_out_by_their_reasons():
+    planned = plan(LAYER, Regime(ladder="8,64"), device="cpu")
+    left_out = {f"num_warps={warps}": f"needs {warps} bytes, 64 allowed" for warps in (128, 256, 512)}
+    buckets = (planned.buckets[0].model_copy(update={"excluded_tactics": left_out}), planned.buckets[1])
+    text = _text(*plan_report(planned.model_copy(update={"buckets": buckets})))
+    assert "tactics left out of a bucket:\n  0–3  needs … bytes, 64 allowed" in text
+
+
+def test_a_plan_in_80_columns_cuts_no_number():
+    for width in (80, 160):
+        text = _text(
+            *plan_report(plan("qwen3-235b-a22b", Regime(ep_size=8, attention_dp=True), device="cpu")), width=width
+        )
+        table = text[text.index("rows =") : text.index("before the")]
+        assert "…" not in table.replace("needs up to …", "").replace("… MiB allowed", "")
+        assert "65,536" in table
 
 
 def test_a_plan_without_a_dispatch_has_no_wire():
@@ -165,10 +241,20 @@ def test_a_layer_and_a_regime_are_one_line_each():
 
 
 def test_models_backends_and_the_store_have_a_row_for_each(tmp_path):
-    models = models_table([(LAYER, "https://example.org/a")])
-    assert _rows(_text(models))[2] == "small 16 4 64 32 bf16 softmax https://example.org/a"
+    models = [(LAYER, "https://example.org/a")]
+    assert _rows(_text(models_table(models)))[3] == "small 16 4 64 32 bf16 softmax https://example.org/a"
+    assert _rows(_text(models_table(models, addresses=False)))[3] == "small 16 4 64 32 bf16 softmax"
     backends = backends_table([Diagnosis("a", True), Diagnosis("b", False, "no GPU", "Rent one")])
-    assert _rows(_text(backends))[2:] == ["a yes", "b no no GPU Rent one"]
-    profiles = store_table([(tmp_path / "x" / "p.json", _profile(_choice(8, 60.0)))], tmp_path)
-    stored = "small ep4-tp1-dp-alltoall-packed-random torch Example GPU 1/3 2026-01-31 x/p.json"
-    assert _rows(_text(profiles))[2] == stored
+    assert _rows(_text(backends))[3:] == ["a yes", "b no no GPU", "Rent one"]
+    stored = [(tmp_path / "x" / "p.json", _profile(_choice(8, 60.0)))]
+    row = "small ep4-tp1-dp-alltoall-packed-random torch Example GPU 1/3 2026-01-31"
+    assert _rows(_text(store_table(stored, tmp_path)))[2] == f"{row} x/p.json"
+    assert _rows(_text(store_table(stored, tmp_path, files=False)))[2] == row
+
+
+def test_an_address_without_a_column_is_a_link(tmp_path):
+    out = Console(file=io.StringIO(), force_terminal=True, width=100)
+    out.print(models_table([(LAYER, "https://example.org/a")], addresses=False))
+    out.print(store_table([(tmp_path / "p.json", _profile(_choice(8, 60.0)))], tmp_path, files=False))
+    assert "https://example.org/a" in out.file.getvalue()
+    assert (tmp_path / "p.json").as_uri() in out.file.getvalue()
