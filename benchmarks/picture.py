@@ -1,7 +1,6 @@
 """Draws docs/tune.svg, the README's picture, from a profile that `moetune tune` really wrote.
 
-    moetune tune --model qwen3-30b-a3b --ep 8 --dp --tune-max-num-tokens 128
-    python benchmarks/picture.py PROFILE.json
+    python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-*/triton-*.json
 
 Nothing is measured here: the table is the one that `moetune show PROFILE.json` prints.
 """
@@ -61,7 +60,7 @@ def command(profile: Profile) -> str:
     for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
         value = getattr(regime, field)
         words += [f"--{field.replace('_', '-')} {value}"] if value != getattr(default, field) else []
-    return " ".join(words)
+    return " ".join([*words, f"--backend {profile.backend}"])
 
 
 if __name__ == "__main__":
