@@ -1,0 +1,47 @@
+"""Which flag of which engine selects a family of kernels.
+
+vLLM 0.33: `--moe-backend`, the values of `MoEBackend` in its `config/kernel.py`. SGLang 0.5.23: `--moe-runner-backend`,
+`MOE_RUNNER_BACKEND_CHOICES` in its `srt/server_args.py`. TensorRT-LLM: `MoeConfig.backend` in its `llmapi/llm_args.py`,
+a setting of the file that `--config` (once `--extra_llm_api_options`) names; its CUTLASS kernels are a copy of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from moetune.spec.layer import Precision
+
+ENGINES: Final = ("vllm", "sglang", "trtllm")
+_VLLM: Final = {
+    "triton": "triton",
+    "flashinfer-cutlass": "flashinfer_cutlass",
+    "flashinfer-trtllm": "flashinfer_trtllm",
+    "flashinfer-trtllm-routed": "flashinfer_trtllm",
+}
+"""One word for both trtllm ops: vLLM itself takes the routed one where tokens are dispatched with their ids."""
+_SGLANG: Final = {
+    "triton": "triton",
+    "flashinfer-cutlass": "flashinfer_cutlass",
+    "flashinfer-trtllm": "flashinfer_trtllm",
+    "flashinfer-trtllm-routed": "flashinfer_trtllm_routed",
+}
+_SGLANG_MXFP4: Final = "flashinfer_mxfp4"
+_TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
+
+
+def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
+    """What to give each engine so that it runs the kernels of `backend`, by `ENGINES`; without those that cannot.
+
+    >>> engine_flags("flashinfer-cutlass", Precision.BF16)
+    {'vllm': '--moe-backend flashinfer_cutlass', 'sglang': '--moe-runner-backend flashinfer_cutlass'}
+    """
+    flags: dict[str, str] = {}
+    if backend in _VLLM:
+        flags["vllm"] = f"--moe-backend {_VLLM[backend]}"
+    if backend in _SGLANG:
+        mxfp4 = precision is Precision.MXFP4 and backend in _TRTLLM
+        flags["sglang"] = f"--moe-runner-backend {_SGLANG_MXFP4 if mxfp4 else _SGLANG[backend]}"
+    if backend in _TRTLLM:
+        flags["trtllm"] = "moe_config.backend: TRTLLM"
+    return flags

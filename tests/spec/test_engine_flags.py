@@ -1,0 +1,37 @@
+import pytest
+
+from moetune.backends import registry
+from moetune.spec import launch
+from moetune.spec.engine_flags import ENGINES, engine_flags
+from moetune.spec.layer import Precision
+
+LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}
+SERVED = [name for name in registry.backends() if name != "torch"]
+
+
+@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("engine", LINES)
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_BLOCK, Precision.NVFP4])
+def test_the_reader_of_launch_lines_takes_each_flag_for_its_backend(backend, engine, precision):
+    read = launch.options(LINES[engine].format(engine_flags(backend, precision)[engine]))["backend"]
+    routed_by_itself = engine == "vllm" and backend == "flashinfer-trtllm-routed"  # one word for both ops
+    assert read == ("flashinfer-trtllm" if routed_by_itself else backend)
+
+
+def test_sglang_has_a_word_of_its_own_for_mxfp4():
+    flags = engine_flags("flashinfer-trtllm", Precision.MXFP4)
+    assert flags["sglang"] == "--moe-runner-backend flashinfer_mxfp4"
+    assert launch.options(LINES["sglang"].format(flags["sglang"]))["backend"] == "flashinfer-trtllm"
+
+
+def test_tensorrt_llm_is_told_by_its_settings_file(tmp_path):
+    section, _, word = engine_flags("flashinfer-trtllm", Precision.NVFP4)["trtllm"].partition(".")
+    (tmp_path / "settings.yaml").write_text(f"{section}:\n  {word}\n")
+    line = f"trtllm-serve Qwen/Qwen3-235B-A22B --config {tmp_path / 'settings.yaml'}"
+    assert launch.options(line)["backend"] == "flashinfer-trtllm"
+
+
+def test_no_engine_runs_plain_torch_and_every_other_backend_has_an_engine():
+    assert engine_flags("torch", Precision.BF16) == {}
+    assert all(set(engine_flags(backend, Precision.BF16)) <= set(ENGINES) for backend in SERVED)
+    assert all(engine_flags(backend, Precision.BF16) for backend in SERVED)
