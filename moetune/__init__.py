@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moetune.compare import tune_all as tune_all
+    from moetune.comparison import Comparison as Comparison
     from moetune.engine.warmup import warmup as warmup
     from moetune.plan import plan as plan
     from moetune.spec.layer import MoELayer as MoELayer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Comparison": "moetune.comparison",
     "MoELayer": "moetune.spec.layer",
     "Profile": "moetune.store.profile",
     "Regime": "moetune.spec.regime",
@@ -43,6 +46,7 @@ _HOMES = {
     "plan": "moetune.plan",
     "realize": "moetune.workload.routing",
     "tune": "moetune.tune",
+    "tune_all": "moetune.compare",
     "unpack_topk": "moetune.workload.packing",
     "warmup": "moetune.engine.warmup",
 }

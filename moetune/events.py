@@ -1,4 +1,4 @@
-"""What `tune` tells while it works, in order."""
+"""What `tune` and `tune_all` tell while they work, in order."""
 
 from __future__ import annotations
 
@@ -78,5 +78,42 @@ class SearchStopped:
     tactics: int
 
 
-Event = Served | Resumed | BucketStarted | TacticMeasured | SearchStopped | BucketChosen | BucketsSkipped
+@dataclass(frozen=True, slots=True)
+class FamilyStarted:
+    """`tune_all` turns to backend `index` of `count`; the events that follow are those of its tune."""
+
+    backend: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyFailed:
+    """The tune of a backend ended early; the others go on."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BucketCompared:
+    """The choices of all backends are about to meet in bucket `index` of `count`."""
+
+    rows: int
+    index: int
+    count: int
+
+
+Event = (
+    Served
+    | Resumed
+    | BucketStarted
+    | TacticMeasured
+    | SearchStopped
+    | BucketChosen
+    | BucketsSkipped
+    | FamilyStarted
+    | FamilyFailed
+    | BucketCompared
+)
 OnEvent = Callable[[Event], None]

@@ -79,10 +79,7 @@ def tune(
         NoResultError: the default tactic of a bucket failed or is wrong, so nothing can be compared with it.
     """
     tell = on_event or (lambda event: None)
-    if time_budget_s is not None and not time_budget_s > 0:
-        raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
-    if frozen and again:
-        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
+    require_sense(frozen, again, time_budget_s)
     question = _Question.ask(layer, regime, backend, store, device)
     path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
@@ -212,7 +209,7 @@ def _choices(
     with ExitStack() as stack:
         ahead = ThreadPoolExecutor(REALIZERS, "moetune-realize")
         stack.callback(ahead.shutdown, cancel_futures=True)
-        bench_of = stack.enter_context(_benches(question, isolate))
+        bench_of = stack.enter_context(benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
 
         def realized(rows: int) -> Bucket:
@@ -273,15 +270,27 @@ def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: On
         tell(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))
 
 
+def require_sense(frozen: bool, again: bool, time_budget_s: float | None) -> None:
+    """Refuses options of `tune` that exclude each other, or a budget that is none.
+
+    Raises:
+        UsageError: `frozen` with `again`, or a time budget that is given and not positive.
+    """
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
+    if frozen and again:
+        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
+
+
 @contextmanager
-def _benches(question: _Question, isolate: bool) -> Iterator[Callable[[Problem], BenchLike]]:
-    """What prepares problems: in a worker, or in this process."""
+def benches(backend: Backend, device: str, isolate: bool) -> Iterator[Callable[[Problem], BenchLike]]:
+    """What prepares problems: in a worker where `isolate`, else in this process."""
     if isolate:
         from moetune.measure.worker import Worker
 
-        with Worker(question.backend, question.device) as worker:
+        with Worker(backend, device) as worker:
             yield worker.bench
     else:
         from moetune.measure.bench import Bench
 
-        yield lambda problem: Bench(question.backend, problem)
+        yield lambda problem: Bench(backend, problem)

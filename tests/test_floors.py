@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "moetune"
 # From the ground up, as the design lists them.
 FLOORS = (
     "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "events", "final", "bucket",
-    "tune", "export", "report",
+    "comparison", "tune", "compare", "export", "report",
     "engine", "fleet", "cli", "__main__",
 )  # fmt: skip
 NO_TORCH = ("errors", "stats", "spec", "search", "store", "report")

@@ -27,12 +27,13 @@ REMOTES = ("drop", "zero")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a command is asked. `auto` is already resolved to a backend."""
+    """What a command is asked. Of `auto` the first able backend is `backend`; `auto` says that it stands for all."""
 
     layer: MoELayer
     regime: Regime
     backend: Backend
     rank: int
+    auto: bool = False
 
 
 def _default(field: str) -> str:
@@ -75,7 +76,11 @@ _QUESTION_OPTIONS = (
     click.option(
         "--tune-max-num-tokens", type=int, metavar="N", help="The largest bucket." + _default("tune_max_num_tokens")
     ),
-    click.option("--backend", metavar="auto|NAME", help="The kernels; see `moetune doctor`.  [default: auto]"),
+    click.option(
+        "--backend",
+        metavar="auto|NAME",
+        help="The kernels; see `moetune doctor`. `tune` takes auto as all.  [default: auto]",
+    ),
     click.option(
         "--kernel", type=click.Choice(KERNELS), help="Whose grouped GEMM backend triton times.  [default: builtin]"
     ),
@@ -185,7 +190,8 @@ def ask(
     if dp and dispatch is None:
         _say_what_dp_means(regime)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
-    return Question(layer, regime, _backend(backend or AUTO, of_triton, layer, regime), rank or 0)
+    chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
+    return Question(layer, regime, chosen, rank or 0, auto)
 
 
 def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regime) -> Backend:

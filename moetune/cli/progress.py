@@ -46,6 +46,7 @@ class Progress:
         )
         self._task: TaskID | None = None
         self._costs: list[tuple[int, float]] = []
+        self._finished = 0
         self._began = 0.0
         self._tactics = 0
         self._measured = 0
@@ -58,15 +59,20 @@ class Progress:
     ) -> None:
         if self._task is not None:
             self._bar.stop()
-        if isinstance(error, KeyboardInterrupt) and (self._costs or self._measured):
-            self._line(f"Finished buckets are saved: {len(self._costs)}. The same command goes on from there.")
+        if isinstance(error, KeyboardInterrupt) and (self._finished or self._costs or self._measured):
+            self._line(
+                f"Finished buckets are saved: {self._finished + len(self._costs)}. The same command goes on from there."
+            )
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
         from moetune.events import (
             BucketChosen,
+            BucketCompared,
             BucketsSkipped,
             BucketStarted,
+            FamilyFailed,
+            FamilyStarted,
             Resumed,
             SearchStopped,
             Served,
@@ -92,6 +98,23 @@ class Progress:
                 self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
             case BucketChosen():
                 self._finish(event.choice, event.index, event.count)
+            case FamilyStarted() if event.count > 1:
+                self._turn_to(f"{event.backend}, {event.index + 1} of {event.count} backends")
+            case FamilyFailed():
+                self._line(f"{event.backend} failed: {event.reason}")
+            case BucketCompared():
+                if event.index == 0:
+                    self._turn_to("the backends' choices, side by side")
+                self._line(f"[{event.index + 1}/{event.count}] {event.rows} rows")
+
+    def _turn_to(self, what: str) -> None:
+        if self._task is not None:
+            self._bar.stop()
+            self._bar.remove_task(self._task)
+            self._task = None
+        self._finished += len(self._costs)
+        self._costs = []
+        self._line(f"{what}:")
 
     def _resume(self, event: Resumed) -> None:
         if event.rows:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.cli.options import Question
-from moetune.errors import UsageError
+from moetune.errors import MissError, UsageError
 
 if TYPE_CHECKING:
     from moetune.store.profile import Profile
+    from moetune.store.store import Store
 
 
 def stored_profile(
@@ -20,7 +21,7 @@ def stored_profile(
     Args:
         command: who asks, for the error.
         path: a profile's file, need not be the store's.
-        question: what to look up where no path is given.
+        question: what to look up where no path is given; for `auto` the first able backend that has an answer.
         root: the store.
 
     Raises:
@@ -35,8 +36,20 @@ def stored_profile(
     folder = Store(root)
     if path is not None:
         return path, folder.read(path)
+    assert question is not None
+    profile = _loaded(question, folder)
+    return folder.find(profile.layer, profile.regime, profile.backend, profile.environment)[0], profile
+
+
+def _loaded(question: Question, folder: Store) -> Profile:
+    from moetune.compare import able
     from moetune.tune import load
 
-    assert question is not None
-    profile = load(question.layer, question.regime, question.backend, folder)
-    return folder.find(profile.layer, profile.regime, profile.backend, profile.environment)[0], profile
+    backends = (able(question.layer, question.regime)[0] if question.auto else []) or [question.backend]
+    missed: list[MissError] = []
+    for backend in backends:
+        try:
+            return load(question.layer, question.regime, backend, folder)
+        except MissError as miss:
+            missed.append(miss)
+    raise missed[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -10,6 +11,7 @@ import click
 from moetune.bucket import Strategy
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, show
+from moetune.store.profile import Profile
 
 
 @click.command()
@@ -36,32 +38,41 @@ def tune(
 ) -> None:
     """Measure the fastest tactic of each bucket, or serve it from the store or from moetune's packaged profiles.
 
+    With --backend auto every family of kernels that can run here is tuned, and their choices are timed side by side:
+    which one wins in each bucket, by how much, and the engine's flag for it. One that fails costs only itself.
+
     Each bucket is saved when it is known, so an interrupted run resumes. The default tactic is replaced only by one
     that is faster beyond the noise; the gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
+    from moetune.compare import tune_all
     from moetune.store.store import Store
     from moetune.tune import tune as tune_of
 
     folder = Store(store)
     with Progress(question.regime.buckets) as progress:
-        profile = tune_of(
+        asked = tune_all if question.auto else partial(tune_of, backend=question.backend)
+        answer = asked(
             question.layer,
             question.regime,
-            question.backend,
-            folder,
+            store=folder,
             frozen=frozen,
             again=again,
             strategy=strategy,
             time_budget_s=time_budget,
             on_event=progress,
         )
+    if not isinstance(answer, Profile):
+        from moetune.report.comparison import comparison_report
+
+        document(answer) if as_json else show(*comparison_report(answer))
+        return
     served = progress.served
-    path = served.path if served else folder.path(profile.layer, profile.regime, profile.backend, profile.environment)
+    path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     packaged = bool(served and served.packaged)
     if as_json:
-        document(profile, path=str(path), served=served is not None, packaged=packaged)
+        document(answer, path=str(path), served=served is not None, packaged=packaged)
     else:
         from moetune.report.tables import profile_report
 
-        show(*profile_report(profile, path, served=served is not None, packaged=packaged))
+        show(*profile_report(answer, path, served=served is not None, packaged=packaged))

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from moetune.backends.registry import Diagnosis
+from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.plan import BucketPlan, Payload, Plan
 from moetune.spec.layer import MoELayer, Precision, RoutingMethod
 from moetune.spec.regime import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Regime
@@ -11,7 +12,12 @@ from moetune.store.profile import Choice, Profile
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("model", [MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice])
+MODELS = (
+    MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, Family, ComparedBucket,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_field_is_documented(model):
     assert not [name for name in model.model_fields if f"`{name}`" not in DOCUMENTED and f'"{name}"' not in DOCUMENTED]
 

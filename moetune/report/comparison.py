@@ -1,0 +1,91 @@
+"""A comparison of backends as tables for a terminal. Pure: numbers in, rich renderables out; no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moetune.comparison import ComparedBucket, Comparison, Family
+from moetune.report.format import significant
+from moetune.report.tables import MILLISECONDS_FROM_US, profile_report
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
+
+
+def comparison_report(comparison: Comparison) -> list[RenderableType]:
+    """Every profile, then who wins in each bucket, by how much, and what selects each backend in the engines."""
+    reported: list[RenderableType] = []
+    for family in comparison.families:
+        if family.profile is None:
+            continue
+        report = profile_report(family.profile, family.path, served=family.served, packaged=family.packaged)
+        reported += report[2:] if reported else report  # layer and regime are the same for all
+    if len([family for family in comparison.families if family.profile]) > 1:
+        reported += [comparison_table(comparison), *map(Text, _verdicts(comparison))]
+    reported += [Text(_flags(family)) for family in comparison.families if family.profile]
+    reported += [
+        Text(f"{family.backend} failed: {family.failed}", style="yellow")
+        for family in comparison.families
+        if family.failed
+    ]
+    reported += [
+        Text(f"{bucket.rows} rows: {backend} did not run side by side: {reason}", style="yellow")
+        for bucket in comparison.buckets
+        for backend, reason in bucket.failed.items()
+    ]
+    reported += [Text(f"not here: {name}: {why}", style="dim") for name, why in comparison.left_out.items()]
+    return reported
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """A row for each bucket: each backend's time, the winner, and how much longer the next one takes."""
+    times = [time_us for bucket in comparison.buckets for time_us in bucket.times_us.values()]
+    scale, unit = (1e3, "ms") if times and min(times) >= MILLISECONDS_FROM_US else (1.0, "µs")
+    backends = [family.backend for family in comparison.families if family.profile]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title in ("rows", *(f"{backend}\n({unit})" for backend in backends)):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("fastest")
+    table.add_column("the next\ntakes", justify="right", no_wrap=True)
+    table.add_column("95 % bounds", justify="center", no_wrap=True)
+    for bucket in comparison.buckets:
+        shown = [bucket.times_us.get(backend) for backend in backends]
+        table.add_row(
+            f"{bucket.rows:,}",
+            *("–" if time_us is None else significant(time_us / scale) for time_us in shown),
+            _fastest(bucket),
+            "–" if bucket.ratio is None else f"{bucket.ratio:.2f}×",
+            "–" if bucket.ratio_low is None else f"{bucket.ratio_low:.2f} … {bucket.ratio_high:.2f}",
+        )
+    return table
+
+
+def _fastest(bucket: ComparedBucket) -> Text:
+    if bucket.decided:
+        return Text(bucket.winner, style="bold green")
+    if bucket.runner_up is None:
+        return Text(f"{bucket.winner} alone")
+    return Text("too close to call" if bucket.interleaved else f"{bucket.winner}, not interleaved", style="dim")
+
+
+def _verdicts(comparison: Comparison) -> list[str]:
+    """How often each backend wins, and what the times are worth."""
+    wins = Counter(bucket.winner for bucket in comparison.buckets if bucket.decided)
+    close = sum(bucket.interleaved and not bucket.decided for bucket in comparison.buckets)
+    apart = [bucket for bucket in comparison.buckets if not bucket.interleaved and bucket.runner_up]
+    counted = [f"{backend} wins {count}" for backend, count in wins.most_common()]
+    counted += [f"too close to call {close}"] if close else []
+    lines = [f"of {len(comparison.buckets)} buckets: {', '.join(counted)}"] if counted else []
+    if apart:
+        rows = ", ".join(str(bucket.rows) for bucket in apart)
+        lines.append(f"times are not interleaved but those of each tune at {rows} rows: they decide nothing")
+    return lines
+
+
+def _flags(family: Family) -> str:
+    flags = [f"{ENGINES[engine]} {flag}" for engine, flag in family.flags.items()]
+    return f"{family.backend}: {' · '.join(flags) or 'no flag of an engine selects it'}"

@@ -1,0 +1,93 @@
+"""`moetune tune --backend auto`: one document, every profile, exit codes; and what `show` takes auto for."""
+
+import importlib
+import json
+from functools import partial
+
+import pytest
+from planted import PlantedBackend
+
+from moetune import compare, final
+from moetune.backends import registry
+from moetune.comparison import Comparison
+from moetune.store.profile import Profile
+
+QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
+
+
+@pytest.fixture
+def families(monkeypatch):
+    """Two backends in this process, in place of all, with short finals."""
+    planted = [
+        PlantedBackend({"default": 1.0, "best": us}, name=name) for name, us in (("triton", 0.6), ("torch", 0.1))
+    ]
+    named = {backend.name: backend for backend in planted}
+    monkeypatch.setattr(registry, "backends", lambda: tuple(named))
+    monkeypatch.setattr(registry, "backend", lambda name: named[name])
+    monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, True))
+    for module in (final, compare):
+        monkeypatch.setattr(module, "SECONDS", 0.05)
+    monkeypatch.setattr(compare, "tune_all", partial(compare.tune_all, isolate=False, device="cpu"))
+    return named
+
+
+@pytest.fixture
+def question(tiny, families):
+    return ("--model", tiny(), *QUESTION)
+
+
+@pytest.mark.parametrize("words", [(), ("--backend", "auto")], ids=["by default", "by name"])
+def test_json_is_one_document_with_all_profiles_and_the_comparison(moetune, question, words):
+    result = moetune("tune", *question, *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert list(document)[:3] == ["schema_version", "layer", "regime"]
+    comparison = Comparison.model_validate(document)
+    assert [family.backend for family in comparison.families] == ["triton", "torch"]
+    assert all(Profile.model_validate(family["profile"]).choices for family in document["families"])
+    assert [(bucket.rows, bucket.winner) for bucket in comparison.buckets] == [(4, "torch"), (8, "torch")]
+
+
+def test_the_tables_and_the_progress_say_which_family_is_at_it_who_wins_and_by_which_flag(moetune, question):
+    result = moetune("tune", *question)
+    assert "triton, 1 of 2 backends:" in result.stderr
+    assert "torch, 2 of 2 backends:" in result.stderr
+    assert result.stderr.count("[2/2] 8 rows") == 3
+    assert "of 2 buckets: torch wins 2" in result.stdout
+    assert "triton: vLLM --moe-backend triton" in result.stdout
+    assert "torch: no flag of an engine selects it" in result.stdout
+    assert result.stdout.count("profile: ") == 2
+
+
+def test_a_family_that_fails_is_reported_and_only_all_failing_exits_1(moetune, question, families):
+    families["triton"].raising = frozenset({"default"})
+    result = moetune("tune", *question)
+    assert result.exit_code == 0
+    assert "triton failed: The default tactic" in result.stderr
+    assert "triton failed: The default tactic" in result.stdout
+    families["torch"].raising = frozenset({"default"})
+    result = moetune("tune", *question, "--again")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: No backend has a result: triton: ")
+
+
+def test_a_frozen_miss_of_all_families_exits_3(moetune, question, families):
+    assert moetune("tune", *question, "--frozen").exit_code == 3
+    assert moetune("tune", *question).exit_code == 0
+    prepared = [len(backend.prepared) for backend in families.values()]
+    result = moetune("tune", *question, "--frozen")
+    assert result.exit_code == 0
+    assert "not interleaved but those of each tune at 4, 8 rows" in result.stdout
+    assert [len(backend.prepared) for backend in families.values()] == prepared
+
+
+def test_show_takes_auto_for_the_first_family_that_has_a_profile(moetune, question, families):
+    missed = moetune("show", *question)
+    assert missed.exit_code == 3
+    assert "by triton" in missed.stderr
+    moetune("tune", *question)
+    assert "backend triton" in moetune("show", *question).stdout
+    for path in (importlib.import_module("moetune.store.store").Store().root).glob("*/*/*/triton-*.json"):
+        path.unlink()
+    assert "backend torch" in moetune("show", *question).stdout
