@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -118,11 +119,17 @@ class TritonBackend:
         return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=starts)
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
-        """By the prior, the default first."""
+        """The default; then by the prior, one of those that it cannot tell apart before the others (see `halving`)."""
+        default, *others = candidates.tactics
         predicted_us = self._predicted_us(problem, candidates) or {}
-        return candidates.tactics[:1] + tuple(
-            sorted(candidates.tactics[1:], key=lambda tactic: predicted_us.get(tactic, 0.0))
-        )
+        alike: Counter[float] = Counter()
+
+        def order(tactic: Tactic) -> tuple[bool, float]:
+            expected = predicted_us.get(tactic, 0.0)
+            alike[expected] += 1
+            return alike[expected] > 1, expected
+
+        return default, *sorted(others, key=order)
 
     def _predicted_us(self, problem: Problem, candidates: Candidates) -> Mapping[Tactic, float] | None:
         limits = space.Limits.of(problem.device)
