@@ -85,7 +85,7 @@ def _made_by(profile: Profile) -> str:
     """The command that asks the profile's question, with the source of the kernel where it is no default."""
     strict = profile.environment.strict
     kernel, remote = strict.get("kernel", "builtin"), strict.get("remote", "drop")
-    words = [command(profile), f"--backend {profile.backend}"]
+    words = [command(profile)]
     words += [f"--kernel {kernel}"] if kernel != "builtin" else []
     words += [f"--remote {remote}"] if (kernel == "sglang") != (remote == "zero") else []
     return " ".join(words)
