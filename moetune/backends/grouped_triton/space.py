@@ -194,13 +194,15 @@ def idle_warps(tactic: Mapping[str, object]) -> str | None:
 
 
 def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.20.2, stated anew.
+    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.33.0, stated anew.
 
-    fp8 with block scales: one tile for few rows, one for many. Else the tile grows with the rows, and rows are
+    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the tile grows with the rows, and rows are
     grouped only where an expert has more than 128 of them.
     """
     if fp8:
-        return _config(16 if rows <= 64 else 64, SCALE_BLOCK, SCALE_BLOCK, 1 if rows <= 16 else 32, 4, 3)
+        block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
+        group, stages = 1 if rows <= 16 else 32, 4 if rows <= 4 else 3
+        return _config(16 if rows <= 64 else 64, block_n, SCALE_BLOCK, group, 4, stages)
     block_m = next((size for most, size in ((32, 16), (96, 32), (512, 64)) if rows <= most), 128)
     return _config(
         block_m,

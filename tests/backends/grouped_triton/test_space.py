@@ -136,13 +136,16 @@ def test_no_load_needs_more_slots_than_the_bound(loads, block_size):
 
 @pytest.mark.parametrize(
     ("rows", "fp8", "values"),
-    [  # vLLM 0.20.2's get_default_config(rows, E=16, …) and with block_shape [128, 128]
+    [  # vLLM 0.33.0's get_default_config(rows, E=16, …) and with block_shape [128, 128]
         (1, False, (16, 64, 128, 1, 4, 4)),
         (33, False, (32, 64, 128, 1, 4, 3)),
         (65, False, (32, 128, 64, 1, 4, 3)),
         (128, False, (64, 128, 64, 1, 4, 3)),
         (512, False, (64, 128, 64, 1, 8, 3)),
         (2064, False, (128, 128, 64, 16, 8, 3)),
+        (4, True, (16, 64, 128, 1, 4, 4)),
+        (8, True, (16, 64, 128, 1, 4, 3)),
+        (9, True, (16, 128, 128, 1, 4, 3)),
         (16, True, (16, 128, 128, 1, 4, 3)),
         (64, True, (16, 128, 128, 32, 4, 3)),
         (65, True, (64, 128, 128, 32, 4, 3)),
