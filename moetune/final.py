@@ -108,7 +108,7 @@ def _play_far(
     """`play` where the default seems far behind `leader`, the fastest finalist in one round."""
     turns = cycle(draws)
     players = (leader, *others, default)
-    *taken, again = _rounds(bench, (*players, leader), turns, OPENING, OPENING // 2)
+    *taken, again = _rounds(bench, (*players, leader), turns, OPENING, OPENING)
     _require(default, bench)
     if leader in bench.failures:
         return play(bench, default, others, draws, budget_us / 1e6)

@@ -196,8 +196,8 @@ def idle_warps(tactic: Mapping[str, object]) -> str | None:
 def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
     """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.33.0, stated anew.
 
-    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the tile grows with the rows, and rows are
-    grouped only where an expert has more than 128 of them.
+    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the
+    tile grows with the rows, and rows are grouped only where an expert has more than 128 of them.
     """
     if fp8:
         block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
