@@ -30,7 +30,8 @@ def question(line):
     context = click.Context(command)
     command.parse_args(context, list(words))
     given = {key: value for key, value in context.params.items() if value is not None}
-    return ask(**{key: value for key, value in given.items() if key in ask.__annotations__}), given
+    asked = {*ask.__annotations__, *resolve.__annotations__}
+    return ask(**{key: value for key, value in given.items() if key in asked}), given
 
 
 def regime_of_launch(line):

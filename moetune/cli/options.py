@@ -148,46 +148,24 @@ def _parse(required: bool, *, model: str | None, **asked: Any) -> Question | Non
 def ask(
     model: str,
     *,
-    precision: str | None = None,
-    ep: int | None = None,
-    tp: int | None = None,
-    dp: bool | None = None,
-    dispatch: str | None = None,
-    layout: str | None = None,
-    rank: int | None = None,
-    redundant_experts: int | None = None,
-    distribution: str | None = None,
-    seed: int | None = None,
-    draws: int | None = None,
-    ladder: str | None = None,
-    tune_max_num_tokens: int | None = None,
     backend: str | None = None,
     kernel: str | None = None,
     remote: str | None = None,
+    **asked: Any,
 ) -> Question:
     """The layer, the regime and the backend that the options name; None is an option that was not given.
+
+    Args:
+        model, asked: as `spec.options.resolve` takes them.
+        backend: a name, or `auto`.
+        kernel, remote: of the triton backend.
 
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
-    layer, regime, _ = resolve(
-        model,
-        precision=precision,
-        ep=ep,
-        tp=tp,
-        dp=dp,
-        dispatch=dispatch,
-        layout=layout,
-        rank=rank,
-        redundant_experts=redundant_experts,
-        distribution=distribution,
-        seed=seed,
-        draws=draws,
-        ladder=ladder,
-        tune_max_num_tokens=tune_max_num_tokens,
-    )
+    layer, regime, rank = resolve(model, **asked)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    if dp and dispatch is None:
+    if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
         _say_what_dp_means(regime)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
