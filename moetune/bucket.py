@@ -195,6 +195,7 @@ class BucketTuner:
             default_stress_us=dict(verdict.default_stress_us),
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
+            eager=bench.eager.get(verdict.tactic, ""),
             rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in reasons.items()),
             load=tuple(sum(map(int, of_expert)) for of_expert in zip(*loads, strict=True)),
             max_load=max(map(max, loads)),

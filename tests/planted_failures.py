@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
-from moetune.measure import bench
+from moetune.measure import bench, clock
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -56,6 +56,10 @@ def _spin() -> None:
         pass
 
 
+def _claim_not_to_be_captured() -> None:
+    clock.CpuClock.eager = property(lambda self: {0: "it synchronizes"}, lambda self, found: None)
+
+
 def _dereference_null() -> None:
     ctypes.string_at(0)
 
@@ -79,6 +83,7 @@ WAYS: Mapping[str, Callable[[], None]] = {
     "exits": _exit_noisily,
     "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "loses the device": _lose_the_device,
+    "cannot be captured": _claim_not_to_be_captured,
     "prints": lambda: print("a line on stdout", flush=True),
 }
 """Names of tactics, each with what it does when it runs."""

@@ -46,12 +46,14 @@ class EngineBench:
 
     Attributes:
         failures: the tactics that did not run on some rank, or ran wrong.
+        eager: the tactics that were timed without a CUDA graph on this rank, each with the reason.
     """
 
     def __init__(
         self, calls: Mapping[Tactic, Call], clock: Clock, default: Tactic, tolerance: float, group: Any = None
     ) -> None:
         self.failures: dict[Tactic, str] = {}
+        self.eager: dict[Tactic, str] = {}
         self._calls, self._clock, self._group = calls, clock, group
         self._default, self._tolerance = default, tolerance
         self._warm: set[Tactic] = set()
@@ -110,6 +112,7 @@ class EngineBench:
                 self.failures[tactic] = f"{type(error).__name__}: {error}"
         running = [tactic for tactic in tactics if tactic not in self.failures]
         series = iter(self._clock.paired_samples([self._calls[tactic] for tactic in running], draws))
+        self.eager.update((running[position], reason) for position, reason in self._clock.eager.items())
         return [None if tactic in self.failures else tuple(next(series)) for tactic in tactics]
 
 
@@ -200,6 +203,7 @@ def choose(
         default_stress_us=dict(verdict.default_stress_us),
         tried=tried,
         candidates=tried,
+        eager=bench.eager.get(verdict.tactic, ""),
         rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in rejected.items()),
         load=tuple(int(slots) for slots in sum(routing.load for routing in routings)),  # type: ignore[union-attr]
         max_load=max(int(routing.load.max()) for routing in routings),

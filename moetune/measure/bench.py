@@ -31,6 +31,11 @@ class BenchLike(Protocol):
         """The tactics that did not run or ran wrong, each with the reason."""
         ...
 
+    @property
+    def eager(self) -> Mapping[Tactic, str]:
+        """The tactics that were timed without a CUDA graph, each with the reason."""
+        ...
+
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
         """See `Bench.samples`."""
         ...
@@ -62,11 +67,17 @@ class Watch(Protocol):
         """`tactic` failed, and will not be touched again."""
         ...
 
+    def eager(self, tactic: Tactic, reason: str) -> None:
+        """`tactic` was timed without a CUDA graph."""
+        ...
+
 
 class _Unwatched:
     def touch(self, stage: Stage, tactic: Tactic | None = None, runs: int = 1) -> None: ...
 
     def failed(self, tactic: Tactic, reason: str) -> None: ...
+
+    def eager(self, tactic: Tactic, reason: str) -> None: ...
 
 
 class Bench:
@@ -80,12 +91,14 @@ class Bench:
 
     Attributes:
         failures: the tactics that did not run or ran wrong, each with the reason.
+        eager: the tactics that were timed without a CUDA graph, launch overhead included, each with the reason.
     """
 
     def __init__(
         self, backend: Backend, problem: Problem, clock: Clock | None = None, watch: Watch | None = None
     ) -> None:
         self.failures: dict[Tactic, str] = {}
+        self.eager: dict[Tactic, str] = {}
         self._device = problem.device
         self._watch = watch or _Unwatched()
         self._runner = backend.prepare(problem)
@@ -162,7 +175,11 @@ class Bench:
                 self._watch.touch(Stage.TIMING, touched, runs)
 
             try:
-                return self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)
+                series = self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)
+                for position, reason in self._clock.eager.items():
+                    self.eager[running[position]] = reason
+                    self._watch.eager(running[position], reason)
+                return series
             except Exception as error:
                 crowded = is_out_of_memory(error) and len(running) > 1
                 if not crowded:

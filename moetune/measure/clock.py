@@ -23,7 +23,13 @@ Before = Callable[[int, int], None]
 
 
 class Clock(Protocol):
-    """Times calls side by side, so that whatever drifts, drifts for all of them."""
+    """Times calls side by side, so that whatever drifts, drifts for all of them.
+
+    Attributes:
+        eager: why calls of the last `paired_samples` were timed launch by launch on a GPU, by their position.
+    """
+
+    eager: dict[int, str]
 
     def warm_up(self, call: Call, draw: int) -> None:
         """Runs `call` once, untimed, to the end: compiles, fills caches, raises what it raises."""
@@ -65,6 +71,9 @@ def order(count: int, turn: int) -> list[int]:
 class CpuClock:
     """`time.perf_counter_ns` around each call, the garbage collector paused."""
 
+    def __init__(self) -> None:
+        self.eager: dict[int, str] = {}
+
     def warm_up(self, call: Call, draw: int) -> None:
         """See `Clock`."""
         call(draw)
@@ -99,7 +108,7 @@ class CudaClock:
         repeats: executions behind one sample, which is their median.
 
     Attributes:
-        eager: why calls could not be captured, one reason for each that was timed without a graph.
+        eager: why calls of the last `paired_samples` could not be captured, by their position.
     """
 
     def __init__(self, device: str = "cuda", repeats: int = 1) -> None:
@@ -111,7 +120,7 @@ class CudaClock:
         self._flush = torch.empty(2 * max(l2_bytes, 1 << 20), dtype=torch.int8, device=self._device)
         # the default stream cannot be captured
         self._side_stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self.eager: list[str] = []
+        self.eager: dict[int, str] = {}
 
     def warm_up(self, call: Call, draw: int) -> None:
         """See `Clock`."""
@@ -137,12 +146,13 @@ class CudaClock:
         distinct = tuple(dict.fromkeys(draws))
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
         with torch.cuda.device(self._device), _no_garbage_collection():
+            self.eager = {}
             before(0, 1)
             chunks = _chunks(distinct, self._once_us(calls[0], distinct[0]))
             walks = []
             for position, call in enumerate(calls):
                 before(position, len(distinct) * self._repeats)  # it is captured, and runs where it cannot be
-                walks.append([self._walk(call, chunk) for chunk in chunks])
+                walks.append([self._walk(call, position, chunk) for chunk in chunks])
             turn = 0
             for _ in range(rounds):
                 for number, chunk in enumerate(chunks):
@@ -164,7 +174,7 @@ class CudaClock:
         torch.cuda.synchronize()
         return 1e3 * float(begin.elapsed_time(end))
 
-    def _walk(self, call: Call, draws: Sequence[int]) -> Callable[[], dict[int, float]]:
+    def _walk(self, call: Call, position: int, draws: Sequence[int]) -> Callable[[], dict[int, float]]:
         """A function that executes `call` on every draw and returns the µs of each."""
         import torch
 
@@ -177,7 +187,7 @@ class CudaClock:
         except RuntimeError as error:  # it synchronizes, which a capture cannot
             if is_out_of_memory(error):  # a time without a graph would compare with no other
                 raise
-            self.eager.append(str(error).splitlines()[0])
+            self.eager[position] = str(error).splitlines()[0]
             torch.cuda.synchronize()
             events = self._events(draws, external=False)
 

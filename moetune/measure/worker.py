@@ -138,7 +138,8 @@ class Worker:
                 message = child.channel.receive()
                 if isinstance(message, _Answer):
                     return message.value
-                bench.failures[message.tactic] = message.reason
+                found = bench.eager if isinstance(message, _Eager) else bench.failures
+                found[message.tactic] = message.reason
             elif time.monotonic() > max(touch.since, asked) + limit_s and touch == child.channel.noted():
                 raise _ProcessLostError(touch, f"hung: nothing came of it within {limit_s:g} s")
 
@@ -154,11 +155,13 @@ class WorkerBench:
 
     Attributes:
         failures: the tactics that did not run, ran wrong, or took the process down, each with the reason.
+        eager: the tactics that were timed without a CUDA graph, each with the reason.
     """
 
     worker: Worker
     problem: Problem
     failures: dict[Tactic, str] = field(default_factory=dict)
+    eager: dict[Tactic, str] = field(default_factory=dict)
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
         """See `Bench.samples`. Where a tactic takes the process down, the others are timed once more without it.
@@ -208,6 +211,12 @@ class _Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Eager:
+    tactic: Tactic
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Touch:
     """What the process has been at since a time of the system's monotonic clock."""
 
@@ -238,6 +247,9 @@ class _Reporter:
 
     def failed(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Failed(tactic, reason))
+
+    def eager(self, tactic: Tactic, reason: str) -> None:
+        self._channel.send(_Eager(tactic, reason))
 
 
 def _serve(channel: Channel, backend: Backend, device: str) -> None:

@@ -125,6 +125,10 @@ def _behind(profile: Profile) -> list[str]:
     if max(choice.noise for choice in choices) > NOISY:
         lines.append("this machine was busy: smaller gains could not be told; tune again with --again where it is idle")
     lines += _reasons("could not win in a bucket:", [[reject.reason for reject in c.rejected] for c in choices])
+    lines += _reasons(
+        "timed without a CUDA graph, launch overhead included, in a bucket:",
+        [[choice.eager] if choice.eager else [] for choice in choices],
+    )
     missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
     return [*lines, *([f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []), *_skipped(profile.regime)]
 

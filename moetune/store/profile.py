@@ -36,9 +36,10 @@ class Choice(FrozenModel):
     interval (paired bootstrap over these rounds); so it is not exactly the quotient of the medians. `noise` is the A/A
     noise floor: by how much two timings of one tactic can be said to differ, relative. `stress_us` maps the factor on
     the busiest expert's load to the chosen tactic's time, `default_stress_us` to the default's; infinite where it
-    failed. `tried` counts the tactics that the search timed or saw fail, `candidates` all, excluded ones too. `load` is
-    the number of slots of each local expert summed over the search's draws, `max_load` the busiest expert's in any one.
-    `measured_at` is ISO 8601, UTC.
+    failed. `tried` counts the tactics that the search timed or saw fail, `candidates` all, excluded ones too. `eager`
+    says why the tactic was timed without a CUDA graph, launch overhead included. `load` is the number of slots of each
+    local expert summed over the search's draws, `max_load` the busiest expert's in any one. `measured_at` is ISO 8601,
+    UTC.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -56,6 +57,7 @@ class Choice(FrozenModel):
     default_stress_us: dict[str, float] = {}
     tried: int
     candidates: int
+    eager: str = ""
     rejected: tuple[Rejection, ...] = ()
     load: tuple[int, ...]
     max_load: int

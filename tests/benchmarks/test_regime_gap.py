@@ -40,6 +40,8 @@ CELLS = [
 class PlantedClock:
     """50 µs for `fast`, 80 for `middle`, 100 for others, one more for each draw; runs every call once."""
 
+    eager: dict[int, str] = {}
+
     def warm_up(self, call, draw):
         call(draw)
 

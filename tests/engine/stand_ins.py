@@ -24,6 +24,8 @@ _running: list[MoERunner] = []
 class PlantedClock:
     """Takes what the runner says its last call took."""
 
+    eager: dict[int, str] = {}
+
     def warm_up(self, call, draw):
         call(draw)
 

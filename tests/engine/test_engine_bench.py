@@ -30,6 +30,8 @@ DEFAULT, OTHER = Tactic(config=-1), Tactic(config=2)
 
 
 class Clock:
+    eager: dict[int, str] = {}
+
     def warm_up(self, call, draw):
         call(draw)
 

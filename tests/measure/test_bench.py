@@ -75,3 +75,21 @@ def test_every_touch_is_told_before_it_happens():
 
 def test_a_cpu_cannot_be_lost():
     assert not bench_module.is_lost("cpu")
+
+
+class Launching(CpuClock):
+    """Captures no second call."""
+
+    def paired_samples(self, calls, draws, before=lambda position, runs: None):
+        series = super().paired_samples(calls, draws, before)
+        self.eager = {1: "it synchronizes"} if len(calls) > 1 else {}
+        return series
+
+
+def test_what_was_timed_without_a_graph_is_known_by_its_name():
+    bench = Bench(FailingBackend(), problem(), Launching())
+    good, other = tactic("default"), tactic("fast")
+    bench.samples([tactic("raises"), good, other], [0])
+    assert bench.eager == {other: "it synchronizes"}
+    bench.samples([good], [0])
+    assert bench.eager == {other: "it synchronizes"}

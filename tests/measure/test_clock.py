@@ -129,18 +129,18 @@ def test_what_finds_no_memory_for_its_graph_is_not_timed_without_one(
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(CudaClock, "_event", lambda self, external=False: Mock())
     clock = object.__new__(CudaClock)
-    clock._repeats, clock._side_stream, clock._flush, clock.eager = 1, Mock(), Mock(), []
+    clock._repeats, clock._side_stream, clock._flush, clock.eager = 1, Mock(), Mock(), {}
 
     def call(draw: int) -> None:
         raise RuntimeError(said)
 
     if "memory" in said:
         with pytest.raises(RuntimeError, match="out of memory"):
-            clock._walk(call, [0])
-        assert clock.eager == []
+            clock._walk(call, 5, [0])
+        assert clock.eager == {}
     else:
-        clock._walk(call, [0])
-        assert clock.eager == [said]
+        clock._walk(call, 5, [0])
+        assert clock.eager == {5: said}
 
 
 @pytest.mark.gpu
@@ -177,9 +177,9 @@ def test_cuda_clock_captures_call_after_call() -> None:
     clock = CudaClock("cuda")
     for _ in range(3):
         clock.paired_samples([lambda draw: source * 2, lambda draw: source + draw], [0, 1, 0])
-    assert clock.eager == []
-    clock.paired_samples([lambda draw: source.sum().item()], [0])
-    assert len(clock.eager) == 1
+    assert clock.eager == {}
+    clock.paired_samples([lambda draw: source, lambda draw: source.sum().item()], [0])
+    assert clock.eager.keys() == {1}
 
 
 @pytest.mark.gpu

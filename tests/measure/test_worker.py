@@ -208,3 +208,12 @@ def test_a_real_backend_is_measured_and_checked_in_a_worker():
         assert all(samples and min(samples) > 0 for samples in bench.samples(tactics, [0, 1]))
         assert all(bench.check(tactic, 1) for tactic in tactics)
     assert bench.failures == {}
+
+
+def test_what_was_timed_without_a_graph_is_known_here_too():
+    uncaptured = tactic("cannot be captured")
+    with Worker(FailingBackend(), "cpu", timeouts=QUICK) as worker:
+        bench = worker.bench(problem())
+        bench.samples([uncaptured, GOOD], [0])
+        assert bench.eager == {uncaptured: "it synchronizes"}
+        assert bench.failures == {}

@@ -128,6 +128,13 @@ def test_what_could_not_win_is_counted_by_its_reason():
     assert "could not win" not in _text(*profile_report(_profile(_choice(8, 60.0))))
 
 
+def test_a_time_that_was_taken_without_a_graph_is_told():
+    profile = _profile(_choice(8, 60.0, eager="it synchronizes"), _choice(64, 60.0))
+    text = _text(*profile_report(profile))
+    assert "timed without a CUDA graph, launch overhead included, in a bucket:\n  0–1  it synchronizes\n" in text
+    assert "CUDA graph" not in _text(*profile_report(_profile(_choice(8, 60.0))))
+
+
 def test_numbers_of_a_column_end_below_each_other():
     lines = _text(profile_table(_profile(_choice(8, 60.0), _choice(64, 1234.0)))).splitlines()[3:]
     assert len({line.index(number) + len(number) for line, number in zip(lines, ("60.0", "1,234"), strict=True)}) == 1
