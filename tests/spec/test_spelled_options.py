@@ -1,7 +1,9 @@
+import inspect
+
 import pytest
 
 from moetune.errors import UsageError
-from moetune.spec.options import NUMBERS, TEXT, parse
+from moetune.spec.options import NUMBERS, TEXT, parse, resolve
 from moetune.spec.regime import Regime
 
 
@@ -20,10 +22,11 @@ def test_dp_is_a_flag_with_an_opposite():
 
 
 def test_every_option_of_a_layer_and_a_regime_is_the_command_lines():
-    from moetune.cli.options import ask
+    from moetune.cli.options import _NAMES
 
-    of_a_backend = {"backend", "kernel", "remote", "return"}
-    assert {*TEXT, *NUMBERS, "dp"} == set(ask.__annotations__) - of_a_backend
+    of_a_backend = {"backend", "kernel", "remote"}
+    assert {*TEXT, *NUMBERS, "dp"} == set(_NAMES) - of_a_backend
+    assert {*TEXT, *NUMBERS, "dp"} == set(inspect.signature(resolve).parameters)
 
 
 @pytest.mark.parametrize(
