@@ -27,7 +27,6 @@ from flashinfer_common import (
     DRAWS,
     Journal,
     bf16_layer,
-    geomean,
     ids,
     means_us,
     own_autotune,
@@ -44,6 +43,7 @@ from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.stats import geomean
 from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.popularity import seeded_generator
 from moetune.workload.router import is_local, random_slots

@@ -24,7 +24,6 @@ from flashinfer_common import (
     DRAWS,
     Journal,
     bf16_layer,
-    geomean,
     ids,
     means_us,
     own_autotune,
@@ -38,6 +37,7 @@ from moetune.backends.flashinfer_cutlass import UNTUNED, FlashInferCutlassBacken
 from moetune.spec.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.stats import geomean
 
 LOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -130,7 +130,7 @@ def summary(buckets: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "buckets": len(gains),
         "worst": min(gains.values()),
         "best": max(gains.values()),
-        "geomean": geomean(gains.values()),
+        "geomean": geomean(list(gains.values())),
         "geomean_128_1024": geomean(middle) if middle else None,
         "noise": max(line["noise"] for line in buckets),
         "slower": sorted(rows for rows, gain in gains.items() if gain < 1 / (1 + WITHIN)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,3 @@ def pair_us(table: Mapping[str, Any], tactic: Tactic) -> float:
     """A pair's time by a recorded table: the sum of its two sweeps, less the fixed pair that both hold."""
     fixed = table["gemm1_us"][str(table["fixed"][0])]
     return table["gemm1_us"][str(tactic["gemm1"])] + table["gemm2_us"][str(tactic["gemm2"])] - fixed
-
-
-def geomean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(values)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 
-from moetune.backends.base import Problem
+from moetune.backends.base import Problem, relative_error
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.ahead import compile_tactic
 from moetune.backends.grouped_triton.backend import TritonBackend
@@ -77,12 +77,6 @@ def problem_of(layer: MoELayer, regime: Regime, rows: int, draws: int) -> Proble
     rank = regime.ep_size - 1
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
     return Problem(layer, regime, rows, regime.shard(layer, rank), routings, "cuda")
-
-
-def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖result − reference‖ / ‖reference‖; ‖result‖ where nothing is local."""
-    scale = float(reference.norm())
-    return float((result.float() - reference).norm()) / (scale or 1.0)
 
 
 def captured(call: Callable[[int], object], draws: Sequence[int]) -> torch.cuda.CUDAGraph:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Literal
 
@@ -16,11 +15,10 @@ from moetune.search.exhaustive import exhaustive
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.stats import median
-from moetune.store.profile import Choice, Rejection
+from moetune.store.profile import Choice
 
 if TYPE_CHECKING:
-    from moetune.backends.base import Backend, Candidates, CompilesAhead, Problem
+    from moetune.backends.base import Backend, Candidates, Problem
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
     from moetune.search.base import Search, Times
@@ -93,10 +91,6 @@ class Bucket:
         """The number of each stressed draw, by its factor."""
         first = 2 * self.problem.regime.draws
         return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
-
-    def likely(self, backend: CompilesAhead) -> Sequence[Tactic]:
-        """The candidates, likeliest first."""
-        return backend.likely(self.problem, self.candidates)
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
         """The backend's own search, or the exhaustive one where it has none or it is asked for.
@@ -179,27 +173,15 @@ class BucketTuner:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
         verdict = final.decide(played, bench, bucket.stress_draws)
-        reasons = {**bucket.failed, **self._failures, **verdict.cliffs}
-        loads = [routing.load.tolist() for routing in bucket.seen]
-        return Choice(
+        return final.choice(
+            played,
+            verdict,
+            bench,
+            bucket.seen,
             rows=bucket.rows,
-            tactic=verdict.tactic,
-            time_us=median(verdict.samples_us),
-            default_tactic=default,
-            default_time_us=median(played.default_us),
-            gain=verdict.gain.value,
-            gain_low=verdict.gain.low,
-            gain_high=verdict.gain.high,
-            noise=played.noise,
-            stress_us=dict(verdict.stress_us),
-            default_stress_us=dict(verdict.default_stress_us),
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
-            eager=bench.eager.get(verdict.tactic, ""),
-            rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in reasons.items()),
-            load=tuple(sum(map(int, of_expert)) for of_expert in zip(*loads, strict=True)),
-            max_load=max(map(max, loads)),
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            failed={**bucket.failed, **self._uncompiled},
         )
 
     def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:

@@ -37,25 +37,6 @@ LEAST_S = 1e-3
 """A family whose turn comes after the budget has ended still gets this; its first bucket is measured in any case."""
 
 
-def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:
-    """The backends that can run here and compute the layer, the preferred first; and why the others cannot."""
-    from moetune.backends import registry
-
-    backends: list[Backend] = []
-    left_out: dict[str, str] = {}
-    for name in registry.backends():
-        diagnosis = registry.diagnosis(name)
-        if not diagnosis.available:
-            left_out[name] = diagnosis.reason
-            continue
-        backend = registry.backend(name)
-        if reason := backend.unsupported(layer, regime):
-            left_out[name] = reason
-        else:
-            backends.append(backend)
-    return backends, left_out
-
-
 def tune_all(
     layer: MoELayer | str,
     regime: Regime,
@@ -85,6 +66,7 @@ def tune_all(
         MissError: `frozen`, and the store has no family's whole answer.
         NoResultError: every family failed; what they had measured before is saved.
     """
+    from moetune.backends.registry import able
     from moetune.measure.probe import device_for
     from moetune.tune import load, tune
 

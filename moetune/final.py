@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from moetune.errors import NoResultError
 from moetune.spec.tactic import Tactic
 from moetune.stats import Ratio, median, noise_floor, paired_ratio
+from moetune.store.profile import Choice, Rejection
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
+    from moetune.workload.routing import Routing
 
 STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
@@ -191,6 +194,53 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
     unchanged = paired_ratio(final.default_us, final.default_us)
     of_default = stress_us[final.default]
     return Verdict(final.default, final.default_us, unchanged, of_default, of_default, cliffs)
+
+
+def choice(
+    final: Final,
+    verdict: Verdict,
+    bench: BenchLike,
+    routings: Sequence[Routing],
+    *,
+    rows: int,
+    tried: int,
+    candidates: int,
+    failed: Mapping[Tactic, str] | None = None,
+) -> Choice:
+    """The record of a bucket that is decided.
+
+    Args:
+        final: who played.
+        verdict: who won.
+        bench: knows which tactics failed on it, and which were timed without a CUDA graph.
+        routings: the draws whose load is kept, of each local expert.
+        rows: M.
+        tried: how many tactics the search timed or saw fail.
+        candidates: how many there are, excluded ones too.
+        failed: tactics that failed before they came to the bench, each with the reason.
+    """
+    reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
+    loads = [routing.load.tolist() for routing in routings]
+    return Choice(
+        rows=rows,
+        tactic=verdict.tactic,
+        time_us=median(verdict.samples_us),
+        default_tactic=final.default,
+        default_time_us=median(final.default_us),
+        gain=verdict.gain.value,
+        gain_low=verdict.gain.low,
+        gain_high=verdict.gain.high,
+        noise=final.noise,
+        stress_us=dict(verdict.stress_us),
+        default_stress_us=dict(verdict.default_stress_us),
+        tried=tried,
+        candidates=candidates,
+        eager=bench.eager.get(verdict.tactic, ""),
+        rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in reasons.items()),
+        load=tuple(map(sum, zip(*loads, strict=True))),
+        max_load=max(map(max, loads)),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:

@@ -107,7 +107,7 @@ class Plan(FrozenModel):
 def plan(
     layer: MoELayer | str,
     regime: Regime,
-    backend: str | Backend = "torch",
+    backend: str | Backend = "auto",
     device: str | None = None,
     *,
     rank: int = 0,
@@ -118,20 +118,20 @@ def plan(
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
         regime: how one rank meets the layer. Where no distribution was given at its construction,
             `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: whose tactics are counted, by name or as it was made by `registry.backend`.
+        backend: whose tactics are counted, as `tune` takes it.
         device: the torch device they are counted for; `cuda` where there is one, else `cpu`, by default.
         rank: of 0 … ep_size − 1.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
-    from moetune.backends.registry import backend as backend_of
+    from moetune.backends.registry import chosen
     from moetune.workload.dispatch import expect
 
-    kernels = backend_of(backend) if isinstance(backend, str) else backend
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     shard = regime.shard(layer, rank)
+    kernels = chosen(backend, layer, regime)
     expectations = [expect(layer, regime, rows, rank) for rows in regime.buckets]
     candidates, unknown = _candidates(layer, regime, kernels, device)
     return Plan(

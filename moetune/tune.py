@@ -7,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 def tune(
     layer: MoELayer | str,
     regime: Regime,
-    backend: str | Backend = "torch",
+    backend: str | Backend = "auto",
     store: Store | Path | str | None = None,
     *,
     frozen: bool = False,
@@ -60,7 +60,8 @@ def tune(
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
         regime: how one rank meets the layer. Where no distribution was given at its construction,
             `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: the family of kernels, by name or as it was made by `registry.backend`.
+        backend: the family of kernels, by name or as it was made by `registry.backend`; `auto` is the first that can
+            run here and computes the layer. See `tune_all` for all of them.
         store: a store or its folder; `MOETUNE_STORE`, else the user's cache folder, by default.
         frozen: never measure.
         again: measure every bucket even where the store has it, and forget what an interrupted run knew.
@@ -111,7 +112,7 @@ def tune(
 def load(
     layer: MoELayer | str,
     regime: Regime,
-    backend: str | Backend = "torch",
+    backend: str | Backend = "auto",
     store: Store | Path | str | None = None,
     *,
     device: str | None = None,
@@ -144,13 +145,13 @@ class _Question:
         store: Store | Path | str | None,
         device: str | None,
     ) -> _Question:
-        from moetune.backends.registry import backend as backend_of
+        from moetune.backends import registry
         from moetune.measure.probe import device_for, environment
 
         layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
         regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
         regime.shard(layer)
-        kernels = backend_of(backend) if isinstance(backend, str) else backend
+        kernels = registry.chosen(backend, layer, regime)
         device = device_for(device)
         store = store if isinstance(store, Store) else Store(store)
         return cls(layer, regime, kernels, environment(kernels, device), store, device)
@@ -212,17 +213,19 @@ def _choices(
         bench_of = stack.enter_context(benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
 
+        likely: dict[int, Sequence[Tactic]] = {}
+
         def realized(rows: int) -> Bucket:
             bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
             if isinstance(backend, CompilesAhead):
-                compilers.request(layer, regime, rows, bucket.likely(backend)[:COMPILED_FIRST])
+                likely[rows] = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
+                compilers.request(layer, regime, rows, likely[rows][:COMPILED_FIRST])
             return bucket
 
         def compile_more(drawn: Sequence[Future[Bucket]]) -> None:
-            for bucket in [future.result() for future in drawn]:
-                if isinstance(backend, CompilesAhead):
-                    more = bucket.likely(backend)[COMPILED_FIRST:COMPILED_AHEAD]
-                    compilers.request(layer, regime, bucket.rows, more)
+            wait(drawn)
+            for rows in missing:
+                compilers.request(layer, regime, rows, likely.get(rows, ())[COMPILED_FIRST:])
 
         buckets: Iterator[Bucket] = map(realized, missing)
         if _draws_ahead(question.device):

@@ -62,7 +62,7 @@ def test_published_sizes_of_block_scaled_weights():
 
 
 def test_a_backend_that_does_not_compute_the_layer_leaves_the_tactics_open():
-    planned = plan("gpt-oss-120b", Regime(ep_size=64, attention_dp=True, ladder="64"))
+    planned = plan("gpt-oss-120b", Regime(ep_size=64, attention_dp=True, ladder="64"), "torch")
     assert "mxfp4" in planned.tactics_unknown
     assert planned.buckets[0].tactics is None
     assert planned.buckets[0].local_slots == 64 * 2  # two experts a rank, fewer than top-k

@@ -9,6 +9,11 @@ from typing import NamedTuple, cast
 
 from moetune.backends.base import Backend
 from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+
+AUTO = "auto"
+"""In the place of a name: the backend that is `preferred`."""
 
 _HOMES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
@@ -53,6 +58,44 @@ def backend(name: str, **options: object) -> Backend:
             f"Those that have: {', '.join(owners)}." if owners else "Leave the option out.",
         )
     return _home(name)(**options)
+
+
+def preferred(layer: MoELayer, regime: Regime) -> Backend:
+    """The first backend that can run here and computes the layer.
+
+    Where none can run here it is the first that computes the layer elsewhere, so that what it lacks is said.
+    """
+    computing = [name for name in backends() if backend(name).unsupported(layer, regime) is None]
+    able_here = (name for name in computing if diagnosis(name).available)
+    return backend(next(able_here, (computing or backends())[0]))
+
+
+def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:
+    """The backends that can run here and compute the layer, the preferred first; and why the others cannot."""
+    found: list[Backend] = []
+    left_out: dict[str, str] = {}
+    for name in backends():
+        state = diagnosis(name)
+        if not state.available:
+            left_out[name] = state.reason
+            continue
+        family = backend(name)
+        if reason := family.unsupported(layer, regime):
+            left_out[name] = reason
+        else:
+            found.append(family)
+    return found, left_out
+
+
+def chosen(asked: str | Backend, layer: MoELayer, regime: Regime) -> Backend:
+    """The backend that is asked for: itself, by its name, or the preferred one for `AUTO`.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if not isinstance(asked, str):
+        return asked
+    return preferred(layer, regime) if asked == AUTO else backend(asked)
 
 
 def diagnose() -> list[Diagnosis]:

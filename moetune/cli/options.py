@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetune.backends.registry import AUTO
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer, Precision
 from moetune.spec.options import resolve
@@ -19,8 +20,6 @@ from moetune.spec.regime import DISPATCHES, DISTRIBUTION_VARIABLE, DISTRIBUTIONS
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
 
-
-AUTO = "auto"
 KERNELS = ("builtin", "vllm", "sglang")
 REMOTES = ("drop", "zero")
 
@@ -173,20 +172,14 @@ def ask(
 
 
 def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regime) -> Backend:
-    """The backend, `auto` resolved: triton where an option of it is given, else the first that is able.
-
-    Where none can run here it is the first that computes the layer elsewhere, so that what it lacks is said.
-    """
+    """The backend, `auto` resolved: triton where an option of it is given, else `registry.preferred`."""
     from moetune.backends import registry
 
     if name != AUTO:
         return registry.backend(name, **of_triton)
     if of_triton:
         return registry.backend("triton", **of_triton)
-    names = registry.backends()
-    computing = [known for known in names if registry.backend(known).unsupported(layer, regime) is None]
-    able = (known for known in computing if registry.diagnosis(known).available)
-    return registry.backend(next(able, (computing or names)[0]))
+    return registry.preferred(layer, regime)
 
 
 def _say_what_dp_means(regime: Regime) -> None:

@@ -42,7 +42,7 @@ def stored_profile(
 
 
 def _loaded(question: Question, folder: Store) -> Profile:
-    from moetune.compare import able
+    from moetune.backends.registry import able
     from moetune.tune import load
 
     backends = (able(question.layer, question.regime)[0] if question.auto else []) or [question.backend]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from moetune.engine.agree import gather
-from moetune.final import decide, play
+from moetune.final import choice, decide, play
+from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
-from moetune.stats import median
-from moetune.store.profile import Choice, Rejection
+from moetune.store.profile import Choice
 
 if TYPE_CHECKING:
     import torch
 
+    from moetune.measure.bench import Series
     from moetune.measure.clock import Call, Clock
     from moetune.workload.routing import Routing
 
@@ -30,8 +30,6 @@ CHECKED_ROWS = 2048
 """Outputs are compared on about this many evenly spread rows: an engine has little memory to spare."""
 LEAST_RMS = 1e-30
 """Smaller outputs are next to bf16's subnormal numbers, whose few bits tell nothing: dummy scales can make them so."""
-
-Series = list[tuple[float, ...] | None]
 
 
 class EngineBench:
@@ -65,7 +63,7 @@ class EngineBench:
             mine = self._samples(tactics, draws)
         except Exception as error:  # whatever a kernel raises, the other ranks wait for this one's times
             mine = [None] * len(tactics)
-            self.failures.update((tactic, f"{type(error).__name__}: {error}") for tactic in tactics)
+            self.failures.update((tactic, reason_of(error)) for tactic in tactics)
         pooled = mean_of_ranks(gather(mine, self._group))
         for tactic, series in zip(tactics, pooled, strict=True):
             if series is None:
@@ -98,7 +96,7 @@ class EngineBench:
             found = output_of(self._calls[tactic], draw)
             error = None if found is None else relative_error(found, expected)
         except Exception as raised:  # a kernel may raise anything
-            return f"{type(raised).__name__}: {raised}"
+            return reason_of(raised)
         if error is None or error <= self._tolerance:
             return None
         return f"wrong result: relative error {error:.1e} against the default's, allowed {self._tolerance:.0e}"
@@ -109,7 +107,7 @@ class EngineBench:
                 self._clock.warm_up(self._calls[tactic], draws[0])
                 self._warm.add(tactic)
             except Exception as error:  # a kernel may raise anything
-                self.failures[tactic] = f"{type(error).__name__}: {error}"
+                self.failures[tactic] = reason_of(error)
         running = [tactic for tactic in tactics if tactic not in self.failures]
         series = iter(self._clock.paired_samples([self._calls[tactic] for tactic in running], draws))
         self.eager.update((running[position], reason) for position, reason in self._clock.eager.items())
@@ -188,24 +186,4 @@ def choose(
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
     final = play(bench, default, finalists, range(len(routings)), SECONDS)
     verdict = decide(dataclasses.replace(final, noise=max(final.noise, MARGIN)), bench, stress_draws)
-    rejected = {**bench.failures, **verdict.cliffs}
-    return Choice(
-        rows=rows,
-        tactic=verdict.tactic,
-        time_us=median(verdict.samples_us),
-        default_tactic=default,
-        default_time_us=median(final.default_us),
-        gain=verdict.gain.value,
-        gain_low=verdict.gain.low,
-        gain_high=verdict.gain.high,
-        noise=final.noise,
-        stress_us=dict(verdict.stress_us),
-        default_stress_us=dict(verdict.default_stress_us),
-        tried=tried,
-        candidates=tried,
-        eager=bench.eager.get(verdict.tactic, ""),
-        rejected=tuple(Rejection(tactic=tactic, reason=reason) for tactic, reason in rejected.items()),
-        load=tuple(int(slots) for slots in sum(routing.load for routing in routings)),  # type: ignore[union-attr]
-        max_load=max(int(routing.load.max()) for routing in routings),
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    return choice(final, verdict, bench, routings, rows=rows, tried=tried, candidates=tried)

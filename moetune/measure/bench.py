@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from moetune.backends.base import Backend, Problem
+from moetune.backends.base import Backend, Problem, relative_error
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, clock_for
 from moetune.measure.reasons import is_out_of_memory, reason_of
@@ -135,7 +135,7 @@ class Bench:
             self._references[draw] = self._runner.reference(draw)
         self._watch.touch(Stage.CHECK, tactic)
         try:
-            error = self._relative_error(tactic, draw)
+            error = relative_error(self._runner.run(tactic, draw), self._references[draw])
         except Exception as raised:  # a kernel may raise anything
             self._blame(tactic, raised)
             return False
@@ -144,12 +144,6 @@ class Bench:
         else:  # NaN too
             self._fail(tactic, f"wrong result: relative error {error:.1e}, allowed {self._tolerance:.0e}")
         return tactic not in self.failures
-
-    def _relative_error(self, tactic: Tactic, draw: int) -> float:
-        reference = self._references[draw]
-        difference = (self._runner.run(tactic, draw).float() - reference).norm()
-        scale = reference.norm()
-        return float(difference / scale) if scale else float(difference)
 
     def _call(self, tactic: Tactic) -> Callable[[int], object]:
         return partial(self._runner.run, tactic)

@@ -10,6 +10,9 @@ from moetune.backends import registry
 from moetune.backends.base import Backend
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.presets import layer as preset
+from moetune.spec.regime import Regime
 
 
 def test_every_named_backend_is_there_and_has_its_name() -> None:
@@ -92,3 +95,32 @@ def test_naming_and_making_backends_imports_neither_torch_nor_triton() -> None:
         "print(sys.modules.keys() & {'torch', 'triton'})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+class _Family:
+    def __init__(self, name: str, computes: bool) -> None:
+        self.name, self._computes = name, computes
+
+    def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
+        return None if self._computes else "other experts"
+
+
+@pytest.mark.parametrize(
+    ("available", "computing", "expected"),
+    [("abc", "abc", "a"), ("bc", "abc", "b"), ("abc", "c", "c"), ("", "bc", "b"), ("a", "c", "c"), ("", "", "a")],
+)
+def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, available: str, computing: str, expected: str
+) -> None:
+    monkeypatch.setattr(registry, "_HOMES", dict.fromkeys("abc", ""))
+    monkeypatch.setattr(registry, "backend", lambda name: _Family(name, name in computing))
+    monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, name in available, "no GPU"))
+    layer, regime = preset("qwen3-235b-a22b"), Regime()
+    assert registry.preferred(layer, regime).name == expected
+    assert registry.chosen("auto", layer, regime).name == expected
+    assert registry.chosen("c", layer, regime).name == "c"
+    made = _Family("made", True)
+    assert registry.chosen(made, layer, regime) is made
+    found, left_out = registry.able(layer, regime)
+    assert [family.name for family in found] == [name for name in "abc" if name in available and name in computing]
+    assert left_out.keys() == set("abc") - {family.name for family in found}

@@ -3,11 +3,12 @@ import json
 from pathlib import Path
 
 import pytest
+from choices import make_choice
 
 from moetune.spec.environment import Environment
 from moetune.spec.presets import layer
 from moetune.spec.regime import Regime
-from moetune.store.profile import Choice, Profile
+from moetune.store.profile import Profile
 
 SOURCE = Path(__file__).parents[2] / "benchmarks" / "picture.py"
 
@@ -48,21 +49,13 @@ def test_the_command_in_the_picture_asks_the_profiles_question(moetune, picture,
 
 
 def test_the_picture_shows_the_choices(picture):
-    choice = Choice(
-        rows=8,
+    choice = make_choice(
+        8,
         tactic={"algorithm": "grouped_mm"},
-        time_us=120.0,
         default_tactic={"algorithm": "eager"},
-        default_time_us=180.0,
         gain=1.5,
         gain_low=1.4,
         gain_high=1.6,
-        noise=0.01,
-        tried=6,
-        candidates=6,
-        load=(1,),
-        max_load=1,
-        measured_at="2026-01-31T12:00:00Z",
     )
     drawn = picture.picture(_profile(Regime(ladder="8"), choices=(choice,)))
     assert drawn.startswith("<svg")

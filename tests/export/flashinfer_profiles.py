@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from choices import make_choice
+
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.store.profile import Choice, Profile
+from moetune.store.profile import Profile
 
 LAYER = MoELayer(name="qwen3-30b-a3b", num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768)
 DEVICE = {"flashinfer-cutlass": ("NVIDIA H200", "9.0")}
@@ -28,23 +30,9 @@ def tactic(backend: str, index: int) -> dict[str, int]:
 def profile(
     backend: str, regime: Regime, layer: MoELayer = LAYER, flashinfer: str = "0.7.2.post1", **changed: Any
 ) -> Profile:
+    untuned = dict.fromkeys(tactic(backend, 0), -1)
     choices = tuple(
-        Choice(
-            rows=rows,
-            tactic=tactic(backend, index),
-            time_us=10.0 + rows,
-            default_tactic=dict.fromkeys(tactic(backend, 0), -1),
-            default_time_us=12.5 + rows,
-            gain=1.25,
-            gain_low=1.1,
-            gain_high=1.4,
-            noise=0.01,
-            tried=5,
-            candidates=6,
-            load=(rows,),
-            max_load=rows,
-            measured_at="2026-01-01T00:00:00Z",
-        )
+        make_choice(rows, tactic=tactic(backend, index), default_tactic=untuned, rejected=())
         for index, rows in enumerate(regime.buckets)
     )
     given = {

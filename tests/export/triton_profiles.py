@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from choices import make_choice
+
 from moetune.spec import presets
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
@@ -31,21 +33,12 @@ def tactic(*values: int) -> Tactic:
 
 
 def choice(rows: int, chosen: Tactic) -> Choice:
-    return Choice(
-        rows=rows,
+    return make_choice(
+        rows,
         tactic=chosen,
-        time_us=80.0,
         default_tactic=tactic(16, 64, 128, 1, 4, 4),
-        default_time_us=100.0,
-        gain=1.25,
-        gain_low=1.2,
-        gain_high=1.3,
-        noise=0.004,
-        tried=60,
-        candidates=1200,
-        load=(rows,),
-        max_load=rows,
         measured_at="2026-11-20T12:00:00Z",
+        rejected=(),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moetune.backends.base import Problem
+from moetune.backends.base import Problem, relative_error
 from moetune.backends.grouped_triton.activation import activate_and_multiply, sum_slots
 from moetune.backends.grouped_triton.align import Aligner, Alignment
 from moetune.backends.grouped_triton.gemm import Operands, launch, two_gemms
@@ -110,14 +110,14 @@ class TritonRunner:
         that falls the other way can change the scale of 128 values: over the whole layer that is half a percent, and
         with one row to average over more. Each stage alone has no such leverage.
         """
-        out = self.run(tactic, draw).float()
+        out = self.run(tactic, draw)
         activated = self._activated.clone()
         expected = torch.zeros_like(activated, dtype=torch.float32)
         expected_out = self._reference(draw, round_like_kernel=True, activated=activated, expected=expected)
         local = (self._topk_ids[draw].view(-1) >= self._first) & (
             self._topk_ids[draw].view(-1) < self._first + self._shapes.num_local
         )
-        return _relative(activated[local].float(), expected[local]), _relative(out, expected_out)
+        return relative_error(activated[local], expected[local]), relative_error(out, expected_out)
 
     def _reference(
         self,
@@ -198,8 +198,3 @@ class TritonRunner:
     def _normal(shape: tuple[int, int], deviation: float, generator: torch.Generator) -> torch.Tensor:
         values = torch.randn(shape, generator=generator, device=generator.device)
         return values.mul_(deviation).bfloat16()
-
-
-def _relative(result: torch.Tensor, reference: torch.Tensor) -> float:
-    scale = float(reference.norm())
-    return float((result - reference).norm()) / scale if scale else float(result.norm())
