@@ -129,7 +129,7 @@ def means_us(
     if clock is None:
         from moetune.measure.clock import CudaClock
 
-        clock = CudaClock("cuda", repeats=1)
+        clock = CudaClock("cuda")
     calls = [partial(runner.run, tactic) for tactic in tactics]
     for call in calls:
         clock.warm_up(call, draws[0])

@@ -97,7 +97,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     tactics = [Tactic(dict(zip(table["names"], values, strict=True))) for values in table["configs"]]
     chosen = {choice.rows: choice.tactic for choice in profile.choices}
     layer, regime = profile.layer, profile.regime
-    backend, clock = backend_of("triton"), CudaClock("cuda", repeats=1)
+    backend, clock = backend_of("triton"), CudaClock("cuda")
     judged = []
     for cell in table["cells"]:
         if cell["load"] != load or cell["rows"] not in chosen:

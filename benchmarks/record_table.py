@@ -135,7 +135,7 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     """One cell: single timings of all, interleaved timings of the best."""
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in range(regime.draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), routings, _DEVICE)
-    runner, clock = backend.prepare(problem), CudaClock(_DEVICE, repeats=1)
+    runner, clock = backend.prepare(problem), CudaClock(_DEVICE)
     tactics = list(backend.candidates(layer, regime, rows, _DEVICE).tactics[: options.limit])
     default = backend.default(layer, regime, rows)
     random.Random(0).shuffle(tactics)

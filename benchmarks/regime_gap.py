@@ -326,7 +326,7 @@ def compare(
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
         routings = tuple(threads.map(lambda draw: realize(layer, regime, rows, draw=draw), draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), routings, device)
-    clock = clock or (CudaClock(device, repeats=1) if device.startswith("cuda") else CpuClock())
+    clock = clock or (CudaClock(device) if device.startswith("cuda") else CpuClock())
     bench = Bench(backend, problem, clock)
     own = tactics[own_load]
     others = [tactic for tactic in dict.fromkeys(tactics.values()) if tactic != own]

@@ -42,7 +42,7 @@ def medians_us(calls: Sequence[Callable[[int], object]]) -> list[float]:
     """Mean over the draws of the median over interleaved rounds, µs, of each call."""
     from moetune.measure.clock import CudaClock
 
-    clock = CudaClock("cuda", repeats=1)
+    clock = CudaClock("cuda")
     for call in calls:
         clock.warm_up(call, 0)
     series = clock.paired_samples(calls, list(range(DRAWS)) * ROUNDS)

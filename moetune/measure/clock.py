@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -105,17 +104,15 @@ class CudaClock:
 
     Args:
         device: the torch device.
-        repeats: executions behind one sample, which is their median.
 
     Attributes:
         eager: why calls of the last `paired_samples` could not be captured, by their position.
     """
 
-    def __init__(self, device: str = "cuda", repeats: int = 1) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         import torch
 
         self._device = torch.device(device)
-        self._repeats = repeats
         l2_bytes = torch.cuda.get_device_properties(self._device).L2_cache_size
         self._flush = torch.empty(2 * max(l2_bytes, 1 << 20), dtype=torch.int8, device=self._device)
         # the default stream cannot be captured
@@ -140,24 +137,24 @@ class CudaClock:
         """
         import torch
 
+        self.eager = {}
         if not draws or not calls:
             return [[] for _ in calls]
         rounds = max(Counter(draws).values())
         distinct = tuple(dict.fromkeys(draws))
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
         with torch.cuda.device(self._device), _no_garbage_collection():
-            self.eager = {}
             before(0, 1)
             chunks = _chunks(distinct, self._once_us(calls[0], distinct[0]))
             walks = []
             for position, call in enumerate(calls):
-                before(position, len(distinct) * self._repeats)  # it is captured, and runs where it cannot be
+                before(position, len(distinct))  # it is captured, and runs where it cannot be
                 walks.append([self._walk(call, position, chunk) for chunk in chunks])
             turn = 0
             for _ in range(rounds):
                 for number, chunk in enumerate(chunks):
                     for position in order(len(calls), turn):
-                        before(position, len(chunk) * self._repeats)
+                        before(position, len(chunk))
                         for draw, sample in walks[position][number]().items():
                             times[position][draw].append(sample)
                     turn += 1
@@ -197,10 +194,7 @@ class CudaClock:
         def walk() -> dict[int, float]:
             execute()
             torch.cuda.synchronize()
-            return {
-                draw: statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs)
-                for draw, pairs in events.items()
-            }
+            return {draw: 1e3 * begin.elapsed_time(end) for draw, (begin, end) in events.items()}
 
         return walk
 
@@ -220,10 +214,8 @@ class CudaClock:
                 raise
             graph.capture_end()
 
-    def _events(
-        self, draws: Sequence[int], external: bool
-    ) -> dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]:
-        return {draw: [(self._event(external), self._event(external)) for _ in range(self._repeats)] for draw in draws}
+    def _events(self, draws: Sequence[int], external: bool) -> dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]:
+        return {draw: (self._event(external), self._event(external)) for draw in draws}
 
     @staticmethod
     def _event(external: bool = False) -> torch.cuda.Event:
@@ -232,14 +224,12 @@ class CudaClock:
         made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
         return made
 
-    def _enqueue(self, call: Call, events: dict[int, list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> None:
-        for repeat in range(self._repeats):
-            for draw, pairs in events.items():
-                begin, end = pairs[repeat]
-                self._flush.zero_()
-                begin.record()
-                call(draw)
-                end.record()
+    def _enqueue(self, call: Call, events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        for draw, (begin, end) in events.items():
+            self._flush.zero_()
+            begin.record()
+            call(draw)
+            end.record()
 
 
 def _chunks(draws: Sequence[int], call_us: float) -> list[tuple[int, ...]]:

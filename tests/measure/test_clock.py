@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetune.measure.clock import CpuClock, CudaClock, _chunks, clock_for, order
@@ -119,6 +119,98 @@ class _FailingGraph:
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
+class _Device:
+    """A GPU of one stream: what is enqueued runs at once, or when the graph that captured it is replayed."""
+
+    def __init__(self) -> None:
+        self.now_us, self.captured = 0.0, None
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        if self.captured is None:
+            work()
+        else:
+            self.captured.append(work)
+
+    def run(self, us: float) -> None:
+        def work() -> None:
+            self.now_us += us
+
+        self.enqueue(work)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> _Device:
+    gpu = _Device()
+
+    class Graph:
+        def capture_begin(self) -> None:
+            gpu.captured = self.work = []
+
+        def capture_end(self) -> None:
+            gpu.captured = None
+
+        def replay(self) -> None:
+            for work in self.work:
+                work()
+
+    class Event:
+        def record(self) -> None:
+            gpu.enqueue(lambda: setattr(self, "at_us", gpu.now_us))
+
+        def elapsed_time(self, end: "Event") -> float:
+            return (end.at_us - self.at_us) / 1e3
+
+    def synchronize() -> None:
+        if gpu.captured is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(CudaClock, "_event", lambda self, external=False: Event())
+    return gpu
+
+
+def cuda_clock(gpu: _Device) -> CudaClock:
+    clock = object.__new__(CudaClock)
+    clock._device, clock._side_stream, clock._flush, clock.eager = None, Mock(), Mock(), {}
+    clock._flush.zero_.side_effect = lambda: gpu.run(1e6)
+    return clock
+
+
+@given(
+    draws=st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    us=st.lists(st.sampled_from([3.0, 700.0, 9000.0]), min_size=1, max_size=4),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_cuda_clock_pairs_by_draw_and_times_the_call_alone(gpu: _Device, draws: list[int], us: list[float]) -> None:
+    calls = [lambda draw, us=us: gpu.run(us + draw) for us in us]
+    samples = cuda_clock(gpu).paired_samples(calls, draws)
+    assert samples == [[pytest.approx(us + draw) for draw in draws] for us in us]
+
+
+def test_calls_of_the_cuda_clock_alternate_every_few_milliseconds(gpu: _Device) -> None:
+    asked: list[tuple[int, int]] = []
+    calls = [lambda draw: gpu.run(1000.0)] * 2
+    cuda_clock(gpu).paired_samples(calls, range(8), lambda position, runs: asked.append((position, runs)))
+    assert asked[:3] == [(0, 1), (0, 8), (1, 8)]  # once to see how long it takes, then captured
+    assert asked[3:] == [(0, 4), (1, 4), (1, 4), (0, 4)]
+
+
+def test_what_waits_for_the_device_is_timed_without_a_graph_and_told_until_the_next_time(gpu: _Device) -> None:
+    def waits(draw: int) -> None:
+        gpu.run(50.0)
+        torch.cuda.synchronize()
+
+    clock = cuda_clock(gpu)
+    assert clock.paired_samples([lambda draw: gpu.run(20.0), waits], [0, 1]) == [[20.0] * 2, [50.0] * 2]
+    assert clock.eager == {1: "operation not permitted when stream is capturing"}
+    clock.paired_samples([], [0])
+    assert clock.eager == {}
+
+
 @pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2.00 GiB", "operation not permitted"])
 def test_what_finds_no_memory_for_its_graph_is_not_timed_without_one(
     monkeypatch: pytest.MonkeyPatch, said: str
@@ -129,7 +221,7 @@ def test_what_finds_no_memory_for_its_graph_is_not_timed_without_one(
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(CudaClock, "_event", lambda self, external=False: Mock())
     clock = object.__new__(CudaClock)
-    clock._repeats, clock._side_stream, clock._flush, clock.eager = 1, Mock(), Mock(), {}
+    clock._side_stream, clock._flush, clock.eager = Mock(), Mock(), {}
 
     def call(draw: int) -> None:
         raise RuntimeError(said)
