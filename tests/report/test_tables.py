@@ -220,7 +220,7 @@ def test_a_plan_says_which_buckets_a_pool_cannot_have():
 
 def test_a_plan_says_why_tactics_are_unknown():
     layer = MoELayer(**{**dict(LAYER), "precision": "nvfp4"})
-    assert "tactics unknown: torch does not compute this layer" in _text(*plan_report(plan(layer, REGIME)))
+    assert "tactics unknown: torch does not compute this layer" in _text(*plan_report(plan(layer, REGIME, "torch")))
 
 
 @pytest.mark.parametrize(
