@@ -57,14 +57,15 @@ def clock_for(device: str) -> Clock:
 
 
 def order(count: int, turn: int) -> list[int]:
-    """The positions 0 … count − 1 in the order of one turn: rotated by one each turn, backwards every other cycle.
+    """The positions 0 … count − 1 in the order of one turn of a Williams design (E. J. Williams, 1949).
 
-    Over 2 · count turns every call goes first as often as any other, and precedes its neighbors as often as it follows
-    them.
+    Over 2 · count turns every call stands twice at each place and follows each other call twice: what a call leaves
+    behind, a cooler GPU or a fuller cache, helps or hurts all others alike.
     """
     cycle, start = divmod(turn, count) if count else (0, 0)
-    rotated = [(start + step) % count for step in range(count)]
-    return rotated[::-1] if cycle % 2 else rotated
+    ends_inwards = (step // 2 + 1 if step % 2 else -(step // 2) for step in range(count))
+    line = [(start + position) % count for position in ends_inwards]
+    return line[::-1] if cycle % 2 else line
 
 
 class CpuClock:
