@@ -1,12 +1,13 @@
 """Which dummy is right for which dispatcher: regret on real traffic of tactics tuned on each, one GPU as one rank.
 
-    PYTHONPATH=. python benchmarks/dispatch_fidelity.py OUT.jsonl [--seconds 550] [--models …] [--kinds …] [--summary]
+    PYTHONPATH=. python benchmarks/dispatch_fidelity.py OUT.jsonl [--seconds 550] [--summary]
+        [--models …] [--ep …] [--kinds …] [--tokens …]
 
 Real traffic: ep ranks send T tokens each through a simulated global router, and this rank gets what the dispatch
-brings, on draws that no tuner saw. Four choices for the bucket of those rows: FlashInfer's own autotune, moetune's for
-the packed dummy, moetune's for that dispatcher, and the best known, of a longer search on the very traffic. OUT is a
-journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or
-3 % in a cell.
+brings, on draws that no tuner saw. Five choices for FlashInfer's bucket of those rows: of FlashInfer's own autotune, of
+moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has and with
+those that `moetune tune` takes (`dummy_rows`), and the best known, of a longer search on the very traffic. OUT is a
+journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or 3 % in a cell.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
-from moetune.workload.dispatch import rows_for_tokens
+from moetune.workload.dispatch import dummy_rows, rows_for_tokens
 from moetune.workload.popularity import seeded_generator
 from moetune.workload.router import is_local, random_slots
 from moetune.workload.routing import Routing
@@ -53,6 +54,7 @@ SHARES = {"qwen3-235b-a22b": (4, 8, 32), "deepseek-r1": (8, 32)}
 KINDS = ("allgather", "deduplicated", "slot", "pool")
 TOKENS = (16, 64, 256, 1024)
 MOST_ROWS = 65536
+CHOICES = ("own", "packed", "bucket", "moetune")
 GEOMEAN_WITHIN, WORST_WITHIN = 0.01, 0.03
 
 
@@ -86,11 +88,13 @@ def traffic(layer: MoELayer, regime: Regime, rows: int, draw: int) -> Routing:
     return Routing(chosen, torch.cat(found_weights)[:rows], load)
 
 
-def cells(models: Sequence[str], kinds: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
+def cells(
+    models: Sequence[str], kinds: Sequence[str], tokens: Sequence[int], eps: Sequence[int] = (4, 8, 32)
+) -> list[dict[str, Any]]:
     """Every cell whose rows fit; `rows` is what the kernel sees on average, `bucket` FlashInfer's for it."""
     found = []
     for model, kind, sent in product(models, kinds, tokens):
-        for ep in SHARES[model]:
+        for ep in (ep for ep in SHARES[model] if ep in eps):
             layer, regime = bf16_layer(model), regime_of(ep, kind)
             rows = max(1, round(rows_for_tokens(layer, regime, sent)))
             if kind == "pool":
@@ -111,7 +115,7 @@ def tuned(layer: MoELayer, regime: Regime) -> Tactic:
     from moetune.tune import tune
 
     with tempfile.TemporaryDirectory() as store:
-        return tune(layer, regime, "flashinfer-cutlass", store).choices[0].tactic
+        return tune(layer, regime, _backend(), store, isolate=False).choices[0].tactic
 
 
 def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
@@ -119,14 +123,13 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
     layer, ep, kind, bucket = bf16_layer(cell["model"]), cell["ep"], cell["kind"], cell["bucket"]
     regime, backend = regime_of(ep, kind), _backend()
     _own_tunes(cell["model"], ep, kind == "slot")
+    of_bucket, met = tuned(layer, regime_of(ep, kind, bucket)), dummy_rows(layer, regime, bucket)
+    ours = of_bucket if met == bucket else tuned(layer, regime_of(ep, kind, met))
+    of_packed = pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed", bucket))
     draws = tuple(traffic(layer, regime, cell["rows"], draw) for draw in range(DRAWS))
     runner = backend.prepare(Problem(layer, regime, cell["rows"], regime.shard(layer), draws, "cuda"))
     candidates = backend.candidates(layer, regime, cell["rows"], "cuda").tactics
-    choices = {
-        "own": own_pick(runner),
-        "packed": pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed", bucket)),
-        "moetune": tuned(layer, regime_of(ep, kind, bucket)),
-    }
+    choices = dict(zip(CHOICES, (own_pick(runner), of_packed, of_bucket, ours), strict=True))
     starts = [tactic for tactic in choices.values() if tactic in candidates]
     longer = coordinate(candidates, starts=starts, explore=len(candidates), rounds=(2, DRAWS, DRAWS), finalists=8)
     known = list(dict.fromkeys((*choices.values(), *searched(longer, runner, range(DRAWS)))))
@@ -136,6 +139,7 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
         "best": ids(best), "best_us": times[best],
         **{name: ids(tactic) for name, tactic in choices.items()},
         **{f"{name}_us": times[tactic] for name, tactic in choices.items()},
+        "known": [[*ids(tactic), us] for tactic, us in times.items()],
         "busiest": [int(draw.load.max()) for draw in draws],
     }  # fmt: skip
 
@@ -160,6 +164,9 @@ def _backend() -> FlashInferCutlassBackend:
 def _own_tunes(model: str, ep: int, one_id: bool) -> None:
     """FlashInfer's autotune, once for each key of its: it knows ep and the ids in a row, no dispatch."""
     layer, regime = bf16_layer(model), regime_of(ep, "slot" if one_id else "allgather")
+    kinds = [kind for kind in KINDS if (kind == "slot") == one_id]
+    largest = max(cell["bucket"] for cell in cells([model], kinds, TOKENS, [ep]))
+    regime = regime.model_copy(update={"tune_max_num_tokens": largest})
     print(f"FlashInfer tunes {model} at EP{ep}, k={'1' if one_id else layer.top_k}: "
           f"{own_autotune(_backend().prepare(unseen_problem(layer, regime, 8192, 1))):.1f} s", flush=True)  # fmt: skip
 
@@ -169,7 +176,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for kind in sorted({line["kind"] for line in lines}):
         of_kind = [line for line in lines if line["kind"] == kind]
-        for choice in ("own", "packed", "moetune"):
+        for choice in CHOICES:
             ratios = [line[f"{choice}_us"] / line["best_us"] for line in of_kind]
             worst = max(ratios) - 1
             found.append({"kind": kind, "choice": choice, "cells": len(ratios), "geomean": geomean(ratios) - 1,
@@ -181,13 +188,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default=",".join(SHARES))
+    parser.add_argument("--ep", default="4,8,32")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--seconds", type=float, default=550.0, help="no cell is begun after this long")
     parser.add_argument("--summary", action="store_true", help="measure nothing")
     options = parser.parse_args()
     begin, journal = time.perf_counter(), Journal(options.out)
-    wanted = cells(options.models.split(","), options.kinds.split(","), [int(t) for t in options.tokens.split(",")])
+    tokens, eps = ([int(part) for part in given.split(",")] for given in (options.tokens, options.ep))
+    wanted = cells(options.models.split(","), options.kinds.split(","), tokens, eps)
     missing = [] if options.summary else [cell for cell in wanted if not journal.find(**cell)]
     if missing:
         warm_flashinfer()
@@ -196,7 +205,7 @@ def main() -> int:
             break
         packed = next((line["packed"] for line in journal.lines if _same_dummy(line, cell)), None)
         line = journal.add(**cell, **measure(cell, packed))
-        regrets = {name: line[f"{name}_us"] / line["best_us"] - 1 for name in ("own", "packed", "moetune")}
+        regrets = {name: line[f"{name}_us"] / line["best_us"] - 1 for name in CHOICES}
         print(cell, f"best {line['best_us']:.1f} µs", {name: f"{r:+.2%}" for name, r in regrets.items()}, flush=True)
     lines = [line for cell in wanted if (line := journal.find(**cell))]
     if not lines:

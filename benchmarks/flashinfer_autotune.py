@@ -3,10 +3,12 @@
     PYTHONPATH=. python benchmarks/flashinfer_autotune.py OUT.jsonl [--model qwen3-235b-a22b] [--ep 4]
         [--dispatch packed|none|allgather|ENGINE:NAME] [--ladder hybrid] [--seconds 550] [--record]
 
-Both are clocked from inputs ready to choices made. Then, bucket by bucket, FlashInfer's pick (twice: A/A), moetune's
-and the untuned tactic are timed interleaved on draws that neither has seen. OUT is a journal: the same command goes on
-where it stopped. `--record` also sweeps all tactics of each GEMM beside moetune's other one: a table for `coordinate`.
-Exits 1 where moetune's choice is more than 1 % slower than FlashInfer's.
+Both are clocked from inputs ready to choices made. Then, bucket by bucket, FlashInfer's pick (twice: A/A) and moetune's
+are timed interleaved on 32 draws that neither has seen (a tactic's lead differs from draw to draw by a few percent):
+on as many rows as the bucket has, as FlashInfer's dummies, and on those that are met in it, as moetune's, where these
+are others. The untuned tactic is timed apart: it is so slow that the GPU cools down. OUT is a journal: the same command
+goes on where it stopped. `--record` also sweeps all tactics of each GEMM beside moetune's other one: a table for
+`coordinate`. Exits 1 where moetune's choice is more than 1 % slower than FlashInfer's.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from moetune.spec.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.stats import geomean
+from moetune.workload.dispatch import dummy_rows
 
 LOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -47,6 +50,7 @@ LOADS: dict[str, dict[str, Any]] = {
     "slot": {"layout": "slot"},
     "pool": {"layout": "pool"},
 }
+COMPARED_DRAWS = 32
 WITHIN = 0.01
 MIDDLE = (128, 1024)
 
@@ -85,11 +89,12 @@ def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Re
     )  # fmt: skip
 
 
-def compare(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) -> dict[str, Any]:
-    """One bucket, interleaved on unseen draws."""
-    own, chosen = pair(tuned["own"][str(rows)]), pair(tuned["moetune"][str(rows)])
-    runner = _backend().prepare(unseen_problem(layer, regime, rows))
-    own_us, moetune_us, untuned_us, again_us = means_us(runner, [own, chosen, UNTUNED, own], range(DRAWS), rounds=12)
+def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any], rows: int) -> dict[str, Any]:
+    """One bucket's choices, interleaved on unseen draws of `rows` rows."""
+    own, chosen = pair(tuned["own"][str(bucket)]), pair(tuned["moetune"][str(bucket)])
+    runner = _backend().prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
+    own_us, moetune_us, again_us = means_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
+    (untuned_us,) = means_us(runner, [UNTUNED], range(DRAWS), rounds=1)
     return {
         "own": ids(own), "moetune": ids(chosen), "own_us": own_us, "moetune_us": moetune_us,
         "untuned_us": untuned_us, "noise": abs(again_us / own_us - 1),
@@ -124,10 +129,10 @@ def _backend() -> FlashInferCutlassBackend:
 
 def summary(buckets: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Speedup of moetune's choice over FlashInfer's: the worst and the best bucket, geomeans, and the largest noise."""
-    gains = {line["rows"]: line["own_us"] / line["moetune_us"] for line in buckets}
-    middle = [gain for rows, gain in gains.items() if MIDDLE[0] <= rows <= MIDDLE[1]]
+    gains = {(line["rows"], line["at"]): line["own_us"] / line["moetune_us"] for line in buckets}
+    middle = [gain for (rows, _), gain in gains.items() if MIDDLE[0] <= rows <= MIDDLE[1]]
     return {
-        "buckets": len(gains),
+        "buckets": len({rows for rows, _ in gains}),
         "worst": min(gains.values()),
         "best": max(gains.values()),
         "geomean": geomean(list(gains.values())),
@@ -153,14 +158,17 @@ def main() -> int:
     tuned = journal.find(**key, kind="tuned") or tune_both(journal, key, layer, regime)
     print(f"FlashInfer {tuned['own_s']:.1f} s, moetune {tuned['moetune_s']:.1f} s for {len(regime.buckets)} buckets")
     for rows in regime.buckets:
-        for kind, measure in (("bucket", compare), *((("table", record),) if options.record else ())):
-            done = journal.find(**key, kind=kind, rows=rows)
-            if done is None and time.perf_counter() - begin < options.seconds:
-                journal.add(**key, kind=kind, rows=rows, **measure(layer, regime, rows, tuned))
-        if line := journal.find(**key, kind="bucket", rows=rows):
+        if options.record and not journal.find(**key, kind="table", rows=rows):
+            journal.add(**key, kind="table", rows=rows, **record(layer, regime, rows, tuned))
+        for at in sorted({rows, dummy_rows(layer, regime, rows)}, reverse=True):
+            line = journal.find(**key, kind="bucket", rows=rows, at=at)
+            if line is None and time.perf_counter() - begin > options.seconds:
+                continue
+            if line is None:
+                line = journal.add(**key, kind="bucket", rows=rows, at=at, **compare(layer, regime, rows, tuned, at))
             print(
-                f"{rows:>6} rows: FlashInfer {line['own']} {line['own_us']:9.1f} µs, moetune {line['moetune']} "
-                f"{line['moetune_us']:9.1f} µs: {line['own_us'] / line['moetune_us'] - 1:+7.2%} "
+                f"{rows:>6}, {at:>5} rows: FlashInfer {line['own']} {line['own_us']:9.1f} µs, "
+                f"moetune {line['moetune']} {line['moetune_us']:9.1f} µs: {line['own_us'] / line['moetune_us'] - 1:+7.2%} "
                 f"(A/A {line['noise']:.2%}, untuned {line['untuned_us']:.0f} µs)",
                 flush=True,
             )

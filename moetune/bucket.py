@@ -37,11 +37,13 @@ Strategy = Literal["auto", "exhaustive"]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket to be tuned. The problem's draws: those of the search, as many unseen ones, the stressed ones.
+    """One bucket to be tuned: `rows`, by which it is looked up, and a problem of as many rows as are met in it.
 
-    Of an interrupted run: `hints`, the best tactics that it knew, and `failed`, which are no candidates any more.
+    The problem's draws: those of the search, as many unseen ones, the stressed ones. Of an interrupted run: `hints`,
+    the best tactics that it knew, and `failed`, which are no candidates any more.
     """
 
+    rows: int
     candidates: Candidates
     default: Tactic
     problem: Problem
@@ -52,29 +54,29 @@ class Bucket:
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
         """Realizes all draws of one bucket."""
         from moetune.backends.base import Problem
+        from moetune.workload.dispatch import dummy_rows
         from moetune.workload.routing import realize, stress
 
-        draws = [realize(layer, regime, rows, draw=draw) for draw in range(2 * regime.draws)]
+        met = dummy_rows(layer, regime, rows)
+        draws = [realize(layer, regime, met, draw=draw) for draw in range(2 * regime.draws)]
         stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
         return cls(
-            backend.candidates(layer, regime, rows, device),
-            backend.default(layer, regime, rows),
-            Problem(layer, regime, rows, regime.shard(layer), (*draws, *stressed), device),
+            rows,
+            backend.candidates(layer, regime, met, device),
+            backend.default(layer, regime, met),
+            Problem(layer, regime, met, regime.shard(layer), (*draws, *stressed), device),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
         """The bucket with what an interrupted run left of it."""
         past = journaled.of(self.rows, self.default)
+        if not past.times_us and not past.failed:
+            return self
         offered, excluded = self.candidates.tactics, self.candidates.excluded
         failed = {tactic: past.failed[tactic] for tactic in offered if tactic in past.failed}
         kept = tuple(tactic for tactic in offered if tactic not in failed)
         candidates = replace(self.candidates, tactics=kept, excluded={**excluded, **failed})
         return replace(self, candidates=candidates, hints=past.best(STARTS), failed=failed)
-
-    @property
-    def rows(self) -> int:
-        """M."""
-        return self.problem.rows
 
     @property
     def seen(self) -> Sequence[Routing]:
@@ -179,6 +181,7 @@ class BucketTuner:
             bench,
             bucket.seen,
             rows=bucket.rows,
+            dummy_rows=bucket.problem.rows,
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
             failed={**bucket.failed, **self._uncompiled},
@@ -186,12 +189,12 @@ class BucketTuner:
 
     def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:
         """Mean times in µs of those that ran; a wrong one never sets the pace."""
-        layer, regime, rows = self._bucket.problem.layer, self._bucket.problem.regime, self._bucket.rows
-        uncompiled = self._compilers.wait(layer, regime, rows, tactics)
+        rows, problem = self._bucket.rows, self._bucket.problem
+        uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics)
         uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
         self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
-        draws = list(islice(cycle(range(regime.draws)), rounds))
+        draws = list(islice(cycle(range(problem.regime.draws)), rounds))
         times: dict[Tactic, float] = {}
         try:
             series = self._bench.samples(compiled, draws)

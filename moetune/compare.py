@@ -231,8 +231,10 @@ def _side_by_side(
 def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
     """A bucket on draws after those of the searches and the finals."""
     from moetune.backends.base import Problem
+    from moetune.workload.dispatch import dummy_rows
     from moetune.workload.routing import realize
 
+    rows = dummy_rows(layer, regime, rows)
     draws = range(2 * regime.draws, 3 * regime.draws)
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
     return Problem(layer, regime, rows, regime.shard(layer), routings, device)

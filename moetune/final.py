@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
 STRESS_SAMPLES = 3
+"""How often on each stress draw; a default that is far behind only once."""
 CLIFF = 2.0
 """A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
 SECONDS = 1.0
@@ -180,7 +181,9 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
-    stress_us = _stress(bench, (final.default, *better), stress_draws)
+    stress_us = _stress(bench, better, stress_draws) | _stress(
+        bench, (final.default,), stress_draws, 1 if _is_far(final) else STRESS_SAMPLES
+    )
     cliffs: dict[Tactic, str] = {}
     for tactic in better:
         if tactic in bench.failures:
@@ -205,6 +208,7 @@ def choice(
     rows: int,
     tried: int,
     candidates: int,
+    dummy_rows: int | None = None,
     failed: Mapping[Tactic, str] | None = None,
 ) -> Choice:
     """The record of a bucket that is decided.
@@ -214,15 +218,17 @@ def choice(
         verdict: who won.
         bench: knows which tactics failed on it, and which were timed without a CUDA graph.
         routings: the draws whose load is kept, of each local expert.
-        rows: M.
+        rows: the bucket.
         tried: how many tactics the search timed or saw fail.
         candidates: how many there are, excluded ones too.
+        dummy_rows: M of the routings; the bucket's by default.
         failed: tactics that failed before they came to the bench, each with the reason.
     """
     reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
+        dummy_rows=None if dummy_rows == rows else dummy_rows,
         tactic=verdict.tactic,
         time_us=median(verdict.samples_us),
         default_tactic=final.default,
@@ -249,11 +255,17 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
+def _is_far(final: Final) -> bool:
+    """Whether the default is far behind the best finalist."""
+    best_us = min(map(median, final.finalists.values()), default=float("inf"))
+    return median(final.default_us) > FAR * best_us
+
+
 def _stress(
-    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int]
+    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int], samples: int = STRESS_SAMPLES
 ) -> dict[Tactic, dict[str, float]]:
     """Median times in µs of each tactic on each stress draw, by its factor; infinite where it failed."""
-    draws = [draw for _ in range(STRESS_SAMPLES) for draw in stress_draws.values()]
+    draws = [draw for _ in range(samples) for draw in stress_draws.values()]
     taken = bench.samples(tactics, draws)
     return {
         tactic: {

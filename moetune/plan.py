@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -42,7 +42,8 @@ INPUT_BITS: Mapping[Precision, Fraction] = {
 class BucketPlan(FrozenModel):
     """What one rank's kernel sees in one bucket, on average over draws.
 
-    `rows` enter the kernel for `tokens_per_rank` tokens of each rank; `local_slots` of their slots are the rank's,
+    `dummy_rows` enter the kernel for `tokens_per_rank` tokens of each rank; they are others than the `rows` by which
+    the bucket is looked up where no number of tokens brings just those. `local_slots` of their slots are the rank's,
     `slots_per_expert` on each of its experts, of which `active_experts` have any.
 
     `received_bytes` and `combine_bytes` reach the rank from the others, for bf16 activations and the first routing of
@@ -53,6 +54,7 @@ class BucketPlan(FrozenModel):
     """
 
     rows: int
+    dummy_rows: int
     tokens_per_rank: float
     local_slots: float
     slots_per_expert: float
@@ -126,14 +128,16 @@ def plan(
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
     from moetune.backends.registry import chosen
-    from moetune.workload.dispatch import expect
+    from moetune.workload.dispatch import dummy_rows, expect
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     shard = regime.shard(layer, rank)
     kernels = chosen(backend, layer, regime)
-    expectations = [expect(layer, regime, rows, rank) for rows in regime.buckets]
-    candidates, unknown = _candidates(layer, regime, kernels, device)
+    met = {rows: dummy_rows(layer, regime, rows, rank) for rows in regime.buckets}
+    expectations = {rows: expect(layer, regime, met[rows], rank) for rows in regime.buckets}
+    candidates, unknown = _candidates(layer, regime, kernels, met.values(), device)
+    typical = next(iter(expectations.values()))
     return Plan(
         layer=layer,
         regime=regime,
@@ -141,20 +145,22 @@ def plan(
         first_expert=shard.first,
         num_local_experts=shard.num_local,
         resident_bytes=round(shard.num_local * _expert_bytes(layer, regime)),
-        hit_fraction=expectations[0].hit_fraction,
-        simulated=expectations[0].simulated,
+        hit_fraction=typical.hit_fraction,
+        simulated=typical.simulated,
         backend=kernels.name,
         tactics_unknown=unknown,
         skipped_buckets=regime.skipped_buckets,
-        buckets=tuple(_bucket(layer, regime, rank, expected, candidates) for expected in expectations),
+        buckets=tuple(
+            _bucket(layer, regime, rank, rows, expected, candidates) for rows, expected in expectations.items()
+        ),
         wire=_payloads(layer, regime),
     )
 
 
 def _candidates(
-    layer: MoELayer, regime: Regime, backend: Backend, device: str | None
+    layer: MoELayer, regime: Regime, backend: Backend, met: Iterable[int], device: str | None
 ) -> tuple[dict[int, Candidates], str]:
-    """Each bucket's candidates; none, and why, where the backend cannot tell."""
+    """The candidates by the rows of a bucket's dummies; none, and why, where the backend cannot tell."""
     from moetune.measure.probe import device_for
 
     if obstacle := backend.unavailable():
@@ -162,11 +168,16 @@ def _candidates(
     if reason := backend.unsupported(layer, regime):
         return {}, f"{backend.name} does not compute this layer: {reason}"
     device = device_for(device)
-    return {rows: backend.candidates(layer, regime, rows, device) for rows in regime.buckets}, ""
+    return {rows: backend.candidates(layer, regime, rows, device) for rows in met}, ""
 
 
 def _bucket(
-    layer: MoELayer, regime: Regime, rank: int, expected: Expectation, candidates: Mapping[int, Candidates]
+    layer: MoELayer,
+    regime: Regime,
+    rank: int,
+    rows: int,
+    expected: Expectation,
+    candidates: Mapping[int, Candidates],
 ) -> BucketPlan:
     from moetune.workload.dispatch import wire
 
@@ -177,7 +188,8 @@ def _bucket(
     slot_bits = input_bits * (hidden + intermediate) + output_bits * (2 * intermediate + hidden)
     found = candidates.get(expected.rows)
     return BucketPlan(
-        rows=expected.rows,
+        rows=rows,
+        dummy_rows=expected.rows,
         tokens_per_rank=expected.tokens,
         local_slots=expected.local_slots,
         slots_per_expert=expected.slots_per_expert,

@@ -142,6 +142,14 @@ class Searches(Protocol):
 
 
 @runtime_checkable
+class WarmsOnce(Protocol):
+    """A backend whose tactics need no first run in a problem once they ran in another: nothing is compiled for it."""
+
+    warm: set[Tactic]
+    """The tactics that have run in this process; whoever runs one for the first time adds it."""
+
+
+@runtime_checkable
 class PacesFinal(Protocol):
     """A backend that says how long the interleaved rounds of one bucket's final may take, about, in seconds."""
 

@@ -40,8 +40,8 @@ BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
-ROUNDS, FINAL_S = (1, 4, 8), 0.1
-"""How often the search times a tactic (see `coordinate`), and how long a final takes at least where runs are short.
+ROUNDS, FINAL_S = (1, 4, 8), 0.06
+"""How often the search times a tactic (see `coordinate`), and about how long a final takes where runs are short.
 
 FlashInfer's own autotune takes 16 to 34 s for the 21 buckets up to 8192 rows, 0.8 to 1.6 s each; so may this, all in.
 In units of a good tactic's time t (0.3 ms at 128 rows of Qwen3-235B on 4 ranks, 2.1 ms at 4096, 21 ms in all 21
@@ -60,6 +60,7 @@ class FlashInferCutlassBackend:
     final_s = FINAL_S
 
     def __init__(self) -> None:
+        self.warm: set[Tactic] = set()
         self._promising: tuple[Tactic, ...] = ()
         self._candidates: dict[tuple[Precision, str], Candidates] = {}
         self._loaded: tuple[tuple[object, ...], Experts] | None = None

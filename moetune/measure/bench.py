@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from moetune.backends.base import Backend, Problem, relative_error
+from moetune.backends.base import Backend, Problem, WarmsOnce, relative_error
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, clock_for
 from moetune.measure.reasons import is_out_of_memory, reason_of
@@ -104,7 +104,7 @@ class Bench:
         self._runner = backend.prepare(problem)
         self._clock = clock or clock_for(problem.device)
         self._tolerance = backend.tolerance(problem.layer)
-        self._warm: set[Tactic] = set()
+        self._warm = backend.warm if isinstance(backend, WarmsOnce) else set()
         self._references: dict[int, torch.Tensor] = {}
         self._right: set[tuple[Tactic, int]] = set()
 
@@ -154,9 +154,9 @@ class Bench:
         self._watch.touch(Stage.FIRST_RUN, tactic)
         try:
             self._clock.warm_up(self._call(tactic), draw)
+            self._warm.add(tactic)
         except Exception as error:
             self._blame(tactic, error)
-        self._warm.add(tactic)
 
     def _taken(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> list[list[float]]:
         """The samples of the tactics that have not failed; one that fails meanwhile costs the round of all."""

@@ -114,6 +114,22 @@ class Ladder(FrozenModel):
             case "nearest":
                 return min(buckets, key=lambda size: abs(size - rows))
 
+    def served(self, bucket: int, tune_max_num_tokens: int) -> range:
+        """The rows in the kernel that look `bucket` up; none where FlashInfer's rule skips it.
+
+        The last bucket of `nearest` ends as far above as it begins below, though all larger rows go there.
+        """
+
+        def looked_up(rows: int) -> int:
+            return self.lookup(rows * self.divisor, tune_max_num_tokens)
+
+        rows = range(1, tune_max_num_tokens + 1)
+        first = bisect.bisect_left(rows, bucket, key=looked_up)
+        found = rows[first : bisect.bisect_right(rows, bucket, key=looked_up)]
+        if self.rounding == "nearest" and found and bucket == self.buckets(tune_max_num_tokens)[-1]:
+            return found[: 2 * (bucket - found[0]) + 1]
+        return found
+
 
 def _powers_of_two(last: int) -> tuple[int, ...]:
     return tuple(1 << exponent for exponent in range(last.bit_length()))

@@ -107,11 +107,11 @@ def test_a_load_or_a_dispatcher_gives_a_regime_in_flashinfers_buckets():
 
 def test_the_summary_names_the_buckets_where_moetune_is_slower():
     buckets = [
-        {"rows": rows, "own_us": own, "moetune_us": 100.0, "noise": 0.002}
+        {"rows": rows, "at": rows, "own_us": own, "moetune_us": 100.0, "noise": 0.002}
         for rows, own in ((64, 98.0), (128, 121.0), (1024, 100.0), (4096, 99.5))
     ]
     found = autotune.summary(buckets)
-    assert found["slower"] == [64]
+    assert found["slower"] == [(64, 64)]
     assert (found["worst"], found["best"]) == (0.98, 1.21)
     assert found["geomean_128_1024"] == pytest.approx(1.1)
 
@@ -163,10 +163,24 @@ def test_traffic_differs_by_draw_and_repeats_by_number():
 
 def test_regrets_are_told_by_kind_and_choice():
     lines = [
-        {"kind": "slot", "own_us": 130.0, "packed_us": 102.0, "moetune_us": 100.0, "best_us": 100.0},
-        {"kind": "slot", "own_us": 110.0, "packed_us": 100.0, "moetune_us": 101.0, "best_us": 100.0},
+        {
+            "kind": "slot",
+            "own_us": 130.0,
+            "packed_us": 102.0,
+            "bucket_us": 100.0,
+            "moetune_us": 100.0,
+            "best_us": 100.0,
+        },
+        {
+            "kind": "slot",
+            "own_us": 110.0,
+            "packed_us": 100.0,
+            "bucket_us": 100.0,
+            "moetune_us": 101.0,
+            "best_us": 100.0,
+        },
     ]
-    own, _, ours = fidelity.summary(lines)
+    own, _, _, ours = fidelity.summary(lines)
     assert (own["choice"], own["cells"], round(own["worst"], 3)) == ("own", 2, 0.3)
     assert own["geomean"] == pytest.approx((1.3 * 1.1) ** 0.5 - 1)
     assert ours["worst"] == pytest.approx(0.01)
