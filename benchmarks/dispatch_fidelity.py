@@ -7,7 +7,8 @@ Real traffic: ep ranks send T tokens each through a simulated global router, and
 brings, on draws that no tuner saw. Five choices for FlashInfer's bucket of those rows: of FlashInfer's own autotune, of
 moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has and with
 those that `moetune tune` takes (`dummy_rows`), and the best known, of a longer search on the very traffic. OUT is a
-journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or 3 % in a cell.
+journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or
+3 % in a cell.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ SHARES = {"qwen3-235b-a22b": (4, 8, 32), "deepseek-r1": (8, 32)}
 KINDS = ("allgather", "deduplicated", "slot", "pool")
 TOKENS = (16, 64, 256, 1024)
 MOST_ROWS = 65536
-CHOICES = ("own", "packed", "bucket", "moetune")
+CHOICES = ("own", "packed", "bucket_rows", "moetune")
 GEOMEAN_WITHIN, WORST_WITHIN = 0.01, 0.03
 
 

@@ -166,9 +166,10 @@ def main() -> int:
                 continue
             if line is None:
                 line = journal.add(**key, kind="bucket", rows=rows, at=at, **compare(layer, regime, rows, tuned, at))
+            gain = line["own_us"] / line["moetune_us"] - 1
             print(
                 f"{rows:>6}, {at:>5} rows: FlashInfer {line['own']} {line['own_us']:9.1f} µs, "
-                f"moetune {line['moetune']} {line['moetune_us']:9.1f} µs: {line['own_us'] / line['moetune_us'] - 1:+7.2%} "
+                f"moetune {line['moetune']} {line['moetune_us']:9.1f} µs: {gain:+7.2%} "
                 f"(A/A {line['noise']:.2%}, untuned {line['untuned_us']:.0f} µs)",
                 flush=True,
             )
