@@ -5,17 +5,16 @@
 
 Real traffic: ep ranks send T tokens each through a simulated global router, and this rank gets what the dispatch
 brings, on draws that no tuner saw. Five choices for FlashInfer's bucket of those rows: of FlashInfer's own autotune, of
-moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has and with
-those that `moetune tune` takes (`dummy_rows`), and the best known, of a longer search on the very traffic. OUT is a
-journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's geomean or
-3 % in a cell.
+moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has alone and
+as `moetune tune` takes them (`workload.dispatch.dummies`), and the best known, of a longer search on the very traffic.
+OUT is a journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's
+geomean or 3 % in a cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -41,12 +40,15 @@ from flashinfer_common import (
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.bucket import Bucket, BucketTuner
+from moetune.measure.bench import Bench
+from moetune.measure.compiling import Compilers
 from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
-from moetune.workload.dispatch import dummy_rows, rows_for_tokens
+from moetune.workload.dispatch import met_rows, rows_for_tokens
 from moetune.workload.popularity import seeded_generator
 from moetune.workload.router import is_local, random_slots
 from moetune.workload.routing import Routing
@@ -112,11 +114,18 @@ def regime_of(ep: int, kind: str, bucket: int | None = None) -> Regime:
     return Regime(**{"ep_size": ep, **LOADS[kind], **size})
 
 
-def tuned(layer: MoELayer, regime: Regime) -> Tactic:
-    from moetune.tune import tune
+def tuned(layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+    """What `moetune tune` chooses for one bucket, here in this process."""
+    backend = _backend()
+    bucket = Bucket.of(layer, regime, backend, "cuda", rows)
+    with Compilers(backend, (9, 0)) as compilers:
+        bench = Bench(backend, bucket.problem)
+        tuner = BucketTuner(bucket, bench, compilers, None, unheard, unheard, backend.final_s)
+        return tuner.choose(tuner.search(bucket.search(backend, "auto", ()))).tactic
 
-    with tempfile.TemporaryDirectory() as store:
-        return tune(layer, regime, _backend(), store, isolate=False).choices[0].tactic
+
+def unheard(*told: object) -> None:
+    """Is told what happens."""
 
 
 def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
@@ -124,9 +133,9 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
     layer, ep, kind, bucket = bf16_layer(cell["model"]), cell["ep"], cell["kind"], cell["bucket"]
     regime, backend = regime_of(ep, kind), _backend()
     _own_tunes(cell["model"], ep, kind == "slot")
-    of_bucket, met = tuned(layer, regime_of(ep, kind, bucket)), dummy_rows(layer, regime, bucket)
-    ours = of_bucket if met == bucket else tuned(layer, regime_of(ep, kind, met))
-    of_packed = pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed", bucket))
+    of_bucket = tuned(layer, regime_of(ep, kind, bucket), bucket)
+    ours = of_bucket if met_rows(layer, regime, bucket) == bucket else tuned(layer, regime, bucket)
+    of_packed = pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed"), bucket)
     draws = tuple(traffic(layer, regime, cell["rows"], draw) for draw in range(DRAWS))
     runner = backend.prepare(Problem(layer, regime, cell["rows"], regime.shard(layer), draws, "cuda"))
     candidates = backend.candidates(layer, regime, cell["rows"], "cuda").tactics

@@ -40,7 +40,7 @@ from moetune.spec.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.stats import geomean
-from moetune.workload.dispatch import dummy_rows
+from moetune.workload.dispatch import met_rows
 
 LOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -160,7 +160,7 @@ def main() -> int:
     for rows in regime.buckets:
         if options.record and not journal.find(**key, kind="table", rows=rows):
             journal.add(**key, kind="table", rows=rows, **record(layer, regime, rows, tuned))
-        for at in sorted({rows, dummy_rows(layer, regime, rows)}, reverse=True):
+        for at in sorted({rows, met_rows(layer, regime, rows)}, reverse=True):
             line = journal.find(**key, kind="bucket", rows=rows, at=at)
             if line is None and time.perf_counter() - begin > options.seconds:
                 continue

@@ -105,7 +105,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
         rows = cell["rows"]
         ranked = sorted(cell["finalists"], key=lambda number: stats.median(cell["finalists"][number]))
         rivals = [tactics[int(number)] for number in ranked[:RIVALS]]
-        draws = range(2 * regime.draws, 3 * regime.draws)
+        draws = range(6 * regime.draws, 7 * regime.draws)  # those that no tune has seen
         routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
         runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), routings, "cuda"))
         players = list(dict.fromkeys((chosen[rows], *rivals)))

@@ -322,7 +322,7 @@ def compare(
         `entries`: a distinct tactic each, with its `us`, and the `ratio` to the own tactic with its 95 % bounds, or
         the reason why it `failed`; `ratio` is None where the own tactic failed.
     """
-    draws = range(2 * regime.draws, 3 * regime.draws)
+    draws = range(6 * regime.draws, 7 * regime.draws)  # those that no tune has seen
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
         routings = tuple(threads.map(lambda draw: realize(layer, regime, rows, draw=draw), draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), routings, device)

@@ -30,6 +30,10 @@ STARTS = 4
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
+FINAL_ROWS = 4096
+"""A final has as many unseen draws as it takes for so many rows, from the search's number of draws to …"""
+FINAL_DRAWS = 4
+"""… this many times that: the fewer rows, the more one draw differs from another."""
 
 Strategy = Literal["auto", "exhaustive"]
 """`auto`: the backend's own search."""
@@ -37,13 +41,14 @@ Strategy = Literal["auto", "exhaustive"]
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket to be tuned: `rows`, by which it is looked up, and a problem of as many rows as are met in it.
+    """One bucket to be tuned: `rows`, by which it is looked up, and a problem with its dummies (see `dummies`).
 
-    The problem's draws: those of the search, as many unseen ones, the stressed ones. Of an interrupted run: `hints`,
-    the best tactics that it knew, and `failed`, which are no candidates any more.
+    The problem's draws: those of the search, the unseen ones of the final, the stressed ones. Of an interrupted run:
+    `hints`, the best tactics that it knew, and `failed`, which are no candidates any more.
     """
 
     rows: int
+    met_rows: int
     candidates: Candidates
     default: Tactic
     problem: Problem
@@ -54,17 +59,19 @@ class Bucket:
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
         """Realizes all draws of one bucket."""
         from moetune.backends.base import Problem
-        from moetune.workload.dispatch import dummy_rows
-        from moetune.workload.routing import realize, stress
+        from moetune.workload.dispatch import dummies, met_rows
+        from moetune.workload.routing import stress
 
-        met = dummy_rows(layer, regime, rows)
-        draws = [realize(layer, regime, met, draw=draw) for draw in range(2 * regime.draws)]
+        unseen = min(max(FINAL_ROWS // rows, regime.draws), FINAL_DRAWS * regime.draws)
+        draws = dummies(layer, regime, rows, range(regime.draws + unseen))
         stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
+        entering = len(draws[0].topk_ids)
         return cls(
             rows,
-            backend.candidates(layer, regime, met, device),
-            backend.default(layer, regime, met),
-            Problem(layer, regime, met, regime.shard(layer), (*draws, *stressed), device),
+            met_rows(layer, regime, rows),
+            backend.candidates(layer, regime, entering, device),
+            backend.default(layer, regime, rows),
+            Problem(layer, regime, entering, regime.shard(layer), (*draws, *stressed), device),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
@@ -86,12 +93,12 @@ class Bucket:
     @property
     def unseen_draws(self) -> range:
         """The numbers of the draws of the final."""
-        return range(self.problem.regime.draws, 2 * self.problem.regime.draws)
+        return range(self.problem.regime.draws, len(self.problem.routings) - len(final.STRESS_FACTORS))
 
     @property
     def stress_draws(self) -> dict[str, int]:
         """The number of each stressed draw, by its factor."""
-        first = 2 * self.problem.regime.draws
+        first = self.unseen_draws.stop
         return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
@@ -181,7 +188,7 @@ class BucketTuner:
             bench,
             bucket.seen,
             rows=bucket.rows,
-            dummy_rows=bucket.problem.rows,
+            met_rows=bucket.met_rows,
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
             failed={**bucket.failed, **self._uncompiled},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune import final
-from moetune.bucket import Strategy
+from moetune.bucket import FINAL_DRAWS, Strategy
 from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
 from moetune.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
@@ -231,13 +231,11 @@ def _side_by_side(
 def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
     """A bucket on draws after those of the searches and the finals."""
     from moetune.backends.base import Problem
-    from moetune.workload.dispatch import dummy_rows
-    from moetune.workload.routing import realize
+    from moetune.workload.dispatch import dummies
 
-    rows = dummy_rows(layer, regime, rows)
-    draws = range(2 * regime.draws, 3 * regime.draws)
-    routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
-    return Problem(layer, regime, rows, regime.shard(layer), routings, device)
+    first = (1 + FINAL_DRAWS) * regime.draws
+    routings = dummies(layer, regime, rows, range(first, first + regime.draws))
+    return Problem(layer, regime, len(routings[0].topk_ids), regime.shard(layer), routings, device)
 
 
 def _played(

@@ -208,7 +208,7 @@ def choice(
     rows: int,
     tried: int,
     candidates: int,
-    dummy_rows: int | None = None,
+    met_rows: int | None = None,
     failed: Mapping[Tactic, str] | None = None,
 ) -> Choice:
     """The record of a bucket that is decided.
@@ -221,14 +221,14 @@ def choice(
         rows: the bucket.
         tried: how many tactics the search timed or saw fail.
         candidates: how many there are, excluded ones too.
-        dummy_rows: M of the routings; the bucket's by default.
+        met_rows: the rows that are met in it; the bucket's own by default.
         failed: tactics that failed before they came to the bench, each with the reason.
     """
     reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
-        dummy_rows=None if dummy_rows == rows else dummy_rows,
+        met_rows=None if met_rows == rows else met_rows,
         tactic=verdict.tactic,
         time_us=median(verdict.samples_us),
         default_tactic=final.default,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -42,9 +42,9 @@ INPUT_BITS: Mapping[Precision, Fraction] = {
 class BucketPlan(FrozenModel):
     """What one rank's kernel sees in one bucket, on average over draws.
 
-    `dummy_rows` enter the kernel for `tokens_per_rank` tokens of each rank; they are others than the `rows` by which
-    the bucket is looked up where no number of tokens brings just those. `local_slots` of their slots are the rank's,
-    `slots_per_expert` on each of its experts, of which `active_experts` have any.
+    `met_rows` enter the kernel for `tokens_per_rank` tokens of each rank. Where no number of tokens brings just the
+    `rows` by which the bucket is looked up, they are others; half the dummies have these. `local_slots` of their slots
+    are the rank's, `slots_per_expert` on each of its experts, of which `active_experts` have any.
 
     `received_bytes` and `combine_bytes` reach the rank from the others, for bf16 activations and the first routing of
     `Plan.wire`, at `max(1, round(tokens_per_rank))` tokens. `weight_bytes`: the weights of the active experts.
@@ -54,7 +54,7 @@ class BucketPlan(FrozenModel):
     """
 
     rows: int
-    dummy_rows: int
+    met_rows: int
     tokens_per_rank: float
     local_slots: float
     slots_per_expert: float
@@ -128,15 +128,15 @@ def plan(
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
     from moetune.backends.registry import chosen
-    from moetune.workload.dispatch import dummy_rows, expect
+    from moetune.workload.dispatch import expect, met_rows
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     shard = regime.shard(layer, rank)
     kernels = chosen(backend, layer, regime)
-    met = {rows: dummy_rows(layer, regime, rows, rank) for rows in regime.buckets}
+    met = {rows: met_rows(layer, regime, rows, rank) for rows in regime.buckets}
     expectations = {rows: expect(layer, regime, met[rows], rank) for rows in regime.buckets}
-    candidates, unknown = _candidates(layer, regime, kernels, met.values(), device)
+    candidates, unknown = _candidates(layer, regime, kernels, device)
     typical = next(iter(expectations.values()))
     return Plan(
         layer=layer,
@@ -158,9 +158,9 @@ def plan(
 
 
 def _candidates(
-    layer: MoELayer, regime: Regime, backend: Backend, met: Iterable[int], device: str | None
+    layer: MoELayer, regime: Regime, backend: Backend, device: str | None
 ) -> tuple[dict[int, Candidates], str]:
-    """The candidates by the rows of a bucket's dummies; none, and why, where the backend cannot tell."""
+    """Each bucket's candidates; none, and why, where the backend cannot tell."""
     from moetune.measure.probe import device_for
 
     if obstacle := backend.unavailable():
@@ -168,7 +168,7 @@ def _candidates(
     if reason := backend.unsupported(layer, regime):
         return {}, f"{backend.name} does not compute this layer: {reason}"
     device = device_for(device)
-    return {rows: backend.candidates(layer, regime, rows, device) for rows in met}, ""
+    return {rows: backend.candidates(layer, regime, rows, device) for rows in regime.buckets}, ""
 
 
 def _bucket(
@@ -186,10 +186,10 @@ def _bucket(
     input_bits = INPUT_BITS[layer.precision]
     output_bits = 32 if layer.precision is Precision.FP32 else 16
     slot_bits = input_bits * (hidden + intermediate) + output_bits * (2 * intermediate + hidden)
-    found = candidates.get(expected.rows)
+    found = candidates.get(rows)
     return BucketPlan(
         rows=rows,
-        dummy_rows=expected.rows,
+        met_rows=expected.rows,
         tokens_per_rank=expected.tokens,
         local_slots=expected.local_slots,
         slots_per_expert=expected.slots_per_expert,

@@ -201,14 +201,12 @@ def _choices(
     """The choice of one missing bucket after the other, as long as the time lasts."""
     from moetune.backends.base import CompilesAhead, PacesFinal
     from moetune.measure.compiling import Compilers, capability_of
-    from moetune.workload.dispatch import dummy_rows
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
     final_s = question.backend.final_s if isinstance(question.backend, PacesFinal) else None
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
-    defaults = {rows: backend.default(layer, regime, dummy_rows(layer, regime, rows)) for rows in missing}
-    _tell_resumed(journaled, defaults, tell)
+    _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
     with ExitStack() as stack:
         ahead = ThreadPoolExecutor(REALIZERS, "moetune-realize")
         stack.callback(ahead.shutdown, cancel_futures=True)
@@ -220,15 +218,15 @@ def _choices(
         def realized(rows: int) -> Bucket:
             bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
             if isinstance(backend, CompilesAhead):
-                met = bucket.problem.rows
-                likely[met] = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
-                compilers.request(layer, regime, met, likely[met][:COMPILED_FIRST])
+                entering = bucket.problem.rows
+                likely[entering] = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
+                compilers.request(layer, regime, entering, likely[entering][:COMPILED_FIRST])
             return bucket
 
         def compile_more(drawn: Sequence[Future[Bucket]]) -> None:
             wait(drawn)
-            for met, tactics in sorted(likely.items()):
-                compilers.request(layer, regime, met, tactics[COMPILED_FIRST:])
+            for entering, tactics in sorted(likely.items()):
+                compilers.request(layer, regime, entering, tactics[COMPILED_FIRST:])
 
         buckets: Iterator[Bucket] = map(realized, missing)
         if _draws_ahead(question.device):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moetune.backends.base import Candidates, Problem
+from moetune.final import STRESS_FACTORS
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -67,7 +68,7 @@ class PlantedRunner:
             raise RuntimeError("planted failure\nwith a second line")
         if name in self.backend.killing:
             os.kill(os.getpid(), signal.SIGKILL)
-        stressed = draw >= 2 * self.problem.regime.draws
+        stressed = draw >= len(self.problem.routings) - len(STRESS_FACTORS) > self.problem.regime.draws
         slower = 10 if stressed and name in self.backend.cliff else 1
         time.sleep(self.backend.milliseconds[name] * slower / 1e3)
         return self.reference(draw) * (2.0 if name in self.backend.wrong else 1.0)

@@ -40,8 +40,10 @@ BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
-ROUNDS, FINAL_S = (1, 4, 8), 0.06
-"""How often the search times a tactic (see `coordinate`), and about how long a final takes where runs are short.
+FEW_ROWS, ROUNDS_OF_FEW, ROUNDS, FINAL_S = 64, (1, 4, 16), (1, 4, 8), 0.06
+"""How often the search times a tactic (see `coordinate`): of few rows, whose draws differ more, the best more often.
+
+And about how long a final takes where runs are short.
 
 FlashInfer's own autotune takes 16 to 34 s for the 21 buckets up to 8192 rows, 0.8 to 1.6 s each; so may this, all in.
 In units of a good tactic's time t (0.3 ms at 128 rows of Qwen3-235B on 4 ranks, 2.1 ms at 4096, 21 ms in all 21
@@ -140,7 +142,8 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, seed=problem.rows))
+        rounds = ROUNDS_OF_FEW if problem.rows <= FEW_ROWS else ROUNDS
+        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=rounds, seed=problem.rows))
 
     def _remembering(self, search: Search) -> Search:
         measured: dict[Tactic, float] = {}

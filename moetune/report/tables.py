@@ -87,7 +87,7 @@ def profile_table(profile: Profile) -> Table:
     scale, unit = (1e3, "ms") if times and min(times) >= MILLISECONDS_FROM_US else (1.0, "µs")
     tactics = tactic_columns([choice.tactic for choice in profile.choices])
     table = _table()
-    other = any(choice.dummy_rows for choice in profile.choices)
+    other = any(choice.met_rows for choice in profile.choices)
     _add_numbers(table, "rows", *(["rows\nmet"] if other else []))
     for title in tactics:
         table.add_column(title, justify="left" if title == "tactic" else "right", no_wrap=True)
@@ -97,7 +97,7 @@ def profile_table(profile: Profile) -> Table:
         kept = choice.tactic == choice.default_tactic
         table.add_row(
             f"{choice.rows:,}",
-            *([f"{choice.dummy_rows or choice.rows:,}"] if other else []),
+            *([f"{choice.met_rows or choice.rows:,}"] if other else []),
             *(Text(cell, style="dim" if kept else "") for cell in cells),
             significant(choice.time_us / scale),
             significant(choice.default_time_us / scale),
@@ -204,7 +204,7 @@ def plan_table(plan: Plan) -> Table:
     """A row for each bucket: what the kernel sees, what travels, what the GEMMs move and compute."""
     table = _table()
     same = all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
-    other = any(bucket.dummy_rows != bucket.rows for bucket in plan.buckets)
+    other = any(bucket.met_rows != bucket.rows for bucket in plan.buckets)
     met = ["rows\nmet"] if other else []
     _add_numbers(table, *(["rows =\ntokens\na rank"] if same else ["rows", *met, "tokens\na rank"]))
     _add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
@@ -214,7 +214,7 @@ def plan_table(plan: Plan) -> Table:
     for bucket in plan.buckets:
         table.add_row(
             f"{bucket.rows:,}",
-            *([f"{bucket.dummy_rows:,}"] if other else []),
+            *([f"{bucket.met_rows:,}"] if other else []),
             *([] if same else [count(bucket.tokens_per_rank)]),
             count(bucket.local_slots),
             count(bucket.slots_per_expert),

@@ -31,7 +31,7 @@ class Rejection(FrozenModel):
 class Choice(FrozenModel):
     """The answer for one bucket: `rows`, by which it is looked up.
 
-    `dummy_rows` are the rows that it was timed with where they are others, see `workload.dispatch.dummy_rows`.
+    `met_rows`: where they are others, the rows of half the draws that it was timed on (see `workload.dispatch`).
 
     Times are medians over interleaved rounds, each on one of the regime's draws that the search has not seen. `gain` is
     the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its 95 %
@@ -47,7 +47,7 @@ class Choice(FrozenModel):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     rows: int
-    dummy_rows: int | None = None
+    met_rows: int | None = None
     tactic: Tactic
     time_us: Finite
     default_tactic: Tactic

@@ -8,6 +8,7 @@ experts and comes from the seeded router otherwise.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Dispatch, Regime, Shard
 from moetune.workload.router import LocalSlotLaw, local_slot_law, representative_shard
-from moetune.workload.routing import realize
+from moetune.workload.routing import Routing, padded, realize
 
 WireActivation = Literal["bf16", "fp8", "fp4"]
 WireRouting = Literal["logits", "topk", "packed_topk"]
@@ -58,14 +59,12 @@ def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int = 0)
     return rows / _rows_per_token(layer, regime, rank)
 
 
-def dummy_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> int:
-    """Rows of a bucket's dummies: the bucket's own where some number of tokens a rank brings just those.
+def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> int:
+    """The rows that are likely to look `bucket` up: its own where some number of tokens a rank brings just those.
 
-    Elsewhere those that the roundest number of tokens brings, of all that look the bucket up. Engines run batches of
-    round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8), and a kernel's time jumps where an expert's
-    rows begin another tile: 64 tokens on each of 32 ranks bring 471 deduplicated rows of Qwen3-235B, which look 512 up,
-    and the best tactic of 512 rows is 4 % behind there (H200, FlashInfer's CUTLASS kernels). The buckets of a list are
-    taken at their word.
+    Elsewhere those that the roundest number of tokens brings, of all that look it up. Engines run batches of round
+    sizes (vLLM and SGLang capture CUDA graphs for multiples of 8): 64 tokens on each of 32 ranks bring 471 deduplicated
+    rows of Qwen3-235B, which look 512 up. The buckets of a list are taken at their word.
     """
     per_token = _rows_per_token(layer, regime, rank)
     served = regime.ladder.served(bucket, regime.tune_max_num_tokens)
@@ -73,6 +72,22 @@ def dummy_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> i
         return bucket
     tokens = _roundest(math.ceil(served[0] / per_token), math.floor(served[-1] / per_token))
     return round(tokens * per_token) if tokens else bucket
+
+
+def dummies(layer: MoELayer, regime: Regime, bucket: int, draws: Iterable[int], rank: int = 0) -> tuple[Routing, ...]:
+    """A bucket's draws: even ones of as many rows as the bucket has, odd ones of those that are met in it.
+
+    A kernel's time jumps where an expert's rows begin another tile, so a tactic that is best for the one can be far
+    behind for the other: with 512 and 471 rows, as above, by 4 % (H200, FlashInfer's CUTLASS kernels), and by 9 % with
+    4096 and 3768. All draws have the rows of the larger; what a draw lacks are rows of nothing (−1).
+
+    Raises:
+        UsageError: as `routing.realize`.
+    """
+    met = met_rows(layer, regime, bucket, rank)
+    return tuple(
+        padded(realize(layer, regime, met if draw % 2 else bucket, rank, draw), max(bucket, met)) for draw in draws
+    )
 
 
 def _roundest(first: int, last: int) -> int:

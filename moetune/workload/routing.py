@@ -117,6 +117,16 @@ def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int, factor:
     return Routing(ids, routing.topk_weights, _load(ids, shard))
 
 
+def padded(routing: Routing, rows: int) -> Routing:
+    """`routing` with rows of nothing behind its own, `rows` in all; `load` is the same."""
+    missing = rows - len(routing.topk_ids)
+    if not missing:
+        return routing
+    pad = torch.nn.functional.pad
+    ids, weights = routing.topk_ids, routing.topk_weights
+    return Routing(pad(ids, (0, 0, 0, missing), value=-1), pad(weights, (0, 0, 0, missing)), routing.load)
+
+
 def _load(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
     counts = torch.zeros(shard.num_slots + 1, dtype=torch.int64)
     for part in torch.split(ids.flatten(), _SERIAL_ELEMENTS):
