@@ -30,10 +30,11 @@ STARTS = 4
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
-FINAL_ROWS = 4096
-"""A final has as many unseen draws as it takes for so many rows, from the search's number of draws to …"""
+FINAL_ROWS, FINAL_EXPERTS = 4096, 512
+"""A final has as many unseen draws as it takes for so many rows and so many local experts in all of them: the fewer
+there are in one draw, the more it differs from the next. It has at least as many as the search …"""
 FINAL_DRAWS = 4
-"""… this many times that: the fewer rows, the more one draw differs from another."""
+"""… and at most this many times that."""
 
 Strategy = Literal["auto", "exhaustive"]
 """`auto`: the backend's own search."""
@@ -62,7 +63,9 @@ class Bucket:
         from moetune.workload.dispatch import dummies, met_rows
         from moetune.workload.routing import stress
 
-        unseen = min(max(FINAL_ROWS // rows, regime.draws), FINAL_DRAWS * regime.draws)
+        shard = regime.shard(layer)
+        wanted = max(FINAL_ROWS // rows, FINAL_EXPERTS // shard.num_local, regime.draws)
+        unseen = min(wanted, FINAL_DRAWS * regime.draws)
         draws = dummies(layer, regime, rows, range(regime.draws + unseen))
         stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
         entering = len(draws[0].topk_ids)
@@ -71,7 +74,7 @@ class Bucket:
             met_rows(layer, regime, rows),
             backend.candidates(layer, regime, entering, device),
             backend.default(layer, regime, rows),
-            Problem(layer, regime, entering, regime.shard(layer), (*draws, *stressed), device),
+            Problem(layer, regime, entering, shard, (*draws, *stressed), device),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
@@ -94,6 +97,10 @@ class Bucket:
     def unseen_draws(self) -> range:
         """The numbers of the draws of the final."""
         return range(self.problem.regime.draws, len(self.problem.routings) - len(final.STRESS_FACTORS))
+
+    def rows_of(self, draw: int) -> int:
+        """The rows of a draw without those of nothing."""
+        return self.met_rows if draw % 2 else self.rows
 
     @property
     def stress_draws(self) -> dict[str, int]:
@@ -181,7 +188,7 @@ class BucketTuner:
         if self._share_s is not None:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
-        verdict = final.decide(played, bench, bucket.stress_draws)
+        verdict = final.decide(played, bench, bucket.stress_draws, bucket.rows_of)
         return final.choice(
             played,
             verdict,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from moetune.errors import NoResultError
@@ -43,14 +44,15 @@ BEHIND = 1.05
 class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
-    Sample i of each was taken in one round. Who left after the opening rounds has fewer: those of the first rounds.
-    `noise` is that of the default; where that is far behind, of the leading finalist.
+    Sample i of each was taken in one round, on `draws[i]`. Who left after the opening rounds has fewer: those of the
+    first rounds. `noise` is that of the default; where that is far behind, of the leading finalist.
     """
 
     default: Tactic
     default_us: tuple[float, ...]
     noise: float
     finalists: Mapping[Tactic, tuple[float, ...]]
+    draws: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,13 @@ def play(
     budget_us = 1e6 * (SECONDS if seconds is None else seconds)
     if first_us[default] > FAR * first_us[leader]:
         return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
-    least, most = SAMPLES
+    least, most = max(SAMPLES[0], len(draws)), max(SAMPLES[1], len(draws))
     rounds = min(most, max(least, int(budget_us / max(sum(first_us.values()) + first_us[default], 1.0))))
-    first, *others, again = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, least)
+    taken, drawn = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, least)
+    first, *others, again = taken
     _require(default, bench)
     kept = {tactic: tuple(times) for tactic, times in zip(finalists, others, strict=True) if times}
-    return Final(default, tuple(first), noise_floor(first, again), kept)
+    return Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn))
 
 
 def _play_far(
@@ -112,7 +115,7 @@ def _play_far(
     """`play` where the default seems far behind `leader`, the fastest finalist in one round."""
     turns = cycle(draws)
     players = (leader, *others, default)
-    *taken, again = _rounds(bench, (*players, leader), turns, OPENING, OPENING)
+    (*taken, again), drawn = _rounds(bench, (*players, leader), turns, OPENING, OPENING)
     _require(default, bench)
     if leader in bench.failures:
         return play(bench, default, others, draws, budget_us / 1e6)
@@ -123,11 +126,11 @@ def _play_far(
     if medians[default] <= FAR * best_us:  # its one round had been disturbed
         stays = [tactic for tactic in (*others, default) if tactic in medians]
 
-    least, most = (count - OPENING for count in SAMPLES)
+    least, most = (max(count, len(draws)) - OPENING for count in SAMPLES)
     round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
     left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()))
     rounds = min(most, max(least, int(left_us / max(round_us, 1.0))))
-    *taken, once_more = _rounds(bench, (leader, *stays, leader), turns, rounds, least)
+    (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, least)
     _require(default, bench)
     if leader in bench.failures:
         return play(bench, default, others, draws, budget_us / 1e6)
@@ -136,19 +139,23 @@ def _play_far(
         tactic: (*times, *closing.get(tactic, ())) for tactic, times in opening.items() if tactic not in bench.failures
     }
     default_us = series.pop(default)
-    return Final(default, default_us, noise_floor(series[leader], (*again, *once_more)), series)
+    noise = noise_floor(series[leader], (*again, *once_more))
+    return Final(default, default_us, noise, series, (*drawn, *drawn_on))
 
 
 def _rounds(
     bench: BenchLike, tactics: Sequence[Tactic], turns: Iterator[int], rounds: int, least: int
-) -> list[list[float]]:
-    """Paired samples in µs by position, of the rounds in which the first tactic and the last, the same, agree.
+) -> tuple[list[list[float]], list[int]]:
+    """Paired samples in µs by position, and their draws: of the rounds in which the first tactic and the last agree.
 
-    Of all rounds, where there are not `least` such after `TRIES`. Of a tactic that fails there are none.
+    Those are the same tactic. Of all rounds, where there are not `least` such after `TRIES`. Of a tactic that fails
+    there are none.
     """
     series: list[list[float]] = [[] for _ in tactics]
+    draws: list[int] = []
     for _ in range(TRIES):
-        for times, taken in zip(series, bench.samples(tactics, list(islice(turns, rounds))), strict=True):
+        draws += islice(turns, rounds)
+        for times, taken in zip(series, bench.samples(tactics, draws[-rounds:]), strict=True):
             times.extend(taken or ())
         series = [[] if tactic in bench.failures else times for tactic, times in zip(tactics, series, strict=True)]
         if tactics[0] in bench.failures:
@@ -156,8 +163,9 @@ def _rounds(
         pairs = enumerate(zip(series[0], series[-1], strict=True))
         quiet = [number for number, pair in pairs if max(pair) <= DISTURBED * min(pair)]
         if len(quiet) >= least:
-            return [[times[number] for number in quiet] if times else [] for times in series]
-    return series
+            kept = [[times[number] for number in quiet] if times else [] for times in series]
+            return kept, [draws[number] for number in quiet]
+    return series, draws
 
 
 def _require(default: Tactic, bench: BenchLike) -> None:
@@ -165,19 +173,26 @@ def _require(default: Tactic, bench: BenchLike) -> None:
         raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
 
 
-def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:
+def decide(
+    final: Final,
+    bench: BenchLike,
+    stress_draws: Mapping[str, int],
+    rows_of: Callable[[int], int] = lambda draw: 0,
+) -> Verdict:
     """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
 
-    Where there is none it is the default.
+    Where there is none it is the default. Where draws differ in rows, the fastest is who is the least behind the best
+    at that row count at which it is furthest behind.
 
     Args:
         final: who played.
         bench: where finalists are timed under stress.
         stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
+        rows_of: the rows of a draw.
     """
     better = [
         tactic
-        for tactic, series in sorted(final.finalists.items(), key=lambda item: (-len(item[1]), sum(item[1])))
+        for tactic, series in _ranked(final, rows_of)
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
@@ -253,6 +268,25 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     """`paired_ratio` over the rounds that both played: the first ones."""
     rounds = min(len(numerator), len(denominator))
     return paired_ratio(numerator[:rounds], denominator[:rounds])
+
+
+def _ranked(final: Final, rows_of: Callable[[int], int]) -> list[tuple[Tactic, tuple[float, ...]]]:
+    """The finalists and their samples, those that stayed to the end first, then by how far behind they are at worst."""
+    rows = [rows_of(draw) for draw in final.draws]
+
+    def means_us(series: Sequence[float]) -> list[float]:
+        by_kind = ([time for time, of in zip(series, rows, strict=False) if of == kind] for kind in sorted(set(rows)))
+        return [mean(of_kind or series) for of_kind in by_kind]
+
+    stayed = max(map(len, final.finalists.values()), default=0)
+    best = [
+        min(column) for column in zip(*(means_us(s) for s in final.finalists.values() if len(s) == stayed), strict=True)
+    ]
+
+    def behind(series: Sequence[float]) -> float:
+        return max((time / least for time, least in zip(means_us(series), best, strict=True)), default=1.0)
+
+    return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), behind(item[1])))
 
 
 def _is_far(final: Final) -> bool:

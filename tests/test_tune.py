@@ -407,6 +407,7 @@ def test_a_tactic_that_is_slower_in_most_rounds_does_not_win_by_the_default_s_hi
         default_us=(10.0, 10.0, 10.0, 200.0) * 10,
         noise=0.0,
         finalists={tactic("slower"): (15.0, 15.0, 15.0, 15.0) * 10},
+        draws=tuple(range(40)),
     )
     regime = Regime(draws=1)
     routing = realize(LAYER, regime, 4)
@@ -461,11 +462,44 @@ def test_a_finalist_that_fails_when_the_final_is_prolonged_costs_only_itself():
 
 def _decided(default_us, other_us, stressed, failures):
     """The verdict on the default and `other`, their rounds all alike; `stressed` is what the bench answers."""
-    final = Final(tactic("default"), (default_us,) * 20, 0.0, {tactic("other"): (other_us,) * 20})
+    final = Final(tactic("default"), (default_us,) * 20, 0.0, {tactic("other"): (other_us,) * 20}, tuple(range(20)))
     bench = _Scripted(lambda number: 1.0)
     bench.failures = failures
-    bench.samples = lambda tactics, draws: [series and series * len(draws) for series in stressed]
+    answers = dict(zip((tactic("default"), tactic("other")), stressed, strict=True))
+    bench.samples = lambda tactics, draws: [answers[one] and answers[one] * len(draws) for one in tactics]
     return decide(final, bench, {"2": 1})
+
+
+def test_the_winner_is_the_least_behind_at_the_row_count_where_it_is_furthest_behind():
+    """Of three finalists one is best at each row count and far behind at the other."""
+    draws = tuple(range(20))
+    one, other, both = tactic("one"), tactic("other"), tactic("both")
+    finalists = {
+        one: tuple(8.0 if draw % 2 else 4.0 for draw in draws),
+        other: tuple(5.0 if draw % 2 else 7.0 for draw in draws),
+        both: tuple(6.5 if draw % 2 else 6.0 for draw in draws),
+    }
+    final = Final(tactic("default"), (10.0,) * 20, 0.0, finalists, draws)
+    bench = _Scripted(lambda number: 1.0)
+    bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
+    assert decide(final, bench, {"2": 1}).tactic in (one, other)  # by the mean of all rounds
+    assert decide(final, bench, {"2": 1}, rows_of=lambda draw: 471 if draw % 2 else 512).tactic == both
+
+
+def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
+    draws = tuple(range(20))
+    finalists = {tactic("left"): (1.0,) * 6, tactic("stayed"): (2.0,) * 20}
+    final = Final(tactic("default"), (10.0,) * 20, 0.0, finalists, draws)
+    bench = _Scripted(lambda number: 1.0)
+    bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
+    assert decide(final, bench, {"2": 1}, rows_of=lambda draw: draw % 2).tactic == tactic("stayed")
+
+
+def test_every_unseen_draw_is_played():
+    bench = _Scripted(lambda number: 1.0)
+    final = play(bench, tactic("default"), [tactic("other")], range(16, 80), seconds=1e-6)
+    assert set(final.draws) == set(range(16, 80))
+    assert len(final.draws) == len(final.default_us)
 
 
 def test_a_finalist_that_fails_under_stress_cannot_win_and_keeps_its_own_reason():

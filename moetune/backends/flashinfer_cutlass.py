@@ -40,16 +40,16 @@ BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
-FEW_ROWS, ROUNDS_OF_FEW, ROUNDS, FINAL_S = 64, (1, 4, 16), (1, 4, 8), 0.06
-"""How often the search times a tactic (see `coordinate`): of few rows, whose draws differ more, the best more often.
+ROUNDS, ROUNDS_OF_FEW = (1, 4, 8), (2, 8, 16)
+"""How often the search times a tactic (see `coordinate`), and how often where a draw has few rows or few experts."""
+FEW_ROWS, FEW_EXPERTS = 64, 8
+"""So few fill so few tiles that a tactic's lead differs by a few percent from draw to draw, by 10 % at worst (H200)."""
+FINAL_S = 0.06
+"""About how long a final takes where runs are short.
 
-And about how long a final takes where runs are short.
-
-FlashInfer's own autotune takes 16 to 34 s for the 21 buckets up to 8192 rows, 0.8 to 1.6 s each; so may this, all in.
-In units of a good tactic's time t (0.3 ms at 128 rows of Qwen3-235B on 4 ranks, 2.1 ms at 4096, 21 ms in all 21
-buckets; the untuned default takes 3 to 6 t) a bucket costs, in a simulation with planted times: first runs 80 t, the
-search 190 t, the final 190 t, stress draws 95 t, checks 10 t. That is 12 s of the GPU over the ladder; what is captured
-and computed on the host, about 0.2 s a bucket, comes to it (an estimate).
+FlashInfer's own autotune takes 16 to 36 s for the 21 buckets up to 8192 rows, 0.8 to 1.7 s each; so may this, all in.
+On an H200 it takes 22.0 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.5 s; 13 s of these the GPU is busy,
+the rest is capturing graphs (11,000 calls of the op at 0.2 ms) and what the host computes between.
 """
 
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
@@ -142,7 +142,8 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        rounds = ROUNDS_OF_FEW if problem.rows <= FEW_ROWS else ROUNDS
+        few = problem.rows <= FEW_ROWS or problem.shard.num_local <= FEW_EXPERTS
+        rounds = ROUNDS_OF_FEW if few else ROUNDS
         return self._remembering(coordinate(candidates.tactics, starts=known, rounds=rounds, seed=problem.rows))
 
     def _remembering(self, search: Search) -> Search:

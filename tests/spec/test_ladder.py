@@ -1,7 +1,7 @@
 """Each engine's buckets and look-up rule."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
@@ -106,6 +106,39 @@ def test_a_bucket_looks_itself_up(spelled, maximum):
     ladder = Ladder.parse(spelled)
     for bucket in ladder.buckets(maximum):
         assert ladder.lookup(bucket, maximum) == bucket
+
+
+@given(spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "3,70,900", "hybrid", "pow2/8"]), maximum=MAXIMA)
+@settings(deadline=None)
+def test_served_are_the_rows_in_the_kernel_that_look_a_bucket_up(spelled, maximum):
+    ladder = Ladder.parse(spelled)
+    for bucket in ladder.buckets(maximum):
+        served = ladder.served(bucket, maximum)
+        edges = {*served[:1], *served[-1:], *({bucket} if served else ())}
+        assert {ladder.lookup(rows * ladder.divisor, maximum) for rows in edges} <= {bucket}
+        for rows in (served.start - 1, served.stop):
+            outside = ladder.rounding == "nearest" and bucket == ladder.buckets(maximum)[-1] and rows == served.stop
+            if served and 1 <= rows <= maximum and not outside:
+                assert ladder.lookup(rows * ladder.divisor, maximum) != bucket
+
+
+@pytest.mark.parametrize(
+    ("spelled", "bucket", "first", "last"),
+    [
+        ("hybrid", 512, 257, 512),
+        ("pow2", 512, 512, 1023),
+        ("vllm", 24, 21, 28),
+        ("vllm", 4096, 3585, 4607),  # all larger ones look it up too
+        ("3,70,900", 70, 4, 70),
+        ("pow2/8", 512, 512, 1023),
+    ],
+)
+def test_served_rows_of_each_rule(spelled, bucket, first, last):
+    assert Ladder.parse(spelled).served(bucket, 8192) == range(first, last + 1)
+
+
+def test_flashinfer_serves_nothing_by_the_bucket_that_it_misses():
+    assert Ladder.parse("hybrid").served(100, 100) == range(0)
 
 
 @pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "1,2,4", "pow2/8", "1,5/2"])
