@@ -155,7 +155,7 @@ def test_where_a_token_brings_a_power_of_two_rows_a_bucket_meets_its_own(view: s
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(list(VIEWS)),
+    st.sampled_from([view for view in VIEWS if view != "pool"]),
     st.sampled_from([1, 2, 3, 6, 8, 32]),
     st.sampled_from(["hybrid", "pow2", "vllm", "3,70,900"]),
     st.integers(900, 8192),
