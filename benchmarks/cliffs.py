@@ -4,8 +4,9 @@
         [--rows 128,256,512] [--seconds 550]
 
 Each tactic of each GEMM is timed beside one of the other that is fast at all loads, with the busiest expert at 1 … 4
-times its load. A cliff: at some load the tactic slows by more than twice what the best of that load slows. OUT is a
-journal: the same command goes on where it stopped. Exits 1 where moetune's choice has a cliff.
+times its load. A cliff: at one load the tactic is more than twice as far behind the best as at another, of whatever
+rows; who picks it is named where it is more than twice as slow as the best. OUT is a journal: the same command goes on
+where it stopped. Exits 1 where moetune's choice is over a cliff.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,26 @@ from moetune.workload.routing import realize, stress
 
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
 CLIFF = 2.0
+GEMMS = ("gemm1", "gemm2")
 
 
-def cliffs(us: Mapping[str, list[float]]) -> dict[str, float]:
-    """By tactic, how many times more than the best of each load it slows from the first load on: those past `CLIFF`.
+def behind(us: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """By tactic, at each load its time over the best one's.
 
     Args:
         us: times by tactic, one for each of `FACTORS`.
     """
     best = [min(column) for column in zip(*us.values(), strict=True)]
-    slowed = {
-        tactic: max((time / times[0]) / (top / best[0]) for time, top in zip(times, best, strict=True))
-        for tactic, times in us.items()
-    }
-    return {tactic: round(factor, 2) for tactic, factor in slowed.items() if factor > CLIFF}
+    return {tactic: [time / least for time, least in zip(times, best, strict=True)] for tactic, times in us.items()}
+
+
+def cliffs(lines: Sequence[Mapping[str, Any]], gemm: str) -> dict[str, float]:
+    """By tactic, how far it is behind the best at worst: of those with a cliff in any of the lines."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        for tactic, factors in behind(line["us"][gemm]).items():
+            found.setdefault(tactic, []).extend(factors)
+    return {tactic: round(max(ratios), 2) for tactic, ratios in found.items() if max(ratios) > CLIFF * min(ratios)}
 
 
 def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     last = len(FACTORS) - 1
     robust = searched(coordinate(tactics, rounds=(1, 1, 1)), runner, (last,))[0]
     us: dict[str, dict[str, list[float]]] = {}
-    for name, other in (("gemm1", "gemm2"), ("gemm2", "gemm1")):
+    for name, other in (GEMMS, GEMMS[::-1]):
         line = [tactic for tactic in tactics if tactic[other] == robust[other]]
         columns = [means_us(runner, line, (draw,), 3) for draw in range(len(FACTORS))]
         us[name] = {str(t[name]): list(times) for t, times in zip(line, zip(*columns, strict=True), strict=True)}
@@ -81,18 +88,15 @@ def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     return {"fixed": ids(robust), "us": us, "own": ids(own), "moetune": ids(chosen), "busiest": busiest}
 
 
-def verdict(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The cliffs of both GEMMs' tactics, and those that each tuner picked."""
-    found = {name: cliffs(line["us"][name]) for name in ("gemm1", "gemm2")}
-    picked = {
-        who: {
-            f"{name} {tactic}": found[name][str(tactic)]
-            for name, tactic in zip(("gemm1", "gemm2"), line[who], strict=True)
-            if str(tactic) in found[name]
-        }
-        for who in ("own", "moetune")
+def fallen(line: Mapping[str, Any], who: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The tactics with a cliff that a tuner picked where they are over it, and how far behind the best they are."""
+    picked = dict(zip(GEMMS, map(str, line[who]), strict=True))
+    at_worst = {gemm: max(behind(line["us"][gemm]).get(tactic, [0.0])) for gemm, tactic in picked.items()}
+    return {
+        f"{gemm} {tactic}": round(at_worst[gemm], 2)
+        for gemm, tactic in picked.items()
+        if tactic in found[gemm] and at_worst[gemm] > CLIFF
     }
-    return {**found, **picked}
 
 
 @cache
@@ -112,22 +116,20 @@ def main() -> int:
     begin, journal, layer = time.perf_counter(), Journal(options.out), bf16_layer(options.model)
     regime = regime_of(layer, options.ep, options.dispatch)
     key = {"model": options.model, "ep": options.ep, "dispatch": options.dispatch}
-    worst = 0
     for rows in map(int, options.rows.split(",")):
-        line = journal.find(**key, rows=rows)
-        if line is None:
-            if time.perf_counter() - begin > options.seconds:
-                break
+        if journal.find(**key, rows=rows) is None and time.perf_counter() - begin < options.seconds:
             if not _own.cache_info().currsize:
                 warm_flashinfer()
             _own(layer, regime)
-            line = journal.add(**key, rows=rows, **measure(layer, regime, rows))
-        found = verdict(line)
-        print(f"{rows} rows, busiest expert {line['busiest']}: cliffs of gemm1 {found['gemm1']}, of gemm2 "
-              f"{found['gemm2']}; FlashInfer picked {line['own']}, of them {found['own'] or 'none'}; moetune "
-              f"{line['moetune']}, of them {found['moetune'] or 'none'}", flush=True)  # fmt: skip
-        worst += len(found["moetune"])
-    return int(worst > 0)
+            journal.add(**key, rows=rows, **measure(layer, regime, rows))
+    lines = [line for line in journal.lines if key.items() <= line.items()]
+    found = {gemm: cliffs(lines, gemm) for gemm in GEMMS}
+    print(f"cliffs, times the best one's time at worst: {found}")
+    for line in lines:
+        picks = {who: (line[who], fallen(line, who, found) or "none over a cliff") for who in ("own", "moetune")}
+        print(f"{line['rows']} rows, busiest expert {line['busiest']}: FlashInfer picked {picks['own'][0]}, "
+              f"{picks['own'][1]}; moetune {picks['moetune'][0]}, {picks['moetune'][1]}", flush=True)  # fmt: skip
+    return int(not lines or any(fallen(line, "moetune", found) for line in lines))
 
 
 @cache

@@ -186,16 +186,28 @@ def test_regrets_are_told_by_kind_and_choice():
     assert ours["worst"] == pytest.approx(0.01)
 
 
-def test_a_cliff_is_what_slows_more_than_twice_as_much_as_the_best():
-    us = {"0": [100, 110, 120, 140, 160], "44": [70, 400, 870, 1500, 1710], "3": [90, 100, 110, 130, 150],
-          "9": [300, 330, 400, 500, 600]}  # fmt: skip
-    assert set(cliffs.cliffs(us)) == {"44"}
-    assert cliffs.cliffs(us)["44"] == pytest.approx(1500 / 130, abs=0.01)
+FLAT, STEEP, SLOW = [100.0] * 5, [100.0, 100.0, 300.0, 400.0, 500.0], [300.0] * 5
 
 
-def test_who_picked_a_cliff_is_told():
-    flat, steep = [100.0] * 5, [50.0, 50.0, 200.0, 300.0, 400.0]
-    line = {"us": {"gemm1": {"0": flat, "44": steep}, "gemm2": {"45": flat}}, "own": [44, 45], "moetune": [0, 45]}
-    found = cliffs.verdict(line)
-    assert found["own"] == {"gemm1 44": found["gemm1"]["44"]}
-    assert found["moetune"] == {}
+def test_a_cliff_is_what_is_at_one_load_twice_as_far_behind_as_at_another():
+    line = {"us": {"gemm1": {"0": FLAT, "44": STEEP, "9": SLOW}}}
+    assert cliffs.cliffs([line], "gemm1") == {"44": 5.0}
+    growing = {"us": {"gemm1": {"0": [100.0, 200.0], "1": [110.0, 210.0]}}}  # all slow down alike
+    assert cliffs.cliffs([growing], "gemm1") == {}
+
+
+def test_a_cliff_that_lies_before_the_first_load_is_known_from_other_rows():
+    fewer = {"us": {"gemm1": {"0": FLAT, "44": STEEP}}}
+    more = {"us": {"gemm1": {"0": FLAT, "44": [1000.0] * 5}}}
+    assert cliffs.cliffs([more], "gemm1") == {}
+    assert cliffs.cliffs([fewer, more], "gemm1") == {"44": 10.0}
+
+
+def test_who_picked_a_tactic_that_is_over_its_cliff_is_told():
+    us = {"gemm1": {"0": FLAT, "44": STEEP, "9": SLOW}, "gemm2": {"45": FLAT}}
+    line = {"us": us, "own": [44, 45], "moetune": [9, 45]}
+    found = {gemm: cliffs.cliffs([line], gemm) for gemm in cliffs.GEMMS}
+    assert cliffs.fallen(line, "own", found) == {"gemm1 44": 5.0}
+    assert cliffs.fallen(line, "moetune", found) == {}
+    below = {**line, "us": {**us, "gemm1": {"0": FLAT, "44": FLAT, "9": SLOW}}}
+    assert cliffs.fallen(below, "own", found) == {}
