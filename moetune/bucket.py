@@ -30,11 +30,11 @@ STARTS = 4
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
-FINAL_ROWS, FINAL_EXPERTS = 4096, 512
-"""A final has as many unseen draws as it takes for so many rows and so many local experts in all of them: the fewer
-there are in one draw, the more it differs from the next. It has at least as many as the search …"""
+FINAL_ROWS, FINAL_EXPERTS = (4096, 65536), 512
+"""A final's unseen draws have at least so many rows and so many local experts in all: the fewer there are in one draw,
+the more it differs from the next. But they have no more rows than the second, which take long to draw …"""
 FINAL_DRAWS = 4
-"""… and at most this many times that."""
+"""… and are no more than this many times the search's; they are never fewer than those."""
 
 Strategy = Literal["auto", "exhaustive"]
 """`auto`: the backend's own search."""
@@ -64,9 +64,7 @@ class Bucket:
         from moetune.workload.routing import stress
 
         shard = regime.shard(layer)
-        wanted = max(FINAL_ROWS // rows, FINAL_EXPERTS // shard.num_local, regime.draws)
-        unseen = min(wanted, FINAL_DRAWS * regime.draws)
-        draws = dummies(layer, regime, rows, range(regime.draws + unseen))
+        draws = dummies(layer, regime, rows, range(regime.draws + num_unseen(regime.draws, rows, shard.num_local)))
         stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
         entering = len(draws[0].topk_ids)
         return cls(
@@ -119,6 +117,12 @@ class Bucket:
             starts = tuple(dict.fromkeys((*self.hints, *starts))) if starts else ()
             return backend.search(self.problem, self.candidates, starts)
         return exhaustive(self.candidates.tactics)
+
+
+def num_unseen(draws: int, rows: int, num_local: int) -> int:
+    """How many draws the final of a bucket has, where its search has `draws`."""
+    least, most = (limit // rows for limit in FINAL_ROWS)
+    return max(draws, min(max(least, FINAL_EXPERTS // num_local), most, FINAL_DRAWS * draws))
 
 
 class BucketTuner:

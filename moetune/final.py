@@ -100,8 +100,7 @@ def play(
     budget_us = 1e6 * (SECONDS if seconds is None else seconds)
     if first_us[default] > FAR * first_us[leader]:
         return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
-    least, most = max(SAMPLES[0], len(draws)), max(SAMPLES[1], len(draws))
-    rounds = min(most, max(least, int(budget_us / max(sum(first_us.values()) + first_us[default], 1.0))))
+    rounds, least = _num_rounds(sum(first_us.values()) + first_us[default], budget_us, len(draws))
     taken, drawn = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, least)
     first, *others, again = taken
     _require(default, bench)
@@ -126,10 +125,9 @@ def _play_far(
     if medians[default] <= FAR * best_us:  # its one round had been disturbed
         stays = [tactic for tactic in (*others, default) if tactic in medians]
 
-    least, most = (max(count, len(draws)) - OPENING for count in SAMPLES)
     round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
-    left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()))
-    rounds = min(most, max(least, int(left_us / max(round_us, 1.0))))
+    left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()) - round_us)
+    rounds, least = (count - OPENING for count in _num_rounds(round_us, left_us, len(draws)))
     (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, least)
     _require(default, bench)
     if leader in bench.failures:
@@ -141,6 +139,13 @@ def _play_far(
     default_us = series.pop(default)
     noise = noise_floor(series[leader], (*again, *once_more))
     return Final(default, default_us, noise, series, (*drawn, *drawn_on))
+
+
+def _num_rounds(round_us: float, budget_us: float, num_draws: int) -> tuple[int, int]:
+    """How many rounds a final has, and how many must be quiet: on each draw one, where that takes `SECONDS` at most."""
+    round_us = max(round_us, 1.0)
+    least = max(SAMPLES[0], min(num_draws, int(1e6 * SECONDS / round_us)))
+    return max(least, min(SAMPLES[1], int(budget_us / round_us))), least
 
 
 def _rounds(

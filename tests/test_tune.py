@@ -16,10 +16,10 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import Bucket
+from moetune.bucket import Bucket, num_unseen
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
-from moetune.final import OPENING, SAMPLES, Final, decide, play
+from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
@@ -500,6 +500,32 @@ def test_every_unseen_draw_is_played():
     final = play(bench, tactic("default"), [tactic("other")], range(16, 80), seconds=1e-6)
     assert set(final.draws) == set(range(16, 80))
     assert len(final.draws) == len(final.default_us)
+
+
+@pytest.mark.parametrize(
+    ("round_us", "budget_us", "rounds"),
+    [(10.0, 0.0, 64), (10.0, 1e6, 96), (2e4, 0.0, 50), (1e6, 0.0, 20), (1e6, 5e6, 20)],
+)
+def test_a_final_has_a_round_for_each_draw_unless_that_takes_a_second(round_us, budget_us, rounds):
+    assert _num_rounds(round_us, budget_us, 64)[0] == rounds
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_local", "draws"),
+    [
+        (4, 32, 64),
+        (128, 32, 32),
+        (512, 32, 16),
+        (8192, 32, 16),
+        (512, 16, 32),
+        (512, 4, 64),
+        (2048, 4, 32),
+        (8192, 4, 16),
+    ],
+)
+def test_the_fewer_rows_or_experts_the_more_draws_has_a_final(rows, num_local, draws):
+    assert num_unseen(16, rows, num_local) == draws
+    assert num_unseen(1, rows, num_local) in (1, 2, 4)
 
 
 def test_a_finalist_that_fails_under_stress_cannot_win_and_keeps_its_own_reason():
