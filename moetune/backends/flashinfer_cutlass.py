@@ -63,6 +63,7 @@ class FlashInferCutlassBackend:
 
     def __init__(self) -> None:
         self.warm: set[Tactic] = set()
+        self._able = False
         self._promising: tuple[Tactic, ...] = ()
         self._candidates: dict[tuple[Precision, str], Candidates] = {}
         self._loaded: tuple[tuple[object, ...], Experts] | None = None
@@ -181,8 +182,9 @@ class FlashInferCutlassBackend:
     def _require(self, layer: MoELayer, regime: Regime) -> None:
         if reason := self.unsupported(layer, regime):
             raise UnsupportedError(f"The backend {self.name}: {reason}.", "Use another backend.")
-        if obstacle := self.unavailable():
+        if not self._able and (obstacle := self.unavailable()):
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
+        self._able = True
 
 
 _TOO_BIG = "needs more shared memory than the device has"
