@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,8 @@ def kernel_routing(layer: MoELayer) -> KernelRouting:
 def complete_rows(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
     """`ids` `[M, k]` with each −1 replaced by an expert of another rank that is not yet in the row.
 
-    A router that works on logits always chooses k experts; the kernel skips those of other ranks as it skips −1.
+    A router that works on logits always chooses k experts; the kernel skips those of other ranks as it skips −1. A row
+    of nothing gets neighbors, which lie in few groups.
 
     Raises:
         UnsupportedError: the other ranks have too few experts for a row.
@@ -97,7 +99,11 @@ def complete_rows(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
             f"the other ranks have only {len(foreign)}"
         )
     generator = seeded_generator("foreign experts", tuple(ids.shape), shard.first)
-    keys = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1.0)
+    keys = torch.rand(free.shape, generator=generator)
+    whole = empty[rows].all(1)
+    begin = torch.randint(len(foreign), (int(whole.sum()), 1), generator=generator)
+    keys[whole] = -((torch.arange(len(foreign)) - begin) % len(foreign)).float()
+    keys.masked_fill_(~free, -math.inf)
     width = min(ids.shape[1], len(foreign))
     candidates = foreign[keys.topk(width, dim=1).indices]
     position = (empty[rows].cumsum(1) - 1).clamp(min=0)

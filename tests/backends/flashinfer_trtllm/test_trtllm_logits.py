@@ -13,6 +13,7 @@ from moetune.errors import UnsupportedError
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.presets import names, preset
 from moetune.spec.regime import Regime, Shard
+from moetune.workload.dispatch import dummies
 from moetune.workload.router import route
 from moetune.workload.routing import realize
 
@@ -120,6 +121,19 @@ def test_empty_slots_become_distinct_experts_of_other_ranks(
     assert all(len(set(row)) == top_k for row in completed.tolist())
     new = completed[ids < 0]
     assert not ((new >= shard.first) & (new < shard.first + shard.num_local)).any()
+
+
+@pytest.mark.parametrize("ep_size", [8, 32])
+def test_rows_of_nothing_keep_within_the_groups_of_the_layers_router(ep_size: int) -> None:
+    """Of a bucket's draws some have fewer rows, the rest is −1; all draws must meet the same routing kernel."""
+    asked, regime = preset("deepseek-r1"), Regime(ep_size=ep_size, layout="deduplicated", ladder="hybrid")
+    shard = regime.shard(asked)
+    for draw in dummies(asked, regime, 512, range(2)):
+        ids = made.complete_rows(draw.topk_ids, shard)
+        assert made.kernel_routing(asked).within_groups(256, ids).method.grouped
+        nothing = (draw.topk_ids < 0).all(1)
+        assert all(len(set(row)) == 8 for row in ids[nothing].tolist())
+        assert not ((ids[nothing] >= shard.first) & (ids[nothing] < shard.first + shard.num_local)).any()
 
 
 def test_rows_that_no_other_ranks_experts_can_fill_are_refused() -> None:
