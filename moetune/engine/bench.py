@@ -166,6 +166,7 @@ def choose(
     routings: Sequence[Routing],
     rows: int,
     tried: int,
+    entering: Sequence[int] = (),
 ) -> Choice:
     """The final of one bucket: the first of `tactics`, the default, stays unless another beats it beyond the margin.
 
@@ -178,12 +179,16 @@ def choose(
         routings: what the draws are.
         rows: of the bucket.
         tried: how many tactics the search timed.
+        entering: the rows of each draw without those of nothing; `rows` by default.
 
     Raises:
         NoResultError: the default did not run.
     """
+    entering = entering or [rows] * len(routings)
     default, *others = tactics
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
     final = play(bench, default, finalists, range(len(routings)), SECONDS)
-    verdict = decide(dataclasses.replace(final, noise=max(final.noise, MARGIN)), bench, stress_draws)
-    return choice(final, verdict, bench, routings, rows=rows, tried=tried, candidates=tried)
+    within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
+    verdict = decide(within, bench, stress_draws, lambda draw: entering[draw])
+    met = min(entering)
+    return choice(final, verdict, bench, routings, rows=rows, met_rows=met, tried=tried, candidates=tried)

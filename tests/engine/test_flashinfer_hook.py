@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from stand_ins import FAST, FROM_LOGITS, MIDDLING, PACKED, TIMES_US, UNPACKED, T
 
 import moetune
 from moetune.engine import flashinfer_hook
-from moetune.spec.layer import RoutingMethod
+from moetune.engine.answer import Dummies
+from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 
 OPS = (
@@ -33,13 +35,26 @@ def test_every_tactic_sees_exactly_the_regimes_histogram(tuner, layer, regime, n
         rows = op.runner.rows(inputs)
         assert op.load(inputs) == moetune.realize(layer, regime, rows, rank=1).load.tolist(), (tactic, rows)
     unseen = {
-        rows: [moetune.realize(layer, regime, rows, rank=1, draw=draw).load.tolist() for draw in range(1, 5)]
+        rows: [moetune.realize(layer, regime, rows, rank=1, draw=draw).load.tolist() for draw in range(2, 6)]
         for rows in BUCKETS
     }
     for _, inputs in op.runner.seen[len(swept) :]:
         rows, load = op.runner.rows(inputs), op.load(inputs)
         assert load in unseen[rows] or max(load) > max(unseen[rows][0]), "neither a draw nor a stressed one"
     assert {op.runner.rows(inputs) for _, inputs in op.runner.seen} == set(BUCKETS)
+
+
+@pytest.mark.parametrize(("ladder", "met"), [("hybrid", 471), ("pow2", 512)])
+def test_odd_draws_have_the_rows_that_are_met_in_a_bucket_where_they_fit_the_ops_tensors(ladder, met):
+    """64 tokens of each of 32 ranks bring 471 rows; TensorRT-LLM's rule looks 942 up by 512, more than its tensors."""
+    asked = MoELayer(num_experts=128, top_k=8, hidden_size=64, intermediate_size=64)
+    regime = Regime(ep_size=32, layout="deduplicated", ladder=ladder)
+    dummies = Dummies(SimpleNamespace(layer=asked), SimpleNamespace(rank=1), regime, None)
+    for draw, rows in ((0, 512), (1, met), (2, 512), (3, met)):
+        routing = dummies.routing(512, draw)
+        assert dummies.entering(512, draw) == int((routing.topk_ids >= 0).any(1).sum()) == rows
+        assert routing.topk_ids.shape == (512, 8)
+        assert torch.equal(routing.load, moetune.realize(asked, regime, rows, rank=1, draw=draw).load)
 
 
 @pytest.mark.parametrize("mode", [FROM_LOGITS, PACKED, UNPACKED])
