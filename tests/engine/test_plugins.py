@@ -12,6 +12,7 @@ import pytest
 from flashinfer.autotuner import AutoTuner, autotune
 from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, Trtllm
+from wheels import engine_sources
 
 import moetune
 from moetune.engine import flashinfer_hook, plugins, session
@@ -144,16 +145,12 @@ def test_a_plugin_loads_neither_torch_nor_flashinfer_and_waits_for_the_tuner(mod
     assert done.returncode == 0, done.stderr
 
 
-def engine_source(package: str, module: str) -> Path:
-    """The engine's own file: installed, or below `MOETUNE_ENGINE_SOURCES`; nothing of the engine is imported."""
-    below = os.environ.get("MOETUNE_ENGINE_SOURCES")
-    spec = importlib.util.find_spec(package)
-    roots = [Path(below)] if below else []
-    roots += [Path(place).parent for place in (spec.submodule_search_locations or ())] if spec else []
-    for root in roots:
-        if (root / module).is_file():
-            return root / module
-    pytest.skip(f"{package} is not installed here")
+def engine_source(package: str, module: str, folder: Path) -> Path:
+    """The engine's own file; nothing of the engine is imported."""
+    sources = engine_sources(package, folder)
+    if sources is None or not (sources / module).is_file():
+        pytest.skip(f"{package} is not installed, nor can its wheel be read")
+    return sources / module
 
 
 def executed(path: Path, name: str, monkeypatch, **stand_ins: types.SimpleNamespace) -> types.ModuleType:
@@ -171,8 +168,8 @@ def executed(path: Path, name: str, monkeypatch, **stand_ins: types.SimpleNamesp
     return made
 
 
-def test_vllms_own_loader_loads_it(process, model, monkeypatch):
-    path = engine_source("vllm", "vllm/plugins/__init__.py")
+def test_vllms_own_loader_loads_it(process, model, monkeypatch, tmp_path):
+    path = engine_source("vllm", "vllm/plugins/__init__.py", tmp_path)
     envs = types.SimpleNamespace(VLLM_PLUGINS=["moetune"])
     platform = types.SimpleNamespace(is_xpu=lambda: False)
     loader = executed(
@@ -188,8 +185,8 @@ def test_vllms_own_loader_loads_it(process, model, monkeypatch):
     assert type(AutoTuner.get()).__name__ == "MoetuneTuner"
 
 
-def test_sglangs_own_loader_loads_it(process, model, monkeypatch):
-    path = engine_source("sglang", "sglang/srt/plugins/__init__.py")
+def test_sglangs_own_loader_loads_it(process, model, monkeypatch, tmp_path):
+    path = engine_source("sglang", "sglang/srt/plugins/__init__.py", tmp_path)
     setting = types.SimpleNamespace(get=lambda: "moetune")
     unset = types.SimpleNamespace(get=lambda: None)
     registry = types.SimpleNamespace(apply_hooks=lambda: None)

@@ -6,13 +6,13 @@ rounds to nearest even. Both are replaced by torch's conversions; everything els
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from wheels import engine_sources
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
@@ -20,13 +20,16 @@ RUN_KERNELS = {"test_align.py", "test_kernels.py", "test_runner.py", "test_engin
 
 
 @pytest.fixture(params=["vllm", "sglang"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An engine whose own sources are here: below `MOETUNE_ENGINE_SOURCES`, or installed."""
-    if below := os.environ.get("MOETUNE_ENGINE_SOURCES"):
-        monkeypatch.syspath_prepend(below)
+def engine(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """An engine whose own sources are here."""
     name: str = request.param
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is neither installed nor below MOETUNE_ENGINE_SOURCES")
+    sources = engine_sources(name, tmp_path_factory.getbasetemp() / "engines")
+    if sources is None:
+        pytest.skip(f"{name} is not installed, nor can its wheel be read")
+    monkeypatch.syspath_prepend(str(sources))
+    monkeypatch.setenv("MOETUNE_ENGINE_SOURCES", str(sources))
     return name
 
 
