@@ -48,6 +48,13 @@ def test_each_engine_has_its_lines():
     assert (len(TUNED), len(PLUGGED)) == (4, 2)
 
 
+def test_the_readme_has_the_same_lines():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(f"```\n{block}```" in readme for block in (*TUNED, *PLUGGED))
+    for engine in ("vLLM", "SGLang", "TensorRT-LLM"):
+        assert f"## Use it with {engine}\n" in readme
+
+
 @pytest.mark.parametrize("block", TUNED)
 def test_what_is_exported_is_what_was_tuned(block):
     tuned, exported = (question(line) for line in lines(block, "moetune tune", "moetune export"))
