@@ -36,7 +36,7 @@ FAR = 1.5
 """A default slower than this times the leading finalist is far behind: it need not be timed as often …"""
 OPENING = 6
 """… but in this many rounds."""
-BEHIND = 1.05
+BEHIND = 1.1
 """A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
 
 
@@ -100,8 +100,8 @@ def play(
     budget_us = 1e6 * (SECONDS if seconds is None else seconds)
     if first_us[default] > FAR * first_us[leader]:
         return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
-    rounds, least = _num_rounds(sum(first_us.values()) + first_us[default], budget_us, len(draws))
-    taken, drawn = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, least)
+    rounds = _num_rounds(sum(first_us.values()) + first_us[default], budget_us, len(draws))
+    taken, drawn = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, SAMPLES[0])
     first, *others, again = taken
     _require(default, bench)
     kept = {tactic: tuple(times) for tactic, times in zip(finalists, others, strict=True) if times}
@@ -127,8 +127,8 @@ def _play_far(
 
     round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
     left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()) - round_us)
-    rounds, least = (count - OPENING for count in _num_rounds(round_us, left_us, len(draws)))
-    (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, least)
+    rounds = _num_rounds(round_us, left_us, len(draws)) - OPENING
+    (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, SAMPLES[0] - OPENING)
     _require(default, bench)
     if leader in bench.failures:
         return play(bench, default, others, draws, budget_us / 1e6)
@@ -141,11 +141,11 @@ def _play_far(
     return Final(default, default_us, noise, series, (*drawn, *drawn_on))
 
 
-def _num_rounds(round_us: float, budget_us: float, num_draws: int) -> tuple[int, int]:
-    """How many rounds a final has, and how many must be quiet: on each draw one, where that takes `SECONDS` at most."""
+def _num_rounds(round_us: float, budget_us: float, num_draws: int) -> int:
+    """How many rounds a final has: as its budget allows, and on each draw one where that takes `SECONDS` at most."""
     round_us = max(round_us, 1.0)
     least = max(SAMPLES[0], min(num_draws, int(1e6 * SECONDS / round_us)))
-    return max(least, min(SAMPLES[1], int(budget_us / round_us))), least
+    return max(least, min(SAMPLES[1], int(budget_us / round_us)))
 
 
 def _rounds(
