@@ -115,7 +115,7 @@ class Ladder(FrozenModel):
                 return min(buckets, key=lambda size: abs(size - rows))
 
     def served(self, bucket: int, tune_max_num_tokens: int) -> range:
-        """The rows in the kernel that look `bucket` up; none where FlashInfer's rule skips it.
+        """The rows in the kernel that look `bucket` up; none where nothing does.
 
         The last bucket of `nearest` ends as far above as it begins below, though all larger rows go there.
         """
@@ -123,9 +123,11 @@ class Ladder(FrozenModel):
         def looked_up(rows: int) -> int:
             return self.lookup(rows * self.divisor, tune_max_num_tokens)
 
-        rows = range(1, tune_max_num_tokens + 1)
+        rows = range(1, tune_max_num_tokens)  # FlashInfer can look these up above the maximum, so not with it
         first = bisect.bisect_left(rows, bucket, key=looked_up)
         found = rows[first : bisect.bisect_right(rows, bucket, key=looked_up)]
+        if looked_up(tune_max_num_tokens) == bucket:
+            found = range(found.start if found else tune_max_num_tokens, tune_max_num_tokens + 1)
         if self.rounding == "nearest" and found and bucket == self.buckets(tune_max_num_tokens)[-1]:
             return found[: 2 * (bucket - found[0]) + 1]
         return found

@@ -26,8 +26,11 @@ class Asked(NamedTuple):
 def parse(spelled: str) -> Asked:
     """The question in one line: `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`.
 
+    Or `--launch "vllm serve …"`; options beside it win.
+
     Raises:
         UsageError: no such option, one without its value, `--model` missing, or as for `resolve`.
+        UnsupportedError: as for `launch.options`.
     """
     parser = _Parser(prog="", add_help=False, allow_abbrev=False)
     for name in TEXT:
@@ -35,11 +38,17 @@ def parse(spelled: str) -> Asked:
     for name in NUMBERS:
         parser.add_argument(_option(name), type=int)
     parser.add_argument("--dp", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--launch")
     try:
         words = shlex.split(spelled)
     except ValueError as error:
         raise UsageError(f"{spelled!r} cannot be split into options: {error}.") from None
     given = vars(parser.parse_args(words))
+    if (line := given.pop("launch")) is not None:
+        from moetune.spec import launch
+
+        given |= launch.options(line, given)
+        given.pop("backend", None)
     if given["model"] is None:
         raise UsageError("--model is missing.", "It takes a name of `moetune models` or a path to a config.json.")
     return resolve(**given)

@@ -137,8 +137,11 @@ def test_served_rows_of_each_rule(spelled, bucket, first, last):
     assert Ladder.parse(spelled).served(bucket, 8192) == range(first, last + 1)
 
 
-def test_flashinfer_serves_nothing_by_the_bucket_that_it_misses():
-    assert Ladder.parse("hybrid").served(100, 100) == range(0)
+def test_below_a_maximum_that_is_no_power_of_two_flashinfer_looks_above_it():
+    hybrid = Ladder.parse("hybrid")
+    assert hybrid.served(100, 100) == range(100, 101)
+    assert hybrid.served(64, 100) == range(33, 65)
+    assert hybrid.served(5000, 5000) == range(4097, 5001)
 
 
 @pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "1,2,4", "pow2/8", "1,5/2"])

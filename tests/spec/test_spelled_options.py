@@ -21,6 +21,15 @@ def test_dp_is_a_flag_with_an_opposite():
     assert not parse("--model qwen3-235b-a22b --ep 8 --no-dp").regime.attention_dp
 
 
+def test_an_engines_launch_line_stands_for_its_options_and_those_beside_it_win():
+    line = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel --all2all-backend deepep_high_throughput"
+    spelled = f"--launch '{line}' --seed 3"
+    assert parse(spelled) == parse(
+        "--model qwen3-235b-a22b --precision bf16 --ep 8 --dispatch vllm:deepep_high_throughput --seed 3"
+    )
+    assert parse(f"{spelled} --layout slot").regime.layout == "slot"
+
+
 def test_every_option_of_a_layer_and_a_regime_is_the_command_lines():
     from moetune.cli.options import _NAMES
 
@@ -42,6 +51,7 @@ def test_every_option_of_a_layer_and_a_regime_is_the_command_lines():
         ("--model qwen3-235b-a22b --ep 7", "does not divide"),
         ("--model qwen3-235b-a22b --ep 8 --rank 8", "rank must be"),
         ("--model qwen3-235b-a22b --dispatch teleport", "--dispatch must be one of"),
+        ("--launch 'cargo run'", "does not know this command"),
     ],
 )
 def test_what_cannot_be_asked_is_named(spelled, message):
