@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from moetune import final
 from moetune.errors import NoResultError
@@ -15,6 +15,7 @@ from moetune.search.exhaustive import exhaustive
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.words import Strategy
 from moetune.store.profile import Choice
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ FINAL_ROWS, FINAL_EXPERTS = (4096, 65536), 512
 the more it differs from the next. But they have no more rows than the second, which take long to draw …"""
 FINAL_DRAWS = 4
 """… and are no more than this many times the search's; they are never fewer than those."""
-
-Strategy = Literal["auto", "exhaustive"]
-"""`auto`: the backend's own search."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune import final
-from moetune.bucket import FINAL_DRAWS, Strategy
+from moetune.bucket import FINAL_DRAWS
 from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
 from moetune.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
@@ -19,6 +19,7 @@ from moetune.spec.engine_flags import engine_flags
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
+from moetune.spec.words import Strategy
 from moetune.stats import median
 from moetune.store.profile import Profile
 from moetune.store.store import Store

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from moetune.spec.layer import FrozenModel, MoELayer, Precision
+from moetune.spec.layer import FrozenModel, MoELayer
 from moetune.spec.presets import layer as layer_of
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates

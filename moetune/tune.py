@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.bucket import STARTS, Bucket, BucketTuner, Strategy
+from moetune.bucket import STARTS, Bucket, BucketTuner
 from moetune.errors import MissError, UnsupportedError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.words import DISTRIBUTION_VARIABLE, Strategy
 from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store

@@ -4,9 +4,10 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.plan import WEIGHT_BITS, plan
-from moetune.spec.layer import MoELayer, Precision, RoutingMethod
+from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.presets import layer as layer_of
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 
 SMALL = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 

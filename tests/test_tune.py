@@ -24,7 +24,8 @@ from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.profile import Rejection
 from moetune.store.store import Store
 from moetune.tune import load, tune

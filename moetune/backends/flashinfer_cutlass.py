@@ -20,9 +20,10 @@ from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
 from moetune.search.base import Search
 from moetune.search.coordinate import coordinate, promising
-from moetune.spec.layer import Activation, MoELayer, Precision
+from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     from moetune.backends.flashinfer_cutlass_runner import CutlassRunner, Experts

@@ -12,8 +12,9 @@ import torch
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass import ACTIVATIONS, MODULES
-from moetune.spec.layer import Activation, MoELayer, Precision
+from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
+from moetune.spec.words import Precision
 
 E4M3_MAX = 448.0
 MIDDLE_MAX = 32.0

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
-from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     import torch

@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moetune.backends.registry import AUTO
 from moetune.errors import UsageError
-from moetune.spec.layer import MoELayer, Precision
-from moetune.spec.options import resolve
-from moetune.spec.regime import DISPATCHES, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, LAYOUTS, Regime
+from moetune.spec.words import (
+    DEFAULT_TUNE_MAX_NUM_TOKENS,
+    DISPATCHES,
+    DISTRIBUTION_VARIABLE,
+    DISTRIBUTIONS,
+    LAYOUTS,
+    Precision,
+)
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
+    from moetune.spec.layer import MoELayer
+    from moetune.spec.regime import Regime
 
 KERNELS = ("builtin", "vllm", "sglang")
 REMOTES = ("drop", "zero")
@@ -35,8 +41,8 @@ class Question:
     auto: bool = False
 
 
-def _default(field: str) -> str:
-    return f"  [default: {Regime.model_fields[field].default}]"
+def _default(value: int) -> str:
+    return f"  [default: {value}]"
 
 
 _QUESTION_OPTIONS = (
@@ -47,8 +53,8 @@ _QUESTION_OPTIONS = (
     ),
     click.option("--model", metavar="NAME|PATH", help="A name of `moetune models`, or a Hugging Face config.json."),
     click.option("--precision", type=click.Choice(list(map(str, Precision))), help="Of the weights; the model's own."),
-    click.option("--ep", type=int, metavar="N", help="Ranks that share the experts." + _default("ep_size")),
-    click.option("--tp", type=int, metavar="N", help="Ranks that share each expert." + _default("tp_size")),
+    click.option("--ep", type=int, metavar="N", help="Ranks that share the experts." + _default(1)),
+    click.option("--tp", type=int, metavar="N", help="Ranks that share each expert." + _default(1)),
     click.option(
         "--dp/--no-dp", default=None, help="Whether each rank has tokens of its own (attention DP).  [default: no-dp]"
     ),
@@ -61,19 +67,20 @@ _QUESTION_OPTIONS = (
     click.option(
         "--rank", type=int, metavar="R", help="The rank that `plan` looks at; a profile serves all.  [default: 0]"
     ),
-    click.option(
-        "--redundant-experts", type=int, metavar="N", help="Replicated experts." + _default("redundant_experts")
-    ),
+    click.option("--redundant-experts", type=int, metavar="N", help="Replicated experts." + _default(0)),
     click.option(
         "--distribution",
         metavar="|".join(DISTRIBUTIONS),
         help=f"The dummy routing.  [default: ${DISTRIBUTION_VARIABLE}, else random]",
     ),
-    click.option("--seed", type=int, metavar="N", help="Of the dummy routing." + _default("seed")),
+    click.option("--seed", type=int, metavar="N", help="Of the dummy routing." + _default(0)),
     click.option("--draws", type=int, metavar="N", help="Draws that are timed.  [default: 16, where balanced 1]"),
     click.option("--ladder", metavar="pow2|hybrid|vllm|1,2,4", help="The row counts to tune.  [default: pow2]"),
     click.option(
-        "--tune-max-num-tokens", type=int, metavar="N", help="The largest bucket." + _default("tune_max_num_tokens")
+        "--tune-max-num-tokens",
+        type=int,
+        metavar="N",
+        help="The largest bucket." + _default(DEFAULT_TUNE_MAX_NUM_TOKENS),
     ),
     click.option(
         "--backend",
@@ -162,6 +169,9 @@ def ask(
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
+    from moetune.backends.registry import AUTO
+    from moetune.spec.options import resolve
+
     layer, regime, rank = resolve(model, **asked)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
@@ -175,7 +185,7 @@ def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regi
     """The backend, `auto` resolved: triton where an option of it is given, else `registry.preferred`."""
     from moetune.backends import registry
 
-    if name != AUTO:
+    if name != registry.AUTO:
         return registry.backend(name, **of_triton)
     if of_triton:
         return registry.backend("triton", **of_triton)

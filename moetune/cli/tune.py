@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import click
 
-from moetune.bucket import Strategy
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, show
-from moetune.store.profile import Profile
+from moetune.spec.words import STRATEGIES, Strategy
 
 
 @click.command()
@@ -21,7 +19,7 @@ from moetune.store.profile import Profile
 @click.option("--again", is_flag=True, help="Measure every bucket even where a profile has it.")
 @click.option(
     "--strategy",
-    type=click.Choice(get_args(Strategy)),
+    type=click.Choice(STRATEGIES),
     default="auto",
     help="The backend's own search, or every tactic.  [default: auto]",
 )
@@ -46,6 +44,7 @@ def tune(
     """
     from moetune.cli.progress import Progress
     from moetune.compare import tune_all
+    from moetune.store.profile import Profile
     from moetune.store.store import Store
     from moetune.tune import tune as tune_of
 

@@ -14,7 +14,8 @@ from moetune.engine.session import Session
 from moetune.errors import UnsupportedError
 from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.store import Store
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer import trtllm_pair
 from moetune.export.trtllm_keys import Runner, keys, runner
 from moetune.spec.ladder import Ladder
-from moetune.spec.layer import Precision
+from moetune.spec.words import Precision
 from moetune.store.profile import Choice, Profile
 
 BACKENDS: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from moetune.export.base import FOLDER, Export, as_json
 from moetune.export.triton import TritonProfile, parse_version
-from moetune.spec.layer import Precision
+from moetune.spec.words import Precision
 from moetune.store.profile import Profile
 
 FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"

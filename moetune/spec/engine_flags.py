@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from moetune.spec.layer import Precision
+from moetune.spec.words import Precision
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 _VLLM: Final = {

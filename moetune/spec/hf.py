@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moetune.errors import UsageError
-from moetune.spec.layer import Activation, MoELayer, Precision
+from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.words import Precision
 
 Config = Mapping[str, Any]
 Meaning = TypeVar("Meaning")

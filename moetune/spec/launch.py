@@ -17,7 +17,7 @@ from typing import Any, Final
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec import presets
 from moetune.spec.launch_words import TRUE, Words, parse, settings, split
-from moetune.spec.layer import Precision
+from moetune.spec.words import Precision
 
 FORMS: Final = "vllm serve MODEL …, python -m sglang.launch_server …, sglang serve …, or trtllm-serve MODEL …"
 _SWITCHES: Final = (

@@ -10,19 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moetune.errors import UsageError
-
-
-class Precision(StrEnum):
-    """How the expert weights are stored and multiplied; activations are bf16 where nothing else is said."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    FP8_BLOCK = "fp8_block"  # e4m3, one f32 scale for each 128×128 of a weight and each 1×128 of an activation
-    FP8_TENSOR = "fp8_tensor"  # e4m3, one f32 scale a tensor
-    NVFP4 = "nvfp4"  # e2m1, one e4m3 scale for each 16 values
-    MXFP4 = "mxfp4"  # e2m1, one e8m0 scale for each 32 values
-    MXINT4 = "mxint4"
+from moetune.spec.words import Precision
 
 
 class Activation(StrEnum):

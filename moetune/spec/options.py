@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 from moetune.errors import UsageError
 from moetune.spec import presets
 from moetune.spec.layer import MoELayer
-from moetune.spec.regime import DISPATCHES, Regime
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISPATCHES
 
 TEXT = ("model", "precision", "dispatch", "layout", "distribution", "ladder")
 NUMBERS = ("ep", "tp", "rank", "redundant_experts", "seed", "draws", "tune_max_num_tokens")

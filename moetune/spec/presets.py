@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from moetune.errors import UsageError
 from moetune.spec.hf import layer_from_config
-from moetune.spec.layer import MoELayer, Precision
+from moetune.spec.layer import MoELayer
+from moetune.spec.words import Precision
 
 
 class Source(NamedTuple):

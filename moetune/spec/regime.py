@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from moetune.errors import UsageError
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import FrozenModel, MoELayer, digest_of
+from moetune.spec.words import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
 
-Dispatch = Literal["none", "alltoall", "allgather"]
-Layout = Literal["packed", "deduplicated", "slot", "pool"]
-DISPATCHES: tuple[Dispatch, ...] = ("none", "alltoall", "allgather")
-LAYOUTS: tuple[Layout, ...] = ("packed", "deduplicated", "slot", "pool")
-DISTRIBUTIONS = ("balanced", "random")
-DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
-DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
 RANDOM_DRAWS = 16
 
 

@@ -14,7 +14,8 @@ from typing import Literal
 
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
-from moetune.spec.regime import Dispatch, Regime, Shard
+from moetune.spec.regime import Regime, Shard
+from moetune.spec.words import Dispatch
 from moetune.workload.router import LocalSlotLaw, local_slot_law, representative_shard
 from moetune.workload.routing import Routing, padded, realize
 

@@ -13,9 +13,10 @@ from moetune.backends import torch_algorithms, torch_ops
 from moetune.backends.base import Backend, Problem
 from moetune.backends.torch_ops import SCRATCH_BYTES, Sizes, TorchBackend
 from moetune.errors import UnsupportedError
-from moetune.spec.layer import Activation, MoELayer, Precision
+from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.words import Precision
 
 ALGORITHMS = tuple(torch_algorithms.ALGORITHMS)
 PURE_EP = Regime(ep_size=4, draws=2)

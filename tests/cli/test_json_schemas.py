@@ -5,8 +5,9 @@ import pytest
 from moetune.backends.registry import Diagnosis
 from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.plan import BucketPlan, Payload, Plan
-from moetune.spec.layer import MoELayer, Precision, RoutingMethod
-from moetune.spec.regime import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Regime
+from moetune.spec.layer import MoELayer, RoutingMethod
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.store.profile import Choice, Profile
 
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(encoding="utf-8")

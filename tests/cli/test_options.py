@@ -1,11 +1,15 @@
 import json
+from typing import get_args
 
 import pytest
 
 from moetune.backends import registry
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import KERNELS, REMOTES, ask
-from moetune.spec.regime import DISTRIBUTION_VARIABLE, Regime
+from moetune.cli.plan import plan
+from moetune.spec import words
+from moetune.spec.regime import Regime
+from moetune.spec.words import DISTRIBUTION_VARIABLE
 
 QWEN = ("--model", "qwen3-30b-a3b")
 
@@ -22,8 +26,8 @@ def _refused(result, *said, code=2):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.stderr
-    for words in said:
-        assert words in result.stderr
+    for part in said:
+        assert part in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -234,3 +238,25 @@ def test_an_engines_launch_line_stands_for_the_options(moetune):
 def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
     _refused(moetune("plan", "--launch", "make coffee"), "does not know this command: 'make coffee'", "vllm serve")
     _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Give --model")
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        ("ep", "ep_size"),
+        ("tp", "tp_size"),
+        ("redundant_experts", "redundant_experts"),
+        ("seed", "seed"),
+        ("tune_max_num_tokens", "tune_max_num_tokens"),
+    ],
+)
+def test_the_help_tells_the_regimes_own_defaults(option, field):
+    """It names them without building a model, which takes longer than the help may."""
+    (described,) = (parameter.help for parameter in plan.params if parameter.name == option)
+    assert f"[default: {Regime.model_fields[field].default}]" in described
+
+
+def test_the_words_are_those_of_their_types():
+    assert get_args(words.Dispatch) == words.DISPATCHES
+    assert get_args(words.Layout) == words.LAYOUTS
+    assert get_args(words.Strategy) == words.STRATEGIES

@@ -16,7 +16,7 @@ from wheels import engine_sources
 
 import moetune
 from moetune.engine import flashinfer_hook, plugins, session
-from moetune.spec.regime import DISTRIBUTION_VARIABLE
+from moetune.spec.words import DISTRIBUTION_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")

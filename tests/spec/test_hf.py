@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.spec.hf import FAMILIES, layer_from_config
-from moetune.spec.layer import Activation, Precision
+from moetune.spec.layer import Activation
+from moetune.spec.words import Precision
 
 CONFIGS = Path(__file__).parent.parent / "data" / "hf"
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -9,7 +9,8 @@ import pytest
 from moetune.errors import UsageError
 from moetune.spec import presets
 from moetune.spec.hf import layer_from_config
-from moetune.spec.layer import Activation, MoELayer, Precision, RoutingMethod
+from moetune.spec.layer import Activation, MoELayer, RoutingMethod
+from moetune.spec.words import Precision
 
 CONFIGS = Path(__file__).parent.parent / "data" / "hf"
 # (experts, top-k, hidden, intermediate, precision, shared experts)
