@@ -127,18 +127,30 @@ def _backend() -> FlashInferCutlassBackend:
     return FlashInferCutlassBackend()
 
 
-def summary(buckets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Speedup of moetune's choice over FlashInfer's: the worst and the best bucket, geomeans, and the largest noise."""
-    gains = {(line["rows"], line["at"]): line["own_us"] / line["moetune_us"] for line in buckets}
-    middle = [gain for (rows, _), gain in gains.items() if MIDDLE[0] <= rows <= MIDDLE[1]]
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Speedup of moetune's choices over FlashInfer's by bucket: the worst, the best, geomeans, and the largest noise.
+
+    A bucket that was timed on two row counts counts by both together; `worst_at` is the worst of either alone.
+    """
+    both: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        both.setdefault(line["rows"], []).append(line)
+    gains = {
+        rows: sum(line["own_us"] for line in of_bucket) / sum(line["moetune_us"] for line in of_bucket)
+        for rows, of_bucket in both.items()
+    }
+    middle = [gain for rows, gain in gains.items() if MIDDLE[0] <= rows <= MIDDLE[1]]
+    alone = {line["at"]: line["own_us"] / line["moetune_us"] for line in lines}
+    worst = min(alone, key=lambda rows: alone[rows])
     return {
-        "buckets": len({rows for rows, _ in gains}),
+        "buckets": len(gains),
         "worst": min(gains.values()),
         "best": max(gains.values()),
         "geomean": geomean(list(gains.values())),
         "geomean_128_1024": geomean(middle) if middle else None,
-        "noise": max(line["noise"] for line in buckets),
+        "noise": max(line["noise"] for line in lines),
         "slower": sorted(rows for rows, gain in gains.items() if gain < 1 / (1 + WITHIN)),
+        "worst_at": [worst, alone[worst]],
     }
 
 
