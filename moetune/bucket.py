@@ -31,6 +31,11 @@ STARTS = 4
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
+OWN_ROWS_WEIGHT = 0.5
+"""How much it counts in a final to be behind on a bucket's own rows, where others are met in it.
+
+Tactics that are best for the one can be far behind for the other, and none be good for both.
+"""
 FINAL_ROWS, FINAL_EXPERTS = (4096, 65536), 512
 """A final's unseen draws have at least so many rows and so many local experts in all: the fewer there are in one draw,
 the more it differs from the next. But they have no more rows than the second, which take long to draw …"""
@@ -117,6 +122,11 @@ class Bucket:
         return exhaustive(self.candidates.tactics)
 
 
+def weights_of_rows(rows: int, met_rows: int) -> dict[int, float]:
+    """How much it counts in a final of a bucket of `rows` to be behind on these, and on those that are met."""
+    return {rows: OWN_ROWS_WEIGHT, met_rows: 1.0}
+
+
 def num_unseen(draws: int, rows: int, num_local: int) -> int:
     """How many draws the final of a bucket has, where its search has `draws`."""
     least, most = (limit // rows for limit in FINAL_ROWS)
@@ -190,7 +200,8 @@ class BucketTuner:
         if self._share_s is not None:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
-        verdict = final.decide(played, bench, bucket.stress_draws, bucket.rows_of)
+        weights = weights_of_rows(bucket.rows, bucket.met_rows)
+        verdict = final.decide(played, bench, bucket.stress_draws, bucket.rows_of, weights)
         return final.choice(
             played,
             verdict,

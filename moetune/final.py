@@ -183,21 +183,23 @@ def decide(
     bench: BenchLike,
     stress_draws: Mapping[str, int],
     rows_of: Callable[[int], int] = lambda draw: 0,
+    weights: Mapping[int, float] | None = None,
 ) -> Verdict:
     """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
 
     Where there is none it is the default. Where draws differ in rows, the fastest is who is the least behind the best
-    at that row count at which it is furthest behind.
+    at that row count at which it is furthest behind, by the weights of both.
 
     Args:
         final: who played.
         bench: where finalists are timed under stress.
         stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
         rows_of: the rows of a draw.
+        weights: how much it counts to be behind at a row count; 1 by default.
     """
     better = [
         tactic
-        for tactic, series in _ranked(final, rows_of)
+        for tactic, series in _ranked(final, rows_of, weights or {})
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
@@ -275,12 +277,15 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
-def _ranked(final: Final, rows_of: Callable[[int], int]) -> list[tuple[Tactic, tuple[float, ...]]]:
+def _ranked(
+    final: Final, rows_of: Callable[[int], int], weights: Mapping[int, float]
+) -> list[tuple[Tactic, tuple[float, ...]]]:
     """The finalists and their samples, those that stayed to the end first, then by how far behind they are at worst."""
     rows = [rows_of(draw) for draw in final.draws]
+    kinds = sorted(set(rows))
 
     def means_us(series: Sequence[float]) -> list[float]:
-        by_kind = ([time for time, of in zip(series, rows, strict=False) if of == kind] for kind in sorted(set(rows)))
+        by_kind = ([time for time, of in zip(series, rows, strict=False) if of == kind] for kind in kinds)
         return [mean(of_kind or series) for of_kind in by_kind]
 
     stayed = max(map(len, final.finalists.values()), default=0)
@@ -289,7 +294,8 @@ def _ranked(final: Final, rows_of: Callable[[int], int]) -> list[tuple[Tactic, t
     ]
 
     def behind(series: Sequence[float]) -> float:
-        return max((time / least for time, least in zip(means_us(series), best, strict=True)), default=1.0)
+        columns = zip(means_us(series), best, kinds, strict=True)
+        return max((weights.get(kind, 1.0) * (time / least - 1) for time, least, kind in columns), default=0.0)
 
     return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), behind(item[1])))
 

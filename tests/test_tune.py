@@ -16,7 +16,7 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import Bucket, num_unseen
+from moetune.bucket import num_unseen, weights_of_rows
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
@@ -484,7 +484,14 @@ def test_the_winner_is_the_least_behind_at_the_row_count_where_it_is_furthest_be
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
     assert decide(final, bench, {"2": 1}).tactic in (one, other)  # by the mean of all rounds
-    assert decide(final, bench, {"2": 1}, rows_of=lambda draw: 471 if draw % 2 else 512).tactic == both
+    assert decide(final, bench, {"2": 1}, lambda draw: 471 if draw % 2 else 512).tactic == both
+    weights = {512: 0.1, 471: 1.0}
+    assert decide(final, bench, {"2": 1}, lambda draw: 471 if draw % 2 else 512, weights).tactic == other
+
+
+def test_a_buckets_own_rows_count_half_where_others_are_met():
+    assert weights_of_rows(512, 471) == {512: 0.5, 471: 1.0}
+    assert weights_of_rows(512, 512) == {512: 1.0}
 
 
 def test_who_left_after_the_opening_never_wins_over_one_that_stayed():

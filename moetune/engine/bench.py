@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from moetune.bucket import weights_of_rows
 from moetune.engine.agree import gather
 from moetune.final import choice, decide, play
 from moetune.measure.reasons import reason_of
@@ -189,6 +190,6 @@ def choose(
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
     final = play(bench, default, finalists, range(len(routings)), SECONDS)
     within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
-    verdict = decide(within, bench, stress_draws, lambda draw: entering[draw])
     met = min(entering)
+    verdict = decide(within, bench, stress_draws, lambda draw: entering[draw], weights_of_rows(rows, met))
     return choice(final, verdict, bench, routings, rows=rows, met_rows=met, tried=tried, candidates=tried)
