@@ -16,7 +16,7 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import num_unseen, weights_of_rows
+from moetune.bucket import Bucket, num_unseen, weights_of_rows
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
