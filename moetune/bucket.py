@@ -31,11 +31,6 @@ STARTS = 4
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
-OWN_ROWS_WEIGHT = 0.5
-"""How much it counts in a final to be behind on a bucket's own rows, where others are met in it.
-
-Tactics that are best for the one can be far behind for the other, and none be good for both.
-"""
 FINAL_ROWS, FINAL_EXPERTS = (4096, 65536), 512
 """A final's unseen draws have at least so many rows and so many local experts in all: the fewer there are in one draw,
 the more it differs from the next. But they have no more rows than the second, which take long to draw …"""
@@ -66,13 +61,14 @@ class Bucket:
         from moetune.workload.dispatch import dummies, met_rows
         from moetune.workload.routing import stress
 
-        shard = regime.shard(layer)
-        draws = dummies(layer, regime, rows, range(regime.draws + num_unseen(regime.draws, rows, shard.num_local)))
+        shard, met = regime.shard(layer), met_rows(layer, regime, rows)
+        count = regime.draws + num_unseen(regime.draws, rows, shard.num_local)
+        draws = dummies(layer, regime, rows, met, range(count))
         stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
         entering = len(draws[0].topk_ids)
         return cls(
             rows,
-            met_rows(layer, regime, rows),
+            met,
             backend.candidates(layer, regime, entering, device),
             backend.default(layer, regime, rows),
             Problem(layer, regime, entering, shard, (*draws, *stressed), device),
@@ -99,10 +95,6 @@ class Bucket:
         """The numbers of the draws of the final."""
         return range(self.problem.regime.draws, len(self.problem.routings) - len(final.STRESS_FACTORS))
 
-    def rows_of(self, draw: int) -> int:
-        """The rows of a draw without those of nothing."""
-        return self.met_rows if draw % 2 else self.rows
-
     @property
     def stress_draws(self) -> dict[str, int]:
         """The number of each stressed draw, by its factor."""
@@ -120,11 +112,6 @@ class Bucket:
             starts = tuple(dict.fromkeys((*self.hints, *starts))) if starts else ()
             return backend.search(self.problem, self.candidates, starts)
         return exhaustive(self.candidates.tactics)
-
-
-def weights_of_rows(rows: int, met_rows: int) -> dict[int, float]:
-    """How much it counts in a final of a bucket of `rows` to be behind on these, and on those that are met."""
-    return {rows: OWN_ROWS_WEIGHT, met_rows: 1.0}
 
 
 def num_unseen(draws: int, rows: int, num_local: int) -> int:
@@ -200,8 +187,7 @@ class BucketTuner:
         if self._share_s is not None:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
         played = final.play(bench, default, right, bucket.unseen_draws, seconds)
-        weights = weights_of_rows(bucket.rows, bucket.met_rows)
-        verdict = final.decide(played, bench, bucket.stress_draws, bucket.rows_of, weights)
+        verdict = final.decide(played, bench, bucket.stress_draws, alternate=bucket.met_rows != bucket.rows)
         return final.choice(
             played,
             verdict,

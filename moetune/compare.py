@@ -232,10 +232,10 @@ def _side_by_side(
 def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
     """A bucket on draws after those of the searches and the finals."""
     from moetune.backends.base import Problem
-    from moetune.workload.dispatch import dummies
+    from moetune.workload.dispatch import dummies, met_rows
 
     first = (1 + FINAL_DRAWS) * regime.draws
-    routings = dummies(layer, regime, rows, range(first, first + regime.draws))
+    routings = dummies(layer, regime, rows, met_rows(layer, regime, rows), range(first, first + regime.draws))
     return Problem(layer, regime, len(routings[0].topk_ids), regime.shard(layer), routings, device)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
-from statistics import mean
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from moetune.errors import NoResultError
@@ -38,6 +38,11 @@ OPENING = 6
 """… but in this many rounds."""
 BEHIND = 1.1
 """A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
+OWN_ROWS_WEIGHT = 0.5
+"""How much it counts to be behind on a bucket's own rows, where others are met in it.
+
+Tactics that are best for the one can be far behind for the other, and none be good for both.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +187,23 @@ def decide(
     final: Final,
     bench: BenchLike,
     stress_draws: Mapping[str, int],
-    rows_of: Callable[[int], int] = lambda draw: 0,
-    weights: Mapping[int, float] | None = None,
+    *,
+    alternate: bool = False,
 ) -> Verdict:
     """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
 
-    Where there is none it is the default. Where draws differ in rows, the fastest is who is the least behind the best
-    at that row count at which it is furthest behind, by the weights of both.
+    Where there is none it is the default. Where draws alternate between two row counts, the fastest is who is the least
+    behind the best at that one at which it is further behind, the bucket's own counting `OWN_ROWS_WEIGHT`.
 
     Args:
         final: who played.
         bench: where finalists are timed under stress.
         stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
-        rows_of: the rows of a draw.
-        weights: how much it counts to be behind at a row count; 1 by default.
+        alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
     """
     better = [
         tactic
-        for tactic, series in _ranked(final, rows_of, weights or {})
+        for tactic, series in _ranked(final, alternate)
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
@@ -277,25 +281,22 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
-def _ranked(
-    final: Final, rows_of: Callable[[int], int], weights: Mapping[int, float]
-) -> list[tuple[Tactic, tuple[float, ...]]]:
+def _ranked(final: Final, alternate: bool) -> list[tuple[Tactic, tuple[float, ...]]]:
     """The finalists and their samples, those that stayed to the end first, then by how far behind they are at worst."""
-    rows = [rows_of(draw) for draw in final.draws]
-    kinds = sorted(set(rows))
+    kinds = [draw % 2 if alternate else 0 for draw in final.draws]
 
     def means_us(series: Sequence[float]) -> list[float]:
-        by_kind = ([time for time, of in zip(series, rows, strict=False) if of == kind] for kind in kinds)
-        return [mean(of_kind or series) for of_kind in by_kind]
+        by_kind = ([time for time, of in zip(series, kinds, strict=False) if of == kind] for kind in sorted(set(kinds)))
+        return [fmean(of_kind or series) for of_kind in by_kind]
 
     stayed = max(map(len, final.finalists.values()), default=0)
-    best = [
+    best: list[float] = [
         min(column) for column in zip(*(means_us(s) for s in final.finalists.values() if len(s) == stayed), strict=True)
     ]
 
     def behind(series: Sequence[float]) -> float:
-        columns = zip(means_us(series), best, kinds, strict=True)
-        return max((weights.get(kind, 1.0) * (time / least - 1) for time, least, kind in columns), default=0.0)
+        columns = zip(means_us(series), best, (OWN_ROWS_WEIGHT, 1.0), strict=False)
+        return max(weight * (time / least - 1) for time, least, weight in columns)
 
     return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), behind(item[1])))
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import Bucket, num_unseen, weights_of_rows
+from moetune.bucket import Bucket, num_unseen
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
@@ -484,14 +485,21 @@ def test_the_winner_is_the_least_behind_at_the_row_count_where_it_is_furthest_be
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
     assert decide(final, bench, {"2": 1}).tactic in (one, other)  # by the mean of all rounds
-    assert decide(final, bench, {"2": 1}, lambda draw: 471 if draw % 2 else 512).tactic == both
-    weights = {512: 0.1, 471: 1.0}
-    assert decide(final, bench, {"2": 1}, lambda draw: 471 if draw % 2 else 512, weights).tactic == other
+    assert decide(final, bench, {"2": 1}, alternate=True).tactic == both
 
 
 def test_a_buckets_own_rows_count_half_where_others_are_met():
-    assert weights_of_rows(512, 471) == {512: 0.5, 471: 1.0}
-    assert weights_of_rows(512, 512) == {512: 1.0}
+    """Even draws have the bucket's own rows; `own` is 30 % behind on the others, `met` 40 % on these."""
+    draws = tuple(range(20))
+    own, met = tactic("own"), tactic("met")
+    finalists = {own: (5.0, 6.5) * 10, met: (7.0, 5.0) * 10}
+    final = Final(tactic("default"), (10.0,) * 20, 0.0, finalists, draws)
+    bench = _Scripted(lambda number: 1.0)
+    bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
+    assert decide(final, bench, {"2": 1}).tactic == own
+    assert decide(final, bench, {"2": 1}, alternate=True).tactic == met
+    swapped = replace(final, draws=tuple(draw + 1 for draw in draws))
+    assert decide(swapped, bench, {"2": 1}, alternate=True).tactic == own
 
 
 def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
@@ -500,7 +508,7 @@ def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
     final = Final(tactic("default"), (10.0,) * 20, 0.0, finalists, draws)
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
-    assert decide(final, bench, {"2": 1}, rows_of=lambda draw: draw % 2).tactic == tactic("stayed")
+    assert decide(final, bench, {"2": 1}, alternate=True).tactic == tactic("stayed")
 
 
 def test_a_few_disturbed_rounds_do_not_prolong_a_final_of_many_draws():

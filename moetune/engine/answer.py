@@ -205,17 +205,17 @@ class Dummies:
         return self.placed(tensors, self.routing(rows, 0)) if rows in self.regime.buckets else tensors
 
     def routing(self, rows: int, draw: int) -> Routing:
-        """A draw of a bucket's dummies: all have its rows, odd ones some of nothing."""
-        from moetune.workload.routing import padded, realize
+        """A draw of a bucket's dummies, of as many rows as the op's tensors have."""
+        from moetune.workload.dispatch import dummies
 
-        entering = self.entering(rows, draw)
-        return padded(realize(self.session.layer, self.regime, entering, self.op.rank, draw), rows)
+        (routing,) = dummies(self.session.layer, self.regime, rows, self.met_rows(rows), [draw], self.op.rank)
+        return routing
 
-    def entering(self, rows: int, draw: int) -> int:
-        """The rows of a draw without those of nothing: by turns the bucket's own and those met in it, if not more."""
+    def met_rows(self, rows: int) -> int:
+        """The rows that are met in a bucket, no more than it has."""
         from moetune.workload.dispatch import met_rows
 
-        return min(rows, met_rows(self.session.layer, self.regime, rows, self.op.rank)) if draw % 2 else rows
+        return min(rows, met_rows(self.session.layer, self.regime, rows, self.op.rank))
 
     def stressed(self, routing: Routing, factor: int) -> Routing:
         """The busiest expert at `factor` times its load."""
@@ -238,8 +238,7 @@ def _final(
     tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
     if call.config.inputs_pre_hook is not None:
         tensors = list(call.config.inputs_pre_hook(tensors))
-    numbers = range(2, 2 + min(session.regime.draws, DRAWS))  # the sweep has seen draw 0
-    unseen = [dummies.routing(rows, draw) for draw in numbers]
+    unseen = [dummies.routing(rows, 2 + draw) for draw in range(min(session.regime.draws, DRAWS))]  # 0: the sweep's
     stressed = [_stressed_or_same(dummies, unseen[0], factor, tensors) for factor in STRESS_FACTORS]
     draws = [*(dummies.placed(tensors, routing) for routing in unseen), *stressed]
     order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)
@@ -248,8 +247,7 @@ def _final(
     default = tactic_of(DEFAULT_CONFIG)
     bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
     stress_draws = {str(factor): len(unseen) + at for at, factor in enumerate(STRESS_FACTORS)}
-    entering = [dummies.entering(rows, draw) for draw in numbers]
-    return choose(bench, tuple(calls), stress_draws, unseen, rows, len(swept), entering)
+    return choose(bench, tuple(calls), stress_draws, unseen, rows, dummies.met_rows(rows), len(swept))
 
 
 def _stressed_or_same(dummies: Dummies, routing: Routing, factor: int, tensors: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from moetune.bucket import weights_of_rows
 from moetune.engine.agree import gather
 from moetune.final import choice, decide, play
 from moetune.measure.reasons import reason_of
@@ -166,30 +165,28 @@ def choose(
     stress_draws: Mapping[str, int],
     routings: Sequence[Routing],
     rows: int,
+    met_rows: int,
     tried: int,
-    entering: Sequence[int] = (),
 ) -> Choice:
     """The final of one bucket: the first of `tactics`, the default, stays unless another beats it beyond the margin.
 
     The first `FINALISTS` that agree with the default play.
 
     Args:
-        bench: its draws 0 … `len(routings)` − 1 are the regime's.
+        bench: its draws 0 … `len(routings)` − 1 are the regime's; odd ones of the rows that are met in the bucket.
         tactics: the default, then the others from the fastest on; the same on every rank.
         stress_draws: further draws of the bench, by the factor on the busiest expert's load.
         routings: what the draws are.
         rows: of the bucket.
+        met_rows: that are met in it.
         tried: how many tactics the search timed.
-        entering: the rows of each draw without those of nothing; `rows` by default.
 
     Raises:
         NoResultError: the default did not run.
     """
-    entering = entering or [rows] * len(routings)
     default, *others = tactics
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
     final = play(bench, default, finalists, range(len(routings)), SECONDS)
     within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
-    met = min(entering)
-    verdict = decide(within, bench, stress_draws, lambda draw: entering[draw], weights_of_rows(rows, met))
-    return choice(final, verdict, bench, routings, rows=rows, met_rows=met, tried=tried, candidates=tried)
+    verdict = decide(within, bench, stress_draws, alternate=met_rows != rows)
+    return choice(final, verdict, bench, routings, rows=rows, met_rows=met_rows, tried=tried, candidates=tried)

@@ -75,8 +75,10 @@ def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> int
     return round(tokens * per_token) if tokens else bucket
 
 
-def dummies(layer: MoELayer, regime: Regime, bucket: int, draws: Iterable[int], rank: int = 0) -> tuple[Routing, ...]:
-    """A bucket's draws: even ones of as many rows as the bucket has, odd ones of those that are met in it.
+def dummies(
+    layer: MoELayer, regime: Regime, bucket: int, met: int, draws: Iterable[int], rank: int = 0
+) -> tuple[Routing, ...]:
+    """A bucket's draws: even ones of as many rows as the bucket has, odd ones of the `met` rows (see `met_rows`).
 
     A kernel's time jumps where an expert's rows begin another tile, so a tactic that is best for the one can be far
     behind for the other: with 512 and 471 rows, as above, by 4 % (H200, FlashInfer's CUTLASS kernels), and by 9 % with
@@ -85,10 +87,8 @@ def dummies(layer: MoELayer, regime: Regime, bucket: int, draws: Iterable[int], 
     Raises:
         UsageError: as `routing.realize`.
     """
-    met = met_rows(layer, regime, bucket, rank)
-    return tuple(
-        padded(realize(layer, regime, met if draw % 2 else bucket, rank, draw), max(bucket, met)) for draw in draws
-    )
+    most = max(bucket, met)
+    return tuple(padded(realize(layer, regime, met if draw % 2 else bucket, rank, draw), most) for draw in draws)
 
 
 def _roundest(first: int, last: int) -> int:

@@ -148,7 +148,7 @@ def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
 
     routings = [moetune.realize(layer, Regime(ep_size=8), 64)]
     bench = EngineBench(calls, Planted(), DEFAULT, 2e-2)
-    choice = choose(bench, (DEFAULT, *ranked), {"2": 1}, routings, 64, 6)
+    choice = choose(bench, (DEFAULT, *ranked), {"2": 1}, routings, 64, 64, 6)
     assert choice.tactic == ranked[1]
     assert set(timed) == {DEFAULT, *ranked[1:4]}
     (rejection,) = choice.rejected

@@ -171,7 +171,7 @@ def test_met_rows_look_their_bucket_up(view: str, ep_size: int, ladder: str, max
 
 def test_dummies_have_by_turns_the_buckets_rows_and_those_that_are_met():
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid")
-    drawn = dummies(layer, regime, 512, range(4))
+    drawn = dummies(layer, regime, 512, met_rows(layer, regime, 512), range(4))
     assert [int((draw.topk_ids >= 0).any(1).sum()) for draw in drawn] == [512, 471, 512, 471]
     for number, draw in enumerate(drawn):
         rows = 471 if number % 2 else 512
@@ -187,7 +187,7 @@ def test_dummies_have_by_turns_the_buckets_rows_and_those_that_are_met():
 def test_where_more_rows_are_met_than_the_bucket_has_its_own_are_padded():
     """TensorRT-LLM rounds down: 64 tokens bring 471 rows, which look 256 up."""
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="pow2")
-    own, met = dummies(layer, regime, 256, range(2))
+    own, met = dummies(layer, regime, 256, met_rows(layer, regime, 256), range(2))
     assert own.topk_ids.shape == met.topk_ids.shape == (471, 8)
     assert int((own.topk_ids >= 0).any(1).sum()) == 256
 
