@@ -8,7 +8,8 @@ are timed interleaved on 32 draws that neither has seen (a tactic's lead differs
 on as many rows as the bucket has, as FlashInfer's dummies, and on those that are met in it, as moetune's, where these
 are others. The untuned tactic is timed apart: it is so slow that the GPU cools down. OUT is a journal: the same command
 goes on where it stopped. `--record` also sweeps all tactics of each GEMM beside moetune's other one: a table for
-`coordinate`. Exits 1 where moetune's choice is more than 1 % slower than FlashInfer's.
+`coordinate`. Exits 1 where moetune's choice is more than 1 % slower than FlashInfer's on
+either row count.
 """
 
 from __future__ import annotations
@@ -128,9 +129,10 @@ def _backend() -> FlashInferCutlassBackend:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Speedup of moetune's choices over FlashInfer's by bucket: the worst, the best, geomeans, and the largest noise.
+    """Speedup of moetune's choices over FlashInfer's: the worst and the best bucket, geomeans, and the largest noise.
 
-    A bucket that was timed on two row counts counts by both together; `worst_at` is the worst of either alone.
+    A bucket that was timed on two row counts counts by both together; `slower` and `worst_at` tell each alone, as the
+    bucket and the rows.
     """
     both: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
@@ -140,8 +142,8 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for rows, of_bucket in both.items()
     }
     middle = [gain for rows, gain in gains.items() if MIDDLE[0] <= rows <= MIDDLE[1]]
-    alone = {line["at"]: line["own_us"] / line["moetune_us"] for line in lines}
-    worst = min(alone, key=lambda rows: alone[rows])
+    alone = {(line["rows"], line["at"]): line["own_us"] / line["moetune_us"] for line in lines}
+    worst = min(alone, key=lambda rows_at: alone[rows_at])
     return {
         "buckets": len(gains),
         "worst": min(gains.values()),
@@ -149,8 +151,8 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "geomean": geomean(list(gains.values())),
         "geomean_128_1024": geomean(middle) if middle else None,
         "noise": max(line["noise"] for line in lines),
-        "slower": sorted(rows for rows, gain in gains.items() if gain < 1 / (1 + WITHIN)),
-        "worst_at": [worst, alone[worst]],
+        "slower": sorted(rows_at for rows_at, gain in alone.items() if gain < 1 / (1 + WITHIN)),
+        "worst_at": (*worst, alone[worst]),
     }
 
 
@@ -170,11 +172,12 @@ def main() -> int:
     tuned = journal.find(**key, kind="tuned") or tune_both(journal, key, layer, regime)
     print(f"FlashInfer {tuned['own_s']:.1f} s, moetune {tuned['moetune_s']:.1f} s for {len(regime.buckets)} buckets")
     for rows in regime.buckets:
-        if options.record and not journal.find(**key, kind="table", rows=rows):
+        late = time.perf_counter() - begin > options.seconds
+        if options.record and not late and not journal.find(**key, kind="table", rows=rows):
             journal.add(**key, kind="table", rows=rows, **record(layer, regime, rows, tuned))
         for at in sorted({rows, met_rows(layer, regime, rows)}, reverse=True):
             line = journal.find(**key, kind="bucket", rows=rows, at=at)
-            if line is None and time.perf_counter() - begin > options.seconds:
+            if line is None and late:
                 continue
             if line is None:
                 line = journal.add(**key, kind="bucket", rows=rows, at=at, **compare(layer, regime, rows, tuned, at))

@@ -90,6 +90,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     """Each choice that the table can judge, interleaved with the exhaustive winners on draws that nobody has seen."""
     from moetune.backends.base import Problem
     from moetune.backends.registry import backend as backend_of
+    from moetune.bucket import untouched_draws
     from moetune.measure.clock import CudaClock
     from moetune.workload.routing import realize
 
@@ -105,7 +106,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
         rows = cell["rows"]
         ranked = sorted(cell["finalists"], key=lambda number: stats.median(cell["finalists"][number]))
         rivals = [tactics[int(number)] for number in ranked[:RIVALS]]
-        draws = range(6 * regime.draws, 7 * regime.draws)  # those that no tune has seen
+        draws = untouched_draws(regime.draws)
         routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
         runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), routings, "cuda"))
         players = list(dict.fromkeys((chosen[rows], *rivals)))

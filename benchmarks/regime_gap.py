@@ -34,6 +34,7 @@ import moetune
 from moetune import stats
 from moetune.backends.base import Backend, Problem
 from moetune.backends.registry import backend as backend_of
+from moetune.bucket import untouched_draws
 from moetune.errors import UsageError
 from moetune.events import BucketStarted, Event
 from moetune.measure.bench import Bench
@@ -322,7 +323,7 @@ def compare(
         `entries`: a distinct tactic each, with its `us`, and the `ratio` to the own tactic with its 95 % bounds, or
         the reason why it `failed`; `ratio` is None where the own tactic failed.
     """
-    draws = range(6 * regime.draws, 7 * regime.draws)  # those that no tune has seen
+    draws = untouched_draws(regime.draws)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
         routings = tuple(threads.map(lambda draw: realize(layer, regime, rows, draw=draw), draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), routings, device)

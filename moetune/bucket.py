@@ -120,6 +120,12 @@ def num_unseen(draws: int, rows: int, num_local: int) -> int:
     return max(draws, min(max(least, FINAL_EXPERTS // num_local), most, FINAL_DRAWS * draws))
 
 
+def untouched_draws(draws: int) -> range:
+    """As many more draws as a search has, which neither a search nor a final has seen."""
+    first = (1 + FINAL_DRAWS) * draws
+    return range(first, first + draws)
+
+
 class BucketTuner:
     """Searches one bucket, plays the final on draws that the search has not seen, and decides.
 

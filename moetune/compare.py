@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune import final
-from moetune.bucket import FINAL_DRAWS
+from moetune.bucket import untouched_draws
 from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
 from moetune.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
@@ -234,8 +234,7 @@ def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
     from moetune.backends.base import Problem
     from moetune.workload.dispatch import dummies, met_rows
 
-    first = (1 + FINAL_DRAWS) * regime.draws
-    routings = dummies(layer, regime, rows, met_rows(layer, regime, rows), range(first, first + regime.draws))
+    routings = dummies(layer, regime, rows, met_rows(layer, regime, rows), untouched_draws(regime.draws))
     return Problem(layer, regime, len(routings[0].topk_ids), regime.shard(layer), routings, device)
 
 

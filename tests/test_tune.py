@@ -17,7 +17,7 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import Bucket, num_unseen
+from moetune.bucket import Bucket, num_unseen, untouched_draws
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
 from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
@@ -550,6 +550,8 @@ def test_a_final_has_a_round_for_each_draw_unless_that_takes_a_second(round_us, 
 def test_the_fewer_rows_or_experts_the_more_draws_has_a_final(rows, num_local, draws):
     assert num_unseen(16, rows, num_local) == draws
     assert num_unseen(1, rows, num_local) in (1, 2, 4)
+    assert untouched_draws(16).start >= 16 + num_unseen(16, rows, num_local)
+    assert len(untouched_draws(16)) == 16
 
 
 def test_a_finalist_that_fails_under_stress_cannot_win_and_keeps_its_own_reason():

@@ -238,7 +238,8 @@ def _final(
     tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
     if call.config.inputs_pre_hook is not None:
         tensors = list(call.config.inputs_pre_hook(tensors))
-    unseen = [dummies.routing(rows, 2 + draw) for draw in range(min(session.regime.draws, DRAWS))]  # 0: the sweep's
+    # the sweep has seen draw 0; an even draw comes first, as in the bench
+    unseen = [dummies.routing(rows, 2 + draw) for draw in range(min(session.regime.draws, DRAWS))]
     stressed = [_stressed_or_same(dummies, unseen[0], factor, tensors) for factor in STRESS_FACTORS]
     draws = [*(dummies.placed(tensors, routing) for routing in unseen), *stressed]
     order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)

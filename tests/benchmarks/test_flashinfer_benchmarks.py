@@ -112,20 +112,20 @@ def test_the_summary_names_the_buckets_where_moetune_is_slower():
         for rows, own in ((64, 98.0), (128, 121.0), (1024, 100.0), (4096, 99.5))
     ]
     found = autotune.summary(buckets)
-    assert found["slower"] == [64]
-    assert found["worst_at"] == [64, 0.98]
+    assert found["slower"] == [(64, 64)]
+    assert found["worst_at"] == (64, 64, 0.98)
     assert (found["worst"], found["best"]) == (0.98, 1.21)
     assert found["geomean_128_1024"] == pytest.approx(1.1)
 
 
-def test_a_bucket_on_two_row_counts_counts_by_both_together():
+def test_a_bucket_on_two_row_counts_counts_by_both_together_and_must_not_be_slower_on_either():
     own, ours = {"own_us": 100.0, "moetune_us": 90.0}, {"own_us": 80.0, "moetune_us": 82.0}
     found = autotune.summary(
         [{"rows": 512, "at": 512, "noise": 0.0, **own}, {"rows": 512, "at": 471, "noise": 0.0, **ours}]
     )
     assert found["worst"] == found["best"] == pytest.approx(180 / 172)
-    assert found["slower"] == []
-    assert found["worst_at"] == [471, pytest.approx(80 / 82)]
+    assert found["slower"] == [(512, 471)]
+    assert found["worst_at"] == (512, 471, pytest.approx(80 / 82))
 
 
 def test_every_kind_and_share_has_its_cells_and_pools_are_whole_blocks():
