@@ -208,6 +208,12 @@ def test_a_cliff_is_what_is_at_one_load_twice_as_far_behind_as_at_another():
     assert cliffs.cliffs([growing], "gemm1") == {}
 
 
+def test_a_cliff_as_seen_on_an_h200_is_found_though_all_slow_down():
+    us = {"0": [100, 110, 120, 140, 160], "44": [70, 400, 870, 1500, 1710], "3": [90, 100, 110, 130, 150],
+          "9": [300, 330, 400, 500, 600]}  # fmt: skip
+    assert cliffs.cliffs([{"us": {"gemm1": us}}], "gemm1") == {"44": pytest.approx(1500 / 130, abs=0.01)}
+
+
 def test_a_cliff_that_lies_before_the_first_load_is_known_from_other_rows():
     fewer = {"us": {"gemm1": {"0": FLAT, "44": STEEP}}}
     more = {"us": {"gemm1": {"0": FLAT, "44": [1000.0] * 5}}}

@@ -259,6 +259,7 @@ def test_cuda_clock_times_work_and_pairs_by_draw() -> None:
         clock.warm_up(call, 1)
     calls, draws = [double, double_and_wait, lambda draw: None], [0, 1, 1, 0] * 5
     captured, uncaptured, nothing = clock.paired_samples(calls, draws)
+    assert [len(times) for times in (captured, uncaptured, nothing)] == [len(draws)] * 3
     small, large = (
         [
             median([time for time, drawn in zip(times, draws, strict=True) if drawn == draw])

@@ -69,7 +69,9 @@ def test_noise_of_a_few_percent_costs_little_regret():
     for seed in range(20):
         times = planted(seed)
         _, finalists = finish(coordinate(PAIRS, seed=seed), times, noise=0.04, seed=seed)
-        regrets.append(min(map(times.get, finalists)) / min(times.values()) - 1)
+        chance = random.Random(seed)
+        winner = min(finalists, key=lambda tactic: times[tactic] * chance.gauss(1, 0.01))  # a final's 16 rounds
+        regrets.append(times[winner] / min(times.values()) - 1)
     assert max(regrets) < 0.03
     assert sum(regrets) / len(regrets) < 0.01
 
