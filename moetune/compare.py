@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from moetune import final
@@ -20,7 +21,6 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.words import Strategy
-from moetune.stats import median
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 from moetune.tune import benches, require_sense
@@ -269,9 +269,10 @@ def _verdict(played: final.Final, bench: BenchLike, rivals: Mapping[Tactic, str]
     series = {played.default: played.default_us, **played.finalists}
     winner, second, *_ = sorted(series, key=lambda tactic: (-len(series[tactic]), sum(series[tactic])))
     ratio = final.common_ratio(series[second], series[winner])
+    common = len(series[second])
     return ComparedBucket(
         rows=rows,
-        times_us={rivals[tactic]: median(times) for tactic, times in series.items()},
+        times_us={rivals[tactic]: fmean(times[:common]) for tactic, times in series.items()},
         winner=rivals[winner],
         runner_up=rivals[second],
         ratio=ratio.value,

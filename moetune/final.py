@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from statistics import fmean
@@ -38,6 +38,9 @@ OPENING = 6
 """… but in this many rounds."""
 BEHIND = 1.1
 """A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
+SETTLED = 0.005
+"""A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged, as
+long as there are draws that it has not played."""
 OWN_ROWS_WEIGHT = 0.5
 """How much it counts to be behind on a bucket's own rows, where others are met in it.
 
@@ -49,8 +52,8 @@ Tactics that are best for the one can be far behind for the other, and none be g
 class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
-    Sample i of each was taken in one round, on `draws[i]`. Who left after the opening rounds has fewer: those of the
-    first rounds. `noise` is that of the default; where that is far behind, of the leading finalist.
+    Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
+    rounds. `noise` is that of the default; where that is far behind, of the leading finalist.
     """
 
     default: Tactic
@@ -83,6 +86,7 @@ def play(
 
     A default that is far behind would take most of the time to say what a few rounds say: it plays the opening rounds
     only, the leading finalist is timed twice in its place, and what the opening shows to be behind leaves as well.
+    As long as it is not settled who is the fastest, those who may be it go on, until each draw was played once.
 
     A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
@@ -105,12 +109,14 @@ def play(
     budget_us = 1e6 * (SECONDS if seconds is None else seconds)
     if first_us[default] > FAR * first_us[leader]:
         return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
-    rounds = _num_rounds(sum(first_us.values()) + first_us[default], budget_us, len(draws))
-    taken, drawn = _rounds(bench, (default, *finalists, default), cycle(draws), rounds, SAMPLES[0])
+    round_us = sum(first_us.values()) + first_us[default]
+    turns = cycle(draws)
+    taken, drawn = _rounds(bench, (default, *finalists, default), turns, _num_rounds(round_us, budget_us), SAMPLES[0])
     first, *others, again = taken
     _require(default, bench)
     kept = {tactic: tuple(times) for tactic, times in zip(finalists, others, strict=True) if times}
-    return Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn))
+    played = Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn))
+    return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
 
 
 def _play_far(
@@ -132,7 +138,7 @@ def _play_far(
 
     round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
     left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()) - round_us)
-    rounds = _num_rounds(round_us, left_us, len(draws)) - OPENING
+    rounds = _num_rounds(round_us, left_us) - OPENING
     (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, SAMPLES[0] - OPENING)
     _require(default, bench)
     if leader in bench.failures:
@@ -143,14 +149,49 @@ def _play_far(
     }
     default_us = series.pop(default)
     noise = noise_floor(series[leader], (*again, *once_more))
-    return Final(default, default_us, noise, series, (*drawn, *drawn_on))
+    played = Final(default, default_us, noise, series, (*drawn, *drawn_on))
+    return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
 
 
-def _num_rounds(round_us: float, budget_us: float, num_draws: int) -> int:
-    """How many rounds a final has: as its budget allows, and on each draw one where that takes `SECONDS` at most."""
-    round_us = max(round_us, 1.0)
-    least = max(SAMPLES[0], min(num_draws, int(1e6 * SECONDS / round_us)))
-    return max(least, min(SAMPLES[1], int(budget_us / round_us)))
+def _num_rounds(round_us: float, budget_us: float) -> int:
+    """How many rounds a final has before it is prolonged."""
+    least, most = SAMPLES
+    return min(most, max(least, int(budget_us / max(round_us, 1.0))))
+
+
+def _most_rounds(round_us: float, num_draws: int) -> int:
+    """How many rounds a final may be prolonged to: one on each draw, as long as that takes `SECONDS` at most."""
+    return min(num_draws, int(1e6 * SECONDS / max(round_us, 1.0)))
+
+
+def _prolonged(final: Final, bench: BenchLike, turns: Iterator[int], most: int) -> Final:
+    """`final`, with as many rounds again until it is settled or has `most`, of those who may be the fastest."""
+    while (rounds := min(len(final.draws), most - len(final.draws))) > 0 and (players := _unsettled(final)):
+        (*taken, _), drawn = _rounds(bench, (*players, players[0]), turns, rounds, 1)
+        _require(final.default, bench)
+        further = {tactic: tuple(times) for tactic, times in zip(players, taken, strict=True)}
+        final = replace(
+            final,
+            default_us=(*final.default_us, *further.get(final.default, ())),
+            finalists={
+                tactic: (*series, *further.get(tactic, ()))
+                for tactic, series in final.finalists.items()
+                if tactic not in bench.failures
+            },
+            draws=(*final.draws, *drawn),
+        )
+    return final
+
+
+def _unsettled(final: Final) -> tuple[Tactic, ...]:
+    """Who may be the fastest, the leader first; nobody where at most `SETTLED` is left to be gained."""
+    everyone = {final.default: final.default_us, **final.finalists}
+    stayed = {tactic: series for tactic, series in everyone.items() if len(series) == len(final.draws)}
+    leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic])) or (final.default,)
+    low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
+    if all(bound >= 1 - SETTLED for bound in low.values()):
+        return ()
+    return (leader, *(tactic for tactic in others if low[tactic] <= 1))
 
 
 def _rounds(

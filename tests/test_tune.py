@@ -20,13 +20,14 @@ from moetune.backends.base import Problem
 from moetune.bucket import Bucket, num_unseen, untouched_draws
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
-from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
+from moetune.final import OPENING, SAMPLES, Final, _most_rounds, _num_rounds, decide, play
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISTRIBUTION_VARIABLE
+from moetune.stats import paired_ratio
 from moetune.store.profile import Rejection
 from moetune.store.store import Store
 from moetune.tune import load, tune
@@ -511,27 +512,116 @@ def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
     assert decide(final, bench, {"2": 1}, alternate=True).tactic == tactic("stayed")
 
 
-def test_a_few_disturbed_rounds_do_not_prolong_a_final_of_many_draws():
+DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
+
+
+class _Uneven:
+    """Tactics by their µs, whose times differ by `spread` from draw to draw, each in its own way; the rounds of each.
+
+    `fails`: who, and in which call.
+    """
+
+    def __init__(self, us, spread=0.05, fails=(None, 0)):
+        self.us, self.spread, self.failures, self.rounds, self.calls = us, spread, {}, Counter(), 0
+        self._fails = fails
+
+    def samples(self, tactics, draws):
+        self.calls += 1
+        if self._fails[0] in tactics and self.calls == self._fails[1]:
+            self.failures[self._fails[0]] = "planted"
+        for played in dict.fromkeys(tactics):
+            self.rounds[played] += len(draws)
+        return [
+            None if played in self.failures else tuple(self._us(played, draw) for draw in draws) for played in tactics
+        ]
+
+    def _us(self, played, draw):
+        return self.us[played] * random.Random(f"{played} {draw}").gauss(1, self.spread)
+
+
+UNSEEN = range(16, 80)
+
+
+def test_a_final_that_is_not_settled_plays_every_unseen_draw_once():
+    bench = _Uneven({DEFAULT: 10.0, GOOD: 9.0, NEXT: 9.0})
+    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
+    assert sorted(final.draws) == list(UNSEEN)
+    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == len(UNSEEN)
+    assert final.finalists[GOOD] == tuple(bench._us(GOOD, draw) for draw in final.draws)
+
+
+def test_who_cannot_be_the_fastest_does_not_go_on():
+    bench = _Uneven({DEFAULT: 10.0, GOOD: 9.0, NEXT: 9.0, POOR: 12.0})
+    final = play(bench, DEFAULT, [GOOD, NEXT, POOR], UNSEEN, seconds=1e-6)
+    assert len(final.default_us) == len(final.finalists[POOR]) == SAMPLES[0]
+    assert bench.rounds[POOR] == SAMPLES[0] + 1
+    assert len(final.finalists[GOOD]) == len(UNSEEN)
+    assert decide(final, bench, {"2": 0}).tactic in (GOOD, NEXT)
+
+
+@pytest.mark.parametrize("us", [{DEFAULT: 10.0, GOOD: 9.0}, {DEFAULT: 10.0, GOOD: 10.0}], ids=["ahead", "tied"])
+def test_a_settled_final_ends(us):
+    final = play(_Uneven(us, spread=1e-3), DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
+    assert len(final.draws) == SAMPLES[0]
+
+
+def test_a_default_that_is_far_behind_does_not_go_on_either():
+    bench = _Uneven({DEFAULT: 50.0, GOOD: 9.0, NEXT: 9.0})
+    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
+    assert len(final.default_us) == OPENING
+    assert sorted(final.draws) == list(UNSEEN)
+
+
+@pytest.mark.parametrize("call", [3, 4])
+@pytest.mark.parametrize("default_us", [9.0, 50.0])
+def test_who_fails_while_a_final_is_prolonged_costs_only_itself(call, default_us):
+    bench = _Uneven({DEFAULT: default_us, GOOD: 8.9, NEXT: 9.0}, fails=(GOOD, call))
+    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
+    assert bench.failures.keys() == {GOOD}
+    assert final.finalists.keys() == {NEXT}
+    assert len(final.finalists[NEXT]) == len(final.draws)
+    assert decide(final, bench, {"2": 0}).tactic in (DEFAULT, NEXT)
+
+
+def test_a_default_that_fails_while_a_final_is_prolonged_leaves_no_result():
+    bench = _Uneven({DEFAULT: 9.0, GOOD: 9.0}, spread=0.2, fails=(DEFAULT, 3))
+    with pytest.raises(NoResultError, match="planted"):
+        play(bench, DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
+
+
+@given(st.lists(st.floats(8, 12), min_size=2, max_size=7), st.floats(0, 0.1), st.floats(0, 0.01))
+@settings(max_examples=50, deadline=None)
+def test_whoever_wins_is_by_what_was_measured_at_most_as_far_behind_as_is_settled(us, spread, seconds):
+    players = [tactic(f"number {number}") for number in range(len(us))]
+    bench = _Uneven(dict(zip(players, us, strict=True)), spread)
+    final = play(bench, players[0], players[1:], UNSEEN, seconds)
+    everyone = {final.default: final.default_us, **final.finalists}
+    assert len(final.draws) <= max(len(UNSEEN), SAMPLES[1])
+    assert all(series == tuple(bench._us(t, d) for d in final.draws[: len(series)]) for t, series in everyone.items())
+    stayed = [series for series in everyone.values() if len(series) == len(final.draws)]
+    leader = min(stayed, key=sum)
+    if len(final.draws) < len(UNSEEN):
+        assert all(paired_ratio(series, leader).low >= 1 - final_module.SETTLED for series in stayed)
+    for series in everyone.values():
+        if len(series) < len(final.draws):
+            assert min(sum(other[: len(series)]) for other in stayed) < sum(series)
+
+
+def test_a_few_disturbed_rounds_do_not_prolong_a_final():
     bench = _Scripted(lambda number: 5.0 if number % 10 == 0 else 1.0)
-    final = play(bench, tactic("default"), [tactic("other")], range(16, 80), seconds=1e-6)
-    assert bench.rounds == 64
+    final = play(bench, DEFAULT, [GOOD], UNSEEN, seconds=3e-3)
+    assert bench.rounds == SAMPLES[1]
     assert set(final.default_us) == {10.0}
-    assert len(final.draws) == len(final.default_us) < 64
-
-
-def test_every_unseen_draw_is_played():
-    bench = _Scripted(lambda number: 1.0)
-    final = play(bench, tactic("default"), [tactic("other")], range(16, 80), seconds=1e-6)
-    assert set(final.draws) == set(range(16, 80))
-    assert len(final.draws) == len(final.default_us)
+    assert len(final.draws) == len(final.default_us) < SAMPLES[1]
 
 
 @pytest.mark.parametrize(
-    ("round_us", "budget_us", "rounds"),
-    [(10.0, 0.0, 64), (10.0, 1e6, 96), (2e4, 0.0, 50), (1e6, 0.0, 20), (1e6, 5e6, 20)],
+    ("round_us", "budget_us", "rounds", "most"),
+    [(10.0, 0.0, 20, 64), (10.0, 1e6, 96, 64), (2e4, 0.0, 20, 50), (1e6, 0.0, 20, 1), (1e6, 5e6, 20, 1)],
 )
-def test_a_final_has_a_round_for_each_draw_unless_that_takes_a_second(round_us, budget_us, rounds):
-    assert _num_rounds(round_us, budget_us, 64) == rounds
+def test_a_final_is_prolonged_to_a_round_for_each_draw_unless_that_takes_a_second(round_us, budget_us, rounds, most):
+    assert _num_rounds(round_us, budget_us) == rounds
+    assert _most_rounds(round_us, 64) == most
 
 
 @pytest.mark.parametrize(
@@ -597,9 +687,6 @@ class _Drifting:
                 None if failed else tuple(self.us[played] * factor * d * self._chance.gauss(1, 1e-3) for d in drift)
             )
         return taken
-
-
-DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
 
 
 def test_a_default_that_is_far_behind_plays_the_opening_only_and_takes_its_stragglers_with_it():

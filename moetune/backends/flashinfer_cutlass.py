@@ -42,8 +42,8 @@ TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
 ROUNDS, ROUNDS_OF_FEW = (1, 4, 8), (2, 8, 16)
-"""How often the search times a tactic (see `coordinate`), and how often where a draw has few rows or few experts."""
-FEW_ROWS, FEW_EXPERTS = 64, 8
+"""How often the search times a tactic (see `coordinate`), and how often where a rank has few experts."""
+FEW_EXPERTS = 8
 """So few fill so few tiles that a tactic's lead differs by a few percent from draw to draw, by 10 % at worst (H200)."""
 FINAL_S = 0.06
 """About how long a final takes where runs are short.
@@ -144,8 +144,7 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        few = problem.rows <= FEW_ROWS or problem.shard.num_local <= FEW_EXPERTS
-        rounds = ROUNDS_OF_FEW if few else ROUNDS
+        rounds = ROUNDS_OF_FEW if problem.shard.num_local <= FEW_EXPERTS else ROUNDS
         return self._remembering(coordinate(candidates.tactics, starts=known, rounds=rounds, seed=problem.rows))
 
     def _remembering(self, search: Search) -> Search:

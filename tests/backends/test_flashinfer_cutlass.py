@@ -346,7 +346,7 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
 
 @pytest.mark.parametrize(
     ("regime", "rows", "rounds"),
-    [(Regime(), 65, ROUNDS), (Regime(), 64, ROUNDS_OF_FEW), (Regime(ep_size=2), 512, ROUNDS_OF_FEW)],
+    [(Regime(), 512, ROUNDS), (Regime(), 64, ROUNDS), (Regime(ep_size=2), 512, ROUNDS_OF_FEW)],
     ids=["many", "few rows", "few experts"],
 )
 def test_where_draws_differ_more_tactics_are_timed_on_more(op, regime, rows, rounds):
