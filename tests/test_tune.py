@@ -516,12 +516,12 @@ DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
 
 
 class _Uneven:
-    """Tactics by their µs, whose times differ by `spread` from draw to draw, each in its own way; the rounds of each.
+    """Tactics by their µs on even and on odd draws, besides that uneven by `spread`, each in its own way.
 
-    `fails`: who, and in which call.
+    Counts the rounds of each. `fails`: who, and in which call.
     """
 
-    def __init__(self, us, spread=0.05, fails=(None, 0)):
+    def __init__(self, us, spread=0.0, fails=(None, 0)):
         self.us, self.spread, self.failures, self.rounds, self.calls = us, spread, {}, Counter(), 0
         self._fails = fails
 
@@ -531,60 +531,59 @@ class _Uneven:
             self.failures[self._fails[0]] = "planted"
         for played in dict.fromkeys(tactics):
             self.rounds[played] += len(draws)
-        return [
-            None if played in self.failures else tuple(self._us(played, draw) for draw in draws) for played in tactics
-        ]
+        return [None if t in self.failures else tuple(self.once_us(t, draw) for draw in draws) for t in tactics]
 
-    def _us(self, played, draw):
-        return self.us[played] * random.Random(f"{played} {draw}").gauss(1, self.spread)
+    def once_us(self, played, draw):
+        return self.us[played][draw % 2] * random.Random(f"{played} {draw}").gauss(1, self.spread)
 
 
 UNSEEN = range(16, 80)
+TIED = {GOOD: (9.0, 10.0), NEXT: (10.0, 9.0)}
 
 
 def test_a_final_that_is_not_settled_plays_every_unseen_draw_once():
-    bench = _Uneven({DEFAULT: 10.0, GOOD: 9.0, NEXT: 9.0})
+    bench = _Uneven({DEFAULT: (10.0, 10.0), **TIED})
     final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
     assert sorted(final.draws) == list(UNSEEN)
-    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == len(UNSEEN)
-    assert final.finalists[GOOD] == tuple(bench._us(GOOD, draw) for draw in final.draws)
+    for tied in TIED:
+        assert final.finalists[tied] == tuple(bench.once_us(tied, draw) for draw in final.draws)
 
 
 def test_who_cannot_be_the_fastest_does_not_go_on():
-    bench = _Uneven({DEFAULT: 10.0, GOOD: 9.0, NEXT: 9.0, POOR: 12.0})
+    bench = _Uneven({DEFAULT: (11.0, 11.0), POOR: (12.0, 12.0), **TIED})
     final = play(bench, DEFAULT, [GOOD, NEXT, POOR], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == len(final.finalists[POOR]) == SAMPLES[0]
     assert bench.rounds[POOR] == SAMPLES[0] + 1
-    assert len(final.finalists[GOOD]) == len(UNSEEN)
-    assert decide(final, bench, {"2": 0}).tactic in (GOOD, NEXT)
+    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == len(UNSEEN)
+    assert decide(final, bench, {"2": 0}).tactic in TIED
 
 
-@pytest.mark.parametrize("us", [{DEFAULT: 10.0, GOOD: 9.0}, {DEFAULT: 10.0, GOOD: 10.0}], ids=["ahead", "tied"])
-def test_a_settled_final_ends(us):
-    final = play(_Uneven(us, spread=1e-3), DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
+@pytest.mark.parametrize("good_us", [9.0, 10.0, 10.03], ids=["ahead", "tied", "not worth it"])
+def test_a_settled_final_ends(good_us):
+    bench = _Uneven({DEFAULT: (10.0, 10.0), GOOD: (good_us, good_us)}, spread=1e-3)
+    final = play(bench, DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
     assert len(final.draws) == SAMPLES[0]
 
 
 def test_a_default_that_is_far_behind_does_not_go_on_either():
-    bench = _Uneven({DEFAULT: 50.0, GOOD: 9.0, NEXT: 9.0})
-    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
+    final = play(_Uneven({DEFAULT: (50.0, 50.0), **TIED}), DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == OPENING
     assert sorted(final.draws) == list(UNSEEN)
 
 
-@pytest.mark.parametrize("call", [3, 4])
-@pytest.mark.parametrize("default_us", [9.0, 50.0])
-def test_who_fails_while_a_final_is_prolonged_costs_only_itself(call, default_us):
-    bench = _Uneven({DEFAULT: default_us, GOOD: 8.9, NEXT: 9.0}, fails=(GOOD, call))
+@pytest.mark.parametrize(("default_us", "call"), [(9.5, 2), (9.5, 3), (50.0, 3), (50.0, 4)])
+@pytest.mark.parametrize("failing", TIED)
+def test_who_fails_while_a_final_is_prolonged_costs_only_itself(default_us, call, failing):
+    bench = _Uneven({DEFAULT: (default_us, default_us), **TIED}, fails=(failing, call))
     final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
-    assert bench.failures.keys() == {GOOD}
-    assert final.finalists.keys() == {NEXT}
-    assert len(final.finalists[NEXT]) == len(final.draws)
-    assert decide(final, bench, {"2": 0}).tactic in (DEFAULT, NEXT)
+    assert bench.failures.keys() == {failing}
+    assert final.finalists.keys() == TIED.keys() - {failing}
+    assert all(len(series) == len(final.draws) for series in final.finalists.values())
+    assert decide(final, bench, {"2": 0}).tactic != failing
 
 
 def test_a_default_that_fails_while_a_final_is_prolonged_leaves_no_result():
-    bench = _Uneven({DEFAULT: 9.0, GOOD: 9.0}, spread=0.2, fails=(DEFAULT, 3))
+    bench = _Uneven({DEFAULT: (9.0, 10.0), GOOD: (10.0, 9.0)}, fails=(DEFAULT, 3))
     with pytest.raises(NoResultError, match="planted"):
         play(bench, DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
 
@@ -593,11 +592,13 @@ def test_a_default_that_fails_while_a_final_is_prolonged_leaves_no_result():
 @settings(max_examples=50, deadline=None)
 def test_whoever_wins_is_by_what_was_measured_at_most_as_far_behind_as_is_settled(us, spread, seconds):
     players = [tactic(f"number {number}") for number in range(len(us))]
-    bench = _Uneven(dict(zip(players, us, strict=True)), spread)
+    bench = _Uneven({player: (of_player, of_player) for player, of_player in zip(players, us, strict=True)}, spread)
     final = play(bench, players[0], players[1:], UNSEEN, seconds)
     everyone = {final.default: final.default_us, **final.finalists}
     assert len(final.draws) <= max(len(UNSEEN), SAMPLES[1])
-    assert all(series == tuple(bench._us(t, d) for d in final.draws[: len(series)]) for t, series in everyone.items())
+    assert all(
+        series == tuple(bench.once_us(t, d) for d in final.draws[: len(series)]) for t, series in everyone.items()
+    )
     stayed = [series for series in everyone.values() if len(series) == len(final.draws)]
     leader = min(stayed, key=sum)
     if len(final.draws) < len(UNSEEN):
