@@ -86,6 +86,11 @@ class Bucket:
         return replace(self, candidates=candidates, hints=past.best(STARTS), failed=failed)
 
     @property
+    def num_row_counts(self) -> int:
+        """Of the draws: 2 where they alternate between the bucket's own rows and others that are met in it."""
+        return 1 if self.met_rows == self.rows else 2
+
+    @property
     def seen(self) -> Sequence[Routing]:
         """The draws of the search."""
         return self.problem.routings[: self.problem.regime.draws]
@@ -192,8 +197,9 @@ class BucketTuner:
         seconds = final.SECONDS if self._final_s is None else self._final_s
         if self._share_s is not None:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
-        played = final.play(bench, default, right, bucket.unseen_draws, seconds)
-        verdict = final.decide(played, bench, bucket.stress_draws, alternate=bucket.met_rows != bucket.rows)
+        alternate = bucket.num_row_counts > 1
+        played = final.play(bench, default, right, bucket.unseen_draws, seconds, alternate=alternate)
+        verdict = final.decide(played, bench, bucket.stress_draws)
         return final.choice(
             played,
             verdict,
@@ -207,12 +213,13 @@ class BucketTuner:
         )
 
     def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:
-        """Mean times in µs of those that ran; a wrong one never sets the pace."""
+        """Mean times in µs of those that ran, `rounds` of each row count; a wrong one never sets the pace."""
         rows, problem = self._bucket.rows, self._bucket.problem
         uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics)
         uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
         self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
+        rounds *= self._bucket.num_row_counts
         draws = list(islice(cycle(range(problem.regime.draws)), rounds))
         times: dict[Tactic, float] = {}
         try:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
-STRESS_SAMPLES = 3
-"""How often on each stress draw; a default that is far behind only once."""
 CLIFF = 2.0
 """A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
+STRESS_SAMPLES = 3
+"""How often a finalist that seems to fall off a cliff is timed on each stress draw; all others once."""
 SECONDS = 1.0
 """About how long the interleaved rounds of one final may take."""
 SAMPLES = (20, 96)
@@ -40,7 +40,8 @@ BEHIND = 1.1
 """A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
 SETTLED = 0.005
 """A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged, as
-long as there are draws that it has not played."""
+long as there are draws that it has not played. Where two row counts are played it never is, as the mean of all rounds
+says little there."""
 OWN_ROWS_WEIGHT = 0.5
 """How much it counts to be behind on a bucket's own rows, where others are met in it.
 
@@ -53,7 +54,8 @@ class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
     Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
-    rounds. `noise` is that of the default; where that is far behind, of the leading finalist.
+    rounds. `noise` is that of the default; where that is far behind, of the leading finalist. `alternate`: even draws
+    have the bucket's own rows, odd ones those that are met in it.
     """
 
     default: Tactic
@@ -61,6 +63,7 @@ class Final:
     noise: float
     finalists: Mapping[Tactic, tuple[float, ...]]
     draws: tuple[int, ...]
+    alternate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ def play(
     finalists: Sequence[Tactic],
     draws: Sequence[int],
     seconds: float | None = None,
+    *,
+    alternate: bool = False,
 ) -> Final:
     """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
@@ -97,6 +102,7 @@ def play(
         finalists: who may beat it.
         draws: numbers of the bench's draws.
         seconds: about how long it may take; `SECONDS` by default.
+        alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
 
     Raises:
         NoResultError: the default failed.
@@ -108,19 +114,26 @@ def play(
     leader = min(first_us, key=lambda tactic: first_us[tactic])
     budget_us = 1e6 * (SECONDS if seconds is None else seconds)
     if first_us[default] > FAR * first_us[leader]:
-        return _play_far(bench, default, leader, [t for t in finalists if t != leader], draws, budget_us)
+        others = [tactic for tactic in finalists if tactic != leader]
+        return _play_far(bench, default, leader, others, draws, budget_us, alternate)
     round_us = sum(first_us.values()) + first_us[default]
     turns = cycle(draws)
     taken, drawn = _rounds(bench, (default, *finalists, default), turns, _num_rounds(round_us, budget_us), SAMPLES[0])
-    first, *others, again = taken
+    first, *rest, again = taken
     _require(default, bench)
-    kept = {tactic: tuple(times) for tactic, times in zip(finalists, others, strict=True) if times}
-    played = Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn))
+    kept = {tactic: tuple(times) for tactic, times in zip(finalists, rest, strict=True) if times}
+    played = Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn), alternate)
     return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
 
 
 def _play_far(
-    bench: BenchLike, default: Tactic, leader: Tactic, others: Sequence[Tactic], draws: Sequence[int], budget_us: float
+    bench: BenchLike,
+    default: Tactic,
+    leader: Tactic,
+    others: Sequence[Tactic],
+    draws: Sequence[int],
+    budget_us: float,
+    alternate: bool,
 ) -> Final:
     """`play` where the default seems far behind `leader`, the fastest finalist in one round."""
     turns = cycle(draws)
@@ -128,7 +141,7 @@ def _play_far(
     (*taken, again), drawn = _rounds(bench, (*players, leader), turns, OPENING, OPENING)
     _require(default, bench)
     if leader in bench.failures:
-        return play(bench, default, others, draws, budget_us / 1e6)
+        return play(bench, default, others, draws, budget_us / 1e6, alternate=alternate)
     opening = {tactic: times for tactic, times in zip(players, taken, strict=True) if times}
     medians = {tactic: median(times) for tactic, times in opening.items()}
     best_us = min(medians.values())
@@ -142,14 +155,14 @@ def _play_far(
     (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, SAMPLES[0] - OPENING)
     _require(default, bench)
     if leader in bench.failures:
-        return play(bench, default, others, draws, budget_us / 1e6)
+        return play(bench, default, others, draws, budget_us / 1e6, alternate=alternate)
     closing = dict(zip((leader, *stays), taken, strict=True))
     series = {
         tactic: (*times, *closing.get(tactic, ())) for tactic, times in opening.items() if tactic not in bench.failures
     }
     default_us = series.pop(default)
     noise = noise_floor(series[leader], (*again, *once_more))
-    played = Final(default, default_us, noise, series, (*drawn, *drawn_on))
+    played = Final(default, default_us, noise, series, (*drawn, *drawn_on), alternate)
     return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
 
 
@@ -188,6 +201,8 @@ def _unsettled(final: Final) -> tuple[Tactic, ...]:
     everyone = {final.default: final.default_us, **final.finalists}
     stayed = {tactic: series for tactic, series in everyone.items() if len(series) == len(final.draws)}
     leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic])) or (final.default,)
+    if final.alternate and others:
+        return (leader, *others)
     low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
     if all(bound >= 1 - SETTLED for bound in low.values()):
         return ()
@@ -224,13 +239,7 @@ def _require(default: Tactic, bench: BenchLike) -> None:
         raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
 
 
-def decide(
-    final: Final,
-    bench: BenchLike,
-    stress_draws: Mapping[str, int],
-    *,
-    alternate: bool = False,
-) -> Verdict:
+def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:
     """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
 
     Where there is none it is the default. Where draws alternate between two row counts, the fastest is who is the least
@@ -240,17 +249,16 @@ def decide(
         final: who played.
         bench: where finalists are timed under stress.
         stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
-        alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
     """
     better = [
         tactic
-        for tactic, series in _ranked(final, alternate)
+        for tactic, series in _ranked(final)
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
-    stress_us = _stress(bench, better, stress_draws) | _stress(
-        bench, (final.default,), stress_draws, 1 if _is_far(final) else STRESS_SAMPLES
-    )
+    stress_us = _stress(bench, (*better, final.default), stress_draws, 1)
+    if fallen := [tactic for tactic in better if _cliff(tactic, stress_us)]:
+        stress_us |= _stress(bench, fallen, stress_draws, STRESS_SAMPLES)
     cliffs: dict[Tactic, str] = {}
     for tactic in better:
         if tactic in bench.failures:
@@ -322,9 +330,9 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
-def _ranked(final: Final, alternate: bool) -> list[tuple[Tactic, tuple[float, ...]]]:
+def _ranked(final: Final) -> list[tuple[Tactic, tuple[float, ...]]]:
     """The finalists and their samples, those that stayed to the end first, then by how far behind they are at worst."""
-    kinds = [draw % 2 if alternate else 0 for draw in final.draws]
+    kinds = [draw % 2 if final.alternate else 0 for draw in final.draws]
 
     def means_us(series: Sequence[float]) -> list[float]:
         by_kind = ([time for time, of in zip(series, kinds, strict=False) if of == kind] for kind in sorted(set(kinds)))
@@ -342,14 +350,8 @@ def _ranked(final: Final, alternate: bool) -> list[tuple[Tactic, tuple[float, ..
     return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), behind(item[1])))
 
 
-def _is_far(final: Final) -> bool:
-    """Whether the default is far behind the best finalist."""
-    best_us = min(map(median, final.finalists.values()), default=float("inf"))
-    return median(final.default_us) > FAR * best_us
-
-
 def _stress(
-    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int], samples: int = STRESS_SAMPLES
+    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int], samples: int
 ) -> dict[Tactic, dict[str, float]]:
     """Median times in µs of each tactic on each stress draw, by its factor; infinite where it failed."""
     draws = [draw for _ in range(samples) for draw in stress_draws.values()]

@@ -102,6 +102,32 @@ def test_without_a_working_default_there_is_no_result(plant):
         _tune()
 
 
+def test_where_draws_alternate_between_two_row_counts_a_search_has_its_rounds_of_each(plant, monkeypatch):
+    plant(milliseconds={"default": 0.2, "fast": 0.1})
+    searched, finals = {}, {}
+    real_samples, real_play = Bench.samples, final_module.play
+
+    def samples(bench, tactics, draws):
+        searched.setdefault(bench.problem.rows, [draw % 2 for draw in draws])
+        return real_samples(bench, tactics, draws)
+
+    def played(*args, alternate):
+        finals[max(searched)] = alternate
+        return real_play(*args, alternate=alternate)
+
+    prepared = Bench.__init__
+    monkeypatch.setattr(
+        Bench, "__init__", lambda self, backend, p, *a: (setattr(self, "problem", p), prepared(self, backend, p, *a))[0]
+    )
+    monkeypatch.setattr(Bench, "samples", samples)
+    monkeypatch.setattr(final_module, "play", played)
+    profile = _tune(Regime(ep_size=2, layout="deduplicated", tune_max_num_tokens=8, draws=4))
+    assert [(choice.rows, choice.met_rows) for choice in profile.choices] == [(1, None), (2, None), (4, 6), (8, None)]
+    assert finals == {1: False, 2: False, 6: True, 8: False}
+    assert len(searched[6]) == 2 * len(searched[2])
+    assert sum(searched[6]) == len(searched[2])
+
+
 def test_the_second_run_is_served_without_measuring(plant):
     backend = plant(milliseconds={"default": 1.0, "fast": 0.3})
     first = _tune()
@@ -486,7 +512,7 @@ def test_the_winner_is_the_least_behind_at_the_row_count_where_it_is_furthest_be
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
     assert decide(final, bench, {"2": 1}).tactic in (one, other)  # by the mean of all rounds
-    assert decide(final, bench, {"2": 1}, alternate=True).tactic == both
+    assert decide(replace(final, alternate=True), bench, {"2": 1}).tactic == both
 
 
 def test_a_buckets_own_rows_count_half_where_others_are_met():
@@ -498,9 +524,9 @@ def test_a_buckets_own_rows_count_half_where_others_are_met():
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
     assert decide(final, bench, {"2": 1}).tactic == own
-    assert decide(final, bench, {"2": 1}, alternate=True).tactic == met
-    swapped = replace(final, draws=tuple(draw + 1 for draw in draws))
-    assert decide(swapped, bench, {"2": 1}, alternate=True).tactic == own
+    assert decide(replace(final, alternate=True), bench, {"2": 1}).tactic == met
+    swapped = replace(final, draws=tuple(draw + 1 for draw in draws), alternate=True)
+    assert decide(swapped, bench, {"2": 1}).tactic == own
 
 
 def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
@@ -509,7 +535,7 @@ def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
     final = Final(tactic("default"), (10.0,) * 20, 0.0, finalists, draws)
     bench = _Scripted(lambda number: 1.0)
     bench.samples = lambda tactics, draws: [(1.0,) * len(draws) for _ in tactics]
-    assert decide(final, bench, {"2": 1}, alternate=True).tactic == tactic("stayed")
+    assert decide(replace(final, alternate=True), bench, {"2": 1}).tactic == tactic("stayed")
 
 
 DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
@@ -563,6 +589,15 @@ def test_a_settled_final_ends(good_us):
     bench = _Uneven({DEFAULT: (10.0, 10.0), GOOD: (good_us, good_us)}, spread=1e-3)
     final = play(bench, DEFAULT, [GOOD], UNSEEN, seconds=1e-6)
     assert len(final.draws) == SAMPLES[0]
+
+
+def test_a_final_of_two_row_counts_plays_every_draw_with_everyone():
+    """`POOR` is behind at one of them, and by the mean of all rounds; the winner may nonetheless be such a one."""
+    bench = _Uneven({DEFAULT: (11.0, 11.0), GOOD: (9.0, 9.0), POOR: (14.0, 8.5)})
+    final = play(bench, DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6, alternate=True)
+    assert sorted(final.draws) == list(UNSEEN)
+    assert {len(series) for series in (final.default_us, *final.finalists.values())} == {len(UNSEEN)}
+    assert final.alternate
 
 
 def test_a_default_that_is_far_behind_does_not_go_on_either():
@@ -651,6 +686,49 @@ def test_a_finalist_that_fails_under_stress_cannot_win_and_keeps_its_own_reason(
         verdict = _decided(10.0, 5.0, [of_default, None], failures)
         assert verdict.tactic == tactic("default")
         assert verdict.cliffs == {}
+
+
+class _Stressed:
+    """A bench that answers what is planted, one list of samples a call, and counts the calls of each tactic."""
+
+    def __init__(self, **planted):
+        self.failures, self.calls, self._planted = {}, Counter(), {tactic(name): them for name, them in planted.items()}
+
+    def samples(self, tactics, draws):
+        answers = []
+        for played in tactics:
+            answers.append(self._planted[played][self.calls[played]])
+            self.calls[played] += 1
+        assert all(len(answer) == len(draws) for answer in answers)
+        return answers
+
+
+def _stressed(**planted):
+    """The verdict where `other` beats the default and `next` is second, and the bench."""
+    finalists = {tactic("other"): (5.0,) * 20, tactic("next"): (6.0,) * 20}
+    bench = _Stressed(default=[(20.0,)], next=[(7.0,)], **planted)
+    return decide(Final(tactic("default"), (10.0,) * 20, 0.0, finalists, tuple(range(20))), bench, {"2": 1}), bench
+
+
+def test_who_stands_the_stress_is_timed_once():
+    verdict, bench = _stressed(other=[(8.0,)])
+    assert verdict.tactic == tactic("other")
+    assert set(bench.calls.values()) == {1}
+
+
+def test_who_seems_to_fall_off_a_cliff_is_timed_again_and_the_median_counts():
+    verdict, bench = _stressed(other=[(30.0,), (31.0, 32.0, 8.0)])
+    assert verdict.tactic == tactic("next")
+    assert verdict.cliffs.keys() == {tactic("other")}
+    assert "4.4 times" in verdict.cliffs[tactic("other")]
+    assert bench.calls == {tactic("default"): 1, tactic("next"): 1, tactic("other"): 2}
+
+
+def test_a_hiccup_under_stress_is_no_cliff():
+    verdict, _ = _stressed(other=[(30.0,), (8.0, 30.0, 8.0)])
+    assert verdict.tactic == tactic("other")
+    assert verdict.stress_us == {"2": 8.0}
+    assert verdict.cliffs == {}
 
 
 def test_a_finalist_that_stands_the_stress_under_which_the_default_fails_wins():
@@ -748,9 +826,9 @@ def test_a_backend_says_how_long_its_finals_may_take(plant, seconds, monkeypatch
     given_s = []
     real = final_module.play
 
-    def recorded(bench, default, finalists, draws, seconds):
+    def recorded(bench, default, finalists, draws, seconds, alternate):
         given_s.append(seconds)
-        return real(bench, default, finalists, draws, 0.01)
+        return real(bench, default, finalists, draws, 0.01, alternate=alternate)
 
     monkeypatch.setattr(final_module, "play", recorded)
     backend = plant(milliseconds={"default": 1.0, "fast": 0.1})

@@ -41,10 +41,8 @@ BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc when nothing names it."""
 
-ROUNDS, ROUNDS_OF_FEW = (1, 4, 8), (2, 8, 16)
-"""How often the search times a tactic (see `coordinate`), and how often where a rank has few experts."""
-FEW_EXPERTS = 8
-"""So few fill so few tiles that a tactic's lead differs by a few percent from draw to draw, by 10 % at worst (H200)."""
+ROUNDS = (1, 4, 8)
+"""How often the search times a tactic, in each of its passes (see `coordinate`)."""
 FINAL_S = 0.06
 """About how long a final takes where runs are short.
 
@@ -144,8 +142,7 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        rounds = ROUNDS_OF_FEW if problem.shard.num_local <= FEW_EXPERTS else ROUNDS
-        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=rounds, seed=problem.rows))
+        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, seed=problem.rows))
 
     def _remembering(self, search: Search) -> Search:
         measured: dict[Tactic, float] = {}
