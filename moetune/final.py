@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from statistics import fmean
@@ -32,12 +32,10 @@ TRIES = 3
 """How often a final is prolonged when too many of its rounds were disturbed."""
 DISTURBED = 1.25
 """A round is disturbed where two times of the same tactic differ by more than this factor."""
-FAR = 1.5
-"""A default slower than this times the leading finalist is far behind: it need not be timed as often …"""
 OPENING = 6
-"""… but in this many rounds."""
-BEHIND = 1.1
-"""A finalist slower than this times the best one in the opening rounds leaves with a default that is far behind."""
+"""After so many rounds those leave that are behind: they would take much of the time to say what a few rounds say."""
+FAR, BEHIND = 1.5, 1.1
+"""The default is behind if it is slower than the first times the best one, a finalist than the second times it."""
 SETTLED = 0.005
 """A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged, as
 long as there are draws that it has not played. Where two row counts are played it never is, as the mean of all rounds
@@ -54,8 +52,8 @@ class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
     Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
-    rounds. `noise` is that of the default; where that is far behind, of the leading finalist. `alternate`: even draws
-    have the bucket's own rows, odd ones those that are met in it.
+    rounds. `noise` is that of who led. `alternate`: even draws have the bucket's own rows, odd ones those that are met
+    in it.
     """
 
     default: Tactic
@@ -87,11 +85,10 @@ def play(
     *,
     alternate: bool = False,
 ) -> Final:
-    """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
+    """Interleaves the default and the finalists, and one of them twice (A/A), on `draws` in turn.
 
-    A default that is far behind would take most of the time to say what a few rounds say: it plays the opening rounds
-    only, the leading finalist is timed twice in its place, and what the opening shows to be behind leaves as well.
-    As long as it is not settled who is the fastest, those who may be it go on, until each draw was played once.
+    After a few opening rounds those leave that are behind. As long as it is not settled who is the fastest, those who
+    may be it go on, until each draw was played once.
 
     A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
@@ -99,7 +96,7 @@ def play(
     Args:
         bench: where they are timed.
         default: what must be beaten.
-        finalists: who may beat it.
+        finalists: who may beat it, the likeliest first.
         draws: numbers of the bench's draws.
         seconds: about how long it may take; `SECONDS` by default.
         alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
@@ -107,63 +104,76 @@ def play(
     Raises:
         NoResultError: the default failed.
     """
-    once = bench.samples((default, *finalists), draws[:1])
-    _require(default, bench)
-    first_us = {tactic: series[0] for tactic, series in zip((default, *finalists), once, strict=True) if series}
-    finalists = [tactic for tactic in finalists if tactic in first_us]
-    leader = min(first_us, key=lambda tactic: first_us[tactic])
-    budget_us = 1e6 * (SECONDS if seconds is None else seconds)
-    if first_us[default] > FAR * first_us[leader]:
-        others = [tactic for tactic in finalists if tactic != leader]
-        return _play_far(bench, default, leader, others, draws, budget_us, alternate)
-    round_us = sum(first_us.values()) + first_us[default]
-    turns = cycle(draws)
-    taken, drawn = _rounds(bench, (default, *finalists, default), turns, _num_rounds(round_us, budget_us), SAMPLES[0])
-    first, *rest, again = taken
-    _require(default, bench)
-    kept = {tactic: tuple(times) for tactic, times in zip(finalists, rest, strict=True) if times}
-    played = Final(default, tuple(first), noise_floor(first, again), kept, tuple(drawn), alternate)
-    return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
+    players, turns = (*finalists, default), cycle(draws)
+    race = _Race(dict.fromkeys(players, ()), (), ())
+    race = _further(race, bench, default, players, turns, OPENING, OPENING)
+    players = _staying(race, default)
+    opening_us, round_us = (_round_us(race, (players[0], *of_them)) for of_them in (race.series, players))
+    left_us = 1e6 * (SECONDS if seconds is None else seconds) - OPENING * (opening_us - round_us)
+    rounds = _num_rounds(round_us, left_us) - OPENING
+    race = _further(race, bench, default, players, turns, rounds, SAMPLES[0] - OPENING)
+    most = _most_rounds(round_us, len(draws))
+    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := _unsettled(race, alternate)):
+        race = _further(race, bench, default, players, turns, rounds, 1)
+    series = dict(race.series)
+    return Final(
+        default, series.pop(default), noise_floor(*zip(*race.pairs, strict=True)), series, race.draws, alternate
+    )
 
 
-def _play_far(
+@dataclass(frozen=True, slots=True)
+class _Race:
+    """A final that is being played: samples in µs of all who have not failed, their draws, and the A/A pairs."""
+
+    series: Mapping[Tactic, tuple[float, ...]]
+    draws: tuple[int, ...]
+    pairs: tuple[tuple[float, float], ...]
+
+
+def _further(
+    race: _Race,
     bench: BenchLike,
     default: Tactic,
-    leader: Tactic,
-    others: Sequence[Tactic],
-    draws: Sequence[int],
-    budget_us: float,
-    alternate: bool,
-) -> Final:
-    """`play` where the default seems far behind `leader`, the fastest finalist in one round."""
-    turns = cycle(draws)
-    players = (leader, *others, default)
-    (*taken, again), drawn = _rounds(bench, (*players, leader), turns, OPENING, OPENING)
-    _require(default, bench)
-    if leader in bench.failures:
-        return play(bench, default, others, draws, budget_us / 1e6, alternate=alternate)
-    opening = {tactic: times for tactic, times in zip(players, taken, strict=True) if times}
-    medians = {tactic: median(times) for tactic, times in opening.items()}
-    best_us = min(medians.values())
-    stays = [tactic for tactic in others if tactic in medians and medians[tactic] <= BEHIND * best_us]
-    if medians[default] <= FAR * best_us:  # its one round had been disturbed
-        stays = [tactic for tactic in (*others, default) if tactic in medians]
+    players: Sequence[Tactic],
+    turns: Iterator[int],
+    rounds: int,
+    least: int,
+) -> _Race:
+    """`race` with that many more rounds of `players`, the first of them twice in each; should it fail, the next."""
+    while True:
+        (*taken, again), drawn = _rounds(bench, (*players, players[0]), turns, rounds, least)
+        if default in bench.failures:
+            raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
+        further = dict(zip(players, taken, strict=True))
+        race = _Race(
+            {
+                tactic: (*series, *further.get(tactic, ()))
+                for tactic, series in race.series.items()
+                if tactic not in bench.failures
+            },
+            (*race.draws, *drawn),
+            (*race.pairs, *zip(taken[0], again, strict=True)),
+        )
+        if players[0] in race.series:
+            return race
+        players = [player for player in players if player in race.series]
 
-    round_us = 2 * medians[leader] + sum(medians[tactic] for tactic in stays)
-    left_us = budget_us - OPENING * (medians[leader] + sum(medians.values()) - round_us)
-    rounds = _num_rounds(round_us, left_us) - OPENING
-    (*taken, once_more), drawn_on = _rounds(bench, (leader, *stays, leader), turns, rounds, SAMPLES[0] - OPENING)
-    _require(default, bench)
-    if leader in bench.failures:
-        return play(bench, default, others, draws, budget_us / 1e6, alternate=alternate)
-    closing = dict(zip((leader, *stays), taken, strict=True))
-    series = {
-        tactic: (*times, *closing.get(tactic, ())) for tactic, times in opening.items() if tactic not in bench.failures
-    }
-    default_us = series.pop(default)
-    noise = noise_floor(series[leader], (*again, *once_more))
-    played = Final(default, default_us, noise, series, (*drawn, *drawn_on), alternate)
-    return _prolonged(played, bench, turns, _most_rounds(round_us, len(draws)))
+
+def _staying(race: _Race, default: Tactic) -> tuple[Tactic, ...]:
+    """Who goes on after the opening, the fastest first: who is not behind, or by chance may only seem so."""
+    medians = {tactic: median(series) for tactic, series in race.series.items()}
+    leader, *others = sorted(medians, key=lambda tactic: medians[tactic])
+
+    def is_behind(tactic: Tactic) -> bool:
+        limit = (FAR if tactic == default else BEHIND) * medians[leader]
+        return medians[tactic] > limit and paired_ratio(race.series[tactic], race.series[leader]).low > 1
+
+    return (leader, *(tactic for tactic in others if not is_behind(tactic)))
+
+
+def _round_us(race: _Race, tactics: Iterable[Tactic]) -> float:
+    """About how long one round of these takes."""
+    return sum(median(race.series[tactic]) for tactic in tactics)
 
 
 def _num_rounds(round_us: float, budget_us: float) -> int:
@@ -177,31 +187,11 @@ def _most_rounds(round_us: float, num_draws: int) -> int:
     return min(num_draws, int(1e6 * SECONDS / max(round_us, 1.0)))
 
 
-def _prolonged(final: Final, bench: BenchLike, turns: Iterator[int], most: int) -> Final:
-    """`final`, with as many rounds again until it is settled or has `most`, of those who may be the fastest."""
-    while (rounds := min(len(final.draws), most - len(final.draws))) > 0 and (players := _unsettled(final)):
-        (*taken, _), drawn = _rounds(bench, (*players, players[0]), turns, rounds, 1)
-        _require(final.default, bench)
-        further = {tactic: tuple(times) for tactic, times in zip(players, taken, strict=True)}
-        final = replace(
-            final,
-            default_us=(*final.default_us, *further.get(final.default, ())),
-            finalists={
-                tactic: (*series, *further.get(tactic, ()))
-                for tactic, series in final.finalists.items()
-                if tactic not in bench.failures
-            },
-            draws=(*final.draws, *drawn),
-        )
-    return final
-
-
-def _unsettled(final: Final) -> tuple[Tactic, ...]:
+def _unsettled(race: _Race, alternate: bool) -> tuple[Tactic, ...]:
     """Who may be the fastest, the leader first; nobody where at most `SETTLED` is left to be gained."""
-    everyone = {final.default: final.default_us, **final.finalists}
-    stayed = {tactic: series for tactic, series in everyone.items() if len(series) == len(final.draws)}
-    leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic])) or (final.default,)
-    if final.alternate and others:
+    stayed = {tactic: series for tactic, series in race.series.items() if len(series) == len(race.draws)}
+    leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic]))
+    if alternate and others:
         return (leader, *others)
     low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
     if all(bound >= 1 - SETTLED for bound in low.values()):
@@ -232,11 +222,6 @@ def _rounds(
             kept = [[times[number] for number in quiet] if times else [] for times in series]
             return kept, [draws[number] for number in quiet]
     return series, draws
-
-
-def _require(default: Tactic, bench: BenchLike) -> None:
-    if default in bench.failures:
-        raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
 
 
 def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:

@@ -445,19 +445,27 @@ def test_a_tactic_that_is_slower_in_most_rounds_does_not_win_by_the_default_s_hi
 
 
 class _Scripted:
-    """A bench on which the default takes 10 µs and the other 9, in disturbed rounds `slow(round)` times that."""
+    """A bench on which the default takes 10 µs and others 9, in disturbed rounds `slow(round)` times that.
 
-    def __init__(self, slow):
-        self.failures, self.rounds, self._slow = {}, -1, slow  # the first round only tells how long one takes
+    Of who is timed twice the first time is never disturbed. `fails`: who, and from which round on.
+    """
+
+    def __init__(self, slow, fails=(None, 0)):
+        self.failures, self.rounds, self._slow, self._fails = {}, 0, slow, fails
 
     def samples(self, tactics, draws):
         start, self.rounds = self.rounds, self.rounds + len(draws)
+        who, since = self._fails
+        if who in tactics and self.rounds > since:
+            self.failures[who] = "planted failure"
         slow = [self._slow(number) for number in range(start, self.rounds)]
-        first, other, again = [10.0] * len(slow), [9.0 * factor for factor in slow], [10.0 * factor for factor in slow]
-        return [first, other, again][: len(tactics)]
+        series = [[(10.0 if played == tactic("default") else 9.0) * factor for factor in slow] for played in tactics]
+        if len(tactics) > 1:
+            series[0] = [9.0 if tactics[0] != tactic("default") else 10.0] * len(draws)
+        return [None if played in self.failures else of for played, of in zip(tactics, series, strict=True)]
 
 
-def test_rounds_in_which_the_default_disagrees_with_itself_are_dropped_for_all_alike():
+def test_rounds_in_which_a_tactic_disagrees_with_itself_are_dropped_for_all_alike():
     bench = _Scripted(lambda number: 5.0 if number % 3 == 0 else 1.0)
     final = play(bench, tactic("default"), [tactic("other")], [0, 1])
     assert set(final.finalists[tactic("other")]) == {9.0}
@@ -469,22 +477,14 @@ def test_rounds_in_which_the_default_disagrees_with_itself_are_dropped_for_all_a
 def test_where_nearly_every_round_is_disturbed_all_count_and_the_noise_says_so():
     bench = _Scripted(lambda number: 1.0 if number % 100 == 0 else 5.0)
     final = play(bench, tactic("default"), [tactic("other")], [0, 1])
-    assert len(final.default_us) == bench.rounds
+    assert len(final.draws) == len(final.finalists[tactic("other")]) == bench.rounds > 2 * SAMPLES[1]
     assert final.noise > 1
 
 
 def test_a_finalist_that_fails_when_the_final_is_prolonged_costs_only_itself():
-    bench = _Scripted(lambda number: 5.0 if number < 120 else 1.0)
-    real = bench.samples
-
-    def samples(tactics, draws):
-        default, other, again = real(tactics[:3], draws)
-        if bench.rounds > 100:
-            bench.failures[tactic("other")] = "RuntimeError: planted failure"
-        return [default, None if bench.failures else other, other, again][: len(tactics)]
-
-    bench.samples = samples
-    final = play(bench, tactic("default"), [tactic("other"), tactic("steady")], [0, 1])
+    bench = _Scripted(lambda number: 5.0 if 6 < number < 120 else 1.0, fails=(tactic("other"), 100))
+    final = play(bench, tactic("default"), [tactic("steady"), tactic("other")], [0, 1])
+    assert bench.rounds > 120
     assert final.finalists.keys() == {tactic("steady")}
     assert len(final.finalists[tactic("steady")]) == len(final.default_us)
 
@@ -576,10 +576,10 @@ def test_a_final_that_is_not_settled_plays_every_unseen_draw_once():
 
 
 def test_who_cannot_be_the_fastest_does_not_go_on():
-    bench = _Uneven({DEFAULT: (11.0, 11.0), POOR: (12.0, 12.0), **TIED})
+    bench = _Uneven({DEFAULT: (11.0, 11.0), POOR: (10.2, 10.2), **TIED})
     final = play(bench, DEFAULT, [GOOD, NEXT, POOR], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == len(final.finalists[POOR]) == SAMPLES[0]
-    assert bench.rounds[POOR] == SAMPLES[0] + 1
+    assert bench.rounds[POOR] == SAMPLES[0]
     assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == len(UNSEEN)
     assert decide(final, bench, {"2": 0}).tactic in TIED
 
@@ -593,11 +593,13 @@ def test_a_settled_final_ends(good_us):
 
 def test_a_final_of_two_row_counts_plays_every_draw_with_everyone():
     """`POOR` is behind at one of them, and by the mean of all rounds; the winner may nonetheless be such a one."""
-    bench = _Uneven({DEFAULT: (11.0, 11.0), GOOD: (9.0, 9.0), POOR: (14.0, 8.5)})
-    final = play(bench, DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6, alternate=True)
+    us = {DEFAULT: (11.0, 11.0), GOOD: (9.0, 9.0), POOR: (10.5, 8.9)}
+    final = play(_Uneven(us), DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6, alternate=True)
+    assert final.alternate
     assert sorted(final.draws) == list(UNSEEN)
     assert {len(series) for series in (final.default_us, *final.finalists.values())} == {len(UNSEEN)}
-    assert final.alternate
+    apart = play(_Uneven(us), DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6)
+    assert len(apart.finalists[POOR]) == SAMPLES[0]
 
 
 def test_a_default_that_is_far_behind_does_not_go_on_either():
@@ -646,7 +648,7 @@ def test_whoever_wins_is_by_what_was_measured_at_most_as_far_behind_as_is_settle
 def test_a_few_disturbed_rounds_do_not_prolong_a_final():
     bench = _Scripted(lambda number: 5.0 if number % 10 == 0 else 1.0)
     final = play(bench, DEFAULT, [GOOD], UNSEEN, seconds=3e-3)
-    assert bench.rounds == SAMPLES[1]
+    assert SAMPLES[1] <= bench.rounds <= SAMPLES[1] + OPENING
     assert set(final.default_us) == {10.0}
     assert len(final.draws) == len(final.default_us) < SAMPLES[1]
 
@@ -741,8 +743,8 @@ def test_a_finalist_that_stands_the_stress_under_which_the_default_fails_wins():
 class _Drifting:
     """Tactics by their µs, all times a factor that drifts from round to round; counts how often each was timed.
 
-    `hiccup`: who takes three times as long in the first call. `apart`: by what factor the second of two series of one
-    tactic is longer. `fails`: who, and from which call on.
+    `hiccup`: who takes three times as long in the first two rounds. `apart`: by what factor the second of two series of
+    one tactic is longer. `fails`: who, and from which call on.
     """
 
     def __init__(self, us, *, hiccup=None, apart=1.0, fails=(None, 0)):
@@ -755,16 +757,15 @@ class _Drifting:
         if self._fails[0] in tactics and self.calls >= self._fails[1]:
             self.failures[self._fails[0]] = "planted"
         drift = [1 + 0.3 * self._chance.random() for _ in draws]
-        hiccup = self._hiccup if self.calls == 1 else None
         taken, seen = [], set()
         for played in tactics:
             self.timed[played] += len(draws)
-            factor = (3.0 if played == hiccup else 1.0) * (self._apart if played in seen else 1.0)
+            factor = self._apart if played in seen else 1.0
             seen.add(played)
-            failed = played in self.failures
-            taken.append(
-                None if failed else tuple(self.us[played] * factor * d * self._chance.gauss(1, 1e-3) for d in drift)
-            )
+            series = [self.us[played] * factor * each * self._chance.gauss(1, 1e-3) for each in drift]
+            if played == self._hiccup and self.calls == 1:
+                series[:2] = [3 * once_us for once_us in series[:2]]
+            taken.append(None if played in self.failures else tuple(series))
         return taken
 
 
@@ -773,7 +774,7 @@ def test_a_default_that_is_far_behind_plays_the_opening_only_and_takes_its_strag
     final = play(bench, DEFAULT, [NEXT, GOOD, POOR], range(16))
     assert len(final.default_us) == len(final.finalists[POOR]) == OPENING
     assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == SAMPLES[1]
-    assert bench.timed[DEFAULT] == bench.timed[POOR] == OPENING + 1
+    assert bench.timed[DEFAULT] == bench.timed[POOR] == OPENING
     verdict = decide(final, bench, {"2": 0})
     assert verdict.tactic == GOOD
     assert verdict.gain.value == pytest.approx(5.0, rel=0.01)
@@ -787,15 +788,16 @@ def test_the_noise_of_such_a_final_is_that_of_its_leader():
     assert torn.noise == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("hiccup", [DEFAULT, None])
-def test_a_default_that_only_a_hiccup_put_behind_plays_to_the_end(hiccup):
-    bench = _Drifting({DEFAULT: 10.0, GOOD: 9.0, POOR: 12.0}, hiccup=hiccup)
-    final = play(bench, DEFAULT, [GOOD, POOR], range(16))
-    assert len(final.default_us) == len(final.finalists[GOOD]) == len(final.finalists[POOR]) == SAMPLES[1]
-    assert decide(final, bench, {"2": 0}).tactic == GOOD
+@pytest.mark.parametrize("hiccup", [DEFAULT, GOOD, NEXT, None])
+def test_who_only_a_hiccup_put_behind_plays_to_the_end(hiccup):
+    bench = _Drifting({DEFAULT: 10.0, GOOD: 9.0, NEXT: 9.1, POOR: 12.0}, hiccup=hiccup)
+    final = play(bench, DEFAULT, [GOOD, NEXT, POOR], range(16))
+    assert len(final.default_us) == len(final.finalists[GOOD]) == len(final.finalists[NEXT]) >= SAMPLES[1] - 2
+    assert len(final.finalists[POOR]) <= OPENING or hiccup == GOOD
+    assert decide(final, bench, {"2": 0}).tactic == (NEXT if hiccup == GOOD else GOOD)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 2])
 def test_a_leader_that_fails_at_any_time_leaves_the_final_to_the_others(call):
     bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0, NEXT: 10.2}, fails=(GOOD, call))
     final = play(bench, DEFAULT, [GOOD, NEXT], range(16))
@@ -803,9 +805,9 @@ def test_a_leader_that_fails_at_any_time_leaves_the_final_to_the_others(call):
     assert decide(final, bench, {"2": 0}).tactic == NEXT
 
 
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_default_that_fails_in_its_opening_leaves_no_result(call):
-    bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0}, fails=(DEFAULT, call))
+@pytest.mark.parametrize(("default_us", "call"), [(50.0, 1), (10.0, 1), (10.0, 2)])
+def test_a_default_that_fails_leaves_no_result(default_us, call):
+    bench = _Drifting({DEFAULT: default_us, GOOD: 10.0}, fails=(DEFAULT, call))
     with pytest.raises(NoResultError, match="planted"):
         play(bench, DEFAULT, [GOOD], range(16))
 
