@@ -104,76 +104,91 @@ def play(
     Raises:
         NoResultError: the default failed.
     """
-    players, turns = (*finalists, default), cycle(draws)
-    race = _Race(dict.fromkeys(players, ()), (), ())
-    race = _further(race, bench, default, players, turns, OPENING, OPENING)
-    players = _staying(race, default)
-    opening_us, round_us = (_round_us(race, (players[0], *of_them)) for of_them in (race.series, players))
+    race = _Race(bench, default, finalists, draws)
+    race.run((*finalists, default), OPENING, OPENING)
+    players = race.staying()
+    opening_us, round_us = race.round_us(race.series), race.round_us(players)
     left_us = 1e6 * (SECONDS if seconds is None else seconds) - OPENING * (opening_us - round_us)
-    rounds = _num_rounds(round_us, left_us) - OPENING
-    race = _further(race, bench, default, players, turns, rounds, SAMPLES[0] - OPENING)
+    race.run(players, _num_rounds(round_us, left_us) - OPENING, SAMPLES[0] - OPENING)
     most = _most_rounds(round_us, len(draws))
-    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := _unsettled(race, alternate)):
-        race = _further(race, bench, default, players, turns, rounds, 1)
-    series = dict(race.series)
-    return Final(
-        default, series.pop(default), noise_floor(*zip(*race.pairs, strict=True)), series, race.draws, alternate
-    )
+    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):
+        race.run(players, rounds, 1)
+    noise = noise_floor(*zip(*race.pairs, strict=True))
+    default_us = race.series.pop(default)
+    return Final(default, default_us, noise, race.series, tuple(race.draws), alternate)
 
 
-@dataclass(frozen=True, slots=True)
 class _Race:
-    """A final that is being played: samples in µs of all who have not failed, their draws, and the A/A pairs."""
+    """A final that is being played.
 
-    series: Mapping[Tactic, tuple[float, ...]]
-    draws: tuple[int, ...]
-    pairs: tuple[tuple[float, float], ...]
+    Attributes:
+        series: samples in µs of all who have not failed.
+        draws: of the rounds.
+        pairs: samples in µs of who was timed twice in a round (A/A).
+    """
 
+    def __init__(self, bench: BenchLike, default: Tactic, finalists: Sequence[Tactic], draws: Sequence[int]) -> None:
+        self.series: dict[Tactic, tuple[float, ...]] = dict.fromkeys((*finalists, default), ())
+        self.draws: list[int] = []
+        self.pairs: list[tuple[float, float]] = []
+        self._bench, self._default, self._turns = bench, default, cycle(draws)
 
-def _further(
-    race: _Race,
-    bench: BenchLike,
-    default: Tactic,
-    players: Sequence[Tactic],
-    turns: Iterator[int],
-    rounds: int,
-    least: int,
-) -> _Race:
-    """`race` with that many more rounds of `players`, the first of them twice in each; should it fail, the next."""
-    while True:
-        (*taken, again), drawn = _rounds(bench, (*players, players[0]), turns, rounds, least)
-        if default in bench.failures:
-            raise NoResultError(f"The default tactic {default} failed in the final: {bench.failures[default]}.")
-        further = dict(zip(players, taken, strict=True))
-        race = _Race(
-            {
+    def run(self, players: Sequence[Tactic], rounds: int, least: int) -> None:
+        """That many rounds of `players`, the first of them twice in each; should that fail, again with the others.
+
+        Args:
+            players: who is timed.
+            rounds: how many.
+            least: how many must be undisturbed, or all count.
+
+        Raises:
+            NoResultError: the default failed.
+        """
+        while True:
+            (*taken, again), drawn = _rounds(self._bench, (*players, players[0]), self._turns, rounds, least)
+            failures = self._bench.failures
+            if self._default in failures:
+                reason = failures[self._default]
+                raise NoResultError(f"The default tactic {self._default} failed in the final: {reason}.")
+            further = dict(zip(players, taken, strict=True))
+            self.series = {
                 tactic: (*series, *further.get(tactic, ()))
-                for tactic, series in race.series.items()
-                if tactic not in bench.failures
-            },
-            (*race.draws, *drawn),
-            (*race.pairs, *zip(taken[0], again, strict=True)),
-        )
-        if players[0] in race.series:
-            return race
-        players = [player for player in players if player in race.series]
+                for tactic, series in self.series.items()
+                if tactic not in failures
+            }
+            self.draws += drawn
+            self.pairs += zip(taken[0], again, strict=True)
+            if players[0] in self.series:
+                return
+            players = [player for player in players if player in self.series]
 
+    def staying(self) -> tuple[Tactic, ...]:
+        """Who goes on after the opening, the fastest first: who is not behind, or by chance may only seem so."""
+        medians = {tactic: median(series) for tactic, series in self.series.items()}
+        leader, *others = sorted(medians, key=lambda tactic: medians[tactic])
 
-def _staying(race: _Race, default: Tactic) -> tuple[Tactic, ...]:
-    """Who goes on after the opening, the fastest first: who is not behind, or by chance may only seem so."""
-    medians = {tactic: median(series) for tactic, series in race.series.items()}
-    leader, *others = sorted(medians, key=lambda tactic: medians[tactic])
+        def is_behind(tactic: Tactic) -> bool:
+            limit = FAR if tactic == self._default else BEHIND
+            seems_so = medians[tactic] > limit * medians[leader]
+            return seems_so and paired_ratio(self.series[tactic], self.series[leader]).low > 1
 
-    def is_behind(tactic: Tactic) -> bool:
-        limit = (FAR if tactic == default else BEHIND) * medians[leader]
-        return medians[tactic] > limit and paired_ratio(race.series[tactic], race.series[leader]).low > 1
+        return (leader, *(tactic for tactic in others if not is_behind(tactic)))
 
-    return (leader, *(tactic for tactic in others if not is_behind(tactic)))
+    def unsettled(self, alternate: bool) -> tuple[Tactic, ...]:
+        """Who may be the fastest, the leader first; nobody where at most `SETTLED` is left to be gained."""
+        stayed = {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
+        leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic]))
+        if alternate and others:
+            return (leader, *others)
+        low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
+        if all(bound >= 1 - SETTLED for bound in low.values()):
+            return ()
+        return (leader, *(tactic for tactic in others if low[tactic] <= 1))
 
-
-def _round_us(race: _Race, tactics: Iterable[Tactic]) -> float:
-    """About how long one round of these takes."""
-    return sum(median(race.series[tactic]) for tactic in tactics)
+    def round_us(self, players: Iterable[Tactic]) -> float:
+        """About how long a round of these takes, the fastest of them twice."""
+        medians = [median(self.series[tactic]) for tactic in players]
+        return sum(medians) + min(medians)
 
 
 def _num_rounds(round_us: float, budget_us: float) -> int:
@@ -185,18 +200,6 @@ def _num_rounds(round_us: float, budget_us: float) -> int:
 def _most_rounds(round_us: float, num_draws: int) -> int:
     """How many rounds a final may be prolonged to: one on each draw, as long as that takes `SECONDS` at most."""
     return min(num_draws, int(1e6 * SECONDS / max(round_us, 1.0)))
-
-
-def _unsettled(race: _Race, alternate: bool) -> tuple[Tactic, ...]:
-    """Who may be the fastest, the leader first; nobody where at most `SETTLED` is left to be gained."""
-    stayed = {tactic: series for tactic, series in race.series.items() if len(series) == len(race.draws)}
-    leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic]))
-    if alternate and others:
-        return (leader, *others)
-    low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
-    if all(bound >= 1 - SETTLED for bound in low.values()):
-        return ()
-    return (leader, *(tactic for tactic in others if low[tactic] <= 1))
 
 
 def _rounds(

@@ -842,6 +842,20 @@ def test_a_backend_says_how_long_its_finals_may_take(plant, seconds, monkeypatch
     assert all(0 <= s < 0.02 for s in given_s[4:])
 
 
+@pytest.mark.parametrize(("time_budget_s", "draws"), [(None, 16), (1e4, 16), (1.0, REGIME.draws)])
+def test_a_final_in_little_time_has_no_draws_by_which_to_be_prolonged(plant, time_budget_s, draws, monkeypatch):
+    given, real = [], final_module.play
+
+    def recorded(bench, default, finalists, draws, seconds, alternate):
+        given.append(draws)
+        return real(bench, default, finalists, draws, 0.01, alternate=alternate)
+
+    monkeypatch.setattr(final_module, "play", recorded)
+    plant(milliseconds={"default": 0.2, "fast": 0.1})
+    _tune(time_budget_s=time_budget_s)
+    assert given == [range(REGIME.draws, REGIME.draws + draws)] * 2
+
+
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
     """It proposes one tactic besides the default, and in the next bucket is told which ones were good."""
     backend = plant(milliseconds={"default": 8.0, "fast": 2.5, "faster": 0.1})
