@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
@@ -22,8 +22,8 @@ STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
 CLIFF = 2.0
 """A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
-STRESS_SAMPLES = 3
-"""How often a finalist that seems to fall off a cliff is timed on each stress draw; all others once."""
+STRESS_SAMPLES = 5
+"""How often all are timed on each stress draw where one seems to fall off a cliff; else once."""
 SECONDS = 1.0
 """About how long the interleaved rounds of one final may take."""
 SAMPLES = (20, 96)
@@ -52,8 +52,8 @@ class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
     Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
-    rounds. `noise` is that of who led. `alternate`: even draws have the bucket's own rows, odd ones those that are met
-    in it.
+    rounds. `noise` is that of the default; where that is far behind, of who led. `alternate`: even draws have the
+    bucket's own rows, odd ones those that are met in it.
     """
 
     default: Tactic
@@ -85,10 +85,10 @@ def play(
     *,
     alternate: bool = False,
 ) -> Final:
-    """Interleaves the default and the finalists, and one of them twice (A/A), on `draws` in turn.
+    """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
-    After a few opening rounds those leave that are behind. As long as it is not settled who is the fastest, those who
-    may be it go on, until each draw was played once.
+    After a few opening rounds those leave that are behind; where the default does, the leader is timed twice. As long
+    as it is not settled who is the fastest, those who may be it go on, until each draw was played once.
 
     A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
@@ -105,7 +105,9 @@ def play(
         NoResultError: the default failed.
     """
     race = _Race(bench, default, finalists, draws)
-    race.run((*finalists, default), OPENING, OPENING)
+    everyone = (*finalists, default)
+    race.run(everyone, 1, 1)  # who is timed twice must be known
+    race.run(everyone, OPENING - 1, OPENING - 1)
     players = race.staying()
     opening_us, round_us = race.round_us(race.series), race.round_us(players)
     left_us = 1e6 * (SECONDS if seconds is None else seconds) - OPENING * (opening_us - round_us)
@@ -134,7 +136,7 @@ class _Race:
         self._bench, self._default, self._turns = bench, default, cycle(draws)
 
     def run(self, players: Sequence[Tactic], rounds: int, least: int) -> None:
-        """That many rounds of `players`, the first of them twice in each; should that fail, again with the others.
+        """That many rounds of `players`, one of them twice in each; should that fail, again with the others.
 
         Args:
             players: who is timed.
@@ -145,12 +147,15 @@ class _Race:
             NoResultError: the default failed.
         """
         while True:
-            (*taken, again), drawn = _rounds(self._bench, (*players, players[0]), self._turns, rounds, least)
+            players = [player for player in players if player in self.series]
+            twice = self._twice(players)
+            once = [player for player in players if player != twice]
+            (*taken, again), drawn = _rounds(self._bench, (twice, *once, twice), self._turns, rounds, least)
             failures = self._bench.failures
             if self._default in failures:
                 reason = failures[self._default]
                 raise NoResultError(f"The default tactic {self._default} failed in the final: {reason}.")
-            further = dict(zip(players, taken, strict=True))
+            further = dict(zip((twice, *once), taken, strict=True))
             self.series = {
                 tactic: (*series, *further.get(tactic, ()))
                 for tactic, series in self.series.items()
@@ -158,12 +163,11 @@ class _Race:
             }
             self.draws += drawn
             self.pairs += zip(taken[0], again, strict=True)
-            if players[0] in self.series:
+            if twice in self.series:
                 return
-            players = [player for player in players if player in self.series]
 
     def staying(self) -> tuple[Tactic, ...]:
-        """Who goes on after the opening, the fastest first: who is not behind, or by chance may only seem so."""
+        """Who goes on after the opening: who is not behind, or by chance may only seem so."""
         medians = {tactic: median(series) for tactic, series in self.series.items()}
         leader, *others = sorted(medians, key=lambda tactic: medians[tactic])
 
@@ -175,7 +179,7 @@ class _Race:
         return (leader, *(tactic for tactic in others if not is_behind(tactic)))
 
     def unsettled(self, alternate: bool) -> tuple[Tactic, ...]:
-        """Who may be the fastest, the leader first; nobody where at most `SETTLED` is left to be gained."""
+        """Who may be the fastest; nobody where at most `SETTLED` is left to be gained."""
         stayed = {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
         leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic]))
         if alternate and others:
@@ -185,10 +189,19 @@ class _Race:
             return ()
         return (leader, *(tactic for tactic in others if low[tactic] <= 1))
 
-    def round_us(self, players: Iterable[Tactic]) -> float:
-        """About how long a round of these takes, the fastest of them twice."""
-        medians = [median(self.series[tactic]) for tactic in players]
-        return sum(medians) + min(medians)
+    def round_us(self, players: Collection[Tactic]) -> float:
+        """About how long a round of these takes."""
+        return sum(median(self.series[tactic]) for tactic in (*players, self._twice(players)))
+
+    def _twice(self, players: Collection[Tactic]) -> Tactic:
+        """Who is timed twice in a round: the default, as it is to be beaten; where that is far behind, the leader.
+
+        Before the first round, which tells it, the first.
+        """
+        medians = {tactic: median(self.series[tactic]) for tactic in players if self.series[tactic]}
+        leader = min(medians or players, key=lambda tactic: medians.get(tactic, 0.0))
+        is_near = self._default in medians and medians[self._default] <= FAR * medians[leader]
+        return self._default if is_near else leader
 
 
 def _num_rounds(round_us: float, budget_us: float) -> int:
@@ -245,8 +258,8 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
     stress_us = _stress(bench, (*better, final.default), stress_draws, 1)
-    if fallen := [tactic for tactic in better if _cliff(tactic, stress_us)]:
-        stress_us |= _stress(bench, fallen, stress_draws, STRESS_SAMPLES)
+    if any(_cliff(tactic, stress_us) for tactic in better):
+        stress_us = _stress(bench, (*better, final.default), stress_draws, STRESS_SAMPLES)
     cliffs: dict[Tactic, str] = {}
     for tactic in better:
         if tactic in bench.failures:
