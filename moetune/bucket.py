@@ -194,7 +194,8 @@ class BucketTuner:
             raise NoResultError(
                 f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
             )
-        seconds, draws = final.SECONDS if self._final_s is None else self._final_s, bucket.unseen_draws
+        seconds = final.SECONDS if self._final_s is None else self._final_s
+        draws = bucket.unseen_draws
         if self._share_s is not None and FINAL_SHARE * self._share_s < final.SECONDS:
             seconds = min(seconds, FINAL_SHARE * self._share_s)
             draws = draws[: bucket.problem.regime.draws]  # more would prolong the final

@@ -115,6 +115,9 @@ def play(
     most = _most_rounds(round_us, len(draws))
     while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):
         race.run(players, rounds, 1)
+    if not race.stayed():  # all who went on have failed
+        left = [tactic for tactic in race.series if tactic != default]
+        return play(bench, default, left, draws, seconds, alternate=alternate)
     noise = noise_floor(*zip(*race.pairs, strict=True))
     default_us = race.series.pop(default)
     return Final(default, default_us, noise, race.series, tuple(race.draws), alternate)
@@ -136,7 +139,7 @@ class _Race:
         self._bench, self._default, self._turns = bench, default, cycle(draws)
 
     def run(self, players: Sequence[Tactic], rounds: int, least: int) -> None:
-        """That many rounds of `players`, one of them twice in each; should that fail, again with the others.
+        """That many rounds of `players`, one of them twice in each; should that one fail, again with the others.
 
         Args:
             players: who is timed.
@@ -146,8 +149,7 @@ class _Race:
         Raises:
             NoResultError: the default failed.
         """
-        while True:
-            players = [player for player in players if player in self.series]
+        while players := [player for player in players if player in self.series]:
             twice = self._twice(players)
             once = [player for player in players if player != twice]
             (*taken, again), drawn = _rounds(self._bench, (twice, *once, twice), self._turns, rounds, least)
@@ -178,16 +180,22 @@ class _Race:
 
         return (leader, *(tactic for tactic in others if not is_behind(tactic)))
 
+    def stayed(self) -> dict[Tactic, tuple[float, ...]]:
+        """The samples in µs of who has played every round."""
+        return {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
+
     def unsettled(self, alternate: bool) -> tuple[Tactic, ...]:
         """Who may be the fastest; nobody where at most `SETTLED` is left to be gained."""
-        stayed = {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
-        leader, *others = sorted(stayed, key=lambda tactic: sum(stayed[tactic]))
-        if alternate and others:
-            return (leader, *others)
-        low = {tactic: paired_ratio(stayed[tactic], stayed[leader]).low for tactic in others}
+        stayed = self.stayed()
+        if len(stayed) < 2:
+            return ()
+        if alternate:
+            return tuple(stayed)
+        leader = min(stayed, key=lambda tactic: sum(stayed[tactic]))
+        low = {tactic: paired_ratio(series, stayed[leader]).low for tactic, series in stayed.items()}
         if all(bound >= 1 - SETTLED for bound in low.values()):
             return ()
-        return (leader, *(tactic for tactic in others if low[tactic] <= 1))
+        return tuple(tactic for tactic in stayed if low[tactic] <= 1)
 
     def round_us(self, players: Collection[Tactic]) -> float:
         """About how long a round of these takes."""

@@ -805,7 +805,7 @@ def test_who_only_a_hiccup_put_behind_plays_to_the_end(hiccup):
     assert decide(final, bench, {"2": 0}).tactic == (NEXT if hiccup == GOOD else GOOD)
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_leader_that_fails_at_any_time_leaves_the_final_to_the_others(call):
     bench = _Drifting({DEFAULT: 50.0, GOOD: 10.0, NEXT: 10.2}, fails=(GOOD, call))
     final = play(bench, DEFAULT, [GOOD, NEXT], range(16))
@@ -813,7 +813,19 @@ def test_a_leader_that_fails_at_any_time_leaves_the_final_to_the_others(call):
     assert decide(final, bench, {"2": 0}).tactic == NEXT
 
 
-@pytest.mark.parametrize(("default_us", "call"), [(50.0, 1), (10.0, 1), (10.0, 2)])
+@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("others", [(), (POOR,)])
+def test_where_all_who_went_on_fail_those_who_had_left_play_anew(call, others):
+    """`GOOD` alone goes on after the opening, and fails in some call."""
+    bench = _Uneven({DEFAULT: (50.0, 50.0), GOOD: (9.0, 10.0), POOR: (12.0, 12.0)}, fails=(GOOD, call))
+    final = play(bench, DEFAULT, [GOOD, *others], UNSEEN, seconds=1e-6)
+    assert bench.failures.keys() == {GOOD}
+    assert final.finalists.keys() == set(others)
+    assert all(len(series) == len(final.draws) >= SAMPLES[0] for series in final.finalists.values())
+    assert decide(final, bench, {"2": 0}).tactic == (others or (DEFAULT,))[0]
+
+
+@pytest.mark.parametrize(("default_us", "call"), [(50.0, 1), (50.0, 2), (10.0, 1), (10.0, 2), (10.0, 3)])
 def test_a_default_that_fails_leaves_no_result(default_us, call):
     bench = _Drifting({DEFAULT: default_us, GOOD: 10.0}, fails=(DEFAULT, call))
     with pytest.raises(NoResultError, match="planted"):
