@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,8 @@ class FlashInferCutlassBackend:
         With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
         """
         known = (*starts, *self._promising) if starts else ()
-        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, seed=problem.rows))
+        turn = bisect_left(problem.regime.buckets, problem.rows)
+        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, turn=turn))
 
     def _remembering(self, search: Search) -> Search:
         measured: dict[Tactic, float] = {}

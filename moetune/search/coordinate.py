@@ -21,11 +21,11 @@ ETA = 3
 """… nor is one behind the first third …"""
 LEAST = 6
 """… unless it is among the first this many. So many of the best of a second pass are timed in a third."""
-PROMISING = 1.4
-"""A tactic within this times the best is worth a try in a neighboring bucket.
+PROMISING = 1.3
+"""A value within this times its line's best is worth a try in a neighboring bucket.
 
-On recorded times of 21 buckets, with 2 % of noise a draw, the best finalist is 0.04 % behind in the mean and 0.6 % at
-worst; at 1.3, which costs a tenth less, 0.08 % and 1.2 %.
+On recorded times of whole ladders (H200, `deepep_high_throughput` on 8 and 32 ranks) the best value of a bucket was
+within 1.2 in the bucket before.
 """
 
 
@@ -33,11 +33,11 @@ def coordinate(
     tactics: Sequence[Tactic],
     *,
     starts: Sequence[Tactic] = (),
-    explore: int = 8,
+    explore: int = 4,
     rounds: tuple[int, int, int] = (1, 4, 16),
     passes: int = 1,
     finalists: int = 6,
-    seed: int = 0,
+    turn: int = 0,
 ) -> Search:
     """A scan, a sweep of each coordinate from the best so far, and finalists in which the best values of all meet.
 
@@ -49,15 +49,17 @@ def coordinate(
         tactics: the candidates; sweeps keep to them, so they need not form a full grid.
         starts: tactics that were good in neighboring buckets, the best first; unknown ones are ignored. With
             them the scan tries the first few, and the sweeps are over their values and some others only.
-        explore: how many values that no start has a sweep tries nonetheless, chosen by `seed`.
+        explore: one in so many values of a coordinate is tried though no start has it, another one each turn.
         rounds: how often a tactic is timed in the scan and in the first, second and third pass of a sweep.
         passes: how often all coordinates are swept; it ends earlier when one changes nothing.
         finalists: how many at most are returned.
-        seed: of the scan and of what is explored; give each bucket another, so that over a ladder all values are met.
+        turn: the bucket's number, which chooses the scan without starts and what is explored: `explore` buckets in a
+            row try all values. By chance instead, a value that the first bucket had no use for was found 13 buckets
+            later (H200, FlashInfer's GEMM1 tactic 32, 1.3 % faster than the next).
     """
-    chance, legal = random.Random(seed), set(tactics)
+    legal = set(tactics)
     known = [tactic for tactic in dict.fromkeys(starts) if tactic in legal]
-    scan = known[:SCAN] or chance.sample(list(tactics), min(SCAN, len(tactics)))
+    scan = known[:SCAN] or random.Random(turn).sample(list(tactics), min(SCAN, len(tactics)))
     leaders = _ranked((yield Batch(tuple(scan), rounds[0]))) if scan else []
     if not leaders:
         return ()
@@ -70,7 +72,9 @@ def coordinate(
         for name in before:
             line = _line(tactics, best, name)
             if known:
-                line = _explored(line, {best[name], *(tactic.get(name) for tactic in known)}, name, explore, chance)
+                values = list(dict.fromkeys(tactic[name] for tactic in tactics if name in tactic))
+                tried = {best[name], *(tactic.get(name) for tactic in known), *values[turn % explore :: explore]}
+                line = [tactic for tactic in line if tactic[name] in tried]
             ranked = _ranked((yield from _sweep(line, rounds))) or [best]
             best = ranked[0]
             shortlists[name] = [tactic[name] for tactic in ranked[:3]]
@@ -80,9 +84,19 @@ def coordinate(
 
 
 def promising(times: Times) -> tuple[Tactic, ...]:
-    """Of all that one bucket measured, what to give the next one as `starts`: within `PROMISING`, the best first."""
-    ranked = _ranked(times)
-    return tuple(tactic for tactic in ranked if times[tactic] <= PROMISING * times[ranked[0]])
+    """Of all that one bucket measured, what to give the next one as `starts`: near a line's best, the fastest first."""
+    lines: dict[tuple[str, frozenset[tuple[str, Value]]], list[Tactic]] = {}
+    for tactic in times:
+        for name, value in tactic.items():
+            lines.setdefault((name, frozenset(tactic.items() - {(name, value)})), []).append(tactic)
+    near = {
+        tactic
+        for line in lines.values()
+        if len(line) > 1
+        for tactic in line
+        if times[tactic] <= PROMISING * min(times[other] for other in line)
+    }
+    return tuple(tactic for tactic in _ranked(times) if tactic in near)
 
 
 def _sweep(line: Sequence[Tactic], rounds: tuple[int, int, int]) -> Generator[Batch, Times, Times]:
@@ -110,15 +124,6 @@ def _line(tactics: Sequence[Tactic], at: Tactic, name: str) -> list[Tactic]:
 
 def _on_a_line(tactics: Sequence[Tactic], tactic: Tactic) -> bool:
     return any(len(_line(tactics, tactic, name)) > 1 for name in tactic)
-
-
-def _explored(
-    line: Sequence[Tactic], values: set[Value | None], name: str, explore: int, chance: random.Random
-) -> list[Tactic]:
-    """The tactics of a line with one of `values`, and a few others."""
-    others = [tactic for tactic in line if tactic[name] not in values]
-    chosen = set(chance.sample(others, min(explore, len(others))))
-    return [tactic for tactic in line if tactic[name] in values or tactic in chosen]
 
 
 def _meetings(best: Tactic, shortlists: Mapping[str, list[Value]], legal: set[Tactic]) -> Iterator[Tactic]:

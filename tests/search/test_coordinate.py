@@ -46,7 +46,7 @@ def measurements(batches):
 @settings(max_examples=30, deadline=None)
 def test_the_best_pair_of_a_sum_is_found_by_about_two_sweeps(seed):
     times = planted(seed)
-    batches, finalists = finish(coordinate(PAIRS, seed=seed), times)
+    batches, finalists = finish(coordinate(PAIRS, turn=seed), times)
     assert finalists[0] == min(times, key=times.get)
     assert measurements(batches) < 1.6 * (len(FIRST) + len(SECOND))
 
@@ -68,7 +68,7 @@ def test_noise_of_a_few_percent_costs_little_regret():
     regrets = []
     for seed in range(20):
         times = planted(seed)
-        _, finalists = finish(coordinate(PAIRS, seed=seed), times, noise=0.04, seed=seed)
+        _, finalists = finish(coordinate(PAIRS, turn=seed), times, noise=0.04, seed=seed)
         chance = random.Random(seed)
         winner = min(finalists, key=lambda tactic: times[tactic] * chance.gauss(1, 0.01))  # a final's 16 rounds
         regrets.append(times[winner] / min(times.values()) - 1)
@@ -80,7 +80,7 @@ def test_noise_of_a_few_percent_costs_little_regret():
 def test_a_best_pair_that_gets_in_its_own_way_is_passed_over_in_the_final(seed):
     times = planted(seed)
     times[min(times, key=times.get)] *= 1.15
-    _, finalists = finish(coordinate(PAIRS, seed=seed), times)
+    _, finalists = finish(coordinate(PAIRS, turn=seed), times)
     assert times[finalists[0]] < 1.01 * min(times.values())
 
 
@@ -98,24 +98,28 @@ def test_hopeless_values_are_timed_once_and_the_rest_with_more_rounds():
 def test_starts_are_tried_first_and_shrink_the_sweeps():
     times = planted()
     near = sorted(PAIRS[1:], key=times.get)[:10]
-    batches, finalists = finish(coordinate(PAIRS, starts=near, explore=4), times)
+    batches, finalists = finish(coordinate(PAIRS, starts=near, explore=12), times)
     cold, _ = finish(coordinate(PAIRS), times)
     assert batches[0].tactics == tuple(near[:SCAN])
     values = {t["gemm1"] for t in near}
-    assert {t["gemm1"] for t in batches[1].tactics} > values
-    assert len(batches[1].tactics) == len(values) + 4
+    explored = {11, 23, 35}  # of -1, which no line has, and FIRST
+    assert [t["gemm1"] for t in batches[1].tactics] == sorted(values | explored)
     assert measurements(batches) < 0.5 * measurements(cold)
     assert finalists[0] == near[0]
 
 
-def test_what_no_start_has_is_explored_over_many_seeds():
+@pytest.mark.parametrize("explore", [1, 3, 5])
+@pytest.mark.parametrize("first", [0, 7])
+def test_what_no_start_has_is_explored_in_as_many_turns_in_a_row(explore, first):
     times = planted()
     start = [max(PAIRS[1:], key=times.get)]
-    tried = set()
-    for seed in range(60):
-        batches, _ = finish(coordinate(PAIRS, starts=start, seed=seed), times)
-        tried |= {t["gemm1"] for batch in batches for t in batch.tactics}
-    assert tried == set(FIRST)
+    tried = []
+    for turn in range(first, first + explore):
+        batches, _ = finish(coordinate(PAIRS, starts=start, explore=explore, turn=turn), times)
+        tried.append([{t[name] for batch in batches for t in batch.tactics} for name in ("gemm1", "gemm2")])
+    for values, in_turn in zip((FIRST, SECOND), zip(*tried, strict=True), strict=True):
+        assert set.union(*in_turn) == set(values)
+        assert all(len(of_turn) <= len(values) / explore + 4 for of_turn in in_turn)
 
 
 def test_along_a_ladder_warm_starts_follow_a_best_that_moves():
@@ -124,7 +128,7 @@ def test_along_a_ladder_warm_starts_follow_a_best_that_moves():
     for bucket in range(21):
         times = {t: 200.0 + 3 * abs(t["gemm1"] - 2 * bucket) + 2 * abs(t["gemm2"] - 50 - 3 * bucket) for t in PAIRS[1:]}
         measured = {}
-        search = coordinate(PAIRS[1:], starts=starts, seed=bucket)
+        search = coordinate(PAIRS[1:], starts=starts, turn=bucket)
         batches, finalists = finish(search, times)
         for batch in batches:
             measured |= {t: times[t] for t in batch.tactics}
@@ -144,8 +148,8 @@ def test_starts_that_are_no_candidates_are_ignored():
 def test_a_tactic_off_the_grid_is_no_base_but_stays_in_the_final_when_it_leads(starts):
     few = PAIRS[: SCAN + 200]
     times = {t: 100.0 + t["gemm1"] + t["gemm2"] for t in few} | {UNTUNED: 1.0}
-    seed = next(s for s in range(999) if UNTUNED in random.Random(s).sample(list(few), SCAN))
-    _, finalists = finish(coordinate(few, starts=starts, seed=seed, explore=99), times)
+    turn = next(t for t in range(999) if UNTUNED in random.Random(t).sample(list(few), SCAN))
+    _, finalists = finish(coordinate(few, starts=starts, turn=turn, explore=1), times)
     assert finalists[:2] == (UNTUNED, PAIRS[1])
 
 
@@ -188,6 +192,15 @@ def test_promising_are_those_near_the_best_in_order():
     assert promising({}) == ()
 
 
+def test_promising_is_what_is_near_the_best_of_its_own_line():
+    """GEMM1 was swept beside a poor GEMM2: its second best value is far behind the best pair, and as good as ever."""
+    times = {Tactic(gemm1=a, gemm2=50): 100.0 + us for a, us in enumerate((0.0, 10.0, 60.0))}
+    times |= {Tactic(gemm1=0, gemm2=b): us for b, us in ((51, 50.0), (52, 90.0))}
+    alone = Tactic(gemm1=7, gemm2=70)
+    kept = promising({**times, alone: 20.0, UNTUNED: 10.0})
+    assert kept == (Tactic(gemm1=0, gemm2=51), Tactic(gemm1=0, gemm2=50), Tactic(gemm1=1, gemm2=50))
+
+
 RECORDED = Path(__file__).parents[1] / "data" / "flashinfer_cutlass-qwen3-235b-a22b-ep4-packed-h200.json"
 
 
@@ -222,8 +235,8 @@ def drawn(search, times, chance, sigma=0.02, noise=0.003):
 def test_along_a_recorded_ladder_a_finalist_is_as_good_as_the_best(seed):
     """21 buckets of Qwen3-235B, packed rows of 4 ranks, H200; of 3645 pairs about 90 are timed in each."""
     chance, starts, known, losses = random.Random(seed), (), (), []
-    for rows, times in recorded():
-        search = coordinate(list(times), starts=(*starts, *known) if starts else (), rounds=(1, 4, 8), seed=rows)
+    for turn, (_, times) in enumerate(recorded()):
+        search = coordinate(list(times), starts=(*starts, *known) if starts else (), rounds=(1, 4, 8), turn=turn)
         finalists, measured, spent = drawn(search, times, chance)
         best = min(times.values())
         losses.append(min(map(times.get, finalists)) / best - 1)
