@@ -7,6 +7,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from moetune.measure.reasons import is_out_of_memory
@@ -14,11 +17,17 @@ from moetune.measure.reasons import is_out_of_memory
 if TYPE_CHECKING:
     import torch
 
+    Events = dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]
+
 Call = Callable[[int], object]
 """Runs one tactic on one draw and may return before the device is done."""
 
 Before = Callable[[int, int], None]
 """Is told the position of a call that is about to run, and how often it will before the next is told."""
+
+
+Step = tuple[int, int]
+"""The position of a call, and the number of a chunk of the draws."""
 
 
 class Clock(Protocol):
@@ -52,6 +61,15 @@ INTERLEAVE_US = 2000.0
 
 On an H200 at its power limit (0.7 ms a call, 8 calls, 32 samples) the spread of a ratio over repetitions is 0.09 % so,
 and 0.2 % with 4 ms; half of it again costs a third more time and gains nothing.
+"""
+
+
+SETTLE_US = 50_000.0
+"""Where all timings together take longer than this, as much of them goes before, untimed.
+
+After a pause of some milliseconds an H200 runs above its power limit for 40 to 70 ms, 5 to 10 % faster than later, and
+another tactic may lead: of 24 timed once each (4.3 ms a call) times are off by 3.5 % (1 σ), of a GPU at its limit by
+1.4 %.
 """
 
 
@@ -138,7 +156,8 @@ class CudaClock:
         """See `Clock`. A draw named n times is sampled in n rounds.
 
         Calls alternate after every few draws, as many as take `INTERLEAVE_US`: a GPU at its power limit changes its
-        clock within milliseconds, and what is compared must see the same.
+        clock within milliseconds, and what is compared must see the same. For that it must not rest either, so the next
+        call is captured while this one runs.
         """
         import torch
 
@@ -150,19 +169,22 @@ class CudaClock:
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
         with torch.cuda.device(self._device), _no_garbage_collection():
             before(0, 1)
-            chunks = _chunks(distinct, self._once_us(calls[0], distinct[0]))
-            walks = []
-            for position, call in enumerate(calls):
-                before(position, len(distinct))  # it is captured, and runs where it cannot be
-                walks.append([self._walk(call, position, chunk) for chunk in chunks])
-            turn = 0
-            for _ in range(rounds):
-                for number, chunk in enumerate(chunks):
-                    for position in order(len(calls), turn):
-                        before(position, len(chunk))
-                        for draw, sample in walks[position][number]().items():
-                            times[position][draw].append(sample)
-                    turn += 1
+            once_us = self._once_us(calls[0], distinct[0])
+            chunks = _chunks(distinct, once_us)
+            steps = [
+                (position, turn % len(chunks))
+                for turn in range(rounds * len(chunks))
+                for position in order(len(calls), turn)
+            ]
+            walks = _Walks(self._walk, calls, chunks, before)
+            untimed_us = SETTLE_US if once_us * len(calls) * len(draws) > SETTLE_US else 0.0
+            for step, following in pairwise(steps):
+                if untimed_us <= 0:
+                    break
+                untimed_us -= sum(walks.times_us(step, following).values())
+            for step, following in zip(steps, (*steps[1:], steps[0]), strict=True):
+                for draw, sample in walks.times_us(step, following).items():
+                    times[step[0]][draw].append(sample)
         return [_in_order(of_call, draws) for of_call in times]
 
     def _once_us(self, call: Call, draw: int) -> float:
@@ -176,8 +198,8 @@ class CudaClock:
         torch.cuda.synchronize()
         return 1e3 * float(begin.elapsed_time(end))
 
-    def _walk(self, call: Call, position: int, draws: Sequence[int]) -> Callable[[], dict[int, float]]:
-        """A function that executes `call` on every draw and returns the µs of each."""
+    def _walk(self, call: Call, position: int, draws: Sequence[int]) -> _Walk:
+        """`call` on every draw, as a graph if it can be captured."""
         import torch
 
         graph = torch.cuda.CUDAGraph()
@@ -185,23 +207,14 @@ class CudaClock:
             events = self._events(draws, external=True)
             with self._capture(graph):
                 self._enqueue(call, events)
-            execute = graph.replay
         except RuntimeError as error:  # it synchronizes, which a capture cannot
             if is_out_of_memory(error):  # a time without a graph would compare with no other
                 raise
             self.eager[position] = str(error).splitlines()[0]
             torch.cuda.synchronize()
-            events = self._events(draws, external=False)
-
-            def execute() -> None:
-                self._enqueue(call, events)
-
-        def walk() -> dict[int, float]:
-            execute()
-            torch.cuda.synchronize()
-            return {draw: 1e3 * begin.elapsed_time(end) for draw, (begin, end) in events.items()}
-
-        return walk
+            eager_events = self._events(draws, external=False)
+            return _Walk(partial(self._enqueue, call, eager_events), eager_events)
+        return _Walk(graph.replay, events)
 
     @contextmanager
     def _capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
@@ -219,7 +232,7 @@ class CudaClock:
                 raise
             graph.capture_end()
 
-    def _events(self, draws: Sequence[int], external: bool) -> dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]:
+    def _events(self, draws: Sequence[int], external: bool) -> Events:
         return {draw: (self._event(external), self._event(external)) for draw in draws}
 
     @staticmethod
@@ -229,12 +242,75 @@ class CudaClock:
         made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
         return made
 
-    def _enqueue(self, call: Call, events: dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+    def _enqueue(self, call: Call, events: Events) -> None:
         for draw, (begin, end) in events.items():
             self._flush.zero_()
             begin.record()
             call(draw)
             end.record()
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """One call on several draws: `start` has the device do them, and `wait` for it returns the µs of each."""
+
+    start: Callable[[], object]
+    events: Events
+
+    def wait(self) -> dict[int, float]:
+        import torch
+
+        torch.cuda.synchronize()
+        return {draw: 1e3 * begin.elapsed_time(end) for draw, (begin, end) in self.events.items()}
+
+
+class _Walks:
+    """Every call's walk over every chunk of the draws, captured when it is first due.
+
+    Args:
+        capture: makes the walk of a call, its position and a chunk.
+        calls: what is timed.
+        chunks: parts of the draws.
+        before: see `Clock.paired_samples`.
+    """
+
+    def __init__(
+        self,
+        capture: Callable[[Call, int, Sequence[int]], _Walk],
+        calls: Sequence[Call],
+        chunks: Sequence[Sequence[int]],
+        before: Before,
+    ) -> None:
+        self._capture, self._calls, self._chunks, self._before = capture, calls, chunks, before
+        self._captured: dict[Step, _Walk] = {}
+
+    def times_us(self, step: Step, following: Step) -> dict[int, float]:
+        """The µs of each draw of `step`; while it runs, `following` is captured."""
+        import torch
+
+        if step not in self._captured:
+            self._captured[step] = self._made(step)
+        self._tell(step)
+        self._captured[step].start()
+        if following not in self._captured:
+            try:
+                self._captured[following] = self._made(following)
+            except Exception:
+                self._tell(step)
+                torch.cuda.synchronize()  # raises if it is what runs that has failed
+                self._tell(following)
+                raise
+            self._tell(step)
+        return self._captured[step].wait()
+
+    def _made(self, step: Step) -> _Walk:
+        self._tell(step)  # it runs where it cannot be captured
+        position, number = step
+        return self._capture(self._calls[position], position, self._chunks[number])
+
+    def _tell(self, step: Step) -> None:
+        position, number = step
+        self._before(position, len(self._chunks[number]))
 
 
 def _chunks(draws: Sequence[int], call_us: float) -> list[tuple[int, ...]]:

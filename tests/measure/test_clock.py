@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from unittest.mock import Mock
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moetune.measure.clock import CpuClock, CudaClock, _chunks, clock_for, order
+from moetune.measure.clock import INTERLEAVE_US, SETTLE_US, CpuClock, CudaClock, _chunks, clock_for, order
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
@@ -195,11 +196,101 @@ def test_the_cuda_clock_pairs_by_draw_and_times_the_call_alone(gpu: _Device, dra
 
 def test_calls_of_the_cuda_clock_alternate_every_few_milliseconds(gpu: _Device) -> None:
     asked: list[tuple[int, int]] = []
-    calls = [lambda draw: gpu.run(1000.0)] * 2
+    told: list[tuple[int, int]] = []
+    ran: list[int] = []
+
+    def call(position: int, draw: int) -> None:
+        gpu.run(1000.0)
+        gpu.enqueue(lambda: ran.append(position))
+        gpu.enqueue(lambda: told.append(asked[-1]))
+
+    calls = [partial(call, position) for position in range(2)]
     cuda_clock(gpu).paired_samples(calls, range(8), lambda position, runs: asked.append((position, runs)))
-    assert asked[:3] == [(0, 1), (0, 8), (1, 8)]  # once to see how long it takes, then captured
-    assert [position for position, _ in asked[3:]] == [0, 1, 1, 0, 1, 0, 0, 1]
-    assert {runs for _, runs in asked[3:]} == {2}
+    assert ran == [0] + [position for position in [0, 1, 1, 0, 1, 0, 0, 1] for _ in range(2)]  # once to see how long
+    assert told == [(0, 1)] + [(position, 2) for position in ran[1:]]
+
+
+def test_a_call_is_captured_while_the_one_before_runs(gpu: _Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told last answers for what comes next."""
+    log: list[str] = []
+
+    class Graph(torch.cuda.CUDAGraph):  # type: ignore[misc]
+        def capture_begin(self) -> None:
+            log.append("capture")
+            super().capture_begin()
+
+        def replay(self) -> None:
+            log.append("start")
+            super().replay()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    calls = [lambda draw: gpu.run(20.0)] * 3
+    cuda_clock(gpu).paired_samples(calls, [0, 1, 0, 1], lambda position, runs: log.append(f"{position}"))
+    assert log[:2] == ["0", "wait"]
+    first = "0 capture 0 start 1 capture 0 wait 1 start 2 capture 1 wait 2 start wait"
+    assert " ".join(log[2:]) == f"{first} 1 start wait 2 start wait 0 start wait"
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_what_fails_on_the_device_while_another_is_captured_is_told_last(
+    gpu: _Device, monkeypatch: pytest.MonkeyPatch, guilty: int
+) -> None:
+    """Its error is raised by whatever uses the device next, here the capture of the next call."""
+    told: list[int] = []
+    broken: list[int] = []
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def call(position: int, draw: int) -> None:
+        synchronize()
+        gpu.run(20.0)
+        if position == guilty and draw == 1:
+            gpu.enqueue(lambda: broken.append(position))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    calls = [partial(call, position) for position in range(4)]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: told.append(position))
+    assert told[-1] == guilty
+
+
+def test_what_cannot_be_captured_at_all_is_told_last(gpu: _Device) -> None:
+    told: list[int] = []
+    calls: list[Callable[[int], object]] = [lambda draw: gpu.run(20.0), lambda draw: gpu.run(20.0), lambda draw: 1 / 0]
+    with pytest.raises(ZeroDivisionError):
+        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: told.append(position))
+    assert told[-1] == 2
+
+
+@given(
+    us=st.sampled_from([20.0, 700.0, 3000.0, 9000.0]),
+    count=st.integers(1, 6),
+    draws=st.integers(1, 8),
+    rounds=st.integers(1, 3),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_takes_long_is_run_untimed_until_the_device_has_settled(
+    gpu: _Device, us: float, count: int, draws: int, rounds: int
+) -> None:
+    """And is timed as often as ever."""
+    ran: list[float] = []
+
+    def call(draw: int) -> None:
+        gpu.run(us)
+        gpu.enqueue(lambda: ran.append(us))
+
+    samples = cuda_clock(gpu).paired_samples([call] * count, list(range(draws)) * rounds)
+    assert samples == [[pytest.approx(us)] * (draws * rounds)] * count
+    timed_us = us * count * draws * rounds
+    untimed_us = sum(ran[1:]) - timed_us
+    if timed_us <= SETTLE_US:
+        assert untimed_us == 0
+    else:
+        longest_us = max(us, INTERLEAVE_US)
+        assert min(SETTLE_US, timed_us - longest_us) <= untimed_us < SETTLE_US + longest_us
 
 
 def test_what_waits_for_the_device_is_timed_without_a_graph_and_told_until_the_next_time(gpu: _Device) -> None:
@@ -241,8 +332,8 @@ def test_what_finds_no_memory_for_its_graph_is_not_timed_without_one(
 @pytest.mark.gpu
 @needs_cuda
 def test_cuda_clock_times_work_and_pairs_by_draw() -> None:
-    sizes = {0: 1 << 20, 1: 1 << 26}
-    source = torch.randn(1 << 26, device="cuda")
+    sizes = {0: 1 << 20, 1: 1 << 28}  # the larger far beyond what launches and waits take
+    source = torch.randn(1 << 28, device="cuda")
     clock = clock_for("cuda")
     assert isinstance(clock, CudaClock)
 
