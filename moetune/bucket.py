@@ -194,13 +194,11 @@ class BucketTuner:
             raise NoResultError(
                 f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
             )
-        seconds = final.SECONDS if self._final_s is None else self._final_s
-        draws = bucket.unseen_draws
-        if self._share_s is not None and FINAL_SHARE * self._share_s < final.SECONDS:
-            seconds = min(seconds, FINAL_SHARE * self._share_s)
-            draws = draws[: bucket.problem.regime.draws]  # more would prolong the final
+        most_s = final.SECONDS if self._share_s is None else min(final.SECONDS, FINAL_SHARE * self._share_s)
         alternate = bucket.num_row_counts > 1
-        played = final.play(bench, default, right, draws, seconds, alternate=alternate)
+        played = final.play(
+            bench, default, right, bucket.unseen_draws, self._final_s, most_s=most_s, alternate=alternate
+        )
         verdict = final.decide(played, bench, bucket.stress_draws)
         return final.choice(
             played,

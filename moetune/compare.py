@@ -251,7 +251,7 @@ def _played(
     while len(players) > 1:
         leader, *others = players
         try:
-            played = final.play(bench, leader, others, range(draws), seconds)
+            played = final.play(bench, leader, others, range(draws), most_s=seconds)
         except NoResultError:
             if leader not in bench.failures:  # the process fails, whatever it runs
                 raise

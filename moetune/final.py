@@ -27,19 +27,25 @@ STRESS_SAMPLES = 5
 SECONDS = 1.0
 """About how long the interleaved rounds of one final may take."""
 SAMPLES = (20, 96)
-"""The least and the most paired samples of a final."""
+"""The least and the most paired samples of a final; the least of each row count, where there are two."""
 TRIES = 3
 """How often a final is prolonged when too many of its rounds were disturbed."""
 DISTURBED = 1.25
 """A round is disturbed where two times of the same tactic differ by more than this factor."""
 OPENING = 6
-"""After so many rounds those leave that are behind: they would take much of the time to say what a few rounds say."""
+"""After so many rounds those leave that are behind: they would take much of the time to say what a few rounds say.
+
+If the default does, these rounds are not counted for the others. Beside one that is far behind and keeps the GPU half
+idle, an H200 jumps between its power limit and the clock above: two tactics of 10 ms differ by 5.3 % (1 σ) from round
+to round, and by 1.1 % thereafter.
+"""
 FAR, BEHIND = 1.5, 1.1
 """The default is behind if it is slower than the first times the best one, a finalist than the second times it."""
 SETTLED = 0.005
-"""A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged, as
-long as there are draws that it has not played. Where two row counts are played it never is, as the mean of all rounds
-says little there."""
+"""A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged.
+
+Where two row counts are played it never is, as the mean of all rounds says little there.
+"""
 OWN_ROWS_WEIGHT = 0.5
 """How much it counts to be behind on a bucket's own rows, where others are met in it.
 
@@ -53,7 +59,8 @@ class Final:
 
     Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
     rounds. `noise` is that of the default; where that is far behind, of who led. `alternate`: even draws have the
-    bucket's own rows, odd ones those that are met in it.
+    bucket's own rows, odd ones those that are met in it. `opening`: how many rounds say nothing about who is the
+    fastest of those who went on, see `OPENING`.
     """
 
     default: Tactic
@@ -62,6 +69,7 @@ class Final:
     finalists: Mapping[Tactic, tuple[float, ...]]
     draws: tuple[int, ...]
     alternate: bool = False
+    opening: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +91,13 @@ def play(
     draws: Sequence[int],
     seconds: float | None = None,
     *,
+    most_s: float | None = None,
     alternate: bool = False,
 ) -> Final:
     """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
     After a few opening rounds those leave that are behind; where the default does, the leader is timed twice. As long
-    as it is not settled who is the fastest, those who may be it go on, until each draw was played once.
+    as it is not settled who is the fastest, those who may be it go on.
 
     A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
@@ -98,7 +107,8 @@ def play(
         default: what must be beaten.
         finalists: who may beat it, the likeliest first.
         draws: numbers of the bench's draws.
-        seconds: about how long it may take; `SECONDS` by default.
+        seconds: about how long it may take before it is prolonged; `most_s` by default.
+        most_s: about how long in all, where the least rounds do not take longer; `SECONDS` by default.
         alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
 
     Raises:
@@ -109,18 +119,21 @@ def play(
     race.run(everyone, 1, 1)  # who is timed twice must be known
     race.run(everyone, OPENING - 1, OPENING - 1)
     players = race.staying()
+    race.opening = 0 if default in players else len(race.draws)
     opening_us, round_us = race.round_us(race.series), race.round_us(players)
-    left_us = 1e6 * (SECONDS if seconds is None else seconds) - OPENING * (opening_us - round_us)
-    race.run(players, _num_rounds(round_us, left_us) - OPENING, SAMPLES[0] - OPENING)
-    most = _most_rounds(round_us, len(draws))
+    most_us = 1e6 * (SECONDS if most_s is None else most_s)
+    left_us = min(most_us, 1e6 * seconds if seconds is not None else most_us) - OPENING * (opening_us - round_us)
+    least = (1 + alternate) * SAMPLES[0]
+    race.run(players, _num_rounds(round_us, left_us, least) - OPENING, least - OPENING)
+    most = min(SAMPLES[1], int(most_us / max(round_us, 1.0)))
     while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):
         race.run(players, rounds, 1)
     if not race.stayed():  # all who went on have failed
         left = [tactic for tactic in race.series if tactic != default]
-        return play(bench, default, left, draws, seconds, alternate=alternate)
-    noise = noise_floor(*zip(*race.pairs, strict=True))
+        return play(bench, default, left, draws, seconds, most_s=most_s, alternate=alternate)
+    noise = noise_floor(*zip(*race.pairs[race.opening :], strict=True))
     default_us = race.series.pop(default)
-    return Final(default, default_us, noise, race.series, tuple(race.draws), alternate)
+    return Final(default, default_us, noise, race.series, tuple(race.draws), alternate, race.opening)
 
 
 class _Race:
@@ -130,12 +143,14 @@ class _Race:
         series: samples in µs of all who have not failed.
         draws: of the rounds.
         pairs: samples in µs of who was timed twice in a round (A/A).
+        opening: how many rounds are not counted for those who went on.
     """
 
     def __init__(self, bench: BenchLike, default: Tactic, finalists: Sequence[Tactic], draws: Sequence[int]) -> None:
         self.series: dict[Tactic, tuple[float, ...]] = dict.fromkeys((*finalists, default), ())
         self.draws: list[int] = []
         self.pairs: list[tuple[float, float]] = []
+        self.opening = 0
         self._bench, self._default, self._turns = bench, default, cycle(draws)
 
     def run(self, players: Sequence[Tactic], rounds: int, least: int) -> None:
@@ -191,8 +206,9 @@ class _Race:
             return ()
         if alternate:
             return tuple(stayed)
-        leader = min(stayed, key=lambda tactic: sum(stayed[tactic]))
-        low = {tactic: paired_ratio(series, stayed[leader]).low for tactic, series in stayed.items()}
+        counted = {tactic: series[self.opening :] for tactic, series in stayed.items()}
+        leader = min(counted, key=lambda tactic: sum(counted[tactic]))
+        low = {tactic: paired_ratio(series, counted[leader]).low for tactic, series in counted.items()}
         if all(bound >= 1 - SETTLED for bound in low.values()):
             return ()
         return tuple(tactic for tactic in stayed if low[tactic] <= 1)
@@ -212,15 +228,9 @@ class _Race:
         return self._default if is_near else leader
 
 
-def _num_rounds(round_us: float, budget_us: float) -> int:
+def _num_rounds(round_us: float, budget_us: float, least: int) -> int:
     """How many rounds a final has before it is prolonged."""
-    least, most = SAMPLES
-    return min(most, max(least, int(budget_us / max(round_us, 1.0))))
-
-
-def _most_rounds(round_us: float, num_draws: int) -> int:
-    """How many rounds a final may be prolonged to: one on each draw, as long as that takes `SECONDS` at most."""
-    return min(num_draws, int(1e6 * SECONDS / max(round_us, 1.0)))
+    return min(SAMPLES[1], max(least, int(budget_us / max(round_us, 1.0))))
 
 
 def _rounds(
@@ -344,7 +354,9 @@ def _ranked(final: Final) -> list[tuple[Tactic, tuple[float, ...]]]:
     kinds = [draw % 2 if final.alternate else 0 for draw in final.draws]
 
     def means_us(series: Sequence[float]) -> list[float]:
-        by_kind = ([time for time, of in zip(series, kinds, strict=False) if of == kind] for kind in sorted(set(kinds)))
+        counted = list(zip(series, kinds, strict=False))
+        counted = counted[final.opening :] or counted
+        by_kind = ([time for time, of in counted if of == kind] for kind in sorted(set(kinds)))
         return [fmean(of_kind or series) for of_kind in by_kind]
 
     stayed = max(map(len, final.finalists.values()), default=0)

@@ -17,10 +17,10 @@ from processes import children, eventually
 from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import Bucket, num_unseen, untouched_draws
+from moetune.bucket import FINAL_SHARE, Bucket, num_unseen, untouched_draws
 from moetune.errors import MissError, NoResultError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
-from moetune.final import OPENING, SAMPLES, Final, _most_rounds, _num_rounds, decide, play
+from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
@@ -111,9 +111,9 @@ def test_where_draws_alternate_between_two_row_counts_a_search_has_its_rounds_of
         searched.setdefault(bench.problem.rows, [draw % 2 for draw in draws])
         return real_samples(bench, tactics, draws)
 
-    def played(*args, alternate):
+    def played(*args, alternate, **options):
         finals[max(searched)] = alternate
-        return real_play(*args, alternate=alternate)
+        return real_play(*args, alternate=alternate, **options)
 
     prepared = Bench.__init__
     monkeypatch.setattr(
@@ -564,13 +564,14 @@ class _Uneven:
 
 
 UNSEEN = range(16, 80)
+TO_THE_END = (*UNSEEN, *UNSEEN)[: SAMPLES[1]]
 TIED = {GOOD: (9.0, 10.0), NEXT: (10.0, 9.0)}
 
 
-def test_a_final_that_is_not_settled_plays_every_unseen_draw_once():
+def test_a_final_that_is_not_settled_plays_the_most_rounds_each_draw_as_often():
     bench = _Uneven({DEFAULT: (10.0, 10.0), **TIED})
     final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
-    assert sorted(final.draws) == list(UNSEEN)
+    assert final.draws == TO_THE_END
     for tied in TIED:
         assert final.finalists[tied] == tuple(bench.once_us(tied, draw) for draw in final.draws)
 
@@ -580,7 +581,7 @@ def test_who_cannot_be_the_fastest_does_not_go_on():
     final = play(bench, DEFAULT, [GOOD, NEXT, POOR], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == len(final.finalists[POOR]) == SAMPLES[0]
     assert bench.rounds[POOR] == SAMPLES[0]
-    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == len(UNSEEN)
+    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == SAMPLES[1]
     assert decide(final, bench, {"2": 0}).tactic in TIED
 
 
@@ -591,13 +592,13 @@ def test_a_settled_final_ends(good_us):
     assert len(final.draws) == SAMPLES[0]
 
 
-def test_a_final_of_two_row_counts_plays_every_draw_with_everyone():
+def test_a_final_of_two_row_counts_plays_to_the_end_with_everyone():
     """`POOR` is behind at one of them, and by the mean of all rounds; the winner may nonetheless be such a one."""
     us = {DEFAULT: (11.0, 11.0), GOOD: (9.0, 9.0), POOR: (10.5, 8.9)}
     final = play(_Uneven(us), DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6, alternate=True)
     assert final.alternate
-    assert sorted(final.draws) == list(UNSEEN)
-    assert {len(series) for series in (final.default_us, *final.finalists.values())} == {len(UNSEEN)}
+    assert final.draws == TO_THE_END
+    assert {len(series) for series in (final.default_us, *final.finalists.values())} == {len(TO_THE_END)}
     apart = play(_Uneven(us), DEFAULT, [GOOD, POOR], UNSEEN, seconds=1e-6)
     assert len(apart.finalists[POOR]) == SAMPLES[0]
 
@@ -605,7 +606,28 @@ def test_a_final_of_two_row_counts_plays_every_draw_with_everyone():
 def test_a_default_that_is_far_behind_does_not_go_on_either():
     final = play(_Uneven({DEFAULT: (50.0, 50.0), **TIED}), DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == OPENING
-    assert sorted(final.draws) == list(UNSEEN)
+    assert final.draws == TO_THE_END
+
+
+class _Unsteady(_Uneven):
+    """In the opening `GOOD` takes 8 % less."""
+
+    def samples(self, tactics, draws):
+        taken, factor = super().samples(tactics, draws), 0.92 if self.calls < 3 else 1.0
+        return [
+            tuple(factor * us for us in series) if played == GOOD else series
+            for played, series in zip(tactics, taken, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("default_us", "best"), [(50.0, NEXT), (10.4, GOOD)])
+def test_what_the_opening_says_of_who_goes_on_counts_only_where_the_default_does(default_us, best):
+    bench = _Unsteady({DEFAULT: (default_us, default_us), GOOD: (9.9, 9.9), NEXT: (9.8, 9.8)}, spread=1e-3)
+    final = play(bench, DEFAULT, [NEXT, GOOD], UNSEEN, most_s=0.0)
+    assert final.opening == (OPENING if default_us == 50.0 else 0)
+    assert len(final.finalists[GOOD]) == len(final.finalists[NEXT]) == SAMPLES[0]
+    assert sum(final.finalists[GOOD]) < sum(final.finalists[NEXT])
+    assert decide(final, bench, {"2": 0}).tactic == best
 
 
 @pytest.mark.parametrize(("default_us", "call"), [(9.5, 2), (9.5, 3), (50.0, 3), (50.0, 4)])
@@ -632,13 +654,13 @@ def test_whoever_wins_is_by_what_was_measured_at_most_as_far_behind_as_is_settle
     bench = _Uneven({player: (of_player, of_player) for player, of_player in zip(players, us, strict=True)}, spread)
     final = play(bench, players[0], players[1:], UNSEEN, seconds)
     everyone = {final.default: final.default_us, **final.finalists}
-    assert len(final.draws) <= max(len(UNSEEN), SAMPLES[1])
+    assert SAMPLES[0] <= len(final.draws) <= SAMPLES[1]
     assert all(
         series == tuple(bench.once_us(t, d) for d in final.draws[: len(series)]) for t, series in everyone.items()
     )
     stayed = [series for series in everyone.values() if len(series) == len(final.draws)]
     leader = min(stayed, key=sum)
-    if len(final.draws) < len(UNSEEN):
+    if len(final.draws) < SAMPLES[1]:
         assert all(paired_ratio(series, leader).low >= 1 - final_module.SETTLED for series in stayed)
     for series in everyone.values():
         if len(series) < len(final.draws):
@@ -653,13 +675,25 @@ def test_a_few_disturbed_rounds_do_not_prolong_a_final():
     assert len(final.draws) == len(final.default_us) < SAMPLES[1]
 
 
-@pytest.mark.parametrize(
-    ("round_us", "budget_us", "rounds", "most"),
-    [(10.0, 0.0, 20, 64), (10.0, 1e6, 96, 64), (2e4, 0.0, 20, 50), (1e6, 0.0, 20, 1), (1e6, 5e6, 20, 1)],
-)
-def test_a_final_is_prolonged_to_a_round_for_each_draw_unless_that_takes_a_second(round_us, budget_us, rounds, most):
-    assert _num_rounds(round_us, budget_us) == rounds
-    assert _most_rounds(round_us, 64) == most
+@pytest.mark.parametrize(("round_us", "budget_us", "rounds"), [(10.0, 0.0, 20), (10.0, 1e6, 96), (2e4, 1e6, 50)])
+def test_a_final_has_as_many_rounds_as_its_time_allows(round_us, budget_us, rounds):
+    assert _num_rounds(round_us, budget_us, 20) == rounds
+
+
+@pytest.mark.parametrize(("most_s", "rounds"), [(None, SAMPLES[1]), (2.1e-3, 70), (0.0, SAMPLES[0])])
+@pytest.mark.parametrize("default_us", [10.0, 50.0])
+def test_a_final_is_prolonged_for_so_long_at_most(most_s, rounds, default_us):
+    """A round takes 30 µs: two that are tied, and one of them again; or the default with them, which is as fast."""
+    bench = _Uneven({DEFAULT: (default_us, default_us), GOOD: (9.0, 11.0), NEXT: (11.0, 9.0)})
+    in_a_round = 3 if default_us == 50.0 else 4
+    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, 1e-6, most_s=most_s and most_s * in_a_round / 3)
+    assert len(final.draws) == rounds
+
+
+def test_a_final_of_two_row_counts_has_the_least_rounds_of_each():
+    us = {DEFAULT: (11.0, 11.0), GOOD: (9.0, 9.0)}
+    final = play(_Uneven(us), DEFAULT, [GOOD], UNSEEN, most_s=0.0, alternate=True)
+    assert Counter(draw % 2 for draw in final.draws) == {0: SAMPLES[0], 1: SAMPLES[0]}
 
 
 @pytest.mark.parametrize(
@@ -843,37 +877,38 @@ def test_the_fastest_beyond_the_noise_wins_however_far_the_default_is_behind(us,
     assert len(final.default_us) >= OPENING
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.2])
-def test_a_backend_says_how_long_its_finals_may_take(plant, seconds, monkeypatch):
-    given_s = []
-    real = final_module.play
+@pytest.fixture
+def finals_s(monkeypatch):
+    """Of every final that is played: about how long it may take, and how long if it is prolonged."""
+    given, real = [], final_module.play
 
-    def recorded(bench, default, finalists, draws, seconds, alternate):
-        given_s.append(seconds)
-        return real(bench, default, finalists, draws, 0.01, alternate=alternate)
+    def recorded(bench, default, finalists, draws, seconds, *, most_s, alternate):
+        given.append((seconds, most_s))
+        return real(bench, default, finalists, draws, 0.01, most_s=min(most_s, 0.01), alternate=alternate)
 
     monkeypatch.setattr(final_module, "play", recorded)
+    return given
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2])
+def test_a_backend_says_how_long_its_finals_may_take(plant, seconds, finals_s):
     backend = plant(milliseconds={"default": 1.0, "fast": 0.1})
     _tune()
     backend.final_s = seconds
     _tune(again=True)
-    _tune(again=True, time_budget_s=0.02)
-    assert given_s[:4] == [final_module.SECONDS] * 2 + [seconds] * 2
-    assert all(0 <= s < 0.02 for s in given_s[4:])
+    assert finals_s == [(None, final_module.SECONDS)] * 2 + [(seconds, final_module.SECONDS)] * 2
 
 
-@pytest.mark.parametrize(("time_budget_s", "draws"), [(None, 16), (1e4, 16), (1.0, REGIME.draws)])
-def test_a_final_in_little_time_has_no_draws_by_which_to_be_prolonged(plant, time_budget_s, draws, monkeypatch):
-    given, real = [], final_module.play
-
-    def recorded(bench, default, finalists, draws, seconds, alternate):
-        given.append(draws)
-        return real(bench, default, finalists, draws, 0.01, alternate=alternate)
-
-    monkeypatch.setattr(final_module, "play", recorded)
+@pytest.mark.parametrize("time_budget_s", [None, 1e4, 1.0, 0.02])
+def test_a_final_takes_no_more_than_its_share_of_the_time(plant, time_budget_s, finals_s):
     plant(milliseconds={"default": 0.2, "fast": 0.1})
     _tune(time_budget_s=time_budget_s)
-    assert set(given) == {range(REGIME.draws, REGIME.draws + draws)}
+    most = [most_s for _, most_s in finals_s]
+    assert most
+    if time_budget_s in (None, 1e4):
+        assert set(most) == {final_module.SECONDS}
+    else:
+        assert all(0 <= most_s <= FINAL_SHARE * time_budget_s for most_s in most)
 
 
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):

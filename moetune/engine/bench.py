@@ -186,7 +186,7 @@ def choose(
     """
     default, *others = tactics
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
-    final = play(bench, default, finalists, range(len(routings)), SECONDS, alternate=met_rows != rows)
+    final = play(bench, default, finalists, range(len(routings)), most_s=SECONDS, alternate=met_rows != rows)
     within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
     verdict = decide(within, bench, stress_draws)
     return choice(final, verdict, bench, routings, rows=rows, met_rows=met_rows, tried=tried, candidates=tried)
