@@ -280,7 +280,7 @@ def test_an_interrupt_between_two_buckets_ends_the_worker_at_once():
     with pytest.raises(KeyboardInterrupt) as raised:
         tune(LAYER, REGIME, PlantedBackend({"default": 0.1}), device="cpu", on_event=interrupt)
     assert raised.tb
-    assert children() == strangers
+    assert children() <= strangers
 
 
 @pytest.fixture

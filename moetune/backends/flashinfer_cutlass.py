@@ -48,8 +48,7 @@ FINAL_S = 0.06
 """About how long a final takes where runs are short.
 
 FlashInfer's own autotune takes 16 to 36 s for the 21 buckets up to 8192 rows, 0.8 to 1.7 s each; so may this, all in.
-On an H200 it took 24.6 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.6 s (commit c8b9f21). Within one
-process, 21 s: 12 s of them the GPU is busy, 5 s are captures of graphs (12,000 calls of the op at 0.24 ms).
+On an H200 it took 21.8 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.6 s (commit b96b5be).
 """
 
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
