@@ -201,12 +201,12 @@ def test_promising_is_what_is_near_the_best_of_its_own_line():
     assert kept == (Tactic(gemm1=0, gemm2=51), Tactic(gemm1=0, gemm2=50), Tactic(gemm1=1, gemm2=50))
 
 
-RECORDED = Path(__file__).parents[1] / "data" / "flashinfer_cutlass-qwen3-235b-a22b-ep4-packed-h200.json"
+RECORDED = sorted((Path(__file__).parents[1] / "data").glob("flashinfer_cutlass-*-h200.json"))
 
 
-def recorded():
+def recorded(path):
     """µs by rows, of every pair: the sum of the two GEMMs' sweeps, less the pair that both hold (see `pair_us`)."""
-    for cell in json.loads(RECORDED.read_text())["cells"]:
+    for cell in json.loads(path.read_text())["cells"]:
         first, second = ({int(at): us for at, us in cell[f"{gemm}_us"].items()} for gemm in ("gemm1", "gemm2"))
         both = (first[cell["fixed"][0]] + second[cell["fixed"][1]]) / 2
         yield cell["rows"], {Tactic(gemm1=a, gemm2=b): first[a] + second[b] - both for a in first for b in second}
@@ -232,10 +232,11 @@ def drawn(search, times, chance, sigma=0.02, noise=0.003):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_along_a_recorded_ladder_a_finalist_is_as_good_as_the_best(seed):
-    """21 buckets of Qwen3-235B, packed rows of 4 ranks, H200; of 3645 pairs about 90 are timed in each."""
+@pytest.mark.parametrize("table", RECORDED, ids=lambda path: path.stem.removeprefix("flashinfer_cutlass-"))
+def test_along_a_recorded_ladder_a_finalist_is_as_good_as_the_best(table, seed):
+    """21 buckets of Qwen3-235B on an H200; of 3645 pairs about 90 are timed in each."""
     chance, starts, known, losses = random.Random(seed), (), (), []
-    for turn, (_, times) in enumerate(recorded()):
+    for turn, (_, times) in enumerate(recorded(table)):
         search = coordinate(list(times), starts=(*starts, *known) if starts else (), rounds=(1, 4, 8), turn=turn)
         finalists, measured, spent = drawn(search, times, chance)
         best = min(times.values())
