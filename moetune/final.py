@@ -96,8 +96,8 @@ def play(
 ) -> Final:
     """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
 
-    After a few opening rounds those leave that are behind; where the default does, the leader is timed twice. As long
-    as it is not settled who is the fastest, those who may be it go on.
+    After a few opening rounds those leave that are behind; where the default does, the leader is timed twice, and for
+    those who go on only what follows counts. As long as it is not settled who is the fastest, who may be it goes on.
 
     A round in which one tactic took two different times says nothing about the others either: it is dropped for all
     alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
@@ -143,7 +143,7 @@ class _Race:
         series: samples in µs of all who have not failed.
         draws: of the rounds.
         pairs: samples in µs of who was timed twice in a round (A/A).
-        opening: how many rounds are not counted for those who went on.
+        opening: how many rounds are not counted for those who went on; 0 where the default is one of them.
     """
 
     def __init__(self, bench: BenchLike, default: Tactic, finalists: Sequence[Tactic], draws: Sequence[int]) -> None:
