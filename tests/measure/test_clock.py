@@ -271,7 +271,7 @@ def test_what_cannot_be_captured_at_all_is_told_last(gpu: _Device) -> None:
     draws=st.integers(1, 8),
     rounds=st.integers(1, 3),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_what_takes_long_is_run_untimed_until_the_device_has_settled(
     gpu: _Device, us: float, count: int, draws: int, rounds: int
 ) -> None:
