@@ -33,7 +33,7 @@ class Family(FrozenModel):
 class ComparedBucket(FrozenModel):
     """One bucket's choices side by side.
 
-    `times_us`: where `interleaved` each backend's mean over the same rounds, else its median as it was tuned. `ratio`
+    `times_us`: where `interleaved` each backend's mean over the same rounds, else its own as it was tuned. `ratio`
     is the time of `runner_up` over that of `winner`, with its 95 % bounds; `noise` the A/A noise floor.
     `decided`: the bounds lie beyond the noise, else it is too close to call. Bounds and noise are None where times are
     not interleaved, and nothing is decided then. `failed`: the backends that did not run in the final, and why.

@@ -319,14 +319,15 @@ def choice(
         failed: tactics that failed before they came to the bench, each with the reason.
     """
     reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
+    time_us = fmean(verdict.samples_us[final.opening :] or verdict.samples_us)
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
         met_rows=None if met_rows == rows else met_rows,
         tactic=verdict.tactic,
-        time_us=median(verdict.samples_us),
+        time_us=time_us,
         default_tactic=final.default,
-        default_time_us=median(final.default_us),
+        default_time_us=time_us * verdict.gain.value,
         gain=verdict.gain.value,
         gain_low=verdict.gain.low,
         gain_high=verdict.gain.high,

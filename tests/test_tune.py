@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -607,6 +608,21 @@ def test_a_default_that_is_far_behind_does_not_go_on_either():
     final = play(_Uneven({DEFAULT: (50.0, 50.0), **TIED}), DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
     assert len(final.default_us) == OPENING
     assert final.draws == TO_THE_END
+
+
+@pytest.mark.parametrize("default_us", [50.0, 10.4, 8.0])
+def test_a_choice_s_times_are_the_means_of_what_counts_and_differ_by_the_gain(default_us):
+    bench = _Uneven({DEFAULT: (default_us, default_us), **TIED}, spread=0.05)
+    bench.eager = {}
+    final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
+    verdict = decide(final, bench, {"2": 0})
+    record = final_module.choice(final, verdict, bench, [realize(LAYER, REGIME, 4)], rows=4, tried=3, candidates=3)
+    everyone = {DEFAULT: final.default_us, **final.finalists}
+    assert record.tactic == (DEFAULT if default_us == 8.0 else verdict.tactic)
+    assert record.time_us == pytest.approx(fmean(everyone[record.tactic][OPENING if default_us == 50.0 else 0 :]))
+    assert record.default_time_us / record.time_us == pytest.approx(record.gain)
+    if default_us == 50.0:
+        assert record.gain == pytest.approx(fmean(final.default_us) / fmean(everyone[record.tactic][:OPENING]))
 
 
 class _Unsteady(_Uneven):

@@ -33,15 +33,15 @@ class Choice(FrozenModel):
 
     `met_rows`: where they are others, the rows of half the draws that it was timed on (see `workload.dispatch`).
 
-    Times are medians over interleaved rounds, each on one of the regime's draws that the search has not seen. `gain` is
-    the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its 95 %
-    interval (paired bootstrap over these rounds); so it is not exactly the quotient of the medians. `noise` is the A/A
-    noise floor: by how much two timings of one tactic can be said to differ, relative. `stress_us` maps the factor on
-    the busiest expert's load to the chosen tactic's time, `default_stress_us` to the default's; infinite where it
-    failed. `tried` counts the tactics that the search timed or saw fail, `candidates` all, excluded ones too. `eager`
-    says why the tactic was timed without a CUDA graph, launch overhead included. `load` is the number of slots of each
-    local expert summed over the search's draws, `max_load` the busiest expert's in any one. `measured_at` is ISO 8601,
-    UTC.
+    `time_us` is the mean over interleaved rounds, each on one of the regime's draws that the search has not seen.
+    `gain` is the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its
+    95 % interval (paired bootstrap over these rounds), and `default_time_us` the product of the two: a default that is
+    far behind is not timed in every round. `noise` is the A/A noise floor: by how much two timings of one tactic can be
+    said to differ, relative. `stress_us` maps the factor on the busiest expert's load to the chosen tactic's time,
+    `default_stress_us` to the default's; infinite where it failed. `tried` counts the tactics that the search timed or
+    saw fail, `candidates` all, excluded ones too. `eager` says why the tactic was timed without a CUDA graph, launch
+    overhead included. `load` is the number of slots of each local expert summed over the search's draws, `max_load` the
+    busiest expert's in any one. `measured_at` is ISO 8601, UTC.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
