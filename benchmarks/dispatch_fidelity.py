@@ -43,6 +43,7 @@ from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
 from moetune.bucket import Bucket, BucketTuner
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
+from moetune.search.base import Search
 from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -141,8 +142,7 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
     candidates = backend.candidates(layer, regime, cell["rows"], "cuda").tactics
     choices = dict(zip(CHOICES, (own_pick(runner), of_packed, of_bucket, ours), strict=True))
     starts = [tactic for tactic in choices.values() if tactic in candidates]
-    longer = coordinate(candidates, starts=starts, explore=len(candidates), rounds=(2, DRAWS, DRAWS), finalists=8)
-    known = list(dict.fromkeys((*choices.values(), *searched(longer, runner, range(DRAWS)))))
+    known = list(dict.fromkeys((*choices.values(), *searched(longer_search(candidates, starts), runner, range(DRAWS)))))
     times = dict(zip(known, means_us(runner, known, range(DRAWS), rounds=9), strict=True))
     best = min(times, key=times.get)
     return {
@@ -152,6 +152,11 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
         "known": [[*ids(tactic), us] for tactic, us in times.items()],
         "busiest": [int(draw.load.max()) for draw in draws],
     }  # fmt: skip
+
+
+def longer_search(candidates: Sequence[Tactic], starts: Sequence[Tactic]) -> Search:
+    """From the choices that are compared, over every value of both GEMMs, on all draws."""
+    return coordinate(candidates, starts=starts, explore=1, rounds=(2, DRAWS, DRAWS), finalists=8)
 
 
 def _same_dummy(line: dict[str, Any], cell: dict[str, Any]) -> bool:

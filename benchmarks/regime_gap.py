@@ -203,7 +203,7 @@ def measure_all(
                 if error:
                     errors[job] = error
                     print(f"{named(job)}: {error}", file=sys.stderr, flush=True)
-                    pools.pop(device).shutdown(wait=False)
+                    pools.pop(device).shutdown()
                 if line is None:
                     continue
                 if journal.lines:

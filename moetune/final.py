@@ -123,7 +123,7 @@ def play(
     opening_us, round_us = race.round_us(race.series), race.round_us(players)
     most_us = 1e6 * (SECONDS if most_s is None else most_s)
     left_us = min(most_us, 1e6 * seconds if seconds is not None else most_us) - OPENING * (opening_us - round_us)
-    least = (1 + alternate) * SAMPLES[0]
+    least = SAMPLES[0] * (2 if alternate else 1)
     race.run(players, _num_rounds(round_us, left_us, least) - OPENING, least - OPENING)
     most = min(SAMPLES[1], int(most_us / max(round_us, 1.0)))
     while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):

@@ -26,10 +26,6 @@ Before = Callable[[int, int], None]
 """Is told the position of a call that is about to run, and how often it will before the next is told."""
 
 
-Step = tuple[int, int]
-"""The position of a call, and the number of a chunk of the draws."""
-
-
 class Clock(Protocol):
     """Times calls side by side, so that whatever drifts, drifts for all of them.
 
@@ -262,6 +258,10 @@ class _Walk:
 
         torch.cuda.synchronize()
         return {draw: 1e3 * begin.elapsed_time(end) for draw, (begin, end) in self.events.items()}
+
+
+Step = tuple[int, int]
+"""The position of a call, and the number of a chunk of the draws."""
 
 
 class _Walks:

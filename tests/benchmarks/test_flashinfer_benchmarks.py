@@ -86,6 +86,21 @@ def test_a_search_runs_on_the_draws_it_is_given_and_leaves_failures_out(capsys):
     assert "planted" in capsys.readouterr().out
 
 
+def test_the_best_known_is_of_a_search_over_every_value():
+    """However few values the choices have that it starts from."""
+    ran = set()
+
+    class Runner(PlantedRunner):
+        def run(self, tactic, draw=0):
+            ran.add(tactic)
+
+    tactics = [pair((a, b)) for a in range(45) for b in range(45, 126)]
+    finalists = searched(fidelity.longer_search(tactics, [pair((44, 125))]), Runner(), (0, 1), PlantedClock())
+    assert finalists[0] == pair((0, 45))
+    assert {tactic["gemm1"] for tactic in ran} == set(range(45))
+    assert {tactic["gemm2"] for tactic in ran} == set(range(45, 126))
+
+
 def test_a_recorded_table_gives_any_pair_and_the_fixed_one_exactly():
     table = {"fixed": [1, 5], "gemm1_us": {"0": 90.0, "1": 100.0}, "gemm2_us": {"5": 100.0, "6": 130.0}}
     assert pair_us(table, Tactic(gemm1=1, gemm2=5)) == 100.0

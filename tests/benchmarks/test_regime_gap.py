@@ -15,6 +15,7 @@ import regime_gap as gap
 import regime_gap_report as report
 from flashinfer_common import Journal
 from planted import LAYER, PlantedBackend, tactic
+from processes import children
 from regime_gap_report import DEFAULT, LOADS
 
 from moetune.spec.tactic import Tactic
@@ -257,10 +258,16 @@ def test_a_run_on_the_cpu_measures_all_and_a_second_one_nothing(tmp_path, capsys
     assert len(again.lines) == len(tunings) + len(cells)
 
 
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
 def test_a_tune_that_fails_is_reported_and_its_cells_wait(tmp_path, capsys):
     tunings, cells, _ = gap.plan(["no-such-model"], [2], ["packed"], [4])
     options = argparse.Namespace(backend="torch", gpus=0, journal=tmp_path / "gap.jsonl")
+    ours = children()
     told = gap.measure_all(options, Journal(options.journal), tunings, cells, end=float("inf"))
+    assert not [child for child in children() - ours if "resource_tracker" not in command(child)]
     assert told[0].startswith("no-such-model EP2 packed, the tune: UsageError: Unknown model")
     assert told[1] == "no-such-model EP2 packed, 4 rows: left for the next run"
     assert not options.journal.exists()
