@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
-    from moetune.search.base import Search, Times
+    from moetune.search.base import Batch, Search, Times
     from moetune.store.journal import Journaled
     from moetune.workload.routing import Routing
 
@@ -170,7 +170,7 @@ class BucketTuner:
         """Measures what the search proposes; its finalists, or where the time ends the best so far."""
         batch = next(search)
         while True:
-            times = self._measure(batch.tactics, batch.rounds)
+            times = self._measure(batch)
             self._times |= times
             if self._share_s is not None and time.monotonic() - self._began > SEARCH_SHARE * self._share_s:
                 candidates = len(self._bucket.candidates.tactics)
@@ -212,14 +212,14 @@ class BucketTuner:
             failed={**bucket.failed, **self._uncompiled},
         )
 
-    def _measure(self, tactics: Sequence[Tactic], rounds: int) -> dict[Tactic, float]:
-        """Mean times in µs of those that ran, `rounds` of each row count; a wrong one never sets the pace."""
+    def _measure(self, batch: Batch) -> dict[Tactic, float]:
+        """Mean times in µs of those that ran, the batch's rounds of each row count; a wrong one never sets the pace."""
+        tactics, rounds = batch.tactics, batch.rounds * self._bucket.num_row_counts
         rows, problem = self._bucket.rows, self._bucket.problem
-        uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics)
+        uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics, batch.likely_next)
         uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
         self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
-        rounds *= self._bucket.num_row_counts
         draws = list(islice(cycle(range(problem.regime.draws)), rounds))
         times: dict[Tactic, float] = {}
         try:

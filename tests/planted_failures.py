@@ -157,17 +157,21 @@ class CompilingBackend(FailingBackend):
 
     log: str = ""
     seconds: float = 0.0
+    parts: int = 1
+    bad_parts: Mapping[int, str] = field(default_factory=dict)
 
     def likely(self, problem: Problem, candidates: Candidates) -> tuple[Tactic, ...]:
         return candidates.tactics
 
-    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> object:
-        return layer.digest, tactic
+    def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> list[object]:
+        return [(layer.digest, tactic, part) for part in range(self.parts)]
 
-    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
+    def compile(
+        self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
+    ) -> None:
         with open(self.log, "a") as log:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-            log.write(f"{tactic['name']}|{rows}|{capability}|{os.nice(0)}|{seen!r}|{os.getpid()}\n")
-        if way := WAYS.get(str(tactic["name"])):
+            log.write(f"{tactic['name']}|{rows}|{capability}|{os.nice(0)}|{seen!r}|{os.getpid()}|{part}\n")
+        if way := WAYS.get(self.bad_parts.get(part, str(tactic["name"]))):
             way()
         time.sleep(self.seconds)

@@ -400,6 +400,19 @@ def test_a_default_that_was_not_compiled_ahead_is_still_run(plant, monkeypatch, 
     assert choice.rejected == (Rejection(tactic=tactic("other"), reason="killed by SIGKILL"),)
 
 
+def test_what_a_search_would_propose_next_is_compiled_meanwhile(plant, monkeypatch):
+    def search(self, problem, candidates, starts):
+        yield Batch((tactic("default"), tactic("fast")), likely_next=(tactic("slow"),))
+        return tuple((yield Batch((tactic("default"),))))
+
+    waited = []
+    monkeypatch.setattr(Compilers, "wait", lambda self, *question: waited.append(question[3:]) or {})
+    monkeypatch.setattr(PlantedBackend, "search", search, raising=False)
+    plant(milliseconds={"default": 1.0, "fast": 0.1, "slow": 2.0})
+    _tune(Regime(ladder="4"))
+    assert waited == [((tactic("default"), tactic("fast")), (tactic("slow"),)), ((tactic("default"),), ())]
+
+
 def test_frozen_never_measures_and_names_what_differs(plant):
     backend = plant(milliseconds={"default": 1.0})
     _tune()

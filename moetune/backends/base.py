@@ -113,12 +113,16 @@ class CompilesAhead(Protocol):
         """The tactics of a bucket in the order in which its search will probably ask for them."""
         ...
 
-    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
-        """What the compiled code depends on: where keys are equal, compiling once is enough."""
+    def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
+        """What the code of each part of a tactic depends on: where keys are equal, compiling once is enough."""
         ...
 
-    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
-        """Compiles into a cache on disk, where a run on a device of that compute capability finds it.
+    def compile(
+        self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
+    ) -> None:
+        """Compiles that part, by its place among the keys, into a cache on disk.
+
+        There a run on a device of that compute capability finds it.
 
         Raises:
             Exception: whatever the compiler raises for a tactic that does not compile.

@@ -39,9 +39,9 @@ def capability_of(device: str) -> tuple[int, int] | None:
 class Compilers:
     """A pool of processes of low priority and without a GPU; a context manager. Nothing of it is left afterwards.
 
-    A process that dies or hangs costs the tactic that it compiled, one that dies idle costs none. Where there is
-    nothing to compile (on a CPU, or with a backend that does not compile ahead) requests do nothing; processes start
-    as requests come.
+    A tactic's parts are compiled side by side. A process that dies or hangs costs the tactic that it compiled, one that
+    dies idle costs none. Where there is nothing to compile (on a CPU, or with a backend that does not compile ahead)
+    requests do nothing; processes start as requests come.
 
     Args:
         backend: pickled, so a module must define its class.
@@ -95,34 +95,44 @@ class Compilers:
         """Queues the tactics of a bucket, each once, in their order, and returns at once."""
         self._enqueue(self._jobs(layer, regime, rows, tactics))
 
-    def wait(self, layer: MoELayer, regime: Regime, rows: int, tactics: Sequence[Tactic]) -> dict[Tactic, str]:
-        """Waits until these tactics, ahead of all others, are compiled.
+    def wait(
+        self, layer: MoELayer, regime: Regime, rows: int, tactics: Sequence[Tactic], likely_next: Sequence[Tactic] = ()
+    ) -> dict[Tactic, str]:
+        """Waits until these tactics, ahead of all others, are compiled; then it is the turn of `likely_next`.
 
         Returns:
             Those that do not compile, each with the reason.
         """
-        jobs = self._jobs(layer, regime, rows, tactics)
-        self._enqueue(jobs)
+        jobs, then = (self._jobs(layer, regime, rows, some) for some in (tactics, likely_next))
+        self._enqueue([*jobs, *then])
         keys = {job.key for job in jobs}
+        places = {job.key: place for place, job in enumerate([*jobs, *then])}
+
+        def turn(job: _Job) -> tuple[bool, int]:
+            return job.key not in keys, places.get(job.key, len(places))
+
         with self._changed:
-            first = [job for job in self._queue if job.key in keys]
-            rest = [job for job in self._queue if job.key not in keys]
-            self._queue = deque([*first, *rest])
+            self._queue = deque(sorted(self._queue, key=turn))
             self._awaited |= keys
             if self._thread and not self._closed:
                 self._ring.send_bytes(b"awaited")
             self._changed.wait_for(lambda: self._closed or self._failure or keys <= self._reasons.keys())
             if self._failure:
                 raise self._failure
-            reasons = [(job.tactic, self._reasons.get(job.key)) for job in jobs]
-        return {tactic: reason for tactic, reason in reasons if reason is not None}
+            failed: dict[Tactic, str] = {}
+            for job in jobs:
+                if reason := self._reasons.get(job.key):
+                    failed.setdefault(job.tactic, reason)
+        return failed
 
     def _jobs(self, layer: MoELayer, regime: Regime, rows: int, tactics: Iterable[Tactic]) -> list[_Job]:
         if self._backend is None or self._capability is None:
             return []
-        key = self._backend.compile_key
+        keys_of = self._backend.compile_keys
         return [
-            _Job(key(layer, regime, rows, tactic), layer, regime, rows, tactic, self._capability) for tactic in tactics
+            _Job(key, layer, regime, rows, tactic, part, self._capability)
+            for tactic in tactics
+            for part, key in enumerate(keys_of(layer, regime, rows, tactic))
         ]
 
     def _enqueue(self, jobs: Sequence[_Job]) -> None:
@@ -211,6 +221,7 @@ class _Job:
     regime: Regime
     rows: int
     tactic: Tactic
+    part: int
     capability: tuple[int, int]
 
 
@@ -242,7 +253,7 @@ def _serve(channel: Channel, backend: CompilesAhead) -> None:
         job: _Job = channel.receive()
         channel.send(None)
         try:
-            backend.compile(job.layer, job.regime, job.rows, job.tactic, job.capability)
+            backend.compile(job.layer, job.regime, job.rows, job.tactic, job.part, job.capability)
             done = _Compiled()
         except Exception as error:
             done = _Compiled(reason_of(error))

@@ -10,10 +10,15 @@ from moetune.spec.tactic import Tactic
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tactics to time together, interleaved, each `rounds` times."""
+    """Tactics to time together, interleaved, each `rounds` times.
+
+    `likely_next`: what the search would propose next if it learned nothing from these, the likeliest first; whoever
+    must prepare a tactic can begin with them.
+    """
 
     tactics: tuple[Tactic, ...]
     rounds: int = 1
+    likely_next: tuple[Tactic, ...] = ()
 
 
 Times = Mapping[Tactic, float]

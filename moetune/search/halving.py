@@ -52,11 +52,12 @@ def halving(
     times: dict[Tactic, float] = {}
     tried: set[Tactic] = set()
     while batch:
-        answer = yield Batch(batch, rounds)
-        times |= answer
         tried.update(batch)
-        space.learn(batch, answer)
+        space.close(batch)
         room = budget - len(tried)
+        answer = yield Batch(batch, rounds, likely_next=space.promising(room))
+        times |= answer
+        space.learn(answer)
         batch = space.promising(min(room, max(ETA, room // 3)))
     ranked = sorted(times, key=lambda tactic: times[tactic])
     again = tuple(ranked[: max(ETA, len(ranked) // ETA)])
@@ -82,9 +83,12 @@ class _Space:
     def __contains__(self, tactic: Tactic) -> bool:
         return tactic in self._number
 
-    def learn(self, batch: Sequence[Tactic], times: Mapping[Tactic, float]) -> None:
-        """Closes a batch and lets what was measured correct the expectations around it."""
+    def close(self, batch: Sequence[Tactic]) -> None:
+        """These are not proposed again."""
         self._open.difference_update(self._number[tactic] for tactic in batch)
+
+    def learn(self, times: Mapping[Tactic, float]) -> None:
+        """What was measured corrects the expectations around it."""
         for tactic, time_us in times.items():
             at = self._number[tactic]
             residual, here = math.log(time_us) - self._prior[at], self._points[at]

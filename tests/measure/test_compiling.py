@@ -60,6 +60,33 @@ def test_what_is_waited_for_comes_first(log):
         assert sorted(compiled(log)) == list("abcdef")
 
 
+def test_what_is_likely_next_comes_after_what_is_waited_for_and_before_all_others(log):
+    with Compilers(CompilingBackend(log=str(log), seconds=0.05), HOPPER, processes=1) as compilers:
+        compilers.request(LAYER, REGIME, 4, NAMES[:4])
+        assert eventually(lambda: compiled(log) == ["a"])
+        assert compilers.wait(LAYER, REGIME, 4, [NAMES[2]], likely_next=[NAMES[5], NAMES[3]]) == {}
+        compilers.wait(LAYER, REGIME, 4, NAMES[1:2])
+        compilers.wait(LAYER, REGIME, 4, NAMES)
+        others = [name for name in compiled(log)[1:] if name != "b"]
+    assert others == ["c", "f", "d", "e"]
+
+
+def test_the_parts_of_a_tactic_are_compiled_side_by_side_each_once(log):
+    with Compilers(CompilingBackend(log=str(log), seconds=0.3, parts=2), HOPPER, processes=2) as compilers:
+        assert compilers.wait(LAYER, REGIME, 4, NAMES[:2]) == {}
+        compilers.wait(LAYER, REGIME, 8, NAMES[:2])
+        lines = [line.split("|") for line in log.read_text().splitlines()]
+    assert sorted((line[0], line[6]) for line in lines) == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+    assert len({line[5] for line in lines}) == 2
+
+
+def test_a_tactic_with_a_part_that_does_not_compile_fails_with_the_first_such_reason(log):
+    backend = CompilingBackend(log=str(log), parts=3, bad_parts={1: "raises", 2: "exits"})
+    with Compilers(backend, HOPPER, processes=2) as compilers:
+        failed = compilers.wait(LAYER, REGIME, 4, NAMES[:2])
+    assert failed == dict.fromkeys(NAMES[:2], "RuntimeError: planted failure")
+
+
 def test_a_process_is_kept_free_for_what_is_waited_for(log):
     with Compilers(CompilingBackend(log=str(log), seconds=0.5), HOPPER, processes=3) as compilers:
         compilers.request(LAYER, REGIME, 4, NAMES[:5])
@@ -142,7 +169,7 @@ CONFIG = Tactic(BLOCK_SIZE_M=16, BLOCK_SIZE_N=64, BLOCK_SIZE_K=64, GROUP_SIZE_M=
 
 
 def keys(backend, regime, rows):
-    return [backend.compile_key(MODEL, regime, each, CONFIG) for each in rows]
+    return [tuple(backend.compile_keys(MODEL, regime, each, CONFIG)) for each in rows]
 
 
 def test_the_builtin_triton_kernel_is_compiled_once_for_all_rows():
@@ -160,6 +187,6 @@ def test_triton_compiles_ahead_into_its_cache_on_disk(tmp_path, monkeypatch):
     with Compilers(TritonBackend(), HOPPER, processes=1) as compilers:
         failed = compilers.wait(MODEL, regime, 64, [CONFIG, bad])
         assert failed.keys() == {bad}
-        assert len(list(tmp_path.rglob("grouped_gemm_kernel.cubin"))) == 2
+        assert len(list(tmp_path.rglob("grouped_gemm_kernel.cubin"))) == 2  # of two GEMMs
         assert compilers.wait(MODEL, regime, 1024, [CONFIG]) == {}
         assert len(list(tmp_path.rglob("grouped_gemm_kernel.cubin"))) == 2

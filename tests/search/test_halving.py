@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,16 @@ def test_the_last_rung_times_a_quarter_again_and_more_often():
     assert set(finalists) <= set(last.tactics)
 
 
+def test_what_it_says_is_likely_next_comes_next_where_the_prior_holds():
+    prior = {tactic: bowl(tactic) for tactic in GRID}
+    batches, _ = play(halving(GRID, predicted_us=prior, share=0.1), bowl)
+    *first, last = batches
+    assert len(first) > 2
+    for batch, following in pairwise(first):
+        assert batch.likely_next[: len(following.tactics)] == following.tactics
+    assert first[-1].likely_next == last.likely_next == ()
+
+
 @given(
     size=st.integers(1, 60),
     failing=st.sets(st.integers(0, 59)),
@@ -113,6 +124,19 @@ def test_on_recorded_tables_a_twentieth_of_the_measurements_is_enough(path, caps
     assert max(shares) <= 0.05
     assert geomean([1 + regret for regret in everything]) <= 1.01
     assert max(everything) <= 0.03
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_on_recorded_tables_most_of_what_is_proposed_was_said_to_be_likely(path):
+    said, proposed = 0, 0
+    for cell in cells(path):
+        (first, *following, _), _ = play(halving(tuple(cell.truth), predicted_us=cell.predicted_us), cell.truth.get)
+        likely = set(first.likely_next)
+        for batch in following:
+            said += len(likely & set(batch.tactics))
+            proposed += len(batch.tactics)
+            likely |= set(batch.likely_next)
+    assert said >= 0.7 * proposed
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

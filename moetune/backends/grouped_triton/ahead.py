@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,30 +30,43 @@ def compile_tactic(
     kernel: str = "builtin",
     zero_remote: bool = False,
 ) -> dict[str, int]:
-    """Compiles both GEMMs of one tactic into Triton's cache, under the keys of the launches to come.
+    """Compiles both GEMMs of one tactic; see `compile_gemms`.
+
+    Returns:
+        `registers` a thread, `shared_bytes` a block and `spill_bytes` of stack a thread; of the greater GEMM.
+    """
+    compiled = compile_gemms(shapes, tactic, capability=capability, kernel=kernel, zero_remote=zero_remote)
+    usages = [_resource_usage(kernel.asm["cubin"]) | {"shared_bytes": kernel.metadata.shared} for kernel in compiled]
+    return {name: max(usage[name] for usage in usages) for name in usages[0]}
+
+
+def compile_gemms(
+    shapes: Shapes,
+    tactic: Mapping[str, Any],
+    which: Sequence[int] = (0, 1),
+    *,
+    capability: tuple[int, int],
+    kernel: str = "builtin",
+    zero_remote: bool = False,
+) -> list[Any]:
+    """Compiles GEMMs of one tactic into Triton's cache, under the keys of the launches to come.
 
     Needs no GPU and no CUDA context. The builtin kernel's keys are the same for all buckets of a layer.
 
     Args:
         shapes: of the bucket.
         tactic: one of `space.candidates`.
+        which: the first, the second or both, by number.
         capability: of the device, such as (9, 0).
         kernel: whose grouped GEMM; see `sources`.
         zero_remote: as in the launch.
 
-    Returns:
-        `registers` a thread, `shared_bytes` a block and `spill_bytes` of stack a thread; of the greater GEMM.
-
     Raises:
         Exception: whatever Triton or ptxas raises for a tactic that does not compile.
     """
-    grouped = grouped_kernel(kernel)
+    grouped, gemms = grouped_kernel(kernel), two_gemms(shapes, zero_remote, capability)
     with _headless(capability):
-        compiled = [
-            _compile(grouped, gemm, shapes, tactic, zero_remote) for gemm in two_gemms(shapes, zero_remote, capability)
-        ]
-    usages = [_resource_usage(kernel.asm["cubin"]) | {"shared_bytes": kernel.metadata.shared} for kernel in compiled]
-    return {name: max(usage[name] for usage in usages) for name in usages[0]}
+        return [_compile(grouped, gemms[number], shapes, tactic, zero_remote) for number in which]
 
 
 def _compile(grouped: GroupedKernel, gemm: Gemm, shapes: Shapes, tactic: Mapping[str, Any], zero_remote: bool) -> Any:

@@ -148,19 +148,22 @@ class TritonBackend:
         """1e-2 in bf16; 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
         return _TOLERANCES[layer.precision]
 
-    def compile_key(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Hashable:
-        """The builtin kernel is the same for all rows of a layer; an engine's is specialized for some numbers."""
+    def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
+        """Both GEMMs. The builtin kernel is the same for all rows of a layer; an engine's is specialized for some."""
         shapes = self._shapes(layer, regime, rows)
-        if self.kernel != "builtin":
-            return shapes, tactic
-        return shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted, tactic
+        code: Hashable = shapes
+        if self.kernel == "builtin":
+            code = shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted
+        return [(code, tactic, gemm) for gemm in (0, 1)]
 
-    def compile(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, capability: tuple[int, int]) -> None:
-        """Both GEMMs, into Triton's cache; see `ahead.compile_tactic`."""
-        from moetune.backends.grouped_triton.ahead import compile_tactic
+    def compile(
+        self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
+    ) -> None:
+        """The first or the second GEMM, into Triton's cache; see `ahead.compile_gemms`."""
+        from moetune.backends.grouped_triton.ahead import compile_gemms
 
-        shapes = self._shapes(layer, regime, rows)
-        compile_tactic(shapes, tactic, capability=capability, kernel=self.kernel, zero_remote=self.remote == "zero")
+        shapes, zero_remote = self._shapes(layer, regime, rows), self.remote == "zero"
+        compile_gemms(shapes, tactic, (part,), capability=capability, kernel=self.kernel, zero_remote=zero_remote)
 
     def prepare(self, problem: Problem) -> TritonRunner:
         """Weights, inputs, routings and all workspace on the device.
