@@ -108,7 +108,7 @@ class TritonRunner:
 
         The first stage ends with the activated intermediate. In fp8 it is quantized anew, and there one bf16 rounding
         that falls the other way can change the scale of 128 values: over the whole layer that is half a percent, and
-        with one row to average over more. Each stage alone has no such leverage.
+        up to 1.1 % of a single row, which is why whole layers are judged over several. Each stage has no such leverage.
         """
         out = self.run(tactic, draw)
         activated = self._activated.clone()

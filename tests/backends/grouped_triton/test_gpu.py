@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moetune.backends.base import Problem
+from moetune.backends.base import Problem, relative_error
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.space import VALUES
 from moetune.spec.layer import MoELayer
@@ -29,11 +29,6 @@ TACTICS = [
 ]
 
 
-def relative_error(result, reference):
-    scale = float(reference.norm())
-    return float((result.float() - reference).norm()) / (scale or 1.0)
-
-
 def prepared(precision, regime, rows, remote="drop", draws=1):
     layer = MoELayer(num_experts=64, top_k=8, hidden_size=1024, intermediate_size=512, precision=precision)
     rank = regime.ep_size - 1
@@ -48,13 +43,18 @@ def prepared(precision, regime, rows, remote="drop", draws=1):
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.slug)
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
 def test_errors_are_within_rounding(precision, regime, rows, remote):
+    """Of the whole layer over 16 rows at least, see `staged_errors`; of each stage on every draw."""
     if regime.layout == "pool":
         rows += rows % 2
-    runner = prepared(precision, regime, rows, remote)
+    draws = range(-(-16 // rows))
+    runner = prepared(precision, regime, rows, remote, len(draws))
+    exact = torch.cat([runner.reference(draw) for draw in draws])
+    rounded = torch.cat([runner.rounded_reference(draw) for draw in draws])
     for tactic in TACTICS:
-        out = runner.run(tactic)
-        assert relative_error(out, runner.reference()) <= (1e-2 if precision == "bf16" else 8e-2)
-        assert relative_error(out, runner.rounded_reference()) <= 1e-2
+        out = torch.cat([runner.run(tactic, draw).clone() for draw in draws])
+        assert relative_error(out, exact) <= (1e-2 if precision == "bf16" else 8e-2)
+        assert relative_error(out, rounded) <= 1e-2
+        assert max(max(runner.staged_errors(tactic, draw)) for draw in draws) <= 1e-2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
