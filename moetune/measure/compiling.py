@@ -121,7 +121,7 @@ class Compilers:
                 raise self._failure
             failed: dict[Tactic, str] = {}
             for job in jobs:
-                if reason := self._reasons.get(job.key):
+                if (reason := self._reasons.get(job.key)) is not None:
                     failed.setdefault(job.tactic, reason)
         return failed
 
