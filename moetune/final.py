@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import cycle, islice
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moetune.errors import NoResultError
 from moetune.spec.tactic import Tactic
@@ -17,6 +17,8 @@ from moetune.store.profile import Choice, Rejection
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
     from moetune.workload.routing import Routing
+
+Sample = TypeVar("Sample")
 
 STRESS_FACTORS = (2, 3, 4)
 """A finalist is also timed with the busiest expert at these times its load."""
@@ -71,6 +73,10 @@ class Final:
     alternate: bool = False
     opening: int = 0
 
+    def counted(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """Of one tactic's samples, or what goes with them, those after the opening; all where it left with that."""
+        return samples[self.opening :] or samples
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -122,9 +128,10 @@ def play(
     race.opening = 0 if default in players else len(race.draws)
     opening_us, round_us = race.round_us(race.series), race.round_us(players)
     most_us = 1e6 * (SECONDS if most_s is None else most_s)
-    left_us = min(most_us, 1e6 * seconds if seconds is not None else most_us) - OPENING * (opening_us - round_us)
+    first_us = most_us if seconds is None else min(1e6 * seconds, most_us)
     least = SAMPLES[0] * (2 if alternate else 1)
-    race.run(players, _num_rounds(round_us, left_us, least) - OPENING, least - OPENING)
+    rounds = _num_rounds(round_us, first_us - OPENING * (opening_us - round_us), least)
+    race.run(players, rounds - OPENING, least - OPENING)
     most = min(SAMPLES[1], int(most_us / max(round_us, 1.0)))
     while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):
         race.run(players, rounds, 1)
@@ -319,7 +326,7 @@ def choice(
         failed: tactics that failed before they came to the bench, each with the reason.
     """
     reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
-    time_us = fmean(verdict.samples_us[final.opening :] or verdict.samples_us)
+    time_us = fmean(final.counted(verdict.samples_us))
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
@@ -355,8 +362,7 @@ def _ranked(final: Final) -> list[tuple[Tactic, tuple[float, ...]]]:
     kinds = [draw % 2 if final.alternate else 0 for draw in final.draws]
 
     def means_us(series: Sequence[float]) -> list[float]:
-        counted = list(zip(series, kinds, strict=False))
-        counted = counted[final.opening :] or counted
+        counted = final.counted(list(zip(series, kinds, strict=False)))
         by_kind = ([time for time, of in counted if of == kind] for kind in sorted(set(kinds)))
         return [fmean(of_kind or series) for of_kind in by_kind]
 

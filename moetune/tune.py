@@ -30,7 +30,10 @@ from moetune.store.store import Store
 REALIZERS = 4
 """Threads that draw the routings of the buckets to come while a GPU measures one."""
 COMPILED_FIRST, COMPILED_AHEAD = 32, 128
-"""How many of a bucket's likeliest tactics are compiled before any other's, and how many after those."""
+"""How many of a bucket's likeliest tactics are compiled before any other's, and how many after those.
+
+What a search under way is likely to propose next precedes both (see `Batch.likely_next`).
+"""
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem

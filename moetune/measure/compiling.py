@@ -106,13 +106,9 @@ class Compilers:
         jobs, then = (self._jobs(layer, regime, rows, some) for some in (tactics, likely_next))
         self._enqueue([*jobs, *then])
         keys = {job.key for job in jobs}
-        places = {job.key: place for place, job in enumerate([*jobs, *then])}
-
-        def turn(job: _Job) -> tuple[bool, int]:
-            return job.key not in keys, places.get(job.key, len(places))
-
+        places = {key: place for place, key in enumerate(dict.fromkeys(job.key for job in (*jobs, *then)))}
         with self._changed:
-            self._queue = deque(sorted(self._queue, key=turn))
+            self._queue = deque(sorted(self._queue, key=lambda job: places.get(job.key, len(places))))
             self._awaited |= keys
             if self._thread and not self._closed:
                 self._ring.send_bytes(b"awaited")

@@ -50,11 +50,10 @@ def halving(
     proposed = space.distinct(first) if predicted_us else tuple(tactics[:: -(-len(tactics) // first)])
     batch = tuple(dict.fromkeys((*known, *proposed)))[:first]
     times: dict[Tactic, float] = {}
-    tried: set[Tactic] = set()
+    room = budget
     while batch:
-        tried.update(batch)
         space.close(batch)
-        room = budget - len(tried)
+        room -= len(batch)
         answer = yield Batch(batch, rounds, likely_next=space.promising(room))
         times |= answer
         space.learn(answer)

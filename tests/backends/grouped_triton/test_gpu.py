@@ -43,18 +43,19 @@ def prepared(precision, regime, rows, remote="drop", draws=1):
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.slug)
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
 def test_errors_are_within_rounding(precision, regime, rows, remote):
-    """Of the whole layer over 16 rows at least, see `staged_errors`; of each stage on every draw."""
+    """On every draw; against fp8's own roundings the whole layer over 16 rows at least, see `staged_errors`."""
     if regime.layout == "pool":
         rows += rows % 2
     draws = range(-(-16 // rows))
     runner = prepared(precision, regime, rows, remote, len(draws))
-    exact = torch.cat([runner.reference(draw) for draw in draws])
-    rounded = torch.cat([runner.rounded_reference(draw) for draw in draws])
+    rounded = [runner.rounded_reference(draw) for draw in draws]
     for tactic in TACTICS:
-        out = torch.cat([runner.run(tactic, draw).clone() for draw in draws])
-        assert relative_error(out, exact) <= (1e-2 if precision == "bf16" else 8e-2)
-        assert relative_error(out, rounded) <= 1e-2
-        assert max(max(runner.staged_errors(tactic, draw)) for draw in draws) <= 1e-2
+        outs = [runner.run(tactic, draw).clone() for draw in draws]
+        for draw, out in enumerate(outs):
+            assert relative_error(out, runner.reference(draw)) <= (1e-2 if precision == "bf16" else 8e-2)
+            assert max(runner.staged_errors(tactic, draw)) <= 1e-2
+            assert relative_error(out, rounded[draw]) <= 1e-2 or precision == "fp8_block"
+        assert relative_error(torch.cat(outs), torch.cat(rounded)) <= 1e-2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
