@@ -37,7 +37,7 @@ from flashinfer_common import (
 )
 
 from moetune.backends.flashinfer_cutlass import UNTUNED, FlashInferCutlassBackend
-from moetune.spec.dispatcher import resolve
+from moetune.inputs.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.stats import geomean

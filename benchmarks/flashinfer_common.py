@@ -12,9 +12,9 @@ from typing import Any
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.inputs.presets import layer as preset
 from moetune.search.base import Search
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.spec.words import Precision

@@ -28,8 +28,8 @@ from moetune.backends.base import Problem, relative_error
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.ahead import compile_tactic
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.workload.routing import realize

@@ -26,7 +26,7 @@ from gpu_numerics import interleaved_us, problem_of, tactic
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.ahead import compile_tactic
 from moetune.backends.grouped_triton.backend import Remote, TritonBackend
-from moetune.spec.presets import layer as preset
+from moetune.inputs.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 

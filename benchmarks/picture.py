@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from moetune.inputs.presets import names, preset
 from moetune.report.tables import profile_report
-from moetune.spec.presets import names, preset
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store

@@ -27,9 +27,9 @@ from moetune import stats
 from moetune.backends.base import Problem
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.inputs.presets import layer as layer_of
 from moetune.measure.clock import CudaClock
 from moetune.measure.probe import environment
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.workload.routing import realize
 

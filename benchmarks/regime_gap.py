@@ -37,12 +37,12 @@ from moetune.backends.registry import backend as backend_of
 from moetune.bucket import untouched_draws
 from moetune.errors import UsageError
 from moetune.events import BucketStarted, Event
+from moetune.inputs.presets import layer as layer_of
 from moetune.measure.bench import Bench
 from moetune.measure.clock import Clock, CpuClock, CudaClock
 from moetune.measure.compiling import Compilers, capability_of
 from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.workload.routing import realize

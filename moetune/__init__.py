@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from moetune.compare import tune_all as tune_all
     from moetune.comparison import Comparison as Comparison
     from moetune.engine.warmup import warmup as warmup
+    from moetune.inputs.presets import layer as layer
     from moetune.plan import plan as plan
     from moetune.spec.layer import MoELayer as MoELayer
-    from moetune.spec.presets import layer as layer
     from moetune.spec.regime import Regime as Regime
     from moetune.spec.tactic import Tactic as Tactic
     from moetune.store.profile import Profile as Profile
@@ -40,7 +40,7 @@ _HOMES = {
     "Regime": "moetune.spec.regime",
     "Routing": "moetune.workload.routing",
     "Tactic": "moetune.spec.tactic",
-    "layer": "moetune.spec.presets",
+    "layer": "moetune.inputs.presets",
     "load": "moetune.tune",
     "pack_topk": "moetune.workload.packing",
     "plan": "moetune.plan",

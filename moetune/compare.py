@@ -16,9 +16,9 @@ from moetune.bucket import untouched_draws
 from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
 from moetune.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
-from moetune.spec.engine_flags import engine_flags
+from moetune.inputs.engine_flags import engine_flags
+from moetune.inputs.presets import layer as layer_of
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.words import Strategy
 from moetune.store.profile import Profile

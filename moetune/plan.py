@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
+from moetune.inputs.presets import layer as layer_of
 from moetune.spec.layer import FrozenModel, MoELayer
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from moetune.bucket import STARTS, Bucket, BucketTuner
 from moetune.errors import MissError, UnsupportedError, UsageError
 from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
+from moetune.inputs.presets import layer as layer_of
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.spec.words import DISTRIBUTION_VARIABLE, Strategy

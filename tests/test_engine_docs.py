@@ -10,8 +10,8 @@ import pytest
 from moetune.cli.export import export
 from moetune.cli.options import ask
 from moetune.cli.tune import tune
-from moetune.spec import launch
-from moetune.spec.options import parse, resolve
+from moetune.inputs import launch
+from moetune.inputs.options import parse, resolve
 
 TEXT = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)

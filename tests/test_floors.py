@@ -10,11 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetune"
 # From the ground up, as the design lists them.
 FLOORS = (
-    "errors", "stats", "spec", "search", "store", "workload", "backends", "measure", "events", "final", "bucket",
+    "errors", "stats", "spec", "inputs", "search", "store", "workload", "backends", "measure",
+    "events", "final", "bucket",
     "comparison", "tune", "compare", "export", "report",
     "engine", "fleet", "cli", "__main__",
 )  # fmt: skip
-NO_TORCH = ("errors", "stats", "spec", "search", "store", "report")
+NO_TORCH = ("errors", "stats", "spec", "inputs", "inputs", "search", "store", "report")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -83,7 +84,7 @@ def test_the_reader_of_imports_sees_through_functions_and_type_checking():
     "statement",
     [
         "import moetune",
-        "from moetune.spec import dispatcher, hf, presets; presets.preset('deepseek-r1'); dispatcher.words()",
+        "from moetune.inputs import dispatcher, hf, presets; presets.preset('deepseek-r1'); dispatcher.words()",
         "import moetune.spec.regime, moetune.search.exhaustive, moetune.store.profile",
     ],
 )

@@ -29,4 +29,4 @@ def test_profiles_and_data_files_go_into_the_wheel(tmp_path):
     subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=100)
     built = {str(path.relative_to(project / "built")) for path in (project / "built").rglob("*.*") if path.is_file()}
     assert f"moetune/{planted}" in built
-    assert {"moetune/profiles/README.md", "moetune/py.typed", "moetune/spec/dispatchers.json"} <= built
+    assert {"moetune/profiles/README.md", "moetune/py.typed", "moetune/inputs/dispatchers.json"} <= built

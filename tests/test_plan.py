@@ -3,9 +3,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
+from moetune.inputs.presets import layer as layer_of
 from moetune.plan import WEIGHT_BITS, plan
 from moetune.spec.layer import MoELayer, RoutingMethod
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 

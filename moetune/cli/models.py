@@ -14,8 +14,8 @@ SCHEMA_VERSION = 1
 @json_option
 def models(as_json: bool) -> None:
     """List the layers that moetune knows by name; in a pipe and with --json also where their values stand."""
+    from moetune.inputs import presets
     from moetune.report.tables import models_table
-    from moetune.spec import presets
 
     known = [(presets.layer(name), presets.source(name)) for name in presets.names()]
     if as_json:

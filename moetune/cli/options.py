@@ -135,7 +135,7 @@ def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[.
 
 def _launch(line: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What an engine's launch line stands for where no option beside it does; --kernel and --remote are triton's."""
-    from moetune.spec import launch
+    from moetune.inputs import launch
 
     of_triton = asked["kernel"] is not None or asked["remote"] is not None
     return launch.options(line, {**asked, "backend": asked["backend"] or ("triton" if of_triton else None)})
@@ -170,7 +170,7 @@ def ask(
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
     from moetune.backends.registry import AUTO
-    from moetune.spec.options import resolve
+    from moetune.inputs.options import resolve
 
     layer, regime, rank = resolve(model, **asked)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
@@ -193,7 +193,7 @@ def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regi
 
 
 def _say_what_dp_means(regime: Regime) -> None:
-    from moetune.spec import dispatcher
+    from moetune.inputs import dispatcher
 
     engines = ", ".join(dispatcher.bringing(regime.dispatch, regime.layout))
     note = f"note: --dp alone means --dispatch {regime.dispatch} --layout {regime.layout}"

@@ -60,7 +60,7 @@ def register(logger: logging.Logger) -> None:
 def _register(spelled: str, logger: logging.Logger) -> None:
     from moetune.engine import flashinfer_hook, session
     from moetune.engine.warmup import session_for
-    from moetune.spec.options import parse
+    from moetune.inputs.options import parse
 
     asked = parse(spelled)
     question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)

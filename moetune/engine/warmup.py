@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from moetune.engine import flashinfer_hook, session
 from moetune.engine.session import Session
 from moetune.errors import UnsupportedError
+from moetune.inputs.presets import layer as layer_of
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as layer_of
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.store import Store

@@ -26,10 +26,10 @@ from moetune.backends.flashinfer_cutlass import (  # noqa: E402
 )
 from moetune.errors import UnsupportedError  # noqa: E402
 from moetune.final import decide, play  # noqa: E402
+from moetune.inputs.presets import layer as preset  # noqa: E402
 from moetune.measure.bench import Bench  # noqa: E402
 from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
-from moetune.spec.presets import layer as preset  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
 from moetune.workload.routing import realize  # noqa: E402

@@ -10,8 +10,8 @@ from moetune.backends import registry
 from moetune.backends.base import Backend
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.errors import UsageError
+from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as preset
 from moetune.spec.regime import Regime
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from moetune.backends import registry
+from moetune.inputs import presets
 from moetune.measure import probe
-from moetune.spec import presets
 from moetune.spec.environment import Environment
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from choices import make_choice
 
+from moetune.inputs.presets import layer
 from moetune.spec.environment import Environment
-from moetune.spec.presets import layer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 

@@ -10,8 +10,8 @@ from moetune.export import export as exported
 from moetune.export.base import FOLDER
 from moetune.export.trtllm import export
 from moetune.export.trtllm_keys import RUNNERS
+from moetune.inputs.presets import preset
 from moetune.spec.layer import MoELayer, RoutingMethod
-from moetune.spec.presets import preset
 from moetune.spec.regime import Regime
 
 GOLDEN = Path(__file__).parent / "golden" / "trtllm-nvfp4-ep2.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from choices import make_choice
 
-from moetune.spec import presets
+from moetune.inputs import presets
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from moetune.comparison import ComparedBucket, Comparison, Family
+from moetune.inputs.engine_flags import engine_flags
 from moetune.report.comparison import comparison_report, comparison_table
-from moetune.spec.engine_flags import engine_flags
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

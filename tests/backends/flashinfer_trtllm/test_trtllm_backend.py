@@ -14,8 +14,8 @@ from moetune.backends import registry
 from moetune.backends.base import Backend
 from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT, equivalent_rows
 from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs.presets import preset
 from moetune.spec.layer import Activation, RoutingMethod
-from moetune.spec.presets import preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.spec.words import Precision

@@ -10,8 +10,8 @@ from trtllm_questions import DEEPSEEK, REGIMES, ROUTERS, layer
 
 from moetune.backends.flashinfer_trtllm import logits as made
 from moetune.errors import UnsupportedError
+from moetune.inputs.presets import names, preset
 from moetune.spec.layer import MoELayer, RoutingMethod
-from moetune.spec.presets import names, preset
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.dispatch import dummies, met_rows
 from moetune.workload.router import route

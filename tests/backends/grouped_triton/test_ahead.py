@@ -11,7 +11,7 @@ from moetune.backends.grouped_triton.align import Alignment
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.gemm import BuiltinKernel, Operands, two_gemms
 from moetune.backends.grouped_triton.space import VALUES, Shapes, shared_bytes
-from moetune.spec.presets import layer as preset
+from moetune.inputs.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 

@@ -8,8 +8,8 @@ from moetune.backends.base import Backend, Problem
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
-from moetune.spec.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.workload.routing import realize
 

@@ -1,8 +1,8 @@
 import pytest
 
 from moetune.backends import registry
-from moetune.spec import launch
-from moetune.spec.engine_flags import ENGINES, engine_flags
+from moetune.inputs import launch
+from moetune.inputs.engine_flags import ENGINES, engine_flags
 from moetune.spec.words import Precision
 
 LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}

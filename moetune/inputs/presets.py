@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetune.errors import UsageError
-from moetune.spec.hf import layer_from_config
+from moetune.inputs.hf import layer_from_config
 from moetune.spec.layer import MoELayer
 from moetune.spec.words import Precision
 
@@ -27,7 +27,7 @@ class Source(NamedTuple):
 @functools.cache
 def names() -> tuple[str, ...]:
     """The presets' names, sorted."""
-    files = resources.files("moetune.spec").joinpath("models").iterdir()
+    files = resources.files("moetune.inputs").joinpath("models").iterdir()
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
@@ -89,5 +89,5 @@ def _key(name: str) -> str:
 
 @functools.cache
 def _file(name: str) -> dict[str, Any]:
-    text = resources.files("moetune.spec").joinpath("models", f"{name}.json").read_text(encoding="utf-8")
+    text = resources.files("moetune.inputs").joinpath("models", f"{name}.json").read_text(encoding="utf-8")
     return json.loads(text)  # type: ignore[no-any-return]

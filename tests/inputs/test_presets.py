@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from moetune.errors import UsageError
-from moetune.spec import presets
-from moetune.spec.hf import layer_from_config
+from moetune.inputs import presets
+from moetune.inputs.hf import layer_from_config
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.words import Precision
 
@@ -102,7 +102,7 @@ def test_a_preset_is_what_the_models_own_config_says(name):
 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_given_field_has_a_source(name):
-    file = resources.files("moetune.spec").joinpath("models", f"{name}.json")
+    file = resources.files("moetune.inputs").joinpath("models", f"{name}.json")
     layer = json.loads(file.read_text())["layer"]
     given = {field for field in layer if field != "routing"} | {f"routing.{field}" for field in layer["routing"]}
     source = presets.source(name)

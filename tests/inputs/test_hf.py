@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
-from moetune.spec.hf import FAMILIES, layer_from_config
+from moetune.inputs.hf import FAMILIES, layer_from_config
 from moetune.spec.layer import Activation
 from moetune.spec.words import Precision
 

@@ -3,7 +3,7 @@ import inspect
 import pytest
 
 from moetune.errors import UsageError
-from moetune.spec.options import NUMBERS, TEXT, parse, resolve
+from moetune.inputs.options import NUMBERS, TEXT, parse, resolve
 from moetune.spec.regime import Regime
 
 

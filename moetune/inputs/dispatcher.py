@@ -90,7 +90,7 @@ def bringing(dispatch: str, layout: str | None = None) -> tuple[str, ...]:
 
 @functools.cache
 def _engines() -> dict[str, Any]:
-    text = resources.files("moetune.spec").joinpath("dispatchers.json").read_text(encoding="utf-8")
+    text = resources.files("moetune.inputs").joinpath("dispatchers.json").read_text(encoding="utf-8")
     return json.loads(text)  # type: ignore[no-any-return]
 
 

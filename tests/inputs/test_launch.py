@@ -3,9 +3,9 @@
 import pytest
 
 from moetune.errors import UnsupportedError, UsageError
-from moetune.spec.launch import options
-from moetune.spec.options import resolve
-from moetune.spec.presets import preset
+from moetune.inputs.launch import options
+from moetune.inputs.options import resolve
+from moetune.inputs.presets import preset
 from moetune.spec.regime import Regime
 
 VLLM_EP = "https://docs.vllm.ai/en/latest/serving/expert_parallel_deployment/"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from moetune.errors import UnsupportedError, UsageError
-from moetune.spec import presets
-from moetune.spec.launch_words import TRUE, Words, parse, settings, split
+from moetune.inputs import presets
+from moetune.inputs.launch_line import TRUE, Words, parse, settings, split
 from moetune.spec.words import Precision
 
 FORMS: Final = "vllm serve MODEL …, python -m sglang.launch_server …, sglang serve …, or trtllm-serve MODEL …"
@@ -42,7 +42,7 @@ _QUANTIZED: Final = re.compile(r"-(nvfp4|fp4|fp8)$")
 
 
 def options(spelled: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options that a launch line stands for: `ep`, `dispatch` …, as `moetune.spec.options.resolve` takes them.
+    """The options that a launch line stands for: `ep`, `dispatch` …, as `moetune.inputs.options.resolve` takes them.
 
     Flags that say nothing of the experts are ignored. `backend` is there where the line names the kernels.
 

@@ -7,7 +7,7 @@ import shlex
 from typing import Any, NamedTuple, NoReturn
 
 from moetune.errors import UsageError
-from moetune.spec import presets
+from moetune.inputs import presets
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISPATCHES
@@ -46,7 +46,7 @@ def parse(spelled: str) -> Asked:
         raise UsageError(f"{spelled!r} cannot be split into options: {error}.") from None
     given = vars(parser.parse_args(words))
     if (line := given.pop("launch")) is not None:
-        from moetune.spec import launch
+        from moetune.inputs import launch
 
         given |= launch.options(line, given)
         given.pop("backend", None)
@@ -103,7 +103,7 @@ def _dispatch(
     if dispatch is None:
         return {}
     if ":" in dispatch:
-        from moetune.spec import dispatcher
+        from moetune.inputs import dispatcher
 
         return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp))
     if dispatch not in DISPATCHES:

@@ -3,7 +3,7 @@
 import pytest
 
 from moetune.errors import UnsupportedError, UsageError
-from moetune.spec import dispatcher, presets
+from moetune.inputs import dispatcher, presets
 from moetune.spec.regime import Regime
 
 LAYER = presets.preset("deepseek-r1")
