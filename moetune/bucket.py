@@ -56,7 +56,7 @@ class Bucket:
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
-        """Realizes all draws of one bucket."""
+        """Realizes all draws of one bucket, for the regime's rank."""
         from moetune.backends.base import Problem
         from moetune.workload.dispatch import dummies, met_rows
         from moetune.workload.routing import stress
@@ -64,7 +64,7 @@ class Bucket:
         shard, met = regime.shard(layer), met_rows(layer, regime, rows)
         count = regime.draws + num_unseen(regime.draws, rows, shard.num_local)
         draws = dummies(layer, regime, rows, met, range(count))
-        stressed = [stress(layer, regime, draws[0], 0, factor) for factor in final.STRESS_FACTORS]
+        stressed = [stress(layer, regime, draws[0], None, factor) for factor in final.STRESS_FACTORS]
         entering = len(draws[0].topk_ids)
         return cls(
             rows,

@@ -15,6 +15,7 @@ from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates
     from moetune.workload.dispatch import Expectation
+    from moetune.workload.ranks import RankWord
 
 WEIGHT_BITS: Mapping[Precision, Fraction] = {
     Precision.FP32: Fraction(32),
@@ -25,8 +26,21 @@ WEIGHT_BITS: Mapping[Precision, Fraction] = {
     Precision.NVFP4: 4 + Fraction(8, 16),
     Precision.MXFP4: 4 + Fraction(8, 32),
     Precision.MXINT4: 4 + Fraction(16, 32),
+    Precision.FP8_BLOCK_64: 8 + Fraction(32, 64 * 64),
+    Precision.FP8_CHANNEL: Fraction(8),
+    Precision.MXFP8: 8 + Fraction(8, 32),
+    Precision.NVFP4_A16: 4 + Fraction(8, 16),
+    Precision.INT4_G128: 4 + Fraction(16, 128),
+    Precision.AWQ_INT4: 4 + Fraction(16 + 4, 128),
+    Precision.GPTQ_INT4: 4 + Fraction(16 + 4, 128),
+    Precision.GPTQ_INT8: 8 + Fraction(16 + 8, 128),
+    Precision.BNB_4BIT: 4 + Fraction(32, 64),
+    Precision.BNB_8BIT: Fraction(8),
+    Precision.INT8_W8A16: Fraction(8),
+    Precision.INT8_W8A8: Fraction(8),
+    Precision.W4A8: 4 + Fraction(16, 128),
 }
-"""Bits of one weight, its share of the block scales included."""
+"""Bits of one weight, its share of the block scales and zero points included; groups are of 128 where they vary."""
 INPUT_BITS: Mapping[Precision, Fraction] = {
     Precision.FP32: Fraction(32),
     Precision.BF16: Fraction(16),
@@ -36,6 +50,19 @@ INPUT_BITS: Mapping[Precision, Fraction] = {
     Precision.NVFP4: 4 + Fraction(8, 16),
     Precision.MXFP4: Fraction(16),
     Precision.MXINT4: Fraction(16),
+    Precision.FP8_BLOCK_64: 8 + Fraction(32, 64),
+    Precision.FP8_CHANNEL: Fraction(8),
+    Precision.MXFP8: 8 + Fraction(8, 32),
+    Precision.NVFP4_A16: Fraction(16),
+    Precision.INT4_G128: Fraction(16),
+    Precision.AWQ_INT4: Fraction(16),
+    Precision.GPTQ_INT4: Fraction(16),
+    Precision.GPTQ_INT8: Fraction(16),
+    Precision.BNB_4BIT: Fraction(16),
+    Precision.BNB_8BIT: Fraction(8),
+    Precision.INT8_W8A16: Fraction(16),
+    Precision.INT8_W8A8: Fraction(8),
+    Precision.W4A8: Fraction(8),
 }
 """Bits of one value that enters a GEMM, its share of the block scales included; what leaves one is 16 bits wide."""
 
@@ -84,11 +111,11 @@ class Payload(FrozenModel):
 
 class Plan(FrozenModel):
     """The plan of one rank. `buckets` ascend; `skipped_buckets` are those that a pool cannot have; `wire` is empty
-    where nothing is dispatched.
+    where nothing is dispatched. `regime` is the one that `tune` would measure: with the rank that it would take.
 
     `simulated`: whether the law behind the loads comes from the layer's own router on seeded logits, because it is
-    grouped or experts are redundant; else it is in closed form. `hit_fraction`: the chance that a token has
-    something for this rank. `resident_bytes`: the weights of all its experts.
+    grouped; else it is in closed form. `hit_fraction`: the chance that a token has something for this rank.
+    `resident_bytes`: the weights of all its experts.
     """
 
     schema_version: Literal[1] = 1
@@ -113,7 +140,7 @@ def plan(
     backend: str | Backend = "auto",
     device: str | None = None,
     *,
-    rank: int = 0,
+    rank: RankWord | int | None = None,
 ) -> Plan:
     """What `rank`'s kernel will see in each bucket of `regime`, and what would be tried. Measures nothing.
 
@@ -123,17 +150,20 @@ def plan(
             `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
         backend: whose tactics are counted, as `tune` takes it.
         device: the torch device they are counted for; `cuda` where there is one, else `cpu`, by default.
-        rank: of 0 … ep_size − 1.
+        rank: of 0 … ep_size − 1, or `mean` or `fullest`; by default the one that `tune` would measure.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
     from moetune.backends.registry import chosen
     from moetune.workload.dispatch import expect, met_rows
+    from moetune.workload.ranks import of_rank
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    shard = regime.shard(layer, rank)
+    regime = of_rank(layer, regime, rank)
+    shard = regime.shard(layer, rank if isinstance(rank, int) else None)
+    rank = shard.rank
     kernels = chosen(backend, layer, regime)
     met = {rows: met_rows(layer, regime, rows, rank) for rows in regime.buckets}
     expectations = {rows: expect(layer, regime, met[rows], rank) for rows in regime.buckets}
@@ -164,10 +194,10 @@ def _candidates(
     """Each bucket's candidates; none, and why, where the backend cannot tell."""
     from moetune.measure.probe import device_for
 
-    if obstacle := backend.unavailable():
-        return {}, f"{backend.name} cannot run here: {obstacle[0]}"
     if reason := backend.unsupported(layer, regime):
         return {}, f"{backend.name} does not compute this layer: {reason}"
+    if obstacle := backend.unavailable():
+        return {}, f"{backend.name} cannot run here: {obstacle[0]}"
     device = device_for(device)
     return {rows: backend.candidates(layer, regime, rows, device) for rows in regime.buckets}, ""
 

@@ -38,6 +38,7 @@ What a search under way is likely to propose next precedes both (see `Batch.like
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
     from moetune.measure.bench import BenchLike
+    from moetune.workload.ranks import RankWord
 
 
 def tune(
@@ -49,6 +50,7 @@ def tune(
     frozen: bool = False,
     again: bool = False,
     device: str | None = None,
+    rank: RankWord | int | None = None,
     strategy: Strategy = "auto",
     isolate: bool = True,
     time_budget_s: float | None = None,
@@ -70,6 +72,8 @@ def tune(
         frozen: never measure.
         again: measure every bucket even where the store has it, and forget what an interrupted run knew.
         device: a torch device; `cuda` where there is one, else `cpu`, by default.
+        rank: which one is measured, for all: `mean` has the load nearest the mean, `fullest` the most, or its number.
+            By default the regime's where that was given one, else `mean`, and `fullest` where shards are uneven.
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic, for ground truth.
         isolate: run kernels in a process of their own, which one that crashes or hangs takes down alone.
         time_budget_s: about how long it may take. Each bucket gets an equal share of what is left; buckets that have
@@ -85,7 +89,7 @@ def tune(
     """
     tell = on_event or (lambda event: None)
     require_sense(frozen, again, time_budget_s)
-    question = _Question.ask(layer, regime, backend, store, device)
+    question = _Question.ask(layer, regime, backend, store, device, rank)
     path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
     if stored and path and not missing:
@@ -120,13 +124,14 @@ def load(
     store: Store | Path | str | None = None,
     *,
     device: str | None = None,
+    rank: RankWord | int | None = None,
 ) -> Profile:
-    """The stored profile of exactly this question, for this machine.
+    """The stored profile of exactly this question, for this machine; arguments are those of `tune`.
 
     Raises:
         MissError: there is none; it names every field in which the nearest stored profile differs.
     """
-    return _Question.ask(layer, regime, backend, store, device).load()
+    return _Question.ask(layer, regime, backend, store, device, rank).load()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +153,15 @@ class _Question:
         backend: str | Backend,
         store: Store | Path | str | None,
         device: str | None,
+        rank: RankWord | int | None,
     ) -> _Question:
         from moetune.backends import registry
         from moetune.measure.probe import device_for, environment
+        from moetune.workload.ranks import of_rank
 
         layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
         regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-        regime.shard(layer)
+        regime = of_rank(layer, regime, rank)
         kernels = registry.chosen(backend, layer, regime)
         device = device_for(device)
         store = store if isinstance(store, Store) else Store(store)
@@ -182,10 +189,10 @@ class _Question:
         )
 
     def require_support(self) -> None:
-        if missing := self.backend.unavailable():
-            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}.", missing[1])
         if reason := self.backend.unsupported(self.layer, self.regime):
             raise UnsupportedError(f"Backend {self.backend.name} does not compute {self.layer.name}: {reason}.")
+        if missing := self.backend.unavailable():
+            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}.", missing[1])
 
 
 def _has(profile: Profile | None, rows: int) -> bool:

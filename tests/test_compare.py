@@ -28,7 +28,8 @@ def plant(monkeypatch):
     def _plant(*families, missing=()):
         named = {backend.name: backend for backend in families}
         monkeypatch.setattr(registry, "backends", lambda: (*named, *missing))
-        monkeypatch.setattr(registry, "backend", named.__getitem__)
+        absent = {name: PlantedBackend({"default": 1.0}, name=name) for name in missing}
+        monkeypatch.setattr(registry, "backend", {**named, **absent}.__getitem__)
         monkeypatch.setattr(registry, "diagnosis", lambda name: Diagnosis(name, name in named, "there is no GPU"))
         return named
 

@@ -65,26 +65,38 @@ def preferred(layer: MoELayer, regime: Regime) -> Backend:
 
     Where none can run here it is the first that computes the layer elsewhere, so that what it lacks is said.
     """
-    computing = [name for name in backends() if backend(name).unsupported(layer, regime) is None]
+    computing = [name for name in backends() if _why_not(name, layer, regime) is None]
     able_here = (name for name in computing if diagnosis(name).available)
     return backend(next(able_here, (computing or backends())[0]))
 
 
 def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:
-    """The backends that can run here and compute the layer, the preferred first; and why the others cannot."""
+    """The backends that can run here and compute the layer, the preferred first; and why the others cannot.
+
+    That one does not compute the layer is said before what it lacks here.
+    """
     found: list[Backend] = []
     left_out: dict[str, str] = {}
     for name in backends():
-        state = diagnosis(name)
-        if not state.available:
-            left_out[name] = state.reason
-            continue
-        family = backend(name)
-        if reason := family.unsupported(layer, regime):
+        if reason := _why_not(name, layer, regime):
             left_out[name] = reason
+        elif (state := diagnosis(name)).available:
+            found.append(backend(name))
         else:
-            found.append(family)
+            left_out[name] = state.reason
     return found, left_out
+
+
+def _why_not(name: str, layer: MoELayer, regime: Regime) -> str | None:
+    """Why a backend does not compute this layer: it says so, or it cannot be asked; else None."""
+    try:
+        return backend(name).unsupported(layer, regime)
+    except (ImportError, OSError) as error:
+        return _not_imported(error)
+
+
+def _not_imported(error: Exception) -> str:
+    return f"cannot be imported: {error}"
 
 
 def chosen(asked: str | Backend, layer: MoELayer, regime: Regime) -> Backend:
@@ -112,7 +124,7 @@ def diagnosis(name: str, **options: object) -> Diagnosis:
     try:
         obstacle = backend(name, **options).unavailable()
     except (ImportError, OSError) as error:  # OSError: a library of the system that a package loads
-        return Diagnosis(name, False, f"cannot be imported: {error}", "Reinstall moetune with its dependencies.")
+        return Diagnosis(name, False, _not_imported(error), "Reinstall moetune with its dependencies.")
     return Diagnosis(name, True) if obstacle is None else Diagnosis(name, False, *obstacle)
 
 

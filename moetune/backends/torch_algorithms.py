@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moetune.errors import UnsupportedError
 from moetune.spec.layer import Activation
 
 CLAMP_LIMIT = 7.0
@@ -59,6 +60,8 @@ class Experts:
             case Activation.SWIGLU_CLAMPED:
                 gate, up = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
                 return gate * torch.sigmoid(CLAMP_ALPHA * gate) * (up + 1)
+            case other:
+                raise UnsupportedError(f"The torch backend computes no {other.value}.")
 
     def entering(self, rows: Tensor, weights: Tensor) -> Tensor:
         """`[S, H]` rows as they enter their experts, given their router weights `[S]`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
-from moetune.spec.layer import MoELayer
+from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.spec.words import Precision
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 DTYPES: Mapping[Precision, str] = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 """torch's names of the precisions that run here. fp16 is slow on CPUs without AVX512-FP16."""
+
+ACTIVATIONS = (Activation.SILU, Activation.GELU, Activation.SWIGLU_CLAMPED)
+"""Those that `Experts.gated` computes."""
 
 SCRATCH_SHARE = 0.25
 """Of the memory that is free, the share that one call's scratch may take; an engine needs the rest for its cache."""
@@ -101,7 +104,9 @@ class TorchBackend:
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Quantized weights."""
+        """Quantized weights, and what stands between the GEMMs where `Experts.gated` does not have it."""
+        if layer.activation not in ACTIVATIONS:
+            return f"computes {', '.join(ACTIVATIONS)} between the GEMMs, not {layer.activation.value}"
         if layer.precision not in DTYPES:
             return (
                 f"plain PyTorch has no expert GEMM for {layer.precision.value} weights; "

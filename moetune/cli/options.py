@@ -32,13 +32,17 @@ REMOTES = ("drop", "zero")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a command is asked. Of `auto` the first able backend is `backend`; `auto` says that it stands for all."""
+    """What a command is asked. Of `auto` the first able backend is `backend`; `auto` says that it stands for all.
+
+    `engine` is the one whose dispatcher was named, as `vllm`.
+    """
 
     layer: MoELayer
     regime: Regime
     backend: Backend
     rank: int
     auto: bool = False
+    engine: str | None = None
 
 
 def _default(value: int) -> str:
@@ -52,6 +56,10 @@ _QUESTION_OPTIONS = (
         help="An engine's launch line, as 'vllm serve …', in place of the options below; those beside it win.",
     ),
     click.option("--model", metavar="NAME|PATH", help="A name of `moetune models`, or a Hugging Face config.json."),
+    click.option("--experts", type=int, metavar="N", help="The layer's experts, in place of the model's."),
+    click.option("--top-k", type=int, metavar="N", help="Experts of a token, in place of the model's."),
+    click.option("--hidden", type=int, metavar="N", help="The hidden size, in place of the model's."),
+    click.option("--intermediate", type=int, metavar="N", help="The experts' intermediate size, likewise."),
     click.option("--precision", type=click.Choice(list(map(str, Precision))), help="Of the weights; the model's own."),
     click.option("--ep", type=int, metavar="N", help="Ranks that share the experts." + _default(1)),
     click.option("--tp", type=int, metavar="N", help="Ranks that share each expert." + _default(1)),
@@ -97,8 +105,9 @@ _QUESTION_OPTIONS = (
     ),
 )
 _NAMES = (
-    "model", "precision", "ep", "tp", "dp", "dispatch", "layout", "rank", "redundant_experts", "distribution", "seed",
-    "draws", "ladder", "tune_max_num_tokens", "backend", "kernel", "remote",
+    "model", "experts", "top_k", "hidden", "intermediate", "precision", "ep", "tp", "dp", "dispatch", "layout",
+    "rank", "redundant_experts", "distribution", "seed", "draws", "ladder", "tune_max_num_tokens", "backend",
+    "kernel", "remote",
 )  # fmt: skip
 
 store_option = click.option(
@@ -138,21 +147,28 @@ def _launch(line: str, asked: dict[str, Any]) -> dict[str, Any]:
     from moetune.inputs import launch
 
     of_triton = asked["kernel"] is not None or asked["remote"] is not None
-    return launch.options(line, {**asked, "backend": asked["backend"] or ("triton" if of_triton else None)})
+    found = launch.read(line, {**asked, "backend": asked["backend"] or ("triton" if of_triton else None)})
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    return found.options
 
 
-def _parse(required: bool, *, model: str | None, **asked: Any) -> Question | None:
-    if model is None:
-        given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
-        if required or given:
-            about = f"{', '.join(given)} given without --model." if given else "--model is missing."
-            raise UsageError(about, "It takes a name of `moetune models` or a path to a config.json.")
+def _parse(required: bool, **asked: Any) -> Question | None:
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+    if not required and not given:
         return None
-    return ask(model, **asked)
+    if asked["model"] is None and asked["experts"] is None:
+        about = f"{', '.join(given)} given without --model." if given else "--model is missing."
+        raise UsageError(
+            about,
+            "It takes a name of `moetune models` or a path to a config.json; "
+            "--experts, --top-k, --hidden and --intermediate do without.",
+        )
+    return ask(**asked)
 
 
 def ask(
-    model: str,
+    model: str | None = None,
     *,
     backend: str | None = None,
     kernel: str | None = None,
@@ -172,13 +188,41 @@ def ask(
     from moetune.backends.registry import AUTO
     from moetune.inputs.options import resolve
 
-    layer, regime, rank = resolve(model, **asked)
+    layer, regime, rank, _ = resolve(model, **asked)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
         _say_what_dp_means(regime)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
-    return Question(layer, regime, chosen, rank or 0, auto)
+    engine = (asked.get("dispatch") or "").partition(":")[0] if ":" in (asked.get("dispatch") or "") else None
+    question = Question(layer, regime, chosen, rank or 0, auto, engine)
+    _say_what_the_engine_prefers(question)
+    return question
+
+
+def _say_what_the_engine_prefers(question: Question) -> None:
+    """Names the kernels that the engine would take before those of `triton`, before any time is spent on these."""
+    from moetune.inputs.engine_flags import engine_flags, preferred_to_triton
+
+    if question.engine is None or question.auto or question.backend.name != "triton":
+        return
+    precision, ep_size = question.layer.precision, question.regime.ep_size
+    for capability, name in ((9, "Hopper"), (10, "Blackwell")):
+        first = preferred_to_triton(question.engine, precision, ep_size, capability)
+        if first and _may_have(capability):
+            flag = engine_flags("triton", precision)[question.engine]
+            click.echo(
+                f"note: for {precision.value} experts at EP {ep_size} on {name} {question.engine} prefers {first} to "
+                f"Triton; give it {flag}, or it reads no Triton file.",
+                err=True,
+            )
+
+
+def _may_have(capability: int) -> bool:
+    """Whether the GPU here has this major compute capability, or there is none here that could tell."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == capability
 
 
 def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regime) -> Backend:
@@ -195,6 +239,12 @@ def _backend(name: str, of_triton: dict[str, str], layer: MoELayer, regime: Regi
 def _say_what_dp_means(regime: Regime) -> None:
     from moetune.inputs import dispatcher
 
-    engines = ", ".join(dispatcher.bringing(regime.dispatch, regime.layout))
+    engines = dispatcher.bringing(regime.dispatch, regime.layout)
     note = f"note: --dp alone means --dispatch {regime.dispatch} --layout {regime.layout}"
-    click.echo(f"{note}, as {engines} brings it." if engines else f"{note}.", err=True)
+    note += f", as {', '.join(engines)} brings it." if engines else "."
+    if not any(word.startswith(("vllm:", "sglang:")) for word in engines):
+        note += (
+            " No dispatcher of vLLM or SGLang brings such rows; name yours: --dispatch vllm:allgather_reducescatter, "
+            "vllm:deepep_high_throughput or sglang:none, or give the whole line as --launch 'vllm serve …'."
+        )
+    click.echo(note, err=True)

@@ -23,6 +23,13 @@ from moetune.spec.words import STRATEGIES, Strategy
     default="auto",
     help="The backend's own search, or every tactic.  [default: auto]",
 )
+@click.option(
+    "--export",
+    "out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write the files that the engine of --launch or --dispatch reads, as `moetune export` does.",
+)
 @click.option("--time-budget", type=float, metavar="S", help="About how many seconds it may take.  [default: no limit]")
 @json_option
 def tune(
@@ -31,6 +38,7 @@ def tune(
     frozen: bool,
     again: bool,
     strategy: Strategy,
+    out: Path | None,
     time_budget: float | None,
     as_json: bool,
 ) -> None:
@@ -43,11 +51,14 @@ def tune(
     that is faster beyond the noise; the gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
+    from moetune.cli.written import question_of_engine, say, write_for
     from moetune.compare import tune_all
     from moetune.store.profile import Profile
     from moetune.store.store import Store
     from moetune.tune import tune as tune_of
 
+    if out is not None:
+        question = question_of_engine(question)
     folder = Store(store)
     with Progress(question.regime.buckets) as progress:
         asked = tune_all if question.auto else partial(tune_of, backend=question.backend)
@@ -69,9 +80,13 @@ def tune(
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     packaged = bool(served and served.packaged)
+    written = write_for(str(question.engine), answer, Path(path), out) if out is not None else None
     if as_json:
-        document(answer, path=str(path), served=served is not None, packaged=packaged)
-    else:
-        from moetune.report.tables import profile_report
+        exported = {} if written is None else {"exported": written.document()}
+        document(answer, path=str(path), served=served is not None, packaged=packaged, **exported)
+        return
+    from moetune.report.tables import profile_report
 
-        show(*profile_report(answer, path, served=served is not None, packaged=packaged))
+    show(*profile_report(answer, path, served=served is not None, packaged=packaged))
+    if written is not None:
+        say(written)

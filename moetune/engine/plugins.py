@@ -63,6 +63,8 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     from moetune.inputs.options import parse
 
     asked = parse(spelled)
+    for warning in asked.warnings:
+        logger.warning("moetune: %s: %s", VARIABLE, warning)
     question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
     if obstacle := flashinfer_hook.obstacle():
         logger.warning("moetune: %s", obstacle)

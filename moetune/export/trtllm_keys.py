@@ -3,7 +3,8 @@
 A key is `str((op, runner class, str(unique_id), nearest profile))` (`AutoTunerProfilingCache.get_cache_key`), the
 profile being the shapes of the op's inputs with the bucket in place of the rows and −1 in each dimension that follows
 from them; an input that is None has the shape `(0,)`. Read in `tensorrt_llm/_torch/autotuner.py`,
-`custom_ops/trtllm_gen_custom_ops.py` and `modules/fused_moe/fused_moe_trtllm_gen.py`, as of TensorRT-LLM #13667.
+`custom_ops/trtllm_gen_custom_ops.py` and `modules/fused_moe/fused_moe_trtllm_gen.py`, from TensorRT-LLM #13667 to
+#17328 (August 2026); of the change after it, #18189, what its review shows. `Spelling` says what differs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from moetune.spec.regime import Regime
 from moetune.spec.words import Precision
 
 Shape = tuple[int, ...]
+Version = tuple[int, int, int, float]
+"""`1.3.0rc25` is (1, 3, 0, 25); a release has ∞ for the candidate."""
+FUSED: Final[tuple[Version, Version]] = ((1, 3, 0, 21), (1, 3, 0, 26))
+"""#15297 was in review in July 2026, before candidate 22; #17328 opened on 6 August, and 26 is of September."""
+DEPLOYMENT: Final[tuple[Version, Version]] = ((1, 3, 0, 24), (1, 3, 0, 27))
+"""#18189 was in review on 27 August 2026, between candidates 24 and 25; 27 is of the middle of September."""
 ABSENT: Final[Shape] = (0,)
 FOLLOWS: Final = -1
 """A dimension that the tuner derives from the rows."""
@@ -36,7 +43,8 @@ class Runner:
     `scale`: values that share a scale of the activation, where the tuner gets such scales. `weight_scale`: values
     along K that share a weight scale (fp8 blocks: along N too). `mxfp4`: padded, with bias and swiglu parameters, and
     a unique_id that holds the valid sizes. `biases`: whether bias and swiglu parameters are inputs. `scalars`: whether
-    three output scales are. `hashed`: whether the unique_id is a hash.
+    three output scales are. `hashed`: whether the unique_id is a hash. `after_deployment`: the runners that follow in
+    the source the one that #18189 is known to change; whether it changes them too is not known.
     """
 
     op: str
@@ -51,11 +59,25 @@ class Runner:
     biases: bool = True
     scalars: bool = True
     hashed: bool = False
+    after_deployment: bool = False
 
     @property
     def custom_op(self) -> str:
         """The op's name in the tuner."""
         return f"trtllm::{self.op}_runner"
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What a version's unique_id holds beside the sizes.
+
+    `fused`: the number of shared experts that are fused into the routed ones, 0 unless
+    `TLLM_MOE_ENABLE_SHARED_EXPERT_FUSION=1`; fp8 blocks alone (#15297, #17328). `deployment`: whether attention DP is
+    on, and ep (#18189).
+    """
+
+    fused: bool = False
+    deployment: bool = False
 
 
 RUNNERS: Final = (
@@ -80,7 +102,14 @@ RUNNERS: Final = (
         mxfp4=True,
         scalars=False,
     ),
-    Runner("e4m3_mxe2m1_block_scale_moe", "E4m3MxE2m1BlockScaleMoERunner", Precision.MXFP4, "fp8", mxfp4=True),
+    Runner(
+        "e4m3_mxe2m1_block_scale_moe",
+        "E4m3MxE2m1BlockScaleMoERunner",
+        Precision.MXFP4,
+        "fp8",
+        mxfp4=True,
+        after_deployment=True,
+    ),
     Runner(
         "bf16_mxe2m1_block_scale_moe",
         "Bf16MxE2m1BlockScaleMoERunner",
@@ -89,8 +118,16 @@ RUNNERS: Final = (
         mxfp4=True,
         scalars=False,
         hashed=True,
+        after_deployment=True,
     ),
-    Runner("fp8_fp4_block_scale_moe", "FP8FP4BlockScaleMoERunner", Precision.NVFP4, "fp8", biases=False),
+    Runner(
+        "fp8_fp4_block_scale_moe",
+        "FP8FP4BlockScaleMoERunner",
+        Precision.NVFP4,
+        "fp8",
+        biases=False,
+        after_deployment=True,
+    ),
 )
 
 
@@ -110,7 +147,31 @@ def runner(precision: Precision, activation: str) -> Runner:
     )
 
 
-def keys(known: Runner, layer: MoELayer, regime: Regime, rank: int, bucket: int) -> Iterator[str]:
+def spellings(known: Runner, version: Version) -> tuple[Spelling, ...]:
+    """How the unique_id of `known` may be spelled in `version`: one way, or two where moetune cannot tell.
+
+    A file with both serves either: the engine finds the one that it spells, and leaves the other.
+    """
+    fused = _may_have(version, FUSED) if known.precision is Precision.FP8_BLOCK else (False,)
+    deployment: tuple[bool, ...] = (False,)
+    if known.mxfp4 and known.activation == "mxfp8":
+        deployment = _may_have(version, DEPLOYMENT)
+    elif known.after_deployment and True in _may_have(version, DEPLOYMENT):
+        deployment = (False, True)
+    return tuple(Spelling(one, other) for one in fused for other in deployment)
+
+
+def _may_have(version: Version, change: tuple[Version, Version]) -> tuple[bool, ...]:
+    """Whether a version has a change that came after the first of two versions and no later than the second."""
+    first, last = change
+    if version <= first:
+        return (False,)
+    return (True,) if version >= last else (False, True)
+
+
+def keys(
+    known: Runner, layer: MoELayer, regime: Regime, rank: int, bucket: int, spelling: Spelling = Spelling()
+) -> Iterator[str]:
     """The two keys of one expert-parallel rank at one bucket: where ids are given, and where the kernel routes.
 
     Args:
@@ -119,6 +180,7 @@ def keys(known: Runner, layer: MoELayer, regime: Regime, rank: int, bucket: int)
         regime: gives the shard.
         rank: the expert-parallel rank.
         bucket: the rows that TensorRT-LLM looks up, after its division by ep under attention DP.
+        spelling: of the version.
 
     Raises:
         UnsupportedError: the runner does not compute this layer.
@@ -131,9 +193,11 @@ def keys(known: Runner, layer: MoELayer, regime: Regime, rank: int, bucket: int)
         if known.mxfp4
         else (hidden, hidden, inner)
     )
-    top_k = 1 if regime.layout == "slot" else layer.top_k
+    top_k = layer.top_k
+    fused = (0,) if spelling.fused else ()
     sizes = (padded_inner, hidden, inner) if known.mxfp4 else (padded_inner,)
-    unique = (top_k, *sizes, experts, SWIGLU)
+    deployment = (regime.attention_dp, regime.ep_size) if spelling.deployment else ()
+    unique = (top_k, *fused, *sizes, experts, SWIGLU, *deployment)
     identity = str(hash(unique) if known.hashed else unique)
     inputs = _inputs(known, layer, experts, padded_in, padded_out, padded_inner)
     hidden_states = ((bucket, padded_in // known.hidden_width), *_activation_scale(known, padded_in))

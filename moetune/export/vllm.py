@@ -1,7 +1,6 @@
 """Profiles as vLLM's fused-MoE configurations: one JSON file, found through `VLLM_TUNED_CONFIG_FOLDER`.
 
-Format: `get_config_file_name` and `get_moe_configs` of vLLM's `fused_moe.py`; which kernel runs:
-`_get_priority_backends` of its `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33).
+Format: `get_config_file_name` and `get_moe_configs` of vLLM's `fused_moe.py`; which kernel runs: `engine_flags`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 from moetune.export.base import FOLDER, Export, as_json
 from moetune.export.triton import TritonProfile, parse_version
-from moetune.spec.words import Precision
+from moetune.inputs.engine_flags import preferred_to_triton
 from moetune.store.profile import Profile
 
 FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
@@ -63,11 +62,8 @@ def device_name(device: str) -> str:
 def _other_kernels(measured: TritonProfile) -> Iterator[str]:
     """A warning where vLLM's default order of kernels has another one before Triton."""
     layer, regime = measured.profile.layer, measured.profile.regime
-    if measured.capability[0] == 10:
-        first = "FlashInfer's kernels"
-    elif measured.capability[0] == 9 and layer.precision is Precision.FP8_BLOCK and regime.ep_size > 1:
-        first = "FlashInfer's CUTLASS kernel and DeepGEMM"
-    else:
+    first = preferred_to_triton("vllm", layer.precision, regime.ep_size, measured.capability[0])
+    if first is None:
         return
     yield (
         f"For {layer.precision.value} experts at EP {regime.ep_size} on this device vLLM prefers {first} to Triton, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from moetune.errors import UnsupportedError
 from moetune.spec.words import Precision
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
@@ -27,6 +28,7 @@ _SGLANG: Final = {
     "flashinfer-trtllm-routed": "flashinfer_trtllm_routed",
 }
 _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
+_VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
 _TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
@@ -45,3 +47,39 @@ def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
     if backend in _TRTLLM:
         flags["trtllm"] = "moe_config.backend: TRTLLM"
     return flags
+
+
+def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capability: int) -> str | None:
+    """The kernels that the engine takes before Triton's unless it is told otherwise; None where it takes Triton's.
+
+    vLLM: `_get_priority_backends` in `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33). SGLang:
+    `arg_groups/overrides.py` of 0.5.23.
+
+    Args:
+        capability: the major compute capability of the GPU: 9 for Hopper, 10 for Blackwell.
+    """
+    if capability == 10 and engine == "vllm":
+        return "FlashInfer's kernels"
+    if capability == 10 and engine == "sglang":
+        return "flashinfer_trtllm for many models"
+    if capability == 9 and engine == "vllm" and precision is Precision.FP8_BLOCK and ep_size > 1:
+        return "FlashInfer's CUTLASS kernel and DeepGEMM"
+    return None
+
+
+def backend_of(named: str, flag: str) -> str:
+    """moetune's backend for the value of vLLM's `--moe-backend` or SGLang's `--moe-runner-backend`.
+
+    >>> backend_of("flashinfer_cutlass", "--moe-backend")
+    'flashinfer-cutlass'
+
+    Raises:
+        UnsupportedError: kernels that moetune does not tune; the message names them by `flag`.
+    """
+    backend = {**_VALUES, _SGLANG_MXFP4: "flashinfer-trtllm"}.get(named.lower().replace("-", "_"))
+    if backend is None:
+        raise UnsupportedError(
+            f"{flag} {named} asks for MoE kernels that moetune does not tune.",
+            f"It tunes {', '.join(_VALUES)}; or give --backend beside --launch.",
+        )
+    return backend

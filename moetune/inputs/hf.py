@@ -1,144 +1,37 @@
-"""Reads a `MoELayer` from a Hugging Face `config.json`.
+"""Reads a `MoELayer` from a Hugging Face `config.json`, or from Mistral's `params.json`.
 
-Each family names its fields in its own way; `FAMILIES` says how, with the defaults of the family's config class in
-transformers where a routing field may be left out. The four sizes (experts, top-k, hidden, intermediate) have no
-default here: a config that lacks one is refused by name.
+Each family names its fields in its own way; `hf_families.FAMILIES` says how. What of the experts is quantized is read
+in `hf_quantization`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-from moetune.errors import UsageError
+from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs.hf_experts import ExpertModules, mentioned_layers
+from moetune.inputs.hf_families import FAMILIES, PARAMS_JSON, Family
+from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
+from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.words import Precision
 
-Config = Mapping[str, Any]
-Meaning = TypeVar("Meaning")
-NESTED = ("text_config", "language_config", "llm_config")
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-ACTIVATIONS = {
-    "silu": Activation.SILU,
-    "swish": Activation.SILU,
-    "gelu_pytorch_tanh": Activation.GELU,
-    "gelu_new": Activation.GELU,
-    "gelu_fast": Activation.GELU,
-}
-DTYPES = {
-    "bfloat16": Precision.BF16,
-    "float16": Precision.FP16,
-    "float32": Precision.FP32,
-}
-MODELOPT = {"NVFP4": Precision.NVFP4, "FP8": Precision.FP8_TENSOR}
-PRECISION_HINT = f"Name one with --precision: {', '.join(Precision)}."
+NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
+"""Where a multimodal config keeps its language model."""
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+SWIGLU_CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "swiglu_beta": 1.0}
+"""The constants of `Activation.SWIGLU_CLAMPED`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one `model_type` spells its MoE layer. The tuples list alternative field names.
+class Reading(NamedTuple):
+    """A layer, and what its config says beside it that a user should know: one sentence each."""
 
-    `shared` counts the shared experts; where it ends in `_size` it is their joint intermediate size instead.
-    `defaults` are the values of the optional fields of the config class; `fixed` sets `MoELayer` fields that the
-    model's code decides.
-    """
-
-    num_experts: tuple[str, ...]
-    top_k: tuple[str, ...] = ("num_experts_per_tok",)
-    intermediate_size: str = "moe_intermediate_size"
-    shared: str | None = None
-    scoring: str = "softmax"
-    bias: bool | str = False
-    renormalize: bool = True
-    group_score: str = "top2"
-    defaults: Config = field(default_factory=dict)
-    fixed: Config = field(default_factory=dict)
-
-
-def _deepseek(scaling: float, groups: tuple[int, int], shared: int) -> Family:
-    return Family(
-        num_experts=("n_routed_experts", "num_local_experts"),
-        shared="n_shared_experts",
-        scoring="sigmoid",
-        bias="topk_method",
-        defaults={
-            "routed_scaling_factor": scaling,
-            "n_group": groups[0],
-            "topk_group": groups[1],
-            "n_shared_experts": shared,
-            "topk_method": "noaux_tc",
-        },
-    )
-
-
-_DEEPSEEK_V3 = _deepseek(2.5, (8, 4), 1)
-_GLM_MOE = _deepseek(1.0, (1, 1), 1)
-_QWEN_MOE = Family(num_experts=("num_experts", "num_local_experts"), renormalize=False)
-_QWEN_SHARED = Family(
-    num_experts=("num_experts",),
-    shared="shared_expert_intermediate_size",
-    defaults={"shared_expert_intermediate_size": 512},
-)
-
-FAMILIES: Mapping[str, Family] = {
-    "deepseek_v2": Family(
-        num_experts=("n_routed_experts",),
-        shared="n_shared_experts",
-        renormalize=False,
-        group_score="max",
-        defaults={"n_shared_experts": 2, "topk_method": "greedy"},
-    ),
-    "deepseek_v3": _DEEPSEEK_V3,
-    "deepseek_v32": _DEEPSEEK_V3,
-    "kimi_k2": _DEEPSEEK_V3,
-    "glm4_moe": _GLM_MOE,
-    "glm_moe_dsa": _deepseek(2.5, (1, 1), 1),
-    "mimo_v2_flash": _deepseek(1.0, (1, 1), 0),
-    "qwen2_moe": Family(
-        num_experts=("num_experts",),
-        shared="shared_expert_intermediate_size",
-        renormalize=False,
-        defaults={"shared_expert_intermediate_size": 5632},
-    ),
-    "qwen3_moe": _QWEN_MOE,
-    "qwen3_vl_moe_text": Family(num_experts=("num_experts",)),
-    "qwen3_next": _QWEN_SHARED,
-    "qwen3_5_moe_text": _QWEN_SHARED,
-    "mixtral": Family(num_experts=("num_local_experts",), intermediate_size="intermediate_size"),
-    "minimax_m2": Family(
-        num_experts=("num_local_experts",),
-        intermediate_size="intermediate_size",
-        shared="shared_intermediate_size",
-        scoring="sigmoid",
-        bias="use_routing_bias",
-        defaults={"use_routing_bias": True},
-    ),
-    "gpt_oss": Family(
-        num_experts=("num_local_experts",),
-        top_k=("num_experts_per_tok", "experts_per_token"),
-        intermediate_size="intermediate_size",
-        fixed={"activation": Activation.SWIGLU_CLAMPED, "expert_bias": True},
-    ),
-    "llama4_text": Family(
-        num_experts=("num_local_experts",),
-        intermediate_size="intermediate_size",
-        scoring="sigmoid",
-        renormalize=False,
-        fixed={"weight_on_input": True, "num_shared_experts": 1},
-    ),
-    "ernie4_5_moe": Family(
-        num_experts=("moe_num_experts",),
-        top_k=("moe_k", "num_experts_per_tok"),
-        shared="moe_num_shared_experts",
-        bias="moe_use_aux_free",
-        defaults={"moe_num_shared_experts": 2, "moe_use_aux_free": True},
-    ),
-}
+    layer: MoELayer
+    notes: tuple[str, ...]
 
 
 def layer_from_config(
@@ -152,19 +45,37 @@ def layer_from_config(
     Raises:
         UsageError: the file cannot be read, is no MoE of a known family, lacks a field or has a value that cannot be
             used; the message names the file and the field.
+        UnsupportedError: experts of a kind that moetune does not model.
+    """
+    return read_config(source, name, precision).layer
+
+
+def read_config(
+    source: str | os.PathLike[str] | Config,
+    name: str | None = None,
+    precision: Precision | str | None = None,
+    overrides: Config | None = None,
+) -> Reading:
+    """As `layer_from_config`, with notes; `overrides` replace fields first, objects field by field (`--hf-overrides`).
+
+    Raises:
+        UsageError, UnsupportedError: as `layer_from_config`.
     """
     if isinstance(source, Mapping):
-        return _layer(source, source, "config", name or "custom", precision)
+        config = _merged(source, overrides or {})
+        return _reading(config, _quantization(config), "config", name or "custom", precision)
     path = Path(source)
     path = path / "config.json" if path.is_dir() else path
-    config = _read(path)
-    quantized = config
+    config = _merged(_read(path), overrides or {})
+    quantization = _quantization(config)
     beside = path.with_name("hf_quant_config.json")
-    if _quantization(config) is None and beside.is_file():
-        quantized = {**config, "quantization_config": {**_object(_read(beside), "quantization", str(beside))}}
-        quantized["quantization_config"].setdefault("quant_method", "modelopt")
-    default_name = path.absolute().parent.name if path.name == "config.json" else path.stem
-    return _layer(config, quantized, str(path), name or default_name or "custom", precision)
+    if quantization is None and beside.is_file():
+        found = _read(beside).get("quantization")
+        if not isinstance(found, Mapping):
+            raise UsageError(f"{beside}: quantization must be an object, given {found!r}.")
+        quantization = {"quant_method": "modelopt", **found}
+    default_name = path.absolute().parent.name if path.name in ("config.json", "params.json") else path.stem
+    return _reading(config, quantization, str(path), name or default_name or "custom", precision)
 
 
 def _read(path: Path) -> Config:
@@ -181,191 +92,200 @@ def _read(path: Path) -> Config:
     return parsed
 
 
-def _object(config: Config, key: str, where: str) -> Config:
-    value = config.get(key)
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: {key} must be an object, given {value!r}.")
-    return value
+def _merged(config: Config, overrides: Config) -> Config:
+    changed = {
+        key: _merged(config[key], value)
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
+        else value
+        for key, value in overrides.items()
+    }
+    return {**config, **changed}
 
 
-def _layer(config: Config, quantized: Config, where: str, name: str, precision: Precision | str | None) -> MoELayer:
-    text = _text_config(config)
-    family = _family(text, where)
-    fields = _Fields(text, family.defaults, where)
-    intermediate = fields.size(family.intermediate_size)
+def _reading(config: Config, quantization: Any, where: str, name: str, precision: Precision | str | None) -> Reading:
+    text, family = _text_and_family(config, where)
+    fields = Fields(text, family.defaults, where)
+    _require_experts(fields, family)
+    intermediate = fields.size(*family.intermediate_size, first_of_list=family.first_of_list)
     values: dict[str, Any] = {
         "name": name,
-        "num_experts": fields.size(*family.num_experts),
+        "num_experts": fields.size(*family.num_experts, first_of_list=family.first_of_list),
         "top_k": fields.size(*family.top_k),
-        "hidden_size": fields.size("hidden_size"),
+        "hidden_size": fields.size(*family.hidden_size),
         "intermediate_size": intermediate,
         "num_shared_experts": _shared(fields, family, intermediate),
-        "activation": family.fixed.get("activation") or fields.choice("hidden_act", ACTIVATIONS, "silu"),
-        "precision": precision or _precision(quantized, where),
+        "activation": _activation(fields, family),
         "routing": _routing(fields, family),
         **family.fixed,
     }
+    notes: list[str] = []
+    if precision is None:
+        values["precision"], notes = _precision(config, text, quantization, family, where)
+    else:
+        values["precision"] = precision
     try:
-        return MoELayer(**values)
+        return Reading(MoELayer(**values), tuple(notes))
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", error.hint) from None
 
 
-def _text_config(config: Config) -> Config:
-    """The language model's part of a multimodal config, else the config itself."""
-    for key in NESTED:
-        if isinstance(config.get(key), Mapping):
-            return _text_config(config[key])
-    return config
-
-
-def _family(text: Config, where: str) -> Family:
-    model_type = text.get("model_type")
-    known = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+def _text_and_family(config: Config, where: str) -> tuple[Config, Family]:
+    """The language model's part of a multimodal config, else the config itself, and how it is spelled."""
+    outer: list[Any] = []
+    text = config
+    while nested := next((text[key] for key in NESTED if isinstance(text.get(key), Mapping)), None):
+        outer.append(text.get("model_type"))
+        text = nested
+    # A part that does not say its type, or not one of its own, has the whole's.
+    names = [
+        str(text.get("model_type")),
+        *(spelled for whole in reversed(outer) for spelled in (f"{whole}_text", str(whole))),
+    ]
+    known = next((FAMILIES[spelled] for spelled in names if spelled in FAMILIES), None)
     if known is not None:
-        return known
-    if not any(count in text for count in EXPERT_COUNTS):
-        raise UsageError(
-            f"{where} is no mixture of experts: none of {', '.join(EXPERT_COUNTS)} is there, "
-            f"model_type is {model_type!r}."
+        return text, known
+    if "model_type" not in text and "dim" in text and isinstance(text.get("moe"), Mapping):
+        return text, FAMILIES[PARAMS_JSON]
+    signs = sorted(_signs_of_experts(config))
+    said = next((spelled for spelled in (text.get("model_type"), *reversed(outer)) if spelled is not None), None)
+    if not signs:
+        raise UsageError(f"{where} is no mixture of experts: no field speaks of experts, model_type is {said!r}.")
+    raise UsageError(
+        f"{where}: unknown model_type {said!r}; it has experts ({', '.join(signs[:4])}).",
+        f"{SIZES_HINT} Known: {', '.join(FAMILIES)}.",
+    )
+
+
+def _signs_of_experts(config: Config) -> Iterator[str]:
+    """The fields, types and architectures that speak of experts, wherever they stand."""
+    for key, value in config.items():
+        word = str(key).lower()
+        if isinstance(value, Mapping):
+            if word == "moe":
+                yield str(key)
+            yield from _signs_of_experts(value)
+        elif ("expert" in word or "moe" in word.split("_")) and _is_some(value):
+            yield str(key)
+        elif word == "model_type" and "moe" in str(value).lower():
+            yield f"{key} {value}"
+        elif word == "architectures" and isinstance(value, list):
+            yield from (f"{key} {name}" for name in value if "moe" in str(name).lower())
+
+
+def _is_some(value: Any) -> bool:
+    """Whether a field that speaks of experts says that there are any; one alone is a dense layer."""
+    return isinstance(value, list | str) or (
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 1
+    )
+
+
+def _require_experts(fields: Fields, family: Family) -> None:
+    name, count = fields.found(*family.num_experts)
+    count = count[0] if isinstance(count, list) and count else count
+    if count in (0, 1) and not isinstance(count, bool):
+        raise UsageError(f"{fields.where} is no mixture of experts: {name} is {count}.")
+    if family.switch is not None and not fields.flag(family.switch, default=False):
+        raise UsageError(f"{fields.where} is no mixture of experts: {family.switch} is not set.")
+    if zero := fields.integer(*family.zero_experts) if family.zero_experts else 0:
+        real = fields.size(*family.num_experts)
+        slots = fields.size(*family.top_k)
+        raise UnsupportedError(
+            f"{fields.where}: {zero} of its {real + zero} experts compute nothing ({family.zero_experts[0]}); moetune "
+            f"models no zero-compute experts: of a token's {slots} slots about {slots * real / (real + zero):.0f} "
+            "would be computed.",
+            "Give the sizes of a layer without them (--experts, --top-k, --hidden, --intermediate).",
         )
-    raise UsageError(f"{where}: unknown model_type {model_type!r}.", f"Known: {', '.join(FAMILIES)}.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """Checked access to a config's fields; every error names the file and the field."""
-
-    config: Config
-    defaults: Config
-    where: str
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field's value, the config class's default or `default`; an explicit null is None."""
-        return self.config.get(name, self.defaults.get(name, default))
-
-    def size(self, *names: str) -> int:
-        """A required positive integer under the first of `names` that is there."""
-        name = next((name for name in names if self.config.get(name) is not None), None)
-        if name is None:
-            raise UsageError(f"{self.where} lacks the field {' or '.join(names)}.")
-        return self.integer(name, least=1)
-
-    def integer(self, name: str, default: int = 0, least: int = 0) -> int:
-        """An integer of at least `least`; null is `default`."""
-        value = self.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{self.where}: {name} must be an integer of at least {least}, given {value!r}.")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        """A finite positive number; null is `default`."""
-        value = self.get(name, default)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UsageError(f"{self.where}: {name} must be a positive number, given {value!r}.")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """A boolean; null is `default`."""
-        value = self.get(name, default)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UsageError(f"{self.where}: {name} must be true or false, given {value!r}.")
-        return value
-
-    def choice(self, name: str, choices: Mapping[str, Meaning], default: str) -> Meaning:
-        """The meaning of one of a few strings."""
-        value = self.get(name, default) or default
-        if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{self.where}: {name} must be one of {', '.join(choices)}; given {value!r}.")
-        return choices[value]
-
-
-def _shared(fields: _Fields, family: Family, intermediate_size: int) -> int:
-    if family.shared is None:
+def _shared(fields: Fields, family: Family, intermediate_size: int) -> int:
+    if not family.shared:
         return 0
-    given = fields.integer(family.shared)
-    return -(-given // intermediate_size) if family.shared.endswith("_size") else given
+    name, _ = fields.found(*family.shared)
+    given = fields.integer(*family.shared)
+    return -(-given // intermediate_size) if name.endswith(("_size", "_dim", "_dims")) else given
 
 
-def _routing(fields: _Fields, family: Family) -> dict[str, Any]:
+def _activation(fields: Fields, family: Family) -> Activation:
+    fixed = family.fixed.get("activation")
+    if fixed is Activation.SWIGLU_CLAMPED:
+        for name, constant in SWIGLU_CLAMPED.items():
+            if fields.get(name) is not None and fields.number(name, default=constant) != constant:
+                raise UnsupportedError(
+                    f"{fields.where}: moetune knows {fixed.value} with {name} = {constant}, given {fields.get(name)!r}."
+                )
+    if fixed is not None:
+        return Activation(fixed)
+    found = fields.choice(*family.activation, choices=family.activations, default="silu")
+    limit = fields.get(*family.clamp) if family.clamp else None
+    if isinstance(limit, list) and limit:  # one entry a layer
+        limit = max(limit, key=limit.count)
+    return Activation.SILU_CLAMPED if found is Activation.SILU and limit else found
+
+
+def _routing(fields: Fields, family: Family) -> dict[str, Any]:
     routing: dict[str, Any] = {
-        "scoring": fields.choice("scoring_func", {"softmax": "softmax", "sigmoid": "sigmoid"}, family.scoring),
+        "scoring": family.scoring
+        if family.score_field is None
+        else fields.choice(family.score_field, choices=family.scores, default=family.scoring),
         "bias": family.bias,
-        "renormalize": fields.flag("norm_topk_prob", family.renormalize),
-        "scaling": fields.number("routed_scaling_factor", 1.0),
+        "renormalize": fields.flag(*family.renormalize_field, default=family.renormalize),
+        "scaling": fields.number(*family.scaling, default=1.0),
     }
     if family.bias == "topk_method":
         routing["bias"] = fields.get("topk_method") == "noaux_tc"
     elif isinstance(family.bias, str):
-        routing["bias"] = fields.flag(family.bias, False)
-    groups, chosen = fields.integer("n_group", 1, least=1), fields.integer("topk_group", 1, least=1)
+        routing["bias"] = fields.flag(family.bias, default=False)
+    groups = fields.integer(*family.groups, default=1, least=1)
+    chosen = fields.integer(*family.top_k_groups, default=1, least=1)
     if fields.get("topk_method") != "greedy" and chosen != groups:
         routing |= {"num_groups": groups, "top_k_groups": chosen, "group_score": family.group_score}
     return routing
 
 
 def _quantization(config: Config) -> Any:
-    found = config.get("quantization_config")
-    return _text_config(config).get("quantization_config") if found is None else found
+    """`quantization_config` of the whole or of its language model; Mistral's own object in their terms."""
+    text: Any = config
+    while isinstance(text, Mapping):
+        if text.get("quantization_config") is not None:
+            return text["quantization_config"]
+        if isinstance(text.get("quantization"), Mapping) and "dim" in text:
+            given = text["quantization"]
+            return {"quant_method": "fp8", **given} if given.get("qformat_weight") == "fp8_e4m3" else given
+        text = next((text[key] for key in NESTED if isinstance(text.get(key), Mapping)), None)
+    return None
 
 
-def _precision(config: Config, where: str) -> Precision:
-    if _quantization(config) is None:
-        text = _text_config(config)
-        given = next((c[key] for c in (text, config) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
-        dtype = str(given).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise UsageError(f"{where}: dtype must be one of {', '.join(DTYPES)}; given {given!r}.", PRECISION_HINT)
-        return DTYPES[dtype]
-    quantization = _quantization(config)
-    if not isinstance(quantization, Mapping):
-        raise UsageError(f"{where}: quantization_config must be an object, given {quantization!r}.")
-    method = quantization.get("quant_method")
-    found: Precision | None = None
-    if quantization.get("quant_algo") is not None:
-        found = MODELOPT.get(str(quantization["quant_algo"]))
-    elif method == "mxfp4":
-        found = Precision.MXFP4
-    elif method == "fp8":
-        found = _fp8(quantization.get("weight_block_size"))
-    elif method == "compressed-tensors":
-        found = _compressed_tensors(quantization)
-    if found is None:
-        spelled = ", ".join(
-            f"{key} = {quantization[key]!r}"
-            for key in ("quant_method", "quant_algo", "format", "weight_block_size")
-            if key in quantization
-        )
-        raise UsageError(f"{where}: no precision is known for quantization_config ({spelled}).", PRECISION_HINT)
-    return found
+def _precision(
+    config: Config, text: Config, quantization: Any, family: Family, where: str
+) -> tuple[Precision, list[str]]:
+    """The precision of most layers' experts, and what is worth a note."""
+    typed = text if text.get("dtype") or text.get("torch_dtype") else config
+    if quantization is None:
+        found = stored_dtype(typed, where)
+        if found is not Precision.FP8_TENSOR:
+            return found, []
+        return found, [
+            f"{where} has fp8 weights and no quantization_config: vLLM loads such as bf16 (--precision bf16)."
+        ]
+    dtype = str(typed.get("dtype") or typed.get("torch_dtype")).removeprefix("torch.")
+    unquantized = Precision.FP16 if dtype == "float16" else Precision.BF16
+    expert_dtype = next((c["expert_dtype"] for c in (text, config) if c.get("expert_dtype") is not None), None)
+    if expert_dtype is None and isinstance(quantization, Mapping):
+        expert_dtype = quantization.get("expert_dtype") or family.expert_dtype
+    modules = ExpertModules((*dict.fromkeys((*family.experts, "mlp.experts")),), _layers(text, quantization))
+    stored = stored_experts(quantization, modules, unquantized, where, expert_dtype)
+    return stored.precision, [
+        f"{where}: the experts of {count} of {len(modules.layers)} layers are {other.value}, those of most are "
+        f"{stored.precision.value}, which is read (another: --precision)."
+        for other, count in stored.others.items()
+    ]
 
 
-def _fp8(block: Any) -> Precision | None:
-    if block is None:
-        return Precision.FP8_TENSOR
-    return Precision.FP8_BLOCK if block == [128, 128] else None
-
-
-def _compressed_tensors(quantization: Config) -> Precision | None:
-    """One group of weights, for all experts; anything mixed is left to the user."""
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, Mapping) or len(groups) != 1:
-        return None
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        return None
-    match weights.get("type"), weights.get("num_bits"), weights.get("strategy"):
-        case "float", 8, "tensor":
-            return Precision.FP8_TENSOR
-        case "float", 8, "block":
-            return _fp8(weights.get("block_structure"))
-        case "float", 4, "tensor_group" if weights.get("group_size") == 16:
-            return Precision.NVFP4
-        case "int", 4, "group" if weights.get("group_size") == 32 and weights.get("symmetric"):
-            return Precision.MXINT4
-        case _:
-            return None
+def _layers(text: Config, quantization: Any) -> tuple[int, ...]:
+    """The numbers of the layers with experts; where the depth is not said, one that no list mentions."""
+    depth = next((text[key] for key in DEPTHS if isinstance(text.get(key), int)), 0)
+    dense = text.get("first_k_dense_replace")
+    first = dense if isinstance(dense, int) and 0 <= dense < depth else 0
+    if 0 < depth <= 1000:
+        return tuple(range(first, depth))
+    return (max(mentioned_layers(named_modules(quantization)), default=0) + 1,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from moetune.errors import UsageError
@@ -12,16 +13,19 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISPATCHES
 
+SIZES = ("experts", "top_k", "hidden", "intermediate")
+"""The options that give a layer's sizes: all four of a model that has no name here, or some in place of a preset's."""
 TEXT = ("model", "precision", "dispatch", "layout", "distribution", "ladder")
-NUMBERS = ("ep", "tp", "rank", "redundant_experts", "seed", "draws", "tune_max_num_tokens")
+NUMBERS = (*SIZES, "ep", "tp", "rank", "redundant_experts", "seed", "draws", "tune_max_num_tokens")
 
 
 class Asked(NamedTuple):
-    """What the options name; `rank` is None where it was not given."""
+    """What the options name; `rank` is None where it was not given. `warnings` are of the launch line."""
 
     layer: MoELayer
     regime: Regime
     rank: int | None
+    warnings: tuple[str, ...] = ()
 
 
 def parse(spelled: str) -> Asked:
@@ -45,20 +49,53 @@ def parse(spelled: str) -> Asked:
     except ValueError as error:
         raise UsageError(f"{spelled!r} cannot be split into options: {error}.") from None
     given = vars(parser.parse_args(words))
+    warnings: tuple[str, ...] = ()
     if (line := given.pop("launch")) is not None:
         from moetune.inputs import launch
 
-        given |= launch.options(line, given)
+        read = launch.read(line, given)
+        given |= read.options
+        warnings = read.warnings
         given.pop("backend", None)
-    if given["model"] is None:
-        raise UsageError("--model is missing.", "It takes a name of `moetune models` or a path to a config.json.")
-    return resolve(**given)
+    return resolve(**given)._replace(warnings=warnings)
+
+
+def layer_of(given: Mapping[str, Any]) -> MoELayer:
+    """The layer that `model`, `precision` and the `SIZES` of `given` name; None is an option that was not given.
+
+    Raises:
+        UsageError: neither a model nor all sizes, or as `presets.layer`.
+    """
+    model, precision = given.get("model"), given.get("precision")
+    sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
+    base = None if model is None else presets.layer(model, precision)
+    if base is not None and not sizes:
+        return base
+    if base is None and len(sizes) < len(SIZES):
+        beside = f"{', '.join(_option(name) for name in sizes)} given without --model. " if sizes else ""
+        raise UsageError(
+            f"{beside}--model is missing.",
+            "It takes a name of `moetune models` or a path to a config.json; or give "
+            f"{', '.join(map(_option, SIZES))}, all of them.",
+        )
+    return presets.layer_from_sizes(
+        base,
+        num_experts=sizes.get("experts"),
+        top_k=sizes.get("top_k"),
+        hidden_size=sizes.get("hidden"),
+        intermediate_size=sizes.get("intermediate"),
+        precision=precision,
+    )
 
 
 def resolve(
-    model: str,
+    model: str | None = None,
     *,
     precision: str | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    hidden: int | None = None,
+    intermediate: int | None = None,
     ep: int | None = None,
     tp: int | None = None,
     dp: bool | None = None,
@@ -77,7 +114,16 @@ def resolve(
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
-    layer = presets.layer(model, precision)
+    layer = layer_of(
+        {
+            "model": model,
+            "precision": precision,
+            "experts": experts,
+            "top_k": top_k,
+            "hidden": hidden,
+            "intermediate": intermediate,
+        }
+    )
     given = {
         "ep_size": ep,
         "tp_size": tp,
@@ -91,13 +137,18 @@ def resolve(
         "tune_max_num_tokens": tune_max_num_tokens,
     }
     explicit = {name: value for name, value in given.items() if value is not None}
-    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp), **explicit})
+    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp, tp), **explicit})
     regime.shard(layer, rank or 0)
     return Asked(layer, regime, rank)
 
 
 def _dispatch(
-    dispatch: str | None, layer: MoELayer, ep: int | None, redundant_experts: int | None, dp: bool | None
+    dispatch: str | None,
+    layer: MoELayer,
+    ep: int | None,
+    redundant_experts: int | None,
+    dp: bool | None,
+    tp: int | None,
 ) -> dict[str, Any]:
     """The fields of a regime that `--dispatch` stands for."""
     if dispatch is None:
@@ -105,7 +156,7 @@ def _dispatch(
     if ":" in dispatch:
         from moetune.inputs import dispatcher
 
-        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp))
+        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp, tp or 1))
     if dispatch not in DISPATCHES:
         raise UsageError(
             f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:WORD, given {dispatch!r}.",

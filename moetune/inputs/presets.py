@@ -16,6 +16,14 @@ from moetune.inputs.hf import layer_from_config
 from moetune.spec.layer import MoELayer
 from moetune.spec.words import Precision
 
+SIZE_OPTIONS: Mapping[str, str] = {
+    "num_experts": "--experts",
+    "top_k": "--top-k",
+    "hidden_size": "--hidden",
+    "intermediate_size": "--intermediate",
+}
+"""The command line's names of a layer's sizes."""
+
 
 class Source(NamedTuple):
     """Where a preset comes from: the model's page, and for each field of the layer where its value stands."""
@@ -66,6 +74,45 @@ def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | Non
     if not isinstance(name_or_path, str) or _is_path(given):
         return layer_from_config(given, precision=precision)
     return preset(given)
+
+
+def layer_from_sizes(
+    base: MoELayer | None,
+    *,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    hidden_size: int | None = None,
+    intermediate_size: int | None = None,
+    precision: Precision | str | None = None,
+    name: str = "custom",
+) -> MoELayer:
+    """A layer by its sizes: those of one whole expert, before any sharding.
+
+    Args:
+        base: gives what is not given here, routing and activation included. Without it all sizes must be given; the
+            layer is bf16 and silu, and routes by a softmax whose chosen weights are renormalized.
+        num_experts, top_k, hidden_size, intermediate_size: E, k, H and I; None is the base's.
+        precision: of the weights; None is the base's.
+        name: the layer's.
+
+    Raises:
+        UsageError: a size is missing, or they do not fit each other or the base's groups.
+    """
+    sizes = {
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+    }
+    given: dict[str, Any] = {field: size for field, size in sizes.items() if size is not None}
+    if precision is not None:
+        given["precision"] = precision
+    if base is None and (missing := [SIZE_OPTIONS[field] for field in sizes if field not in given]):
+        raise UsageError(
+            f"A layer without a model needs all its sizes; not given: {', '.join(missing)}.",
+            "For example: --experts 256 --top-k 8 --hidden 7168 --intermediate 2048.",
+        )
+    return MoELayer(**{**({} if base is None else dict(base)), **given, "name": name})
 
 
 def _is_path(text: str) -> bool:

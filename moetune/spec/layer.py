@@ -14,11 +14,19 @@ from moetune.spec.words import Precision
 
 
 class Activation(StrEnum):
-    """What stands between the two GEMMs; both read gate and up halves of the first GEMM's output."""
+    """What stands between the two GEMMs. Where it is `gated` it reads gate and up halves of the first GEMM's output."""
 
     SILU = "silu"  # silu(gate) · up
     GELU = "gelu"  # gelu_tanh(gate) · up
     SWIGLU_CLAMPED = "swiglu_clamped"  # gpt-oss: clamped gate·sigmoid(1.702·gate)·(up + 1)
+    SILU_CLAMPED = "silu_clamped"  # DeepSeek-V4: silu(gate) · up, gate and up clamped first
+    SITU = "situ"  # Kimi-K3: a smoothly bounded gate · up
+    RELU2 = "relu2"  # Nemotron: relu(up)², no gate
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first GEMM has 2·I outputs, a gate and an up half; else it has I."""
+        return self is not Activation.RELU2
 
 
 class FrozenModel(BaseModel):
@@ -40,14 +48,15 @@ class FrozenModel(BaseModel):
 class RoutingMethod(FrozenModel):
     """How the router turns logits `[tokens, num_experts]` into `top_k` experts and weights.
 
-    `scoring`: softmax over all experts or an independent sigmoid. `bias`: a per-expert correction that is
+    `scoring`: softmax over all experts, an independent sigmoid, or an independent sqrt(softplus) (DeepSeek-V4), which
+    orders experts as the sigmoid does. `bias`: a per-expert correction that is
     added to the scores for the selection only (DeepSeek-V3, arXiv 2412.19437, eq. 16).
     `num_groups`/`top_k_groups`: only experts of the best groups can be chosen; a group is as good as its
     two best experts (`group_score="top2"`, DeepSeek-V3) or its best one (`"max"`, DeepSeek-V2).
     `renormalize`: the chosen weights are divided by their sum; then all are multiplied by `scaling`.
     """
 
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     bias: bool = False
     num_groups: int = 1
     top_k_groups: int = 1
@@ -100,6 +109,11 @@ class MoELayer(FrozenModel):
                 f"of top_k_groups = {self.routing.top_k_groups} groups."
             )
         return self
+
+    @property
+    def weights_per_expert(self) -> int:
+        """How many weights one expert's GEMMs have: 3·H·I with a gate, 2·H·I without."""
+        return (3 if self.activation.gated else 2) * self.hidden_size * self.intermediate_size
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from moetune.errors import UsageError
 from moetune.spec.ladder import Ladder
@@ -47,7 +55,8 @@ class Regime(FrozenModel):
     arrive (`packed` when not given). `redundant_experts`: physical expert slots beyond `num_experts`.
     `distribution`, `seed`, `draws`: the dummy routing and how many draws of it are timed (16, or 1 where balanced).
     `ladder`, `tune_max_num_tokens`: which row counts are tuned. `uneven_shards`: the first ranks take one expert
-    more where ep does not divide them (vLLM's rule), which is an error otherwise.
+    more where ep does not divide them (vLLM's rule), which is an error otherwise. `rank`: the one that is measured, for
+    all (`workload.ranks.tuned_rank` chooses it where none is given); dumps and keys have it only where it is not 0.
 
     Raises:
         UsageError: a value out of range, or options that exclude each other.
@@ -65,6 +74,7 @@ class Regime(FrozenModel):
     ladder: Annotated[Ladder, BeforeValidator(Ladder.parse), PlainSerializer(str, return_type=str)] = Ladder()
     tune_max_num_tokens: int = DEFAULT_TUNE_MAX_NUM_TOKENS
     uneven_shards: bool = False
+    rank: int = 0
 
     @model_validator(mode="wrap")
     @classmethod
@@ -80,6 +90,13 @@ class Regime(FrozenModel):
             raise UsageError(f"Regime: {field}: {first['msg']} (given: {first['input']!r}).") from None
         regime.__pydantic_fields_set__.intersection_update(given)
         return regime  # type: ignore[no-any-return]
+
+    @model_serializer(mode="wrap")
+    def _without_rank_0(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        if not self.rank:
+            dumped.pop("rank", None)
+        return dumped
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -106,6 +123,8 @@ class Regime(FrozenModel):
             raise UsageError(
                 f"A layout goes with dispatch alltoall only, given layout {self.layout} with dispatch {self.dispatch}."
             )
+        if not 0 <= self.rank < self.ep_size:
+            raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {self.rank}.")
         sizes = self.ladder.sizes
         if sizes and sizes[-1] > self.tune_max_num_tokens:
             raise UsageError(
@@ -131,7 +150,7 @@ class Regime(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field."""
+        """16 hex digits over every field; rank 0 is left out."""
         return digest_of(self.model_dump(mode="json"))
 
     @property
@@ -140,11 +159,12 @@ class Regime(FrozenModel):
         parts = [f"ep{self.ep_size}", f"tp{self.tp_size}", "dp" if self.attention_dp else "nodp", self.dispatch]
         parts += [self.layout] if self.layout else []
         parts += [f"r{self.redundant_experts}"] if self.redundant_experts else []
-        return "-".join([*parts, self.distribution.replace(":", "")])
+        parts += [self.distribution.replace(":", "")]
+        return "-".join([*parts, f"rank{self.rank}"] if self.rank else parts)
 
     def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
         """Python names of the fields in which `other` differs, as name → (this one's, the other's)."""
-        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        mine, theirs = ({"rank": 0, **regime.model_dump(mode="json")} for regime in (self, other))
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     def with_default_distribution(self, spelled: str | None) -> Regime:
@@ -164,13 +184,14 @@ class Regime(FrozenModel):
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return Regime(**{**given, "distribution": distribution})
 
-    def shard(self, layer: MoELayer, rank: int = 0) -> Shard:
-        """The contiguous expert slots of `rank`.
+    def shard(self, layer: MoELayer, rank: int | None = None) -> Shard:
+        """The contiguous expert slots of `rank`, of the regime's own rank when None.
 
         Raises:
             UsageError: this regime does not fit the layer, or there is no such rank.
         """
         slots = layer.num_experts + self.redundant_experts
+        rank = self.rank if rank is None else rank
         if not 0 <= rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {rank}.")
         if self.ep_size > slots:
@@ -204,4 +225,20 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     if "tune_max_num_tokens" not in data and "ladder" in data:
         sizes = Ladder.parse(data["ladder"]).sizes
         data["tune_max_num_tokens"] = max((DEFAULT_TUNE_MAX_NUM_TOKENS, *sizes))
+    if "tune_max_num_tokens" in data and "ladder" in data:
+        data["tune_max_num_tokens"] = _least_of_alike(Ladder.parse(data["ladder"]), data["tune_max_num_tokens"])
     return data
+
+
+def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
+    """The default maximum where `maximum` asks the same question: equal buckets, each looked up by equal rows.
+
+    vLLM's list ends with its last key, whatever the rows are.
+    """
+    if isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
+        return maximum
+    default = DEFAULT_TUNE_MAX_NUM_TOKENS
+    last = ladder.buckets(default)[-1]
+    if ladder.name != "vllm" or ladder.buckets(maximum)[-1:] != (last,):
+        return maximum
+    return default if ladder.served(last, default) == ladder.served(last, maximum) else maximum

@@ -7,7 +7,10 @@ from typing import Literal
 
 
 class Precision(StrEnum):
-    """How the expert weights are stored and multiplied; activations are bf16 where nothing else is said."""
+    """How the expert weights are stored and multiplied; activations are bf16 where nothing else is said.
+
+    Those from `FP8_BLOCK_64` on are read from a config and planned; no backend tunes them, and each says so by name.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -17,6 +20,19 @@ class Precision(StrEnum):
     NVFP4 = "nvfp4"  # e2m1, one e4m3 scale for each 16 values
     MXFP4 = "mxfp4"  # e2m1, one e8m0 scale for each 32 values
     MXINT4 = "mxint4"
+    FP8_BLOCK_64 = "fp8_block_64"  # as fp8_block, with 64×64 and 1×64
+    FP8_CHANNEL = "fp8_channel"  # e4m3, one scale for each output of a weight and each row of an activation
+    MXFP8 = "mxfp8"  # e4m3, one e8m0 scale for each 32 values of weights and activations
+    NVFP4_A16 = "nvfp4_a16"  # nvfp4 weights, activations of 16 bits
+    INT4_G128 = "int4_g128"  # w4a16: int4, one 16-bit scale for each 128 values, no zero points
+    AWQ_INT4 = "awq_int4"  # w4a16 as AWQ stores it: scale and zero point for each group, mostly of 128 values
+    GPTQ_INT4 = "gptq_int4"  # w4a16 as GPTQ stores it: scale and zero point for each group, mostly of 128 values
+    GPTQ_INT8 = "gptq_int8"  # w8a16 as GPTQ stores it
+    BNB_4BIT = "bnb_4bit"  # bitsandbytes: nf4 or fp4, one f32 scale for each 64 values
+    BNB_8BIT = "bnb_8bit"  # bitsandbytes: LLM.int8()
+    INT8_W8A16 = "int8_w8a16"  # int8 weights, one scale a channel
+    INT8_W8A8 = "int8_w8a8"  # int8 weights and activations, one scale a channel and a row
+    W4A8 = "w4a8"  # int4 weights, one scale for each 128 values; e4m3 activations
 
 
 Dispatch = Literal["none", "alltoall", "allgather"]

@@ -1,8 +1,8 @@
 """What the dispatch makes of T tokens a rank: rows, local slots, active experts, bytes on the wire.
 
 Loads are in closed form; each formula's derivation stands beside it. They rest on one law, how many of a token's
-slots are local (`router.local_slot_law`), which is itself in closed form for ungrouped routers without redundant
-experts and comes from the seeded router otherwise.
+slots are local (`law.local_slot_law`), which is itself in closed form except for grouped routers; of these some come
+from the seeded router. Where a function takes no rank, it is the regime's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.spec.words import Dispatch
-from moetune.workload.router import LocalSlotLaw, local_slot_law, representative_shard
+from moetune.workload.law import Chances, LocalSlotLaw, local_slot_law, slot_shares
+from moetune.workload.ranks import replicas, slot_chances
+from moetune.workload.router import representative_shard
 from moetune.workload.routing import Routing, padded, realize
 
 WireActivation = Literal["bf16", "fp8", "fp4"]
@@ -45,22 +47,22 @@ class Expectation:
     simulated: bool
 
 
-def hit_fraction(layer: MoELayer, regime: Regime, rank: int = 0) -> float:
+def hit_fraction(layer: MoELayer, regime: Regime, rank: int | None = None) -> float:
     """The chance that a token has a slot on `rank`: 1 − C(E − L, k) / C(E, k) where the closed form holds."""
     return _law(layer, regime, rank).hit_fraction
 
 
-def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int = 0) -> float:
+def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int | None = None) -> float:
     """Expected rows that enter `rank`'s kernel when each of the ep ranks sends `tokens` tokens."""
     return tokens * _rows_per_token(layer, regime, rank)
 
 
-def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int = 0) -> float:
+def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int | None = None) -> float:
     """Tokens a rank for which `rank`'s kernel sees `rows` rows: the inverse of `rows_for_tokens`."""
     return rows / _rows_per_token(layer, regime, rank)
 
 
-def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> int:
+def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> int:
     """The rows that are likely to look `bucket` up: its own where some number of tokens a rank brings just those.
 
     Elsewhere those that the roundest number of tokens brings, of all that look it up. Engines run batches of round
@@ -76,7 +78,7 @@ def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int = 0) -> int
 
 
 def dummies(
-    layer: MoELayer, regime: Regime, bucket: int, met: int, draws: Iterable[int], rank: int = 0
+    layer: MoELayer, regime: Regime, bucket: int, met: int, draws: Iterable[int], rank: int | None = None
 ) -> tuple[Routing, ...]:
     """A bucket's draws: even ones of as many rows as the bucket has, odd ones of the `met` rows (see `met_rows`).
 
@@ -101,7 +103,7 @@ def _roundest(first: int, last: int) -> int:
     return last // step * step
 
 
-def _rows_per_token(layer: MoELayer, regime: Regime, rank: int) -> float:
+def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
     """Rows for one token a rank. All ep ranks send, so a rank meets ep tokens for each one of its own.
 
     `none`: every rank holds the same rows. `packed`: a dummy whose row stands for one token. `deduplicated`: those
@@ -114,12 +116,12 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int) -> float:
         case "deduplicated":
             return regime.ep_size * _law(layer, regime, rank).hit_fraction
         case "slot":
-            return regime.ep_size * sum(_slot_chances(layer, shard))
+            return regime.ep_size * sum(slot_chances(layer, shard))
         case _:
             return 1
 
 
-def expect(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> Expectation:
+def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> Expectation:
     """What `rank`'s kernel sees in `rows` rows on average.
 
     A balanced dummy has one load but for its names, so its numbers are counted from draw 0.
@@ -146,7 +148,7 @@ def expect(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> Expecta
     )
 
 
-def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> float:
+def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
     """Expected slots of `rank`'s experts in `rows` rows of random routing.
 
     A row of the global router has Σ P(slot) over the local slots, k·L/E without redundant experts. Of deduplicated
@@ -155,7 +157,7 @@ def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> fl
     return float(rows * sum(_row_chances(layer, regime, rank)))
 
 
-def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) -> float:
+def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
     """Expected local experts (slots, where redundant) that have at least one of `rows` rows of random routing.
 
     Rows are independent, so a slot that a row holds with chance p is active with 1 − (1 − p)^M. By symmetry p is
@@ -163,12 +165,12 @@ def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int = 0) ->
     fraction in deduplicated ones. The slot layout cuts rows into slots: see `_idle_chance_of_slots`.
     """
     if regime.layout == "slot":
-        shard = regime.shard(layer, rank)
-        return shard.num_local * (1.0 - _idle_chance_of_slots(_law(layer, regime, rank), shard.num_local, rows))
+        law, kinds = _law(layer, regime, rank), slot_shares(layer, *_of_law(layer, regime, rank))
+        return sum(slots * (1.0 - _idle_chance_of_slots(law, shares, rows)) for slots, shares in kinds)
     return sum(1.0 - (1.0 - min(chance, 1.0)) ** rows for chance in _row_chances(layer, regime, rank))
 
 
-def _row_chances(layer: MoELayer, regime: Regime, rank: int) -> list[float]:
+def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[float]:
     """For each local slot, the chance that a row of random routing holds it."""
     shard = regime.shard(layer, rank)
     match regime.layout:
@@ -176,45 +178,35 @@ def _row_chances(layer: MoELayer, regime: Regime, rank: int) -> list[float]:
             distinct = min(shard.num_local, layer.num_experts)
             within = Shard(0, 0, shard.num_local, shard.num_local)
             share = min(layer.top_k, distinct) / distinct
-            return [share / _replicas(distinct, within, slot) for slot in range(shard.num_local)]
+            return [share / replicas(distinct, within, slot) for slot in range(shard.num_local)]
         case "slot":
             return [1.0 / shard.num_local] * shard.num_local
         case "deduplicated":
             hit = _law(layer, regime, rank).hit_fraction
-            return [chance / hit for chance in _slot_chances(layer, shard)]
+            return [chance / hit for chance in slot_chances(layer, shard)]
         case _:
-            return _slot_chances(layer, shard)
+            return slot_chances(layer, shard)
 
 
-def _slot_chances(layer: MoELayer, shard: Shard) -> list[float]:
-    """For each local slot, the chance that a token of the global router has it: k/E over the expert's replicas."""
-    share = layer.top_k / layer.num_experts
-    slots = range(shard.first, shard.first + shard.num_local)
-    return [share / _replicas(layer.num_experts, shard, slot) for slot in slots]
-
-
-def _replicas(num_experts: int, shard: Shard, slot: int) -> int:
-    return (shard.num_slots - 1 - slot % num_experts) // num_experts + 1
-
-
-def _idle_chance_of_slots(law: LocalSlotLaw, num_local: int, slots: int) -> float:
+def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> float:
     """The chance that a given local expert has none of the first `slots` local slots of arriving rows.
 
-    An arriving row brings c slots with the law's chance given c ≥ 1, in random order, each local expert as likely as
-    another. While it fits, it misses the expert with chance 1 − c/L; the last one is cut to the m slots that are
-    left, which miss it with chance 1 − m/L. Hence the recursion over the slots that are left,
-    f(m) = Σ_c p(c)·(c ≤ m: (1 − c/L)·f(m − c); c > m: 1 − m/L), f(0) = 1. Local experts are not alike where a
-    shard cuts a router's groups unequally or has redundant experts; there this is an approximation.
+    An arriving row brings c slots with the law's chance given c ≥ 1, in random order; the expert is among them with
+    chance `shares[c]`, c/L where the local ones are alike. The last row is cut to the m slots that are left, in which
+    it is with chance `shares[c]`·m/c. Hence the recursion over the slots that are left,
+    f(m) = Σ_c p(c)·(c ≤ m: (1 − shares[c])·f(m − c); c > m: 1 − shares[c]·m/c), f(0) = 1.
     """
     arriving = [
-        (count, chance / law.hit_fraction) for count, chance in enumerate(law.probabilities) if count and chance
+        (count, chance / law.hit_fraction, shares[count])
+        for count, chance in enumerate(law.probabilities)
+        if count and chance
     ]
     idle = [1.0]
     for left in range(1, slots + 1):
         idle.append(
             sum(
-                chance * ((1.0 - count / num_local) * idle[left - count] if count <= left else 1.0 - left / num_local)
-                for count, chance in arriving
+                chance * ((1.0 - share) * idle[left - count] if count <= left else 1.0 - share * left / count)
+                for count, chance, share in arriving
             )
         )
         if idle[-1] < 1e-12:
@@ -222,8 +214,12 @@ def _idle_chance_of_slots(law: LocalSlotLaw, num_local: int, slots: int) -> floa
     return idle[slots]
 
 
-def _law(layer: MoELayer, regime: Regime, rank: int) -> LocalSlotLaw:
-    return local_slot_law(layer, representative_shard(layer, regime, rank), regime.seed)
+def _law(layer: MoELayer, regime: Regime, rank: int | None) -> LocalSlotLaw:
+    return local_slot_law(layer, *_of_law(layer, regime, rank))
+
+
+def _of_law(layer: MoELayer, regime: Regime, rank: int | None) -> tuple[Shard, int]:
+    return representative_shard(layer, regime, rank), regime.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +264,7 @@ def wire(
     tokens: int,
     activation: WireActivation = "bf16",
     routing: WireRouting | None = None,
-    rank: int = 0,
+    rank: int | None = None,
 ) -> Wire:
     """The bytes of one exchange of `tokens` tokens a rank (all ep ranks send), for `rank`.
 
@@ -322,14 +318,15 @@ def wire(
     )
 
 
-def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int) -> tuple[float, float]:
+def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int | None) -> tuple[float, float]:
     """For one token a rank: copies that reach `rank` from the others, and results that come back to it from them."""
 
     def copies_of_a_token(receiver: int) -> float:
         if regime.layout == "slot":
-            return sum(_slot_chances(layer, regime.shard(layer, receiver)))
+            return sum(slot_chances(layer, regime.shard(layer, receiver)))
         return _law(layer, regime, receiver).hit_fraction
 
+    rank = regime.rank if rank is None else rank
     returning = sum(copies_of_a_token(other) for other in range(regime.ep_size) if other != rank)
     return (regime.ep_size - 1) * copies_of_a_token(rank), returning
 

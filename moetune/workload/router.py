@@ -1,38 +1,23 @@
-"""The layer's own router on dummy logits, and how many of a token's slots it sends to one rank."""
+"""The layer's own router on dummy logits, and the slots that it sends to one rank."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime, Shard
-from moetune.workload.popularity import random_logits, seeded_generator
+from moetune.workload.popularity import random_logits
+from moetune.workload.ranks import alike
 
-LAW_TOKENS = 16384
 _CHUNK_LOGITS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSlotLaw:
-    """`probabilities[c]`: the chance that c of a token's k slots are one rank's; `simulated`, or in closed form."""
-
-    probabilities: tuple[float, ...]
-    simulated: bool
-
-    @property
-    def hit_fraction(self) -> float:
-        """The chance that a token has something for the rank."""
-        return 1.0 - self.probabilities[0]
-
-    @property
-    def mean(self) -> float:
-        """Expected local slots of a token."""
-        return sum(count * probability for count, probability in enumerate(self.probabilities))
+_SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.softmax(1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
 
 
 def route(
@@ -44,7 +29,7 @@ def route(
     `[num_experts]` is added to the scores for the selection only. Group limit: DeepSeek-V2 (arXiv 2405.04434, 2.2.2)
     with `group_score="max"`, DeepSeek-V3 (arXiv 2412.19437, 2.1.2) with `"top2"`.
     """
-    scores = logits.softmax(1) if method.scoring == "softmax" else logits.sigmoid()
+    scores = _SCORES[method.scoring](logits)
     ranked = scores if bias is None else scores + bias
     if method.grouped:
         ranked = _limit_to_best_groups(method, ranked)
@@ -117,52 +102,23 @@ def is_local(slots: torch.Tensor, shard: Shard) -> torch.Tensor:
     return (slots >= shard.first) & (slots < shard.first + shard.num_local)
 
 
-def representative_shard(layer: MoELayer, regime: Regime, rank: int) -> Shard:
-    """The shard that stands for `rank`'s: rank 0's where shards are equal and no expert is redundant, else its own.
+def representative_shard(layer: MoELayer, regime: Regime, rank: int | None = None) -> Shard:
+    """The shard that stands for `rank`'s (the regime's when None): rank 0's where all are alike, else its own.
+
+    With redundant experts it is its own, because ids shifted by whole shards are no longer the same experts' replicas.
 
     Raises:
         UsageError: the regime does not fit the layer, or there is no such rank.
     """
     shard = regime.shard(layer, rank)
-    alike = shard.num_slots == layer.num_experts and shard.num_slots % regime.ep_size == 0
-    return regime.shard(layer, 0) if alike else shard
+    if shard.num_slots > layer.num_experts or not alike(layer, regime):
+        return shard
+    return regime.shard(layer, 0)
 
 
 def has_closed_form(layer: MoELayer, shard: Shard) -> bool:
     """Whether the router chooses a uniform k-subset of the slots: no group limit and no redundant experts."""
     return not layer.routing.grouped and shard.num_slots == layer.num_experts
-
-
-@lru_cache(maxsize=256)
-def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw:
-    """How many of a token's k slots lie in `shard` when the layer's router works on random logits.
-
-    An ungrouped router on independent logits chooses a uniform k-subset of E experts, so the number among L
-    given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). With a group limit or redundant experts
-    the law is that of `LAW_TOKENS` tokens of the router seeded by `seed`, averaged over all shards of this size
-    where symmetry gives them one law.
-    """
-    experts, top_k, local = layer.num_experts, layer.top_k, shard.num_local
-    if has_closed_form(layer, shard):
-        ways = [math.comb(local, c) * math.comb(experts - local, top_k - c) for c in range(top_k + 1)]
-        return LocalSlotLaw(tuple(way / math.comb(experts, top_k) for way in ways), simulated=False)
-    generator = seeded_generator("local slot law", experts, top_k, repr(layer.routing), shard, seed)
-    slots, _ = random_slots(generator, layer, 0, shard.num_slots, LAW_TOKENS, top_k)
-    if _shards_are_symmetric(layer, shard):
-        num_shards = experts // local
-        received = torch.zeros(LAW_TOKENS, num_shards, dtype=torch.int64)
-        received.scatter_add_(1, slots // local, torch.ones_like(slots))
-    else:
-        received = is_local(slots, shard).sum(1)
-    counts = torch.bincount(received.flatten(), minlength=top_k + 1).tolist()
-    return LocalSlotLaw(tuple(count / received.numel() for count in counts), simulated=True)
-
-
-def _shards_are_symmetric(layer: MoELayer, shard: Shard) -> bool:
-    """Whether every shard of `shard`'s size is whole router groups, or each lies in one, and none is redundant."""
-    local, group_size = shard.num_local, layer.num_experts // layer.routing.num_groups
-    equal = shard.num_slots == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
-    return equal and (local % group_size == 0 or group_size % local == 0)
 
 
 def _method_within(layer: MoELayer, first: int, num_experts: int) -> RoutingMethod:

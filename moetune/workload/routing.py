@@ -9,6 +9,7 @@ import torch
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
+from moetune.workload.law import local_slot_law
 from moetune.workload.popularity import (
     deal,
     deal_counts,
@@ -23,7 +24,6 @@ from moetune.workload.router import (
     arriving_slots,
     has_closed_form,
     is_local,
-    local_slot_law,
     random_slots,
     representative_shard,
 )
@@ -45,11 +45,11 @@ class Routing:
     load: torch.Tensor
 
 
-def realize(layer: MoELayer, regime: Regime, rows: int, rank: int = 0, draw: int = 0) -> Routing:
-    """The routing that `rank`'s kernel sees in draw number `draw` of `rows` rows.
+def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None, draw: int = 0) -> Routing:
+    """The routing that `rank`'s kernel (the regime's rank when None) sees in draw number `draw` of `rows` rows.
 
-    Depends on (E, k, routing method, shard, dispatch, layout, distribution, seed, rows, draw) only. Where the
-    shards are equal and no expert is redundant, another rank has rank 0's ids shifted by whole shards.
+    Depends on (E, k, routing method, shard, dispatch, layout, distribution, seed, rows, draw) only. Where all ranks
+    are alike and no expert is redundant, another rank has rank 0's ids shifted by whole shards.
 
     Balanced counts of the slots in scope (all of them for dispatch none and allgather, else the local ones)
     differ by at most one. With redundant experts that can be impossible, because no row holds two replicas of one
@@ -84,8 +84,10 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int = 0, draw: int
     return Routing(ids, weights, _load(ids, shard))
 
 
-def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int, factor: float) -> Routing:
+def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, factor: float) -> Routing:
     """`routing` with `rank`'s busiest expert at `factor` times its load, or in every row that can hold it.
+
+    `rank` is the regime's when None.
 
     The slots are taken from the other local experts, and from foreign ones only when those do not suffice; so the
     sum of `load` is unchanged where it can be. Non-negative ids in a row stay distinct, with redundant experts

@@ -236,7 +236,7 @@ def test_an_engines_launch_line_stands_for_the_options(moetune):
 
 
 def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
-    _refused(moetune("plan", "--launch", "make coffee"), "does not know this command: 'make coffee'", "vllm serve")
+    _refused(moetune("plan", "--launch", "make coffee"), "finds no server in 'make coffee'", "vllm serve")
     _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Give --model")
 
 

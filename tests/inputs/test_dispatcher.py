@@ -15,6 +15,8 @@ WORDS = {
         "deepep_high_throughput",
         "deepep_low_latency",
         "deepep_v2",
+        "moonep",
+        "passthrough",
         "mori_high_throughput",
         "mori_low_latency",
         "nixl_ep",
@@ -22,7 +24,20 @@ WORDS = {
         "flashinfer_nvlink_one_sided",
         "flashinfer_nvlink_two_sided",
     },
-    "sglang": {"none", "deepep", "mooncake", "nixl", "mori", "ascend_fuseep", "flashinfer", "megamoe"},
+    "sglang": {
+        "none",
+        "deepep",
+        "mooncake",
+        "nixl",
+        "mori",
+        "ascend_fuseep",
+        "flashinfer",
+        "megamoe",
+        "deepep_v2",
+        "pplx",
+        "ascend_tp",
+        "flashinfer_megamoe",
+    },
     "trtllm": {
         "none",
         "tp",
@@ -32,8 +47,27 @@ WORDS = {
         "nvlink_two_sided",
         "deepep",
         "deepep_low_latency",
+        "nccl_ep",
     },
 }
+COMM_METHODS = {
+    "NVLINK_ONE_SIDED": "nvlink_one_sided",
+    "NVLINK_TWO_SIDED": "nvlink_two_sided",
+    "NCCL_EP": "nccl_ep",
+    "DEEPEP": "deepep",
+    "DEEPEPLOWLATENCY": "deepep_low_latency",
+    "ALLGATHER": "allgather",
+}
+"""`CommunicationFactory._create_forced_method` of TensorRT-LLM."""
+ALLTOALL_METHODS = {
+    "NotEnabled": "allgather",
+    "MNNVL": "nvlink_two_sided",
+    "NVLinkOneSided": "nvlink_one_sided",
+    "NVLinkTwoSided": "nvlink_two_sided",
+    "DeepEP": "deepep",
+    "DeepEPLowLatency": "deepep_low_latency",
+}
+"""`AlltoallMethodType` of TensorRT-LLM, which `TRTLLM_FORCE_ALLTOALL_METHOD` named before."""
 TUNABLE = [str(known) for known in dispatcher.words() if known.tunable]
 UNTUNABLE = [str(known) for known in dispatcher.words() if not known.tunable]
 
@@ -55,8 +89,7 @@ def test_every_value_of_an_engines_option_is_known(engine):
         ("trtllm:attention_dp", ("alltoall", "packed", "pow2/8")),
         ("trtllm:allgather", ("allgather", None, "pow2")),
         ("trtllm:nvlink_two_sided", ("alltoall", "pool", "pow2")),
-        ("trtllm:deepep", ("alltoall", "deduplicated", "pow2")),
-        ("trtllm:deepep_low_latency", ("alltoall", "slot", "pow2")),
+        ("trtllm:deepep", ("alltoall", "pool", "pow2")),
     ],
 )
 def test_a_word_stands_for_its_load(word, expected):
@@ -87,15 +120,61 @@ def test_without_attention_dp_vllms_uneven_shards_stay():
 
 @pytest.mark.parametrize("word", UNTUNABLE)
 def test_a_word_without_a_tactic_table_says_what_runs_there(word):
-    with pytest.raises(UnsupportedError, match=r"DeepGEMM|AITER|Ascend") as error:
+    runs = r"DeepGEMM|AITER|Ascend|grouped GEMM|MegaMoE|megakernels|expert-major buffer|rank-major buffer"
+    with pytest.raises(UnsupportedError, match=runs) as error:
         dispatcher.resolve(word, LAYER, 8)
     assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("word", ["vllm:deepep_low_latency", "sglang:deepep", "sglang:mooncake", "vllm:nixl_ep"])
+@pytest.mark.parametrize("word", ["vllm:deepep_low_latency", "sglang:deepep", "sglang:pplx", "vllm:nixl_ep"])
 def test_expert_major_layouts_are_untunable(word):
     assert word in UNTUNABLE
+
+
+@pytest.mark.parametrize("word", ["vllm:deepep_low_latency", "vllm:nixl_ep"])
+def test_an_expert_major_batch_says_that_unquantized_experts_read_the_same_file(word):
+    with pytest.raises(UnsupportedError, match=r"BatchedTritonExperts.*reads the JSON file"):
+        dispatcher.resolve(word, LAYER, 8)
+
+
+def test_tensorrt_llms_low_latency_deepep_names_its_buffer():
+    with pytest.raises(UnsupportedError, match=r"L \* ep \* T rows with k = 1.*T \* k are valid"):
+        dispatcher.resolve("trtllm:deepep_low_latency", LAYER, 8)
+
+
+@pytest.mark.parametrize(("value", "word"), [*COMM_METHODS.items(), *ALLTOALL_METHODS.items()])
+def test_tensorrt_llms_spelling_of_a_method_is_its_word(value, word):
+    assert dispatcher.trtllm_word(value) == word
+    assert dispatcher.trtllm_word(f" {value.lower()}") == word  # the engine folds the case
+
+
+def test_every_method_of_tensorrt_llm_has_a_spelling():
+    spelled = {dispatcher.trtllm_word(value) for value in COMM_METHODS}
+    assert spelled == WORDS["trtllm"] - {"none", "tp", "attention_dp"}
+
+
+@pytest.mark.parametrize("value", ["", "none", "attention_dp", "DEEPEP_LOW_LATENCY", "AUTO"])
+def test_what_is_no_method_of_tensorrt_llm_lists_those_that_are(value):
+    with pytest.raises(UsageError, match="DEEPEPLOWLATENCY") as error:
+        dispatcher.trtllm_word(value)
+    assert all(known in str(error.value) for known in COMM_METHODS)
+
+
+@pytest.mark.parametrize("word", sorted(WORDS["trtllm"] - {"none", "tp"}))
+def test_tensorrt_llm_gathers_all_rows_where_ranks_share_an_expert(word):
+    arguments = dispatcher.resolve(f"trtllm:{word}", LAYER, 8, tp_size=2)
+    assert arguments == {"attention_dp": True, "dispatch": "allgather", "ladder": "pow2"}
+
+
+@pytest.mark.parametrize("word", ["trtllm:none", "trtllm:tp"])
+def test_without_attention_dp_ranks_that_share_an_expert_change_nothing(word):
+    assert dispatcher.resolve(word, LAYER, 8, tp_size=2) == dispatcher.resolve(word, LAYER, 8)
+
+
+@pytest.mark.parametrize("word", [word for word in TUNABLE if not word.startswith("trtllm:")])
+def test_the_other_engines_dispatch_alike_where_ranks_share_an_expert(word):
+    assert dispatcher.resolve(word, LAYER, 8, tp_size=2) == dispatcher.resolve(word, LAYER, 8)
 
 
 def test_an_explicit_option_beside_a_word_wins():
@@ -104,12 +183,28 @@ def test_an_explicit_option_beside_a_word_wins():
     assert (regime.layout, str(regime.ladder)) == ("deduplicated", "hybrid")
 
 
-def test_only_vllm_has_uneven_shards_and_only_where_ep_does_not_divide():
-    for word in TUNABLE:
-        uneven = dispatcher.resolve(word, LAYER, 6).get("uneven_shards", False)
-        assert uneven == word.startswith("vllm:")
-    regime = Regime(ep_size=6, **dispatcher.resolve("vllm:deepep_high_throughput", LAYER, 6))
+def test_uneven_shards_are_vllms_and_of_two_methods_of_tensorrt_llm_where_ep_does_not_divide():
+    takes = {word for word in TUNABLE if dispatcher.resolve(word, LAYER, 6).get("uneven_shards", False)}
+    assert {word for word in takes if not word.startswith("vllm:")} == {"trtllm:allgather", "trtllm:nvlink_one_sided"}
+    assert takes >= {word for word in TUNABLE if word.startswith("vllm:")}
+
+
+@pytest.mark.parametrize("word", ["vllm:deepep_high_throughput", "trtllm:allgather", "trtllm:nvlink_one_sided"])
+def test_the_first_ranks_take_the_experts_that_are_left(word):
+    regime = Regime(ep_size=6, **dispatcher.resolve(word, LAYER, 6))
     assert [regime.shard(LAYER, rank).num_local for rank in range(6)] == [43, 43, 43, 43, 42, 42]
+
+
+@pytest.mark.parametrize(("ep_size", "first", "last"), [(6, 6, 6144), (12, 12, 6144), (8, 8, 8192)])
+def test_tensorrt_llms_pools_are_powers_of_two_a_block(ep_size, first, last):
+    regime = Regime(ep_size=ep_size, **dispatcher.resolve("trtllm:nvlink_one_sided", LAYER, ep_size))
+    assert (regime.buckets[0], regime.buckets[-1]) == (first, last)
+    assert all(rows % ep_size == 0 and (rows // ep_size).bit_count() == 1 for rows in regime.buckets)
+
+
+def test_tensorrt_llm_splits_unevenly_behind_its_dispatch_alone():
+    assert "uneven_shards" not in dispatcher.resolve("trtllm:allgather", LAYER, 6, attention_dp=False)
+    assert dispatcher.resolve("trtllm:nvlink_two_sided", LAYER, 6, tp_size=2)["uneven_shards"]  # it gathers then
 
 
 def test_redundant_experts_that_make_the_shards_even_need_no_rule():
@@ -145,7 +240,7 @@ def test_an_unknown_engine_lists_the_engines(spelled):
 
 def test_the_bringers_of_a_load_are_found():
     assert dispatcher.bringing("alltoall", "packed") == ("trtllm:attention_dp",)
-    assert dispatcher.bringing("alltoall", "slot") == ("trtllm:deepep_low_latency",)
+    assert dispatcher.bringing("alltoall", "deduplicated") == ("vllm:deepep_high_throughput",)
     assert "vllm:allgather_reducescatter" in dispatcher.bringing("allgather")
     assert set(dispatcher.bringing("alltoall", "pool")) < set(dispatcher.bringing("alltoall"))
     assert not set(UNTUNABLE) & {

@@ -13,7 +13,7 @@ SERVED = [name for name in registry.backends() if name != "torch"]
 @pytest.mark.parametrize("engine", LINES)
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_BLOCK, Precision.NVFP4])
 def test_the_reader_of_launch_lines_takes_each_flag_for_its_backend(backend, engine, precision):
-    read = launch.options(LINES[engine].format(engine_flags(backend, precision)[engine]))["backend"]
+    read = launch.read(LINES[engine].format(engine_flags(backend, precision)[engine])).options["backend"]
     routed_by_itself = engine == "vllm" and backend == "flashinfer-trtllm-routed"  # one word for both ops
     assert read == ("flashinfer-trtllm" if routed_by_itself else backend)
 
@@ -21,14 +21,23 @@ def test_the_reader_of_launch_lines_takes_each_flag_for_its_backend(backend, eng
 def test_sglang_has_a_word_of_its_own_for_mxfp4():
     flags = engine_flags("flashinfer-trtllm", Precision.MXFP4)
     assert flags["sglang"] == "--moe-runner-backend flashinfer_mxfp4"
-    assert launch.options(LINES["sglang"].format(flags["sglang"]))["backend"] == "flashinfer-trtllm"
+    assert launch.read(LINES["sglang"].format(flags["sglang"])).options["backend"] == "flashinfer-trtllm"
 
 
-def test_tensorrt_llm_is_told_by_its_settings_file(tmp_path):
-    section, _, word = engine_flags("flashinfer-trtllm", Precision.NVFP4)["trtllm"].partition(".")
-    (tmp_path / "settings.yaml").write_text(f"{section}:\n  {word}\n")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "moe_config: {backend: TRTLLM}",  # as docs/engines.md prints it
+        "moe_config:\n  backend: TRTLLM\n",
+        "moe-config:\n    'backend': \"TRTLLM\"  # Blackwell\n",
+        '{"moe_config": {"backend": "TRTLLM"}}',
+    ],
+)
+def test_tensorrt_llm_reads_its_flag_in_every_form_of_yaml(settings, tmp_path):
+    assert engine_flags("flashinfer-trtllm", Precision.NVFP4)["trtllm"] == "moe_config.backend: TRTLLM"
+    (tmp_path / "settings.yaml").write_text(settings)
     line = f"trtllm-serve Qwen/Qwen3-235B-A22B --config {tmp_path / 'settings.yaml'}"
-    assert launch.options(line)["backend"] == "flashinfer-trtllm"
+    assert launch.read(line).options["backend"] == "flashinfer-trtllm"
 
 
 def test_no_engine_runs_plain_torch_and_every_other_backend_has_an_engine():

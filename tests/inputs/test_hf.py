@@ -52,11 +52,8 @@ def test_the_quantization_gives_the_precision(quantization, precision):
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "awq", "bits": 4},
         {"quant_method": "fp8", "weight_block_size": [32, 32]},
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
-        weights(type="float", num_bits=8, strategy="channel"),
-        weights(type="int", num_bits=4, strategy="group", group_size=128, symmetric=True),
         {"quant_method": "compressed-tensors", "config_groups": {}},
         {"quant_method": "compressed-tensors", "config_groups": {"group_0": None}},
         "fp8",
@@ -164,7 +161,7 @@ def test_gpt_oss_has_its_own_activation_whatever_hidden_act_says():
 def test_a_missing_size_is_named_with_its_file(model, tmp_path):
     full = config(model)
     family = FAMILIES[full["model_type"]]
-    for names in (family.num_experts, family.top_k, ("hidden_size",), (family.intermediate_size,)):
+    for names in (family.num_experts, family.top_k, ("hidden_size",), family.intermediate_size):
         path = tmp_path / "config.json"
         path.write_text(json.dumps({key: value for key, value in full.items() if key not in names}))
         with pytest.raises(UsageError) as error:
@@ -181,7 +178,7 @@ def test_a_missing_size_is_named_with_its_file(model, tmp_path):
         ({"n_routed_experts": True}, "n_routed_experts"),
         ({"n_routed_experts": 256.5}, "n_routed_experts"),
         ({"n_routed_experts": -1}, "n_routed_experts"),
-        ({"n_routed_experts": [64, 64]}, "n_routed_experts"),
+        ({"n_routed_experts": [64, 32]}, "n_routed_experts"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
         ({"hidden_size": "7168"}, "hidden_size"),
         ({"hidden_size": None}, "hidden_size"),

@@ -3,7 +3,7 @@
 import pytest
 
 from moetune.errors import UnsupportedError, UsageError
-from moetune.inputs.launch import options
+from moetune.inputs.launch import read
 from moetune.inputs.options import resolve
 from moetune.inputs.presets import preset
 from moetune.spec.regime import Regime
@@ -14,6 +14,11 @@ SGLANG_EP = "https://docs.sglang.io/advanced_features/expert_parallelism.html"
 SGLANG_V32 = "https://huggingface.co/deepseek-ai/DeepSeek-V3.2-Exp/commit/fd33dda13987c4ec2bd43d7d4318046a4f220ca9"
 SGLANG_R1 = "https://mintlify.com/sgl-project/sglang/models/deepseek"
 TRTLLM_R1 = "https://nvidia.github.io/TensorRT-LLM/examples/deepseek_r1_reasoning_parser.html"
+
+
+def options(line, beside=None):
+    return read(line, beside).options
+
 
 DOCUMENTED = {
     "vllm DP+EP": (
@@ -147,7 +152,7 @@ def test_tensorrt_llm_s_documented_line_and_settings(tmp_path):
 
 
 def test_tensorrt_llm_s_documented_kernels_are_not_tuned(tmp_path):
-    with pytest.raises(UnsupportedError, match="deepgemm, which moetune does not tune"):
+    with pytest.raises(UnsupportedError, match="DEEPGEMM names MoE kernels that moetune does not tune"):
         trtllm(tmp_path, DOCUMENTED_SETTINGS + "moe_config:\n    backend: DEEPGEMM\n")
 
 
@@ -223,7 +228,11 @@ def test_vllm_s_uneven_shards_stay_possible():
 def test_a_switch_takes_no_model_for_its_value():
     found = options("vllm serve --enable-expert-parallel Qwen/Qwen3-30B-A3B -tp 8")
     assert (found["model"], found["ep"]) == ("qwen3-30b-a3b", 8)
-    assert options("vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel false")["ep"] == 1
+    with pytest.raises(UsageError, match="'false': it belongs to no flag"):
+        options("vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel false")
+    with pytest.raises(UsageError, match="takes no value"):
+        options("vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel=false")
+    assert options("vllm serve Qwen/Qwen3-30B-A3B -tp 8 --no-enable-expert-parallel")["ep"] == 1
 
 
 def test_vllm_s_settings_file_is_read_and_its_flags_win(tmp_path):
@@ -276,18 +285,22 @@ def test_quantization_makes_another_precision_only_of_bf16_weights():
 @pytest.mark.parametrize(
     ("line", "error", "said"),
     [
-        ("python serve.py --model x", UsageError, "It reads vllm serve MODEL"),
+        ("python serve.py --model x", UsageError, "no server.*It reads vllm serve MODEL"),
         ("vllm serve", UsageError, "names no model"),
-        ("vllm serve 'unclosed", UsageError, "split into words"),
+        ("vllm serve 'unclosed", UsageError, "' does not close"),
         ("vllm serve meta-llama/Llama-3-8B", UsageError, "'meta-llama/Llama-3-8B' is no path here.*--model"),
-        ("vllm serve RedHatAI/Qwen3-30B-A3B-FP8", UsageError, "how its fp8 is scaled"),
+        ("vllm serve SomeOne/Qwen3-30B-A3B-FP8", UsageError, "no repository that moetune knows.*--precision"),
         ("vllm serve Qwen/Qwen3-30B-A3B -tp eight", UsageError, "must be an integer, given 'eight'"),
         ("vllm serve Qwen/Qwen3-30B-A3B --quantization awq", UnsupportedError, "--quantization awq"),
         ("vllm serve Qwen/Qwen3-30B-A3B --enable-eplb --eplb-config '{'", UsageError, "JSON object"),
         ("vllm serve Qwen/Qwen3-30B-A3B --moe-backend marlin", UnsupportedError, "marlin.*--backend"),
-        ("trtllm-serve deepseek-ai/DeepSeek-R1 --tp_size 8 --ep_size 3", UsageError, "3 must divide --tp_size 8"),
-        ("trtllm-serve deepseek-ai/DeepSeek-R1 --config no.yml", UsageError, "settings file 'no.yml' cannot be read"),
-        ("sglang serve --model-path Qwen/Qwen3-30B-A3B --tp 8 --ep 3", UsageError, "--ep 3 must divide --tp 8"),
+        ("trtllm-serve deepseek-ai/DeepSeek-R1 --tp_size 8 --ep_size 3", UsageError, "ep_size 3 must divide tp_size 8"),
+        ("trtllm-serve deepseek-ai/DeepSeek-R1 --config no.yml", UsageError, "no.yml: the file cannot be read"),
+        (
+            "sglang serve --model-path Qwen/Qwen3-30B-A3B --tp 8 --ep 3",
+            UsageError,
+            "--ep-size 3.*must divide --tp-size 8",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_read_says_what_to_do(line, error, said):

@@ -51,7 +51,7 @@ def test_every_option_of_a_layer_and_a_regime_is_the_command_lines():
         ("--model qwen3-235b-a22b --ep 7", "does not divide"),
         ("--model qwen3-235b-a22b --ep 8 --rank 8", "rank must be"),
         ("--model qwen3-235b-a22b --dispatch teleport", "--dispatch must be one of"),
-        ("--launch 'cargo run'", "does not know this command"),
+        ("--launch 'cargo run'", "finds no server"),
     ],
 )
 def test_what_cannot_be_asked_is_named(spelled, message):

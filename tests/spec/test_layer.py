@@ -76,7 +76,7 @@ def test_fewer_groups_than_all_are_a_limit(groups):
         ({"num_experts": "many"}, "num_experts"),
         ({"hidden_size": 1.5}, "hidden_size"),
         ({"precision": "fp9"}, "precision"),
-        ({"activation": "relu2"}, "activation"),
+        ({"activation": "relu3"}, "activation"),
         ({"routing": {"scoring": "argmax"}}, "scoring"),
         ({"routing": {"num_groups": 0}}, "top_k_groups"),
         ({"routing": {"num_groups": 4, "top_k_groups": 5}}, "top_k_groups"),

@@ -1,0 +1,107 @@
+"""Writes a profile as an engine's files and says what was written; `export` and `tune --export` share it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from moetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetune.cli.options import Question
+    from moetune.store.profile import Profile
+
+
+class Written(NamedTuple):
+    """The files of one export: where they lie, the variables that make the engine read them, and what to mind."""
+
+    target: str
+    folder: Path
+    files: dict[Path, str]
+    variables: dict[str, str]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """The fields of the JSON documents of `export` and `tune --export`."""
+        return {
+            "target": self.target,
+            "folder": str(self.folder),
+            "files": [{"path": str(file), "state": state} for file, state in self.files.items()],
+            "variables": self.variables,
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+        }
+
+
+def write_for(
+    target: str, profile: Profile, path: Path, out: Path, *, for_version: str | None = None, force: bool = False
+) -> Written:
+    """Writes `profile`, the file at `path`, below `out` as the files that the engine `target` reads.
+
+    Raises:
+        UsageError: no such engine or version.
+        UnsupportedError: the engine has no use for this profile.
+        StoreError: a file of other content is there and `force` is not given.
+    """
+    from moetune.export import export
+    from moetune.export.base import FOLDER
+    from moetune.export.write import write
+
+    version = ["--for-version", for_version] if for_version else []
+    command = shlex.join(["moetune", "export", str(path), "--to", target, "--out", str(out), *version])
+    result = export(profile, target, version=for_version, source=str(path), command=command)
+    if target in ("flashinfer", "trtllm"):
+        from moetune.export.listed import check
+
+        check(profile)
+    files = write(result.files, out, force=force)
+    folder = out / profile.regime.slug
+    variables = {name: value.replace(FOLDER, str(folder.resolve())) for name, value in result.variables.items()}
+    return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes))
+
+
+def question_of_engine(question: Question) -> Question:
+    """The question whose profile the engine's files can be made of; of `auto` the backend that these need.
+
+    Raises:
+        UsageError: no engine is named, or it reads no file for the kernels that are asked for.
+    """
+    from moetune.backends import registry
+
+    engine, regime = question.engine, question.regime
+    if engine is None:
+        raise UsageError(
+            "--export does not know for which engine.",
+            "Give --launch 'vllm serve …' or --dispatch ENGINE:WORD; or run `moetune export --to ENGINE` afterwards.",
+        )
+    if engine == "trtllm":
+        if not question.auto:
+            return question
+        name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
+        return replace(question, backend=registry.backend(name), auto=False)
+    if question.auto:
+        options = {"remote": "zero"} if engine == "sglang" else {}
+        return replace(question, backend=registry.backend("triton", **options), auto=False)
+    if question.backend.name != "triton":
+        raise UsageError(
+            f"--export: {engine} reads files for Triton kernels only, not for {question.backend.name}.",
+            "Tune without --export; moetune's plugin serves the profile inside the engine (docs/engines.md).",
+        )
+    return question
+
+
+def say(written: Written) -> None:
+    """Prints the files and the shell lines on stdout, warnings and notes on stderr."""
+    for warning in written.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for note in written.notes:
+        click.echo(f"note: {note}", err=True)
+    for file, state in written.files.items():
+        click.echo(f"{state}: {file}")
+    for name, value in written.variables.items():
+        click.echo(f"export {name}={shlex.quote(value)}")

@@ -1,0 +1,175 @@
+"""The flags that each engine's command line takes, by its newest version: names, aliases, how many values.
+
+The tables are recorded from the engines' own parsers by `benchmarks/record_flags.py`; each names its version and
+source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any, Final
+
+from moetune.errors import UsageError
+
+ENGINES: Final = ("vllm", "sglang", "trtllm")
+VALUES: Final = ("none", "one", "optional", "many", "json")
+"""How many words a flag takes: none (a switch), one, at most one, one or more, or one that is a JSON object."""
+_ATTACHED: Final = re.compile(r"-?([A-Za-z])(\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag of an engine.
+
+    `name` is the canonical one, without dashes and with `-` for `_`; so are `aliases` (`--model`), `short` (written
+    with one dash: `-tp`) and `negative` (the forms that switch it off: `--no-x`, `--disable-x`). `value` is one of
+    `VALUES`.
+    `spelled` is what the engine's user writes. `note` is given for a flag that the newest version no longer has: what
+    became of it.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    value: str = "one"
+    short: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    spelled: str = ""
+    note: str = ""
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the newest version has it no longer; `note` says since when, and what took its place."""
+        return bool(self.note)
+
+    def negates(self, name: str) -> bool:
+        """Whether `name`, as it was found, switches the flag off.
+
+        >>> table("vllm").find("no-enable-expert-parallel").negates("no-enable-expert-parallel")
+        True
+        """
+        return _plain(name) in self.negative
+
+
+@dataclass(frozen=True, slots=True)
+class FlagTable:
+    """The flags of one program.
+
+    `abbreviations`: an unambiguous beginning of a long flag stands for it. `dotted`: `--x.key VALUE` sets a key of a
+    flag that takes a JSON object.
+    """
+
+    engine: str
+    program: str
+    version: str
+    flags: Mapping[str, Flag]
+    abbreviations: bool = False
+    dotted: bool = False
+    removed: Mapping[str, Flag] = field(default_factory=dict)
+    _names: Mapping[str, Flag] = field(default_factory=dict, repr=False)
+    _short: Mapping[str, Flag] = field(default_factory=dict, repr=False)
+
+    def find(self, name: str) -> Flag | None:
+        """The flag that a user wrote, or none where the engine has none of that name.
+
+        Args:
+            name: with its dashes or without, `_` or `-`, without `=value`: a canonical name, an alias, a form that
+                switches it off, `x.key` where x takes a JSON object, a beginning that only one flag has where the
+                engine takes one, a one-letter flag with its value attached (`-O3`; its value is then `none`: no further
+                word belongs to it, and `attached` gives it), or a flag of an older version.
+        """
+        plain = _plain(name)
+        if name.startswith("-") and not name.startswith("--"):
+            found = self._short.get(plain)
+        elif name.startswith("--"):
+            found = self._names.get(plain)
+        else:
+            found = self._names.get(plain) or self._short.get(plain)
+        if found is not None:
+            return found
+        if self.dotted and "." in name:
+            owner = self.find(name.partition(".")[0])
+            return owner if owner is not None and owner.value == "json" else None
+        if not name.startswith("--") and self.attached(name) is not None:
+            return replace(self._short[plain[0]], value="none")
+        return self._abbreviated(name, plain) or self.removed.get(plain)
+
+    def attached(self, name: str) -> str | None:
+        """The value that is written into a one-letter flag: `3` for `-O3`."""
+        match = _ATTACHED.fullmatch(name)
+        if match is None or _plain(name) in self._names or _plain(name) in self._short:
+            return None
+        flag = self._short.get(match[1])
+        if flag is None or flag.value == "none" or not (name.startswith("-") or match[2][0].isdigit()):
+            return None
+        return match[2].removeprefix("=")
+
+    def nearest(self, name: str) -> str | None:
+        """The canonical name of the flag whose spelling is nearest, or none where nothing is near."""
+        names = {
+            **{removed: removed for removed in self.removed},
+            **{one: self._names[one].name for one in self._names},
+        }
+        names |= {one: flag.name for one, flag in self._short.items() if len(one) > 1}
+        near = difflib.get_close_matches(_plain(name.partition(".")[0]), names, n=1, cutoff=0.7)
+        return names[near[0]] if near else None
+
+    def _abbreviated(self, name: str, plain: str) -> Flag | None:
+        if not self.abbreviations or (name.startswith("-") and not name.startswith("--")) or len(plain) < 2:
+            return None
+        begun = [one for one in self._names if one.startswith(plain)]
+        return self._names[begun[0]] if len(begun) == 1 else None
+
+
+@functools.cache
+def table(engine: str, program: str | None = None) -> FlagTable:
+    """The flags of an engine's server, or of another program of it (`dynamo.vllm`, `trtllm-bench`).
+
+    A program without a table of its own has its engine's.
+
+    Raises:
+        UsageError: no such engine.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"No flags are known of engine {engine!r}.", f"Known: {', '.join(ENGINES)}.")
+    kept = json.loads(
+        resources.files("moetune.inputs").joinpath("flags").joinpath(f"{engine}.json").read_text(encoding="utf-8")
+    )
+    own = kept.get("programs", {}).get(program or "", {})
+    flags = kept["flags"] if not own else {**(kept["flags"] if own.get("extends", False) else {}), **own["flags"]}
+    removed = kept.get("removed", {}) if not own or own.get("extends", False) else own.get("removed", {})
+    current = {name: _flag(name, said) for name, said in flags.items()}
+    by_name = {one: flag for flag in current.values() for one in _long_names(flag)}
+    return FlagTable(
+        engine,
+        program or engine,
+        own.get("version", kept["version"]),
+        current,
+        own.get("abbreviations", kept["abbreviations"]),
+        own.get("dotted", kept["dotted"]),
+        {name: _flag(name, said) for name, said in removed.items() if name not in by_name},
+        by_name,
+        {one: flag for flag in current.values() for one in flag.short},
+    )
+
+
+def _flag(name: str, said: Mapping[str, Any]) -> Flag:
+    lists = {key: tuple(said.get(key, ())) for key in ("aliases", "short", "negative")}
+    return Flag(name, value=said["value"], spelled=said.get("spelled", f"--{name}"), note=said.get("note", ""), **lists)
+
+
+def _long_names(flag: Flag) -> Iterator[str]:
+    yield flag.name
+    yield from flag.aliases
+    yield from flag.negative
+
+
+def _plain(name: str) -> str:
+    """Without dashes before it, and `-` for `_`; what follows a dot is a key and stays."""
+    head, dot, key = name.lstrip("-").partition(".")
+    return head.replace("_", "-") + dot + key

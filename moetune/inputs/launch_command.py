@@ -1,0 +1,160 @@
+"""Finds the command of a shell text that serves a model, inside containers, launchers and nested shells."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from moetune.errors import UsageError
+from moetune.inputs import shell
+from moetune.inputs.shell import Command, Word
+
+FORMS: Final = (
+    "vllm serve MODEL …, python -m sglang.launch_server …, sglang serve …, trtllm-serve MODEL …, trtllm-bench …, "
+    "python -m dynamo.vllm …, or docker run … with one of these"
+)
+PROGRAMS: Final[Mapping[tuple[str, ...], tuple[str, str]]] = {
+    ("vllm", "serve"): ("vllm", "vllm serve"),
+    ("vllm.entrypoints.openai.api_server",): ("vllm", "vllm serve"),
+    ("sglang", "serve"): ("sglang", "sglang serve"),
+    ("sglang.launch_server",): ("sglang", "sglang serve"),
+    ("trtllm-serve", "serve"): ("trtllm", "trtllm-serve"),
+    ("trtllm-serve",): ("trtllm", "trtllm-serve"),
+    ("trtllm-bench",): ("trtllm", "trtllm-bench"),
+    ("dynamo.vllm",): ("vllm", "dynamo.vllm"),
+    ("dynamo.sglang",): ("sglang", "dynamo.sglang"),
+    ("dynamo.trtllm",): ("trtllm", "dynamo.trtllm"),
+}
+"""How a server is called: the words that call it → the engine, and the program whose flags follow."""
+_IMAGES: Final = (
+    (re.compile(r"(^|/)vllm/vllm-openai([:@-]|$)"), ("vllm", "vllm serve")),
+    (re.compile(r"(^|/)vllm-openai([:@-]|$)"), ("vllm", "vllm serve")),
+)
+"""Images whose entry point is a server: vLLM's `docker/Dockerfile` ends in `ENTRYPOINT ["vllm", "serve"]`; those of
+SGLang and TensorRT-LLM have none."""
+_CONTAINERS: Final = ("docker", "podman", "nerdctl")
+_SHELLS: Final = ("bash", "sh", "zsh", "dash")
+_TALK: Final = ("echo", "printf", "pip", "pip3", "git", "cd", "cat", "grep", "pkill", "curl", "watch", "sleep", "which")
+_DOCKERFILE: Final = re.compile(r"(CMD|ENTRYPOINT|RUN)\s+(?=\S)")
+_ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_LOOKS_TYPED: Final = {
+    "–": "an en dash", "—": "an em dash", "−": "a minus sign", "‐": "a typographic hyphen", "‑": "a fixed hyphen",
+    "“": "a typographic quote", "”": "a typographic quote", "‘": "a typographic quote", "’": "a typographic quote",
+    "\u00a0": "a no-break space",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """The command that serves: its engine, the program, the words after it and the variables that it sees."""
+
+    engine: str
+    program: str
+    arguments: tuple[Word, ...]
+    variables: Mapping[str, Word]
+    spelled: str
+
+
+def find(text: str) -> ServerCommand:
+    """The one command of `text` that serves a model.
+
+    Args:
+        text: a shell's lines, or a Dockerfile's `CMD` or `ENTRYPOINT`.
+
+    Raises:
+        UsageError: no server or more than one, a quote that does not close, or a typographic sign in a flag's place.
+    """
+    found = list(_servers(_commands(text, {})))
+    if not found:
+        shown = " ".join(text.split())
+        raise UsageError(f"--launch finds no server in {shown[:100]!r}.", f"It reads {FORMS}.")
+    if len(found) > 1:
+        listed = "; ".join(f"({number}) {one.spelled[:100]}" for number, one in enumerate(found, 1))
+        raise UsageError(f"--launch finds {len(found)} servers: {listed}.", "Give the line of one of them.")
+    for word in found[0].arguments:
+        _require_plain(word)
+    for command in _commands(text, {}):
+        if command.words[0].text.startswith("-") and command.words[0].text.strip("-"):
+            raise UsageError(
+                f"A command begins with {command.words[0].text}: the line before it does not end with a backslash, and "
+                "a shell would not give it to the server.",
+                "End every line but the last with a backslash.",
+            )
+    return found[0]
+
+
+def _commands(text: str, variables: Mapping[str, Word]) -> tuple[Command, ...]:
+    text = text.strip()
+    if match := _DOCKERFILE.match(text):
+        text = text[match.end() :]
+        try:
+            listed = json.loads(text)
+        except ValueError:
+            return shell.commands(text, variables)
+        if isinstance(listed, list) and all(isinstance(word, str) for word in listed):
+            return (Command(tuple(map(Word, listed)), variables),)
+    return shell.commands(text, variables)
+
+
+def _servers(commands: tuple[Command, ...]) -> Iterator[ServerCommand]:
+    for command in commands:
+        words = [word.text for word in command.words]
+        if words[0] in _TALK:
+            continue
+        nested = _nested(words)
+        if nested is not None:
+            yield from _servers(_commands(words[nested], _variables(command, nested)))
+        elif (called := _called(words)) is not None:
+            (engine, program), start = called
+            yield ServerCommand(engine, program, command.words[start:], _variables(command, start), " ".join(words))
+
+
+def _nested(words: list[str]) -> int | None:
+    """The index of the text that a shell among the words is to run: `bash -lc TEXT`."""
+    for index, word in enumerate(words):
+        if PurePosixPath(word).name in _SHELLS:
+            for later in range(index + 1, len(words) - 1):
+                if re.fullmatch(r"-[a-z]*c", words[later]):
+                    return later + 1
+    # docker run --entrypoint bash IMAGE -c TEXT
+    if "--entrypoint" in words and PurePosixPath(words[words.index("--entrypoint") + 1]).name in _SHELLS:
+        return next((index + 1 for index, word in enumerate(words[:-1]) if re.fullmatch(r"-[a-z]*c", word)), None)
+    return None
+
+
+def _called(words: list[str]) -> tuple[tuple[str, str], int] | None:
+    """The engine and the program that the words call, and the index of its first argument."""
+    for index, word in enumerate(words):
+        name = PurePosixPath(word).name if "/" in word else word
+        for calling, meant in PROGRAMS.items():
+            if (name, *words[index + 1 : index + len(calling)]) == calling:
+                return meant, index + len(calling)
+    if any(word in _CONTAINERS for word in words[:2]) and "run" in words[:4]:
+        for index, word in enumerate(words):
+            for image, meant in _IMAGES:
+                if image.search(word):
+                    return meant, index + 1
+    return None
+
+
+def _variables(command: Command, end: int) -> dict[str, Word]:
+    """What the command sees: the shell's variables, and `NAME=value` before its program (`env`, `docker run -e`)."""
+    given = {
+        word.text.split("=", 1)[0]: Word(word.text.split("=", 1)[1], word.unexpanded, word.assumed)
+        for word in command.words[:end]
+        if _ASSIGNMENT.match(word.text)
+    }
+    return {**command.variables, **given}
+
+
+def _require_plain(word: Word) -> None:
+    sign = word.text[:1]
+    if sign in _LOOKS_TYPED:
+        raise UsageError(
+            f"{word.text!r} begins with {_LOOKS_TYPED[sign]}, which no engine reads.",
+            "An editor has replaced the plain sign: write - for a dash, ' or \" for a quote.",
+        )

@@ -1,0 +1,120 @@
+"""Which layer a launch line serves: its model's name, and the precision that its flags make of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs import presets, repositories
+from moetune.inputs.launch_line import Line, known_text
+from moetune.spec.layer import MoELayer
+from moetune.spec.words import Precision
+
+_QUANTIZATIONS: Final[Mapping[str, Precision | None]] = {
+    "fp8": Precision.FP8_TENSOR,
+    "modelopt": None,
+    "modelopt-fp4": Precision.NVFP4,
+    "modelopt-fp8": Precision.FP8_TENSOR,
+    "mxfp4": Precision.MXFP4,
+    "compressed-tensors": None,
+}
+"""`--quantization` → the experts' precision; None where the checkpoint says it, as a quantized one does under `fp8`."""
+_DTYPES: Final = {"float16": Precision.FP16, "half": Precision.FP16, "float32": Precision.FP32, "float": Precision.FP32}
+_HARMLESS_OVERRIDES: Final = (
+    "architectures", "rope", "max_position", "max_model", "sliding", "index_", "use_index", "vision", "audio", "dtype",
+    "torch_dtype", "bos_", "eos_", "pad_", "tie_word", "auto_map", "num_nextn", "is_matryoshka", "matryoshka",
+)  # fmt: skip
+"""How the fields begin that say nothing of the experts."""
+
+
+class Model(NamedTuple):
+    """A model as `moetune.inputs.presets.layer` takes it, the precision where it is not the preset's, and warnings."""
+
+    model: str
+    precision: str | None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """What an engine's reader is given beside the line: the layer, the user's own options, and where to warn."""
+
+    layer: MoELayer
+    beside: Mapping[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        """Adds a warning, a whole sentence."""
+        self.warnings.append(message)
+
+
+def model_named(line: Line, *, precise: bool) -> Model:
+    """The model that the line serves: a path here, or a repository that moetune knows.
+
+    Args:
+        precise: whether the precision is given beside the line, so that the repository need not say it.
+
+    Raises:
+        UsageError: none is named, or neither a path here nor a repository whose experts moetune knows.
+    """
+    value = line.given("model-path", "model")
+    word = value.words[0] if value and value.words else (line.positional[0] if line.positional else None)
+    if word is None or not word.text:
+        swallowed = (
+            f" The engine has no flag {', '.join(line.unknown)}; it may have taken the name." if line.unknown else ""
+        )
+        raise UsageError(f"The launch line names no model.{swallowed}", "Give --model beside --launch.")
+    name = known_text(word, "The model")
+    if Path(name).exists():
+        return Model(name, None)
+    if "/" not in name and name.lower() in presets.names():
+        return Model(name.lower(), None)
+    found = repositories.find(name)
+    if found.precision == repositories.UNKNOWN and not precise:
+        raise UsageError(
+            f"The launch line's model {name} has the shape of {found.preset}, but moetune does not know how its "
+            "experts are quantized.",
+            "Give --precision beside --launch, or --model with the path of its config.json.",
+        )
+    return Model(found.preset, None if found.precision == repositories.UNKNOWN else found.precision)
+
+
+def precision_asked(line: Line, own: Precision) -> Precision | None:
+    """The precision that `--quantization` and `--dtype` make of experts that are `own` in the checkpoint.
+
+    None where the checkpoint's stays.
+
+    Raises:
+        UnsupportedError: a quantization whose experts moetune does not know.
+        UsageError: `--hf-overrides` changes the experts.
+    """
+    _require_no_overrides(line)
+    asked = line.text("quantization", "quant")
+    if asked is not None:
+        key = asked.lower().replace("_", "-")
+        if key not in _QUANTIZATIONS:
+            raise UnsupportedError(
+                f"--quantization {asked} makes experts that moetune does not know.",
+                f"It knows {', '.join(_QUANTIZATIONS)}; or give --precision beside --launch.",
+            )
+        return None if key == "fp8" and own is not Precision.BF16 else _QUANTIZATIONS[key]
+    dtype = line.text("dtype")
+    if dtype is None or own not in (Precision.BF16, Precision.FP16, Precision.FP32):
+        return None
+    if dtype in ("bfloat16", "bf16"):
+        return Precision.BF16 if own is not Precision.BF16 else None
+    return _DTYPES.get(dtype)
+
+
+def _require_no_overrides(line: Line) -> None:
+    for flag in ("hf-overrides", "json-model-override-args"):
+        changed = line.object(flag) or {}
+        deep = {key: value for key, value in changed.items() if not key.startswith(_HARMLESS_OVERRIDES)}
+        if deep:
+            raise UsageError(
+                f"--{flag} changes {', '.join(deep)}, which moetune does not read into the layer.",
+                "Give --model with a config.json that has these values, beside --launch.",
+            )

@@ -1,0 +1,107 @@
+"""Reads TensorRT-LLM's own flags, settings and variables (`trtllm-serve`, `trtllm-bench`, `TorchLlmArgs`).
+
+A setting of the file that `--config` (once `--extra_llm_api_options`) names overrides the flag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs import settings_file
+from moetune.inputs.dispatcher import trtllm_word
+from moetune.inputs.launch_line import TRUE, Line, number
+from moetune.inputs.launch_model import Deployed
+from moetune.inputs.settings_file import setting
+
+DECIDING: Final = (
+    "tp-size", "ep-size", "tensor-parallel-size", "moe-expert-parallel-size", "expert-parallel-size", "tp", "ep",
+    "max-num-tokens", "enable-attention-dp", "extra-llm-api-options", "config", "extra-engine-args",
+)  # fmt: skip
+_FILES: Final = ("extra-llm-api-options", "config", "extra-engine-args")
+_KERNELS: Final = {"cutlass": "flashinfer-cutlass", "wideep": "flashinfer-cutlass", "trtllm": "flashinfer-trtllm"}
+
+
+def options(line: Line, deployed: Deployed) -> dict[str, Any]:
+    """The options that a line of TensorRT-LLM stands for.
+
+    Raises:
+        UsageError: a value that cannot be used.
+        UnsupportedError: kernels that moetune does not tune.
+    """
+    path = line.text(*_FILES)
+    settings = settings_file.read(path, "--extra_llm_api_options") if path else {}
+    tp = _number(settings, "tensor_parallel_size") or line.number("tp-size", "tensor-parallel-size", "tp") or 1
+    ep = _experts_over(line, settings, tp)
+    asked = setting(settings, "enable_attention_dp")
+    own_tokens = line.switch("enable-attention-dp") if asked is None else str(asked).lower() in TRUE
+    word = "none"
+    if own_tokens:
+        forced = line.variable("TRTLLM_FORCE_COMM_METHOD") or line.variable("TRTLLM_FORCE_ALLTOALL_METHOD")
+        word = trtllm_word(forced) if forced else "attention_dp"
+    rows = _number(settings, "max_num_tokens") or line.number("max-num-tokens")
+    if rows is not None and own_tokens and (tp > ep or word in ("allgather", "nvlink_one_sided", "nvlink_two_sided")):
+        rows *= tp
+    return {
+        "ep": ep,
+        "tp": tp // ep,
+        "dispatch": f"trtllm:{word}",
+        "redundant_experts": _replicas(settings, deployed),
+        "tune_max_num_tokens": rows,
+        "backend": _backend(settings, deployed, own_tokens=own_tokens),
+    }
+
+
+def _experts_over(line: Line, settings: Mapping[str, Any], tp: int) -> int:
+    """The ranks that share the experts: what is given, else what the ranks that share one expert leave."""
+    ep = _number(settings, "moe_expert_parallel_size") or line.number(
+        "ep-size", "moe-expert-parallel-size", "expert-parallel-size", "ep"
+    )
+    moe_tp = _number(settings, "moe_tensor_parallel_size")
+    if ep is None and moe_tp is not None:
+        ep = max(1, tp // moe_tp)
+    ep = ep or 1
+    if tp % ep or (moe_tp is not None and ep * moe_tp != tp):
+        raise UsageError(
+            f"TensorRT-LLM's ep_size {ep}{f' and moe_tensor_parallel_size {moe_tp}' if moe_tp else ''} "
+            f"must divide tp_size {tp}."
+        )
+    return ep
+
+
+def _number(settings: Mapping[str, Any], name: str) -> int | None:
+    value = setting(settings, name)
+    return None if value is None else number(str(value), name)
+
+
+def _replicas(settings: Mapping[str, Any], deployed: Deployed) -> int | None:
+    """The slots of `moe_config.load_balancer` beyond the experts; it is an object or the path of a file with one."""
+    balancer = setting(settings, "moe_config", "load_balancer")
+    if isinstance(balancer, str):
+        balancer = settings_file.read(balancer, "moe_config.load_balancer")
+    slots = None if balancer is None else setting(balancer, "num_slots")
+    if slots is None:
+        return None
+    replicas = number(str(slots), "moe_config.load_balancer.num_slots") - deployed.layer.num_experts
+    if replicas < 0:
+        raise UsageError(
+            f"moe_config.load_balancer.num_slots = {slots} is less than the {deployed.layer.num_experts} experts of "
+            f"{deployed.layer.name}."
+        )
+    return replicas or None
+
+
+def _backend(settings: Mapping[str, Any], deployed: Deployed, *, own_tokens: bool) -> str | None:
+    if "backend" in deployed.beside:
+        return str(deployed.beside["backend"])
+    named = setting(settings, "moe_config", "backend")
+    if named is None or str(named).lower() == "auto":
+        return None
+    backend = _KERNELS.get(str(named).lower())
+    if backend is None:
+        raise UnsupportedError(
+            f"moe_config.backend {named} names MoE kernels that moetune does not tune.",
+            f"It tunes {', '.join(_KERNELS).upper()}; or give --backend beside --launch.",
+        )
+    return f"{backend}-routed" if own_tokens and backend == "flashinfer-trtllm" else backend

@@ -1,0 +1,67 @@
+"""Reads the YAML or JSON settings file that a launch line names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moetune.errors import UsageError
+from moetune.inputs.shell import Word
+
+
+def read(path: str, flag: str) -> dict[str, Any]:
+    """The settings of the file at `path`, an object; keys are as they stand there.
+
+    Args:
+        path: from the working folder.
+        flag: the flag that names it, for the error.
+
+    Raises:
+        UsageError: the file cannot be read, is no YAML, or holds no object.
+    """
+    hint = "Give its path as it is on this machine, or leave the flag out and give --dp, --ep … beside --launch."
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} {path}: the file cannot be read: {error}.", hint) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UsageError(f"{flag} {path}: the file is no YAML: {' '.join(str(error).split())}.") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise UsageError(f"{flag} {path}: the file must hold settings by name, found {type(found).__name__}.")
+    return {str(name): value for name, value in found.items()}
+
+
+def setting(settings: Mapping[str, Any], *names: str) -> Any:
+    """The value under the nested `names`; `-` and `_` are one. None where one of them is missing."""
+    found: Any = settings
+    for name in names:
+        if not isinstance(found, Mapping):
+            return None
+        found = {str(key).replace("-", "_"): value for key, value in found.items()}.get(name.replace("-", "_"))
+    return found
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[Word]:
+    """The settings as the words of a command line, as vLLM's and SGLang's own readers make them.
+
+    True is a switch, False and null are left out, a list gives one word an element, an object is JSON
+    (`FlexibleArgumentParser.load_config_file` of vLLM, `ConfigArgumentMerger` of SGLang).
+    """
+    words: list[Word] = []
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        words.append(Word(f"--{name.replace('_', '-')}"))
+        if isinstance(value, Mapping):
+            words.append(Word(json.dumps(value)))
+        elif isinstance(value, list):
+            words += [Word(json.dumps(one) if isinstance(one, Mapping | list) else str(one)) for one in value]
+        elif value is not True:
+            words.append(Word(str(value)))
+    return words

@@ -1,0 +1,253 @@
+"""How many of a token's k slots are one rank's, when the layer's router works on random logits.
+
+Experts of a group are exchangeable, and so are the groups. Hence all that a grouped router adds to chance is how many
+of a token's experts lie in one group: given these numbers (`group_counts`), which groups they belong to and which of a
+group's experts are chosen is uniform, and of an expert's replicas each is as likely. So every rank's law is a sum over
+the few ways to split k into the groups, exact but for their chances; and where those are simulated, the same
+simulation serves all ranks, with and without redundant experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Shard
+from moetune.workload.popularity import seeded_generator
+from moetune.workload.ranks import replicas, straddles
+from moetune.workload.router import has_closed_form, random_slots
+
+LAW_TOKENS = 16384
+
+Counts = tuple[int, ...]
+"""How many of a token's experts each of the router's groups has, ascending."""
+Chances = tuple[float, ...]
+"""Entry c: the chance of c local slots."""
+Group = tuple[tuple[tuple[int, int], int], ...]
+"""What a shard has of one group: ((local replicas, all replicas), how many experts have these) …"""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSlotLaw:
+    """`probabilities[c]`: the chance that c of a token's k slots are one rank's; `simulated`, or in closed form."""
+
+    probabilities: Chances
+    simulated: bool
+
+    @property
+    def hit_fraction(self) -> float:
+        """The chance that a token has something for the rank."""
+        return 1.0 - self.probabilities[0]
+
+    @property
+    def mean(self) -> float:
+        """Expected local slots of a token."""
+        return sum(count * probability for count, probability in enumerate(self.probabilities))
+
+
+@lru_cache(maxsize=1024)
+def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw:
+    """How many of a token's k slots lie in `shard` when the layer's router works on random logits.
+
+    An ungrouped router on independent logits chooses a uniform k-subset of E experts, so the number among L
+    given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). Where a group limit meets shards that are alike
+    (whole groups, or each in one), the law is that of `LAW_TOKENS` tokens of the router seeded by `seed`, averaged over
+    all shards of this size. Else it is the sum that the module describes.
+    """
+    experts, top_k, local = layer.num_experts, layer.top_k, shard.num_local
+    if has_closed_form(layer, shard):
+        ways = [math.comb(local, c) * math.comb(experts - local, top_k - c) for c in range(top_k + 1)]
+        return LocalSlotLaw(tuple(way / math.comb(experts, top_k) for way in ways), simulated=False)
+    if _slots_are_alike(layer, shard):
+        return LocalSlotLaw(_average_over_shards(layer, local, shard, seed), simulated=True)
+    counts = group_counts(layer, seed)
+    tables = [_table(group, top_k) for group in _groups(layer, shard)]
+    return LocalSlotLaw(_mixed(counts, tables, top_k), simulated=_counts_are_simulated(layer))
+
+
+@lru_cache(maxsize=1024)
+def slot_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[int, Chances], ...]:
+    """The local slots by kind: how many there are, and for each c the chance that one is among c local slots.
+
+    Slots are of one kind where their experts have as many replicas and lie in groups of which the shard has the same
+    part. The chance is c/L where all are of one kind.
+    """
+    top_k, local = layer.top_k, shard.num_local
+    if has_closed_form(layer, shard) or _slots_are_alike(layer, shard):
+        return ((local, tuple(count / local for count in range(top_k + 1))),)
+    law = local_slot_law(layer, shard, seed).probabilities
+    counts, groups = group_counts(layer, seed), _groups(layer, shard)
+    tables = [_table(group, top_k) for group in groups]
+    kinds = []
+    for group, alike in Counter(groups).items():
+        at = groups.index(group)
+        for (mine, copies), experts in group:
+            if mine:
+                with_it = [*tables[:at], _table_with(group, (mine, copies), top_k), *tables[at + 1 :]]
+                joint = _mixed(counts, with_it, top_k)
+                shares = tuple(
+                    together / chance if chance else 0.0 for together, chance in zip(joint, law, strict=True)
+                )
+                kinds.append((alike * experts * mine, shares))
+    return tuple(kinds)
+
+
+@lru_cache(maxsize=64)
+def group_counts(layer: MoELayer, seed: int = 0) -> tuple[tuple[Counts, float], ...]:
+    """How a token's k experts split into the router's groups, each way with its chance.
+
+    Without a group limit all experts are one group. Where a group is as good as its best expert, the chances follow
+    from the order of the experts alone: see `_counts_by_best`. Where its two best count, scores do, so these are the
+    frequencies among `LAW_TOKENS` tokens of the router seeded by `seed`.
+    """
+    if not layer.routing.grouped:
+        return (((layer.top_k,), 1.0),)
+    if not _counts_are_simulated(layer):
+        return _counts_by_best(layer)
+    generator = seeded_generator("group counts", layer.num_experts, layer.top_k, repr(layer.routing), seed)
+    experts, _ = random_slots(generator, layer, 0, layer.num_experts, LAW_TOKENS, layer.top_k)
+    group_size = layer.num_experts // layer.routing.num_groups
+    found = torch.zeros(LAW_TOKENS, layer.routing.num_groups, dtype=torch.int64)
+    found.scatter_add_(1, experts // group_size, torch.ones_like(experts))
+    ways = Counter(tuple(way) for way in found.sort(1).values.tolist())
+    return tuple((way, times / LAW_TOKENS) for way, times in sorted(ways.items()))
+
+
+def _counts_are_simulated(layer: MoELayer) -> bool:
+    return layer.routing.grouped and layer.routing.group_score == "top2"
+
+
+def _counts_by_best(layer: MoELayer) -> tuple[tuple[Counts, float], ...]:
+    """`group_counts` where the groups of the best experts are kept.
+
+    Take the experts from the best on. Each is any of those left with the same chance; once `top_k_groups` groups have
+    been met, experts of other groups are passed over. The first k that are not are the token's.
+    """
+    method, group_size = layer.routing, layer.num_experts // layer.routing.num_groups
+    met: dict[Counts, float] = {(): 1.0}
+    for taken in range(layer.top_k):
+        after: defaultdict[Counts, float] = defaultdict(float)
+        for counts, chance in met.items():
+            unmet = method.num_groups - len(counts) if len(counts) < method.top_k_groups else 0
+            left = group_size * (len(counts) + unmet) - taken
+            if unmet:
+                after[tuple(sorted((*counts, 1)))] += chance * unmet * group_size / left
+            for at, count in enumerate(counts):
+                if count == group_size:
+                    continue
+                one_more = tuple(sorted((*counts[:at], count + 1, *counts[at + 1 :])))
+                after[one_more] += chance * (group_size - count) / left
+        met = after
+    return tuple(((*(0,) * (method.num_groups - len(counts)), *counts), chance) for counts, chance in met.items())
+
+
+def _groups(layer: MoELayer, shard: Shard) -> list[Group]:
+    """What the shard has of each of the router's groups of which it has anything."""
+    num_groups = layer.routing.num_groups if layer.routing.grouped else 1
+    group_size = layer.num_experts // num_groups
+    local = Counter(slot % layer.num_experts for slot in range(shard.first, shard.first + shard.num_local))
+    groups = []
+    for first in range(0, layer.num_experts, group_size):
+        experts = range(first, first + group_size)
+        if any(local[expert] for expert in experts):
+            kinds = Counter((local[expert], replicas(layer.num_experts, shard, expert)) for expert in experts)
+            groups.append(tuple(sorted(kinds.items())))
+    return groups
+
+
+@cache
+def _table(group: Group, top_k: int) -> tuple[Chances, ...]:
+    """Entry j: the chances of local slots where j of the group's experts are chosen; none where it has fewer.
+
+    Each expert's slot is local with chance q = local replicas / all replicas. Of the polynomials 1 + t·(1 − q + q·z),
+    one for each expert, the product's coefficient of t^j is C(n, j) times the generating function wanted.
+    """
+    size = sum(experts for _, experts in group)
+    ways: list[list[float]] = [[1.0]]
+    for (mine, copies), experts in group:
+        q = mine / copies
+        of_kind = [
+            [math.comb(experts, j) * math.comb(j, c) * q**c * (1 - q) ** (j - c) for c in range(j + 1)]
+            for j in range(min(experts, top_k) + 1)
+        ]
+        product = [[0.0] * (j + 1) for j in range(min(len(ways) + len(of_kind) - 1, top_k + 1))]
+        for j, many in enumerate(ways):
+            for i, more in enumerate(of_kind[: len(product) - j]):
+                _add(product[j + i], _times(many, more), 1.0)
+        ways = product
+    return tuple(tuple(way / math.comb(size, j) for way in of_j) for j, of_j in enumerate(ways))
+
+
+def _table_with(group: Group, kind: tuple[int, int], top_k: int) -> tuple[Chances, ...]:
+    """As `_table`, but entry j: the chances that besides a given local slot of that kind's experts is chosen.
+
+    Its expert is among j of n with chance j/n, its slot among the replicas with 1/copies; the others are as in a group
+    without it.
+    """
+    others = Counter(dict(group))
+    others[kind] -= 1
+    rest = _table(tuple(sorted((+others).items())), top_k)
+    size = sum(experts for _, experts in group)
+    table: list[Chances] = [(0.0,)]
+    for j, of_others in enumerate(rest[:top_k], start=1):
+        table.append((0.0, *(j / size / kind[1] * chance for chance in of_others)))
+    return tuple(table)
+
+
+def _mixed(law: Iterable[tuple[Counts, float]], tables: Sequence[tuple[Chances, ...]], top_k: int) -> Chances:
+    """The chances of local slots where the counts of `law` fall on the groups in random order, `tables` first."""
+
+    @cache
+    def local_from(at: int, counts: Counts) -> Chances:
+        """Of the groups from the one at `at` on, among which `counts` are yet to be dealt."""
+        if at == len(tables):
+            return (1.0,)
+        chances = [0.0] * (top_k + 1)
+        for count, times in Counter(counts).items():
+            where = counts.index(count)
+            rest = local_from(at + 1, counts[:where] + counts[where + 1 :])
+            _add(chances, _times(tables[at][count], rest), times / len(counts))
+        return tuple(chances)
+
+    total = [0.0] * (top_k + 1)
+    for counts, chance in law:
+        _add(total, local_from(0, counts), chance)
+    return tuple(total)
+
+
+def _add(total: list[float], chances: Sequence[float], factor: float) -> None:
+    for count, chance in enumerate(chances):
+        if chance:
+            total[count] += factor * chance
+
+
+def _times(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """The product of two polynomials."""
+    product = [0.0] * (len(one) + len(other) - 1)
+    for i, a in enumerate(one):
+        if a:
+            for j, b in enumerate(other):
+                product[i + j] += a * b
+    return product
+
+
+def _slots_are_alike(layer: MoELayer, shard: Shard) -> bool:
+    """Whether every shard of `shard`'s size is whole router groups, or each lies in one, and none is redundant."""
+    local = shard.num_local
+    equal = shard.num_slots == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
+    return equal and not straddles(layer, local)
+
+
+def _average_over_shards(layer: MoELayer, local: int, shard: Shard, seed: int) -> Chances:
+    generator = seeded_generator("local slot law", layer.num_experts, layer.top_k, repr(layer.routing), shard, seed)
+    slots, _ = random_slots(generator, layer, 0, shard.num_slots, LAW_TOKENS, layer.top_k)
+    received = torch.zeros(LAW_TOKENS, layer.num_experts // local, dtype=torch.int64)
+    received.scatter_add_(1, slots // local, torch.ones_like(slots))
+    counts = torch.bincount(received.flatten(), minlength=layer.top_k + 1).tolist()
+    return tuple(count / received.numel() for count in counts)

@@ -1,0 +1,144 @@
+"""Which ranks see alike loads, and which rank stands for all in a tune. Pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal
+
+from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime, Shard
+
+RankWord = Literal["mean", "fullest"]
+RANK_WORDS: tuple[RankWord, ...] = ("mean", "fullest")
+"""The rank whose load is nearest the mean of all ranks; the rank that has most to compute."""
+
+
+def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:
+    """The rank that a tune measures.
+
+    A rank's load is the expected number of its slots in a token (k·L/E without redundant experts); where ranks tie
+    and rows arrive by hits (layouts deduplicated and pool), how its experts spread over the router's groups counts:
+    the more evenly, the more tokens reach the rank. Of ranks that still tie it is the lowest; where all ranks are
+    alike it is 0, whatever is asked.
+
+    Args:
+        layer, regime: whose ranks.
+        asked: `mean`, `fullest` or a rank. None is `mean` where shards are equal and `fullest` where they are not.
+
+    Raises:
+        UsageError: another word, no such rank, or the regime does not fit the layer.
+    """
+    if asked not in (None, *RANK_WORDS) and type(asked) is not int:
+        raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {asked!r}.")
+    even = equal_shards(layer, regime)
+    if isinstance(asked, int):
+        regime.shard(layer, asked)
+        return 0 if alike(layer, regime) else asked
+    if alike(layer, regime):
+        return 0
+    choose = _fullest if (asked or ("mean" if even else "fullest")) == "fullest" else _nearest_to_mean
+    ranks = choose(list(range(regime.ep_size)), lambda rank: _load(layer, regime, rank))
+    if layer.routing.grouped and regime.layout in ("deduplicated", "pool"):
+        ranks = choose(ranks, lambda rank: -_crowding(layer, regime.shard(layer, rank)))
+    return ranks[0]
+
+
+def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> Regime:
+    """`regime` with the rank that `asked` names, as `tuned_rank`: the key of what is tuned.
+
+    A rank that `regime` was given at its construction stays where none is asked.
+
+    Raises:
+        UsageError: as `tuned_rank`.
+    """
+    if asked is None and "rank" in regime.model_fields_set:
+        asked = regime.rank
+    rank = tuned_rank(layer, regime, asked)
+    return regime if rank == regime.rank else regime.model_copy(update={"rank": rank})
+
+
+def alike(layer: MoELayer, regime: Regime) -> bool:
+    """Whether every rank's kernel sees the same load but for the names of its experts.
+
+    Ranks differ where shards are uneven; and, except in packed rows, which stay within a shard, where experts are
+    redundant, or where shards cut a router's groups in different places.
+    """
+    if not equal_shards(layer, regime):
+        return False
+    num_local = regime.shard(layer, 0).num_local
+    return regime.layout == "packed" or not (regime.redundant_experts or straddles(layer, num_local))
+
+
+def equal_shards(layer: MoELayer, regime: Regime) -> bool:
+    """Whether every rank has as many slots."""
+    return (layer.num_experts + regime.redundant_experts) % regime.ep_size == 0
+
+
+def straddles(layer: MoELayer, num_local: int) -> bool:
+    """Whether equal shards of `num_local` experts cut the router's groups so that some shard has parts of two."""
+    group_size = layer.num_experts // layer.routing.num_groups
+    return layer.routing.grouped and num_local % group_size != 0 and group_size % num_local != 0
+
+
+def replicas(num_experts: int, shard: Shard, slot: int) -> int:
+    """How many of all slots hold the expert of `slot`: slot s holds expert s mod E."""
+    return (shard.num_slots - 1 - slot % num_experts) // num_experts + 1
+
+
+def slot_chances(layer: MoELayer, shard: Shard) -> list[float]:
+    """For each local slot, the chance that a token of the global router has it: k/E over the expert's replicas.
+
+    By symmetry of the experts it holds for grouped routers too.
+    """
+    share = layer.top_k / layer.num_experts
+    slots = range(shard.first, shard.first + shard.num_local)
+    return [share / replicas(layer.num_experts, shard, slot) for slot in slots]
+
+
+def _weights(num_experts: int, shard: Shard) -> list[tuple[int, Fraction]]:
+    """Each local slot's expert, and the part of its load that the slot gets."""
+    slots = range(shard.first, shard.first + shard.num_local)
+    return [(slot % num_experts, Fraction(1, replicas(num_experts, shard, slot))) for slot in slots]
+
+
+def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
+    """What a rank has to compute for a token, in experts' shares (k/E slots each); in packed rows, in slots of a row.
+
+    A balanced dummy counts slots, whatever they hold, except where the router's law says how many are local.
+    """
+    shard = regime.shard(layer, rank)
+    if regime.layout == "packed":
+        return Fraction(min(layer.top_k, shard.num_local))
+    if regime.distribution == "balanced" and regime.layout in (None, "slot"):
+        return Fraction(shard.num_local)
+    return sum((share for _, share in _weights(layer.num_experts, shard)), Fraction())
+
+
+def _crowding(layer: MoELayer, shard: Shard) -> Fraction:
+    """Σ over the router's groups of the squared load of those of the group's experts that are local.
+
+    Two experts of one group are chosen together more often than two of different groups, because a token's experts
+    come from few groups. So the number of local slots of a token, whose mean is given, varies the more the more
+    crowded the local experts are in few groups, and the fewer tokens have any.
+    """
+    group_size = layer.num_experts // layer.routing.num_groups
+    loads: defaultdict[int, Fraction] = defaultdict(Fraction)
+    for expert, share in _weights(layer.num_experts, shard):
+        loads[expert // group_size] += share
+    return sum((load * load for load in loads.values()), Fraction())
+
+
+def _fullest(ranks: list[int], value: Callable[[int], Fraction]) -> list[int]:
+    values = {rank: value(rank) for rank in ranks}
+    most = max(values.values())
+    return [rank for rank in ranks if values[rank] == most]
+
+
+def _nearest_to_mean(ranks: list[int], value: Callable[[int], Fraction]) -> list[int]:
+    values = {rank: value(rank) for rank in ranks}
+    mean = sum(values.values(), Fraction()) / len(values)
+    least = min(abs(one - mean) for one in values.values())
+    return [rank for rank in ranks if abs(values[rank] - mean) == least]
