@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
+    from moetune.workload.ranks import RankWord
 
 KERNELS = ("builtin", "vllm", "sglang")
 REMOTES = ("drop", "zero")
@@ -34,13 +35,14 @@ REMOTES = ("drop", "zero")
 class Question:
     """What a command is asked. Of `auto` the first able backend is `backend`; `auto` says that it stands for all.
 
-    `engine` is the one whose dispatcher was named, as `vllm`.
+    `regime` has the rank that is measured; `rank` is what was asked. `engine` is the one whose dispatcher was named, as
+    `vllm`.
     """
 
     layer: MoELayer
     regime: Regime
     backend: Backend
-    rank: int
+    rank: RankWord | int | None
     auto: bool = False
     engine: str | None = None
 
@@ -73,7 +75,10 @@ _QUESTION_OPTIONS = (
     ),
     click.option("--layout", type=click.Choice(LAYOUTS), help="How rows of an all-to-all arrive.  [default: packed]"),
     click.option(
-        "--rank", type=int, metavar="R", help="The rank that `plan` looks at; a profile serves all.  [default: 0]"
+        "--rank",
+        metavar="mean|fullest|R",
+        help="The rank that is measured for all: of the load nearest the mean, of the most load, or number R.  "
+        "[default: mean; fullest where shards are uneven]",
     ),
     click.option("--redundant-experts", type=int, metavar="N", help="Replicated experts." + _default(0)),
     click.option(
@@ -187,15 +192,17 @@ def ask(
     """
     from moetune.backends.registry import AUTO
     from moetune.inputs.options import resolve
+    from moetune.workload.ranks import of_rank
 
     layer, regime, rank, _ = resolve(model, **asked)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
+    regime = of_rank(layer, regime, rank)
     if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
         _say_what_dp_means(regime)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
     engine = (asked.get("dispatch") or "").partition(":")[0] if ":" in (asked.get("dispatch") or "") else None
-    question = Question(layer, regime, chosen, rank or 0, auto, engine)
+    question = Question(layer, regime, chosen, rank, auto, engine)
     _say_what_the_engine_prefers(question)
     return question
 

@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from moetune.errors import MoetuneError
+from moetune.errors import MoetuneError, UsageError
 
 VARIABLE = "MOETUNE_REGIME"
 TUNER_MODULE = "flashinfer.autotuner.autotuner"
@@ -65,6 +65,10 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     asked = parse(spelled)
     for warning in asked.warnings:
         logger.warning("moetune: %s: %s", VARIABLE, warning)
+    if isinstance(asked.rank, str):
+        raise UsageError(
+            f"--rank {asked.rank} in {VARIABLE}: an engine's process is one rank.", "Give its number, or leave it out."
+        )
     question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
     if obstacle := flashinfer_hook.obstacle():
         logger.warning("moetune: %s", obstacle)

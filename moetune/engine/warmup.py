@@ -17,6 +17,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.store import Store
+from moetune.workload.ranks import of_rank
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +39,7 @@ def session_for(
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     regime.shard(layer, rank or 0)
+    regime = of_rank(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
     return Session(layer, regime, rank, store, group, logger or logging.getLogger("moetune"))
 

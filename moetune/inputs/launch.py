@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,7 +10,7 @@ from typing import Any, Final
 from moetune.errors import UsageError
 from moetune.inputs import launch_sglang, launch_trtllm, launch_vllm
 from moetune.inputs.flag_table import table
-from moetune.inputs.launch_command import find
+from moetune.inputs.launch_command import ServerCommand, find
 from moetune.inputs.launch_line import Line, known_text, parse
 from moetune.inputs.launch_model import Deployed, model_named, precision_asked
 from moetune.inputs.options import SIZES, layer_of
@@ -25,6 +26,9 @@ _SETTINGS_FLAG: Final = {"vllm": "config", "sglang": "config", "trtllm": None}
 DECIDING: Final = frozenset(
     {*launch_vllm.DECIDING, *launch_sglang.DECIDING, *launch_trtllm.DECIDING, "model", "model-path", "config"}
 )
+_OTHER_DEVICE: Final = re.compile(r"/.*(rocm|[/-](cpu|xpu|tpu|hpu)(:|-|$))|/dev/kfd")
+"""In the words that start a container: an image for another device, or ROCm's device file."""
+_OTHER_DEVICE_VARIABLES: Final = ("TPU_BACKEND_TYPE", "HIP_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
     server = find(spelled)
     flags = table(server.engine, server.program)
     line = parse(server.arguments, flags, server.variables, _SETTINGS_FLAG[server.engine])
-    warnings = [*_unknown_flags(line, server.engine, server.program), *line.notes]
+    warnings = [*_unknown_flags(line, server.engine, server.program), *line.notes, *_other_devices(server)]
     warnings += [f"{one} is not set in the launch line; its default is taken." for one in line.assumed]
 
     found: dict[str, Any] = {}
@@ -77,6 +81,13 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
         found.pop("ladder", None)
     options = {name: value for name, value in found.items() if value is not None and name not in beside}
     return Launch(options, tuple(dict.fromkeys(warnings)))
+
+
+def _other_devices(server: ServerCommand) -> list[str]:
+    """What to say where the line names a device whose MoE kernels moetune has not."""
+    named = [word for word in server.launcher if _OTHER_DEVICE.search(word)]
+    named += [name for name in _OTHER_DEVICE_VARIABLES if name in server.variables]
+    return [f"{word} means a device without CUDA: nothing that moetune tunes is read there." for word in named[:1]]
 
 
 def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:

@@ -40,6 +40,7 @@ _CONTAINERS: Final = ("docker", "podman", "nerdctl")
 _SHELLS: Final = ("bash", "sh", "zsh", "dash")
 _TALK: Final = ("echo", "printf", "pip", "pip3", "git", "cd", "cat", "grep", "pkill", "curl", "watch", "sleep", "which")
 _DOCKERFILE: Final = re.compile(r"(CMD|ENTRYPOINT|RUN)\s+(?=\S)")
+_CONTAINERS_VARIABLE: Final = re.compile(r"^(--env=|-e=?)(?=[A-Za-z_]\w*=)")
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _LOOKS_TYPED: Final = {
     "–": "an en dash", "—": "an em dash", "−": "a minus sign", "‐": "a typographic hyphen", "‑": "a fixed hyphen",
@@ -50,13 +51,21 @@ _LOOKS_TYPED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """The command that serves: its engine, the program, the words after it and the variables that it sees."""
+    """The command that serves: its engine, the program, the words after it and the variables that it sees.
+
+    `launcher` are the words before the first argument: `docker run …` and the image, or `vllm serve`.
+    """
 
     engine: str
     program: str
     arguments: tuple[Word, ...]
     variables: Mapping[str, Word]
-    spelled: str
+    launcher: tuple[str, ...]
+
+    @property
+    def spelled(self) -> str:
+        """The whole command."""
+        return " ".join((*self.launcher, *(word.text for word in self.arguments)))
 
 
 def find(text: str) -> ServerCommand:
@@ -110,7 +119,9 @@ def _servers(commands: tuple[Command, ...]) -> Iterator[ServerCommand]:
             yield from _servers(_commands(words[nested], _variables(command, nested)))
         elif (called := _called(words)) is not None:
             (engine, program), start = called
-            yield ServerCommand(engine, program, command.words[start:], _variables(command, start), " ".join(words))
+            yield ServerCommand(
+                engine, program, command.words[start:], _variables(command, start), tuple(words[:start])
+            )
 
 
 def _nested(words: list[str]) -> int | None:
@@ -143,11 +154,12 @@ def _called(words: list[str]) -> tuple[tuple[str, str], int] | None:
 
 def _variables(command: Command, end: int) -> dict[str, Word]:
     """What the command sees: the shell's variables, and `NAME=value` before its program (`env`, `docker run -e`)."""
-    given = {
-        word.text.split("=", 1)[0]: Word(word.text.split("=", 1)[1], word.unexpanded, word.assumed)
-        for word in command.words[:end]
-        if _ASSIGNMENT.match(word.text)
-    }
+    given = {}
+    for word in command.words[:end]:
+        spelled = _CONTAINERS_VARIABLE.sub("", word.text)
+        if _ASSIGNMENT.match(spelled):
+            name, _, value = spelled.partition("=")
+            given[name] = Word(value, word.unexpanded, word.assumed)
     return {**command.variables, **given}
 
 

@@ -21,6 +21,10 @@ DECIDING: Final = (
 )  # fmt: skip
 _FILES: Final = ("extra-llm-api-options", "config", "extra-engine-args")
 _KERNELS: Final = {"cutlass": "flashinfer-cutlass", "wideep": "flashinfer-cutlass", "trtllm": "flashinfer-trtllm"}
+_ROWS_OF_ALL_RANKS: Final = ("allgather", "nvlink_one_sided", "nvlink_two_sided", "deepep")
+"""The dispatchers behind which a bucket counts the rows of all ranks; `max_num_tokens` is a rank's."""
+_DEFAULT_TOKENS: Final = 8192
+"""`TorchLlmArgs.max_num_tokens`."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
@@ -40,9 +44,11 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     if own_tokens:
         forced = line.variable("TRTLLM_FORCE_COMM_METHOD") or line.variable("TRTLLM_FORCE_ALLTOALL_METHOD")
         word = trtllm_word(forced) if forced else "attention_dp"
+    elif line.variable("TRTLLM_FORCE_COMM_METHOD"):
+        deployed.warn("TRTLLM_FORCE_COMM_METHOD does nothing without enable_attention_dp: every rank holds all rows.")
     rows = _number(settings, "max_num_tokens") or line.number("max-num-tokens")
-    if rows is not None and own_tokens and (tp > ep or word in ("allgather", "nvlink_one_sided", "nvlink_two_sided")):
-        rows *= tp
+    if own_tokens and (tp > ep or word in _ROWS_OF_ALL_RANKS):
+        rows = (rows or _DEFAULT_TOKENS) * tp
     return {
         "ep": ep,
         "tp": tp // ep,

@@ -48,6 +48,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     if not experts or dp == 1 or word is None:
         word = "allgather_reducescatter"
     replicas = _replicas(line)
+    _say_where_eplb_does_not_fit(line, deployed, replicas, world if experts else 1)
     _require_linear_placement(line, deployed, experts=experts, replicas=replicas)
     backend = _backend(line, deployed)
     on_flashinfer = (backend or "").startswith("flashinfer") or word.startswith("flashinfer")
@@ -83,6 +84,17 @@ def _replicas(line: Line) -> int:
             "Add --enable-eplb, or leave the redundant experts out.",
         )
     return replicas
+
+
+def _say_where_eplb_does_not_fit(line: Line, deployed: Deployed, replicas: int, ranks: int) -> None:
+    """vLLM's own conditions: `ParallelConfig._validate_parallel_config` and `FusedMoE`, which it checks at start."""
+    if not line.switch("enable-eplb"):
+        return
+    slots = deployed.layer.num_experts + replicas
+    if ranks == 1:
+        deployed.warn("vLLM refuses --enable-eplb without --enable-expert-parallel over more than one GPU.")
+    elif slots % ranks:
+        deployed.warn(f"vLLM refuses --enable-eplb where {slots} expert slots do not divide by {ranks} ranks.")
 
 
 def _require_linear_placement(line: Line, deployed: Deployed, *, experts: bool, replicas: int) -> None:

@@ -12,19 +12,20 @@ from moetune.inputs import presets
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.words import DISPATCHES
+from moetune.workload.ranks import RANK_WORDS, RankWord
 
 SIZES = ("experts", "top_k", "hidden", "intermediate")
 """The options that give a layer's sizes: all four of a model that has no name here, or some in place of a preset's."""
-TEXT = ("model", "precision", "dispatch", "layout", "distribution", "ladder")
-NUMBERS = (*SIZES, "ep", "tp", "rank", "redundant_experts", "seed", "draws", "tune_max_num_tokens")
+TEXT = ("model", "precision", "dispatch", "layout", "rank", "distribution", "ladder")
+NUMBERS = (*SIZES, "ep", "tp", "redundant_experts", "seed", "draws", "tune_max_num_tokens")
 
 
 class Asked(NamedTuple):
-    """What the options name; `rank` is None where it was not given. `warnings` are of the launch line."""
+    """What the options name; `rank` as `workload.ranks.of_rank` takes it. `warnings` are of the launch line."""
 
     layer: MoELayer
     regime: Regime
-    rank: int | None
+    rank: RankWord | int | None
     warnings: tuple[str, ...] = ()
 
 
@@ -101,7 +102,7 @@ def resolve(
     dp: bool | None = None,
     dispatch: str | None = None,
     layout: str | None = None,
-    rank: int | None = None,
+    rank: str | int | None = None,
     redundant_experts: int | None = None,
     distribution: str | None = None,
     seed: int | None = None,
@@ -138,8 +139,21 @@ def resolve(
     }
     explicit = {name: value for name, value in given.items() if value is not None}
     regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp, tp), **explicit})
-    regime.shard(layer, rank or 0)
-    return Asked(layer, regime, rank)
+    asked = _rank(rank)
+    regime.shard(layer, asked if isinstance(asked, int) else 0)
+    return Asked(layer, regime, asked)
+
+
+def _rank(spelled: str | int | None) -> RankWord | int | None:
+    if spelled is None or isinstance(spelled, int):
+        return spelled
+    for word in RANK_WORDS:
+        if spelled == word:
+            return word
+    try:
+        return int(spelled)
+    except ValueError:
+        raise UsageError(f"--rank must be {', '.join(RANK_WORDS)} or a number, given {spelled!r}.") from None
 
 
 def _dispatch(

@@ -6,12 +6,14 @@ import difflib
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetune.errors import UsageError
+from moetune.inputs import repositories
 from moetune.inputs.hf import layer_from_config
 from moetune.spec.layer import MoELayer
 from moetune.spec.words import Precision
@@ -23,6 +25,10 @@ SIZE_OPTIONS: Mapping[str, str] = {
     "intermediate_size": "--intermediate",
 }
 """The command line's names of a layer's sizes."""
+
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)")
+"""`owner/name`."""
 
 
 class Source(NamedTuple):
@@ -60,17 +66,29 @@ def source(name: str) -> Source:
 
 
 def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> MoELayer:
-    """A preset by its name, or the layer of a Hugging Face `config.json` or of the folder that holds one.
+    """A preset by its name, or the layer of a listed Hugging Face repository or of a `config.json`.
 
-    A path is what has a separator, ends in `.json` or is a folder. `precision` replaces the weights' own.
+    A path is what has a separator, ends in `.json` or is a folder, which then holds a `config.json`; where there is
+    none, `owner/name` is a repository of `repositories.json`. `precision` replaces the weights' own.
 
     Raises:
-        UsageError: no such preset, a config that cannot be used, or no such precision.
+        UsageError: no such preset or repository, a config that cannot be used, no such precision, or none given for a
+            repository whose precision is not known.
     """
     given = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and given.lower() in names():
         found = preset(given)
         return found if precision is None else MoELayer(**{**dict(found), "precision": precision})
+    if isinstance(name_or_path, str) and _REPOSITORY.fullmatch(given) and not os.path.exists(given):
+        known = repositories.find(given)
+        if known.precision == repositories.UNKNOWN and precision is None:
+            raise UsageError(
+                f"The model {given} has the shape of {known.preset}, but moetune does not know how its experts are "
+                "quantized.",
+                "Give --precision, or the path of its config.json.",
+            )
+        own = None if known.precision == repositories.UNKNOWN else known.precision
+        return layer(known.preset, precision or own)
     if not isinstance(name_or_path, str) or _is_path(given):
         return layer_from_config(given, precision=precision)
     return preset(given)

@@ -15,7 +15,6 @@ from importlib import resources
 from typing import Any, Final, NamedTuple
 
 from moetune.errors import UsageError
-from moetune.inputs import presets
 
 UNKNOWN: Final = "unknown"
 
@@ -29,17 +28,10 @@ class Repository(NamedTuple):
 
 @functools.cache
 def known() -> Mapping[str, Repository]:
-    """Every listed repository by its name in lower case, and each preset's own."""
+    """Every listed repository, by its name in lower case."""
     text = resources.files("moetune.inputs").joinpath("repositories.json").read_text(encoding="utf-8")
     listed: dict[str, Any] = json.loads(text)["repositories"]
-    own = {
-        presets.source(name).url.removeprefix("https://huggingface.co/").lower(): Repository(name, None)
-        for name in presets.names()
-    }
-    return {
-        **{name.lower(): Repository(entry["preset"], entry.get("precision")) for name, entry in listed.items()},
-        **own,
-    }
+    return {name.lower(): Repository(entry["preset"], entry.get("precision")) for name, entry in listed.items()}
 
 
 def find(name: str) -> Repository:

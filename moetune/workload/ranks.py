@@ -57,7 +57,7 @@ def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None
     if asked is None and "rank" in regime.model_fields_set:
         asked = regime.rank
     rank = tuned_rank(layer, regime, asked)
-    return regime if rank == regime.rank else regime.model_copy(update={"rank": rank})
+    return regime if asked is None and rank == regime.rank else regime.model_copy(update={"rank": rank})
 
 
 def alike(layer: MoELayer, regime: Regime) -> bool:

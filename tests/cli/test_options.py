@@ -260,3 +260,94 @@ def test_the_words_are_those_of_their_types():
     assert get_args(words.Dispatch) == words.DISPATCHES
     assert get_args(words.Layout) == words.LAYOUTS
     assert get_args(words.Strategy) == words.STRATEGIES
+
+
+SIZES = ("--experts", "64", "--top-k", "6", "--hidden", "2048", "--intermediate", "1024")
+
+
+def test_a_layer_may_be_given_by_its_sizes(moetune):
+    document = json.loads(moetune("plan", "--json", *SIZES, "--ep", "8").stdout)
+    sizes = [document["layer"][name] for name in ("num_experts", "top_k", "hidden_size", "intermediate_size")]
+    assert sizes == [64, 6, 2048, 1024]
+    assert (document["layer"]["name"], document["layer"]["precision"]) == ("custom", "bf16")
+    assert document["num_local_experts"] == 8
+
+
+def test_sizes_beside_a_model_replace_its_own(moetune):
+    layer = json.loads(moetune("plan", "--json", *QWEN, "--intermediate", "384").stdout)["layer"]
+    assert (layer["num_experts"], layer["intermediate_size"]) == (128, 384)
+
+
+def test_a_missing_size_is_named(moetune):
+    result = moetune("plan", "--experts", "64", "--top-k", "6", "--hidden", "2048")
+    _refused(result, "--experts, --top-k, --hidden given without --model", "--intermediate")
+
+
+REPLICAS = ("--model", "deepseek-r1", "--ep", "8", "--redundant-experts", "32", "--dispatch", "allgather")
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "slots"),
+    [((), 1, 576), (("--rank", "mean"), 1, 576), (("--rank", "fullest"), 1, 576), (("--rank", "0"), 0, 320)],
+)
+def test_the_rank_that_is_tuned_has_the_load_nearest_the_mean_or_is_the_one_asked(moetune, words, rank, slots):
+    document = json.loads(moetune("plan", "--json", *REPLICAS, *words, "--ladder", "512").stdout)
+    (bucket,) = document["buckets"]
+    assert (document["rank"], document["regime"].get("rank", 0)) == (rank, rank)
+    assert bucket["local_slots"] == pytest.approx(slots, abs=0.5)
+
+
+def test_uneven_shards_are_tuned_for_the_fullest_rank(moetune):
+    words = ("--model", "gpt-oss-20b", "--ep", "5", "--dispatch", "vllm:allgather_reducescatter")
+    assert json.loads(moetune("plan", "--json", *words).stdout)["num_local_experts"] == 7
+
+
+@pytest.mark.parametrize("command", ["plan", "tune", "show"])
+@pytest.mark.parametrize(("word", "said"), [("most", "mean, fullest or a number"), ("8", "rank must be 0 … 7")])
+def test_no_such_rank_is_refused_in_every_command(moetune, command, word, said):
+    _refused(moetune(command, *QWEN, "--ep", "8", "--rank", word), said)
+
+
+def test_a_rank_is_in_the_key_of_what_is_tuned():
+    assert ask("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather").regime.rank == 1
+    assert ask("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather", rank="0").regime.rank == 0
+    assert ask("deepseek-r1", ep=8, dispatch="allgather", rank="5").regime.rank == 0, "all ranks are alike"
+
+
+def test_a_bare_dp_is_said_to_be_no_load_of_vllm_or_sglang_before_anything_runs(moetune):
+    result = moetune("plan", *QWEN, "--ep", "8", "--dp")
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: --dp alone")]
+    assert "trtllm:attention_dp" in note
+    assert "No dispatcher of vLLM or SGLang brings such rows" in note
+    assert "--dp alone" not in moetune("plan", *QWEN, "--ep", "8", "--dispatch", "vllm:allgather_reducescatter").stderr
+
+
+def test_kernels_that_the_engine_prefers_are_said_before_anything_runs(moetune):
+    words = ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "vllm:allgather_reducescatter")
+    result = moetune("plan", *words, "--backend", "triton")
+    assert "note: for fp8_block experts at EP 8 on Hopper vllm prefers" in result.stderr
+    assert "--moe-backend triton" in result.stderr
+
+
+def test_warnings_of_a_launch_line_are_said(moetune):
+    result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --gremlins 3")
+    assert result.exit_code == 0
+    assert "warning: vllm serve has no flag --gremlins (vllm 0.33.0). It is left out." in result.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "docker run vllm/vllm-openai-rocm:latest Qwen/Qwen3-30B-A3B",
+        "docker run --device=/dev/kfd vllm/vllm-openai Qwen/Qwen3-30B-A3B",
+        "docker run vllm/vllm-openai-cpu:latest-x86_64 --model Qwen/Qwen3-30B-A3B",
+        "export TPU_BACKEND_TYPE=jax; vllm serve Qwen/Qwen3-30B-A3B",
+    ],
+)
+def test_a_device_without_cuda_is_said(moetune, line):
+    assert "means a device without CUDA" in moetune("plan", "--launch", line).stderr
+
+
+def test_a_typo_in_a_deciding_flag_is_an_error_with_the_nearest_one(moetune):
+    result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-paralel > log")
+    _refused(result, "no flag --enable-expert-paralel", "The nearest is --enable-expert-parallel")

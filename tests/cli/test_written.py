@@ -1,0 +1,87 @@
+"""`moetune tune --export`: from a launch line to a folder that the engine reads."""
+
+import importlib
+import json
+
+import pytest
+
+from moetune.cli.options import ask
+from moetune.cli.written import question_of_engine
+from moetune.errors import UsageError
+from moetune.spec.environment import Environment
+from moetune.store.profile import Choice, Profile
+
+LAUNCH = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep --moe-backend triton > log"
+SLUG = "ep8-tp1-dp-allgather-random"
+NAME = "E=16,N=1536,device_name=NVIDIA_H200.json"
+TACTIC = {
+    "BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """A tune that answers any question with one bucket, and the questions that it was asked."""
+    asked = []
+
+    def answer(layer, regime, *, backend, on_event, **options):
+        asked.append((layer, regime, backend))
+        choice = Choice(
+            rows=regime.buckets[0], tactic=TACTIC, time_us=8.0, default_tactic=TACTIC, default_time_us=8.0, gain=1.0,
+            gain_low=1.0, gain_high=1.0, noise=0.01, tried=9, candidates=9, load=(4,), max_load=4,
+            measured_at="2026-11-27T12:00:00Z",
+        )  # fmt: skip
+        strict = {"compute_capability": "9.0", "triton": "3.6.0", "remote": "drop"}
+        environment = Environment(device="NVIDIA H200", strict=strict)
+        return Profile(layer=layer, regime=regime, backend=backend.name, environment=environment, choices=(choice,))
+
+    monkeypatch.setattr(importlib.import_module("moetune.tune"), "tune", answer)
+    return asked
+
+
+def test_one_command_leads_from_a_launch_line_to_a_folder_that_the_engine_reads(moetune, tuned, tmp_path):
+    out, store = tmp_path / "out", tmp_path / "store"
+    result = moetune("tune", "--launch", LAUNCH, "--export", out, "--store", store)
+    assert result.exit_code == 0, result.stderr
+    assert f"export VLLM_TUNED_CONFIG_FOLDER={out.resolve()}/{SLUG}" in result.stdout.splitlines()
+    table = json.loads((out / SLUG / NAME).read_text())
+    assert table["1"] == {name: value for name, value in TACTIC.items() if name != "triton_version"}
+    ((_, regime, backend),) = tuned
+    assert (regime.slug, backend.name) == (SLUG, "triton")
+
+
+def test_the_json_document_has_what_was_written(moetune, tuned, tmp_path):
+    words = ("tune", "--launch", LAUNCH, "--export", tmp_path / "out", "--store", tmp_path / "store", "--json")
+    exported = json.loads(moetune(*words).stdout)["exported"]
+    assert exported["target"] == "vllm"
+    assert exported["variables"] == {"VLLM_TUNED_CONFIG_FOLDER": str((tmp_path / "out" / SLUG).resolve())}
+    assert [file["state"] for file in exported["files"]] == ["written"] * len(exported["files"])
+
+
+def test_without_an_engine_nothing_is_tuned(moetune, tuned, tmp_path):
+    result = moetune("tune", "--model", "qwen3-30b-a3b", "--ep", "8", "--export", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "--export does not know for which engine" in result.stderr
+    assert not tuned
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "dp", "backend", "remote"),
+    [
+        ("vllm:allgather_reducescatter", None, "triton", "drop"),
+        ("sglang:none", None, "triton", "zero"),
+        ("trtllm:attention_dp", None, "flashinfer-trtllm-routed", None),
+        ("trtllm:none", False, "flashinfer-trtllm", None),
+    ],
+)
+def test_auto_becomes_the_backend_that_the_engines_files_need(dispatch, dp, backend, remote):
+    question = question_of_engine(ask("deepseek-r1", ep=8, dispatch=dispatch, dp=dp))
+    assert (question.backend.name, question.auto) == (backend, False)
+    if remote is not None:
+        assert question.backend.environment()["remote"] == remote
+
+
+def test_kernels_that_read_no_file_are_refused():
+    question = ask("qwen3-30b-a3b", ep=8, dispatch="vllm:allgather_reducescatter", backend="flashinfer-cutlass")
+    with pytest.raises(UsageError, match="reads files for Triton kernels only, not for flashinfer-cutlass"):
+        question_of_engine(question)
