@@ -14,8 +14,8 @@ from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates
+    from moetune.spec.words import RankWord
     from moetune.workload.dispatch import Expectation
-    from moetune.workload.ranks import RankWord
 
 WEIGHT_BITS: Mapping[Precision, Fraction] = {
     Precision.FP32: Fraction(32),

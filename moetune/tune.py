@@ -38,7 +38,7 @@ What a search under way is likely to propose next precedes both (see `Batch.like
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
     from moetune.measure.bench import BenchLike
-    from moetune.workload.ranks import RankWord
+    from moetune.spec.words import RankWord
 
 
 def tune(

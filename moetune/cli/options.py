@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
-    from moetune.workload.ranks import RankWord
+    from moetune.spec.words import RankWord
 
 KERNELS = ("builtin", "vllm", "sglang")
 REMOTES = ("drop", "zero")
@@ -106,7 +106,7 @@ _QUESTION_OPTIONS = (
     click.option(
         "--remote",
         type=click.Choice(REMOTES),
-        help="What becomes of slots of other ranks' experts there.  [default: sglang's kernel zero, else drop]",
+        help="What becomes of slots of other ranks' experts.  [default: zero with sglang's kernel or words, else drop]",
     ),
 )
 _NAMES = (
@@ -199,9 +199,11 @@ def ask(
     regime = of_rank(layer, regime, rank)
     if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
         _say_what_dp_means(regime)
+    engine = (asked.get("dispatch") or "").partition(":")[0] if ":" in (asked.get("dispatch") or "") else None
+    if engine == "sglang" and backend == "triton" and kernel is None and remote is None:
+        remote = "zero"
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
-    engine = (asked.get("dispatch") or "").partition(":")[0] if ":" in (asked.get("dispatch") or "") else None
     question = Question(layer, regime, chosen, rank, auto, engine)
     _say_what_the_engine_prefers(question)
     return question

@@ -8,13 +8,15 @@ tuned by each rank for itself, so entries stand under every rank. `tactic` is th
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer import trtllm_pair
-from moetune.export.trtllm_keys import Runner, keys, runner
+from moetune.export.trtllm_keys import Runner, Spelling, Version, keys, runner, spellings
 from moetune.spec.ladder import Ladder
 from moetune.spec.words import Precision
 from moetune.store.profile import Choice, Profile
@@ -30,7 +32,7 @@ Set `TLLM_AUTOTUNER_CACHE_PATH={FOLDER}/FILE.json` for every rank of `trtllm-ser
 around your own warm-up, with MoE backend `TRTLLM`. The engine measures what the file lacks and writes it back: give it
 a copy.
 
-One file serves this deployment only: TensorRT-LLM's keys hold neither ep nor attention DP.
+One file serves this deployment only: the keys of most versions hold neither ep nor attention DP.
 """
 _NUMBERING: Final = (
     "config counts the kernels of FlashInfer's trtllm-gen build, TensorRT-LLM counts its own: the file is right only "
@@ -42,16 +44,17 @@ def export(profile: Profile, version: str | None = None) -> Export:
     """One cache file for every bucket and every rank of the profile's regime.
 
     TensorRT-LLM's buckets are powers of two to 8192, and the maximum where it is larger; under attention DP it divides
-    the rows by ep first. Each gets the tactic that the profile looks up for the rows that then enter the kernel.
+    the rows by ep first. Each gets the tactic that `lookups` finds. Where moetune cannot tell how a version spells its
+    keys, the file has both spellings and a note says so.
 
     Args:
         profile: of one of `BACKENDS`.
-        version: of TensorRT-LLM, for the metadata.
+        version: of TensorRT-LLM, which decides the keys' spelling; `1.3.0rc25` or `1.3.0`.
 
     Raises:
         UsageError: no version, or one whose files have another format.
-        UnsupportedError: another backend, a layer that no runner computes, or a tactic that the backend cannot have
-            listed.
+        UnsupportedError: another backend, rows of one slot, a layer that no runner computes, or a tactic that the
+            backend cannot have listed.
     """
     if profile.backend not in BACKENDS:
         raise UnsupportedError(
@@ -59,28 +62,44 @@ def export(profile: Profile, version: str | None = None) -> Export:
             f"Tune with --backend {BACKENDS[1]}.",
         )
     regime = profile.regime
-    known = _runner(profile)
+    if regime.layout == "slot":
+        raise UnsupportedError(
+            "No dispatcher of TensorRT-LLM brings rows of one slot to these kernels.",
+            "Tune with --dispatch trtllm:attention_dp, or the word of your TRTLLM_FORCE_COMM_METHOD.",
+        )
+    known, wanted = _runner(profile), _version(version)
+    spelled = spellings(known, None if version is None else _parsed(wanted))
     ranks = {
-        f"rank_{rank}": dict(_entries(profile, known, rank % regime.ep_size))
+        f"rank_{rank}": dict(_entries(profile, known, rank % regime.ep_size, spelled))
         for rank in range(regime.ep_size * regime.tp_size)
     }
-    document = {"metadata": _metadata(profile, _version(version)), "shared": {}, **ranks}
+    document = {"metadata": _metadata(profile, wanted), "shared": {}, **ranks}
     count = len(ranks["rank_0"])
-    notes = (f"{known.name}: {count} entries for each of {len(ranks)} ranks.",)
+    notes = [f"{known.name}: {count} entries for each of {len(ranks)} ranks."]
+    if len(spelled) > 1:
+        notes.append(
+            f"The keys of {known.name} are spelled in {len(spelled)} ways (#15297, #17328, #18189), and moetune does "
+            f"not know {f'that of {version}' if version else 'yours without --for-version'}: the file has them all."
+        )
     name = f"trtllm-{known.op}-{profile.layer.slug}.json"
     return Export(
         {name: json.dumps(document, indent=2) + "\n"},
         _USAGE,
         variables={"TLLM_AUTOTUNER_CACHE_PATH": f"{FOLDER}/{name}"},
         warnings=(_NUMBERING,),
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
 def lookups(profile: Profile) -> dict[int, Choice]:
-    """TensorRT-LLM's buckets, each with the choice for the fewest rows that are looked up there."""
+    """TensorRT-LLM's buckets, each with the choice for the fewest rows that are looked up there.
+
+    A packed row has all its slots here, as ep rows of a real step have in the mean: the tuner's bucket, the rows
+    divided by ep, is a bucket of packed rows as it stands (#13667). Other layouts and an all-gather count real rows.
+    """
     regime = profile.regime
-    factor = regime.ep_size if regime.attention_dp else regime.ladder.divisor
+    real_rows = regime.attention_dp and regime.layout != "packed"
+    factor = regime.ep_size if real_rows else regime.ladder.divisor
     largest = regime.tune_max_num_tokens * regime.ladder.divisor // factor
     buckets = Ladder(name="pow2").buckets(max(largest, 8192))
     return {bucket: profile.choice(bucket * factor) for bucket in buckets}
@@ -98,11 +117,14 @@ def _runner(profile: Profile) -> Runner:
     return runner(precision, strict.get("activations") or measured or precision.value)
 
 
-def _entries(profile: Profile, known: Runner, ep_rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(
+    profile: Profile, known: Runner, ep_rank: int, spelled: tuple[Spelling, ...]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for bucket, choice in lookups(profile).items():
         tactic = repr(list(trtllm_pair(profile, choice.tactic)))
-        for key in keys(known, profile.layer, profile.regime, ep_rank, bucket):
-            yield key, {"runner_id": 0, "tactic": tactic, "min_time": choice.time_us / 1000}
+        for spelling in spelled:
+            for key in keys(known, profile.layer, profile.regime, ep_rank, bucket, spelling):
+                yield key, {"runner_id": 0, "tactic": tactic, "min_time": choice.time_us / 1000}
 
 
 def _version(version: str | None) -> str:
@@ -116,6 +138,14 @@ def _version(version: str | None) -> str:
             f"It writes those from {'.'.join(map(str, OLDEST))} on.",
         )
     return wanted
+
+
+def _parsed(version: str) -> Version:
+    """`1.3.0rc25` as (1, 3, 0, 25); a release has ∞ for the candidate, a part that is not given is 0."""
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?", version)
+    assert found is not None
+    major, minor, patch, candidate = found.groups()
+    return int(major), int(minor), int(patch or 0), math.inf if candidate is None else int(candidate)
 
 
 def _metadata(profile: Profile, version: str) -> dict[str, Any]:

@@ -147,10 +147,10 @@ def runner(precision: Precision, activation: str) -> Runner:
     )
 
 
-def spellings(known: Runner, version: Version) -> tuple[Spelling, ...]:
-    """How the unique_id of `known` may be spelled in `version`: one way, or two where moetune cannot tell.
+def spellings(known: Runner, version: Version | None) -> tuple[Spelling, ...]:
+    """How the unique_id of `known` may be spelled in `version`: one way, or several where moetune cannot tell.
 
-    A file with both serves either: the engine finds the one that it spells, and leaves the other.
+    None is a version that is not given. A file with all serves each: the engine finds the ones that it spells.
     """
     fused = _may_have(version, FUSED) if known.precision is Precision.FP8_BLOCK else (False,)
     deployment: tuple[bool, ...] = (False,)
@@ -161,12 +161,12 @@ def spellings(known: Runner, version: Version) -> tuple[Spelling, ...]:
     return tuple(Spelling(one, other) for one in fused for other in deployment)
 
 
-def _may_have(version: Version, change: tuple[Version, Version]) -> tuple[bool, ...]:
+def _may_have(version: Version | None, change: tuple[Version, Version]) -> tuple[bool, ...]:
     """Whether a version has a change that came after the first of two versions and no later than the second."""
     first, last = change
-    if version <= first:
-        return (False,)
-    return (True,) if version >= last else (False, True)
+    if version is None or first < version < last:
+        return (False, True)
+    return (version >= last,)
 
 
 def keys(

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
 
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-
-RankWord = Literal["mean", "fullest"]
-RANK_WORDS: tuple[RankWord, ...] = ("mean", "fullest")
-"""The rank whose load is nearest the mean of all ranks; the rank that has most to compute."""
+from moetune.spec.words import RANK_WORDS, RankWord
 
 
 def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:

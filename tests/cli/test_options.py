@@ -351,3 +351,12 @@ def test_a_device_without_cuda_is_said(moetune, line):
 def test_a_typo_in_a_deciding_flag_is_an_error_with_the_nearest_one(moetune):
     result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-paralel > log")
     _refused(result, "no flag --enable-expert-paralel", "The nearest is --enable-expert-parallel")
+
+
+def test_slots_of_other_ranks_are_zeros_where_sglang_reads_the_table():
+    def remote(**asked):
+        return ask("qwen3-30b-a3b", ep=8, backend="triton", **asked).backend.environment()["remote"]
+
+    assert remote(dispatch="sglang:none") == "zero"
+    assert remote(dispatch="sglang:none", remote="drop") == "drop"
+    assert remote(dispatch="vllm:allgather_reducescatter") == "drop"

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from trtllm_reader import Call, Reader
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export import export as exported
 from moetune.export.base import FOLDER
-from moetune.export.trtllm import export
+from moetune.export.trtllm import export, lookups
 from moetune.export.trtllm_keys import RUNNERS
 from moetune.inputs.presets import preset
 from moetune.spec.layer import MoELayer, RoutingMethod
@@ -152,6 +153,57 @@ def test_each_of_the_six_runners_hits(layer, strict, call):
     reader = Reader(text_of(given), 5)
     for rows in (1, 48, 4096):
         assert reader.choose(call(rows), ep_size=8) == listed(given.tactic(rows)), rows
+
+
+@pytest.mark.parametrize(
+    ("version", "old", "new"),
+    [
+        (None, True, True),
+        ("1.2.0", True, False),
+        ("1.3.0rc21", True, False),
+        ("1.3.0rc25", True, True),
+        ("1.3.0rc27", False, True),
+        ("1.3.0", False, True),
+    ],
+)
+@pytest.mark.parametrize(
+    ("layer", "strict", "call", "unique_id"),
+    [
+        (preset("deepseek-r1"), {"fp8_block_layout": "plain"}, r1_fp8, (8, 0, 2048, 32, 0)),
+        (
+            GPT_OSS,
+            {"mxfp4_activations": "mxfp8"},
+            lambda rows: gpt_oss("mxfp8", rows),
+            (4, 2944, 2880, 2880, 16, 0, False, 8),
+        ),
+    ],
+)
+def test_keys_are_spelled_as_the_version_spells_them(version, old, new, layer, strict, call, unique_id):
+    given = made(layer, PURE_EP8, strict)
+    result = export(given, version)
+    ((_, text),) = result.files.items()
+    hits = [
+        Reader(text, 0).choose(one, ep_size=8) == listed(given.tactic(64))
+        for one in (call(64), replace(call(64), unique_id=unique_id))
+    ]
+    assert hits == [old, new]
+    assert any("spelled in 2 ways" in note for note in result.notes) == (old and new)
+
+
+def test_packed_rows_of_an_undivided_ladder_stand_for_the_rows_that_they_were_measured_at():
+    given = made(R1, Regime(ep_size=8, attention_dp=True))
+    reader = Reader(text_of(given), 0)
+    for rows in (8, 64, 4096):
+        found = reader.choose(r1_nvfp4(rows, ids=True), ep_size=8, use_dp=True)
+        assert found == listed(given.tactic(rows // 8)), rows
+    assert {bucket: choice.rows for bucket, choice in lookups(given).items()} == {
+        rows: rows for rows in Regime(ep_size=8, attention_dp=True).buckets
+    }
+
+
+def test_rows_of_one_slot_are_refused():
+    with pytest.raises(UnsupportedError, match="rows of one slot"):
+        export(made(R1, Regime(ep_size=8, attention_dp=True, layout="slot")))
 
 
 def test_the_file_is_the_golden_one():
