@@ -235,10 +235,10 @@ def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
 
     vLLM's list ends with its last key, whatever the rows are.
     """
-    if isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
+    if ladder.name != "vllm" or isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
         return maximum
     default = DEFAULT_TUNE_MAX_NUM_TOKENS
     last = ladder.buckets(default)[-1]
-    if ladder.name != "vllm" or ladder.buckets(maximum)[-1:] != (last,):
+    if ladder.buckets(maximum)[-1:] != (last,):
         return maximum
     return default if ladder.served(last, default) == ladder.served(last, maximum) else maximum

@@ -95,6 +95,7 @@ def test_a_question_given_in_full_has_the_key_of_the_short_one(regime):
         ({"layout": "pool"}, {"attention_dp": True, "dispatch": "alltoall", "layout": "pool"}),
         ({"distribution": "Balanced"}, {"distribution": "balanced", "draws": 1}),
         ({"ladder": "1,2,4"}, {"ladder": [1, 2, 4], "tune_max_num_tokens": 8192}),
+        ({"ladder": "8193,8194"}, {"ladder": (8193, 8194), "tune_max_num_tokens": 8194}),
         ({"ladder": "1,10000"}, {"ladder": (1, 10000), "tune_max_num_tokens": 10000}),
         ({"ep_size": None, "dispatch": None}, {"ep_size": 1}),
     ],
