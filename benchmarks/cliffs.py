@@ -34,7 +34,7 @@ from flashinfer_common import (
 )
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -66,7 +66,7 @@ def cliffs(lines: Sequence[Mapping[str, Any]], gemm: str) -> dict[str, float]:
 
 def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     """Every tactic's time at each load, and the picks of FlashInfer and of moetune."""
-    from moetune.tune import tune
+    from moetune.tuning.tune import tune
 
     backend = _backend()
     routing = realize(layer, regime, rows)

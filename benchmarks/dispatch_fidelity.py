@@ -39,8 +39,7 @@ from flashinfer_common import (
 )
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
-from moetune.bucket import Bucket, BucketTuner
+from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.search.base import Search
@@ -49,8 +48,9 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
+from moetune.tuning.bucket import Bucket, BucketTuner
 from moetune.workload.dispatch import met_rows, rows_for_tokens
-from moetune.workload.popularity import seeded_generator
+from moetune.workload.distribution import seeded_generator
 from moetune.workload.router import is_local, random_slots
 from moetune.workload.routing import Routing
 

@@ -36,7 +36,7 @@ from flashinfer_common import (
     warm_flashinfer,
 )
 
-from moetune.backends.flashinfer_cutlass import UNTUNED, FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import UNTUNED, FlashInferCutlassBackend
 from moetune.inputs.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -66,7 +66,7 @@ def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Re
     """Both tuners' choices by rows, and their seconds."""
     import torch
 
-    from moetune.tune import tune
+    from moetune.tuning.tune import tune
 
     backend, largest = FlashInferCutlassBackend(), max(regime.buckets)  # its weights are freed at the end
     warm_flashinfer()

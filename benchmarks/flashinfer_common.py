@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.inputs.presets import layer as preset
 from moetune.search.base import Search
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 from moetune.workload.routing import realize
 
 UNSEEN = 100_000

@@ -90,8 +90,8 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     """Each choice that the table can judge, interleaved with the exhaustive winners on draws that nobody has seen."""
     from moetune.backends.base import Problem
     from moetune.backends.registry import backend as backend_of
-    from moetune.bucket import untouched_draws
     from moetune.measure.clock import CudaClock
+    from moetune.tuning.bucket import untouched_draws
     from moetune.workload.routing import realize
 
     table, profile = json.loads(table_path.read_text()), Profile.model_validate_json(profile_path.read_text())

@@ -34,9 +34,7 @@ import moetune
 from moetune import stats
 from moetune.backends.base import Backend, Problem
 from moetune.backends.registry import backend as backend_of
-from moetune.bucket import untouched_draws
 from moetune.errors import UsageError
-from moetune.events import BucketStarted, Event
 from moetune.inputs.presets import layer as layer_of
 from moetune.measure.bench import Bench
 from moetune.measure.clock import Clock, CpuClock, CudaClock
@@ -45,6 +43,8 @@ from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.tuning.bucket import untouched_draws
+from moetune.tuning.events import BucketStarted, Event
 from moetune.workload.routing import realize
 
 MODELS = ("qwen3-235b-a22b", "deepseek-r1")

@@ -26,7 +26,7 @@ from typing import Any
 from flashinfer_common import bf16_layer, own_pick, unseen_problem, warm_flashinfer
 
 import moetune
-from moetune.backends.flashinfer_cutlass import FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 

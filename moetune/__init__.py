@@ -10,65 +10,55 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from moetune._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from moetune.compare import tune_all as tune_all
-    from moetune.comparison import Comparison as Comparison
     from moetune.engine.warmup import warmup as warmup
     from moetune.inputs.presets import layer as layer
-    from moetune.plan import plan as plan
     from moetune.spec.layer import MoELayer as MoELayer
     from moetune.spec.regime import Regime as Regime
     from moetune.spec.tactic import Tactic as Tactic
     from moetune.store.profile import Profile as Profile
-    from moetune.tune import load as load
-    from moetune.tune import tune as tune
+    from moetune.tuning.comparison import Comparison as Comparison
+    from moetune.tuning.plan import plan as plan
+    from moetune.tuning.tune import load as load
+    from moetune.tuning.tune import tune as tune
+    from moetune.tuning.tune_all import tune_all as tune_all
     from moetune.workload.packing import pack_topk as pack_topk
     from moetune.workload.packing import unpack_topk as unpack_topk
     from moetune.workload.routing import Routing as Routing
     from moetune.workload.routing import realize as realize
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "Comparison": "moetune.comparison",
+    "Comparison": "moetune.tuning.comparison",
     "MoELayer": "moetune.spec.layer",
     "Profile": "moetune.store.profile",
     "Regime": "moetune.spec.regime",
     "Routing": "moetune.workload.routing",
     "Tactic": "moetune.spec.tactic",
     "layer": "moetune.inputs.presets",
-    "load": "moetune.tune",
+    "load": "moetune.tuning.tune",
     "pack_topk": "moetune.workload.packing",
-    "plan": "moetune.plan",
+    "plan": "moetune.tuning.plan",
     "realize": "moetune.workload.routing",
-    "tune": "moetune.tune",
-    "tune_all": "moetune.compare",
+    "tune": "moetune.tuning.tune",
+    "tune_all": "moetune.tuning.tune_all",
     "unpack_topk": "moetune.workload.packing",
     "warmup": "moetune.engine.warmup",
 }
 __all__ = [*_HOMES]
 
 
-class _Package(ModuleType):
-    """Keeps `moetune.tune` the function: an import of the module of that name would otherwise take its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'moetune' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOMES})
+def __getattr__(name: str) -> Any:
+    """The public name, imported when it is first asked for (PEP 562): a bare `import moetune` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moetune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

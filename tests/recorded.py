@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from moetune.backends.grouped_triton import space
+from moetune.backends.grouped_triton.cost_model import Machine
 from moetune.inputs.presets import layer as layer_of
 from moetune.search.base import Search
-from moetune.search.prior import Machine
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import median

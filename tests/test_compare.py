@@ -3,14 +3,15 @@
 import pytest
 from planted import LAYER, PlantedBackend, tactic
 
-from moetune import compare, final
 from moetune.backends import registry
 from moetune.backends.registry import Diagnosis
-from moetune.compare import tune_all
 from moetune.errors import MissError, NoResultError, UnsupportedError, UsageError
-from moetune.events import BucketChosen, BucketCompared, FamilyFailed, FamilyStarted
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
+from moetune.tuning import final_comparison as final
+from moetune.tuning import tune_all as compare
+from moetune.tuning.events import BucketChosen, BucketCompared, FamilyFailed, FamilyStarted
+from moetune.tuning.tune_all import tune_all
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
 

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,25 +12,31 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moetune"
 # From the ground up, as the design lists them.
 FLOORS = (
-    "errors", "stats", "spec", "inputs", "search", "store", "workload", "backends", "measure",
-    "events", "final", "bucket",
-    "comparison", "tune", "compare", "export", "report",
-    "engine", "fleet", "cli", "__main__",
+    "_version", "errors", "stats", "spec", "inputs", "search", "store", "workload", "backends", "measure", "export",
+    "tuning", "report", "engine", "fleet", "cli", "__main__",
 )  # fmt: skip
-NO_TORCH = ("errors", "stats", "spec", "inputs", "inputs", "search", "store", "report")
+NO_TORCH = ("errors", "stats", "spec", "inputs", "search", "store", "report")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
 def room(module: str) -> str:
-    """`moetune.spec.layer` → `spec`; `plan` and the names that `moetune` itself offers stand where `tune` does."""
-    name = module.split(".")[1]
-    is_module = (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()
-    return "tune" if name == "plan" or not is_module else name
+    """`moetune.spec.layer` → `spec`."""
+    return module.split(".")[1]
 
 
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(module):
+    """The number of a module's floor, from the ground up; above all where it has none."""
+    return FLOORS.index(room(module)) if room(module) in FLOORS else len(FLOORS)
+
+
+def file_of(files, name):
+    """The file that an imported name lies in: itself, or that of the object's module."""
+    return name if name in files else name.rpartition(".")[0] if name.rpartition(".")[0] in files else None
 
 
 def is_type_checking(test: ast.expr) -> bool:
@@ -58,14 +66,30 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_a_room_imports_only_from_the_floors_below(path):
-    own = room(module_name(path))
-    assert own in FLOORS, f"{own} has no floor in the design"
-    # types of a higher floor may be named where nothing is imported at run time
-    for name in imports(parsed(path), typing_too=False):
-        if name.startswith("moetune."):
-            assert FLOORS.index(room(name)) <= FLOORS.index(own), f"{module_name(path)} imports {name}"
+def test_a_room_imports_only_from_the_floors_below():
+    offenders = []
+    for path in MODULES:
+        own = room(module_name(path))
+        assert own in FLOORS, f"{own} has no floor in the design"
+        # types of a higher floor may be named where nothing is imported at run time
+        for name in imports(parsed(path), typing_too=False):
+            upwards = name.startswith("moetune.") and floor(name) > FLOORS.index(own)
+            if name == "moetune" or upwards:
+                offenders.append(f"{module_name(path)} imports {name}")
+    assert not offenders
+
+
+def test_no_two_files_import_each_other():
+    files = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    edges = {}
+    for name, path in files.items():
+        found = map(partial(file_of, files), imports(parsed(path), typing_too=False))
+        edges[name] = {other for other in found if other not in (None, name)}
+    order = TopologicalSorter(edges)
+    try:
+        order.prepare()
+    except CycleError as error:
+        raise AssertionError(f"circle: {' -> '.join(error.args[1])}") from None
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if room(module_name(p)) in NO_TORCH], ids=module_name)

@@ -4,10 +4,10 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.inputs.presets import layer as layer_of
-from moetune.plan import WEIGHT_BITS, plan
+from moetune.spec.enums import DISTRIBUTION_VARIABLE, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
+from moetune.tuning.plan import WEIGHT_BITS, plan
 
 SMALL = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 

@@ -11,7 +11,10 @@ def test_every_public_name_is_there_and_is_what_it_says():
 
 
 def test_a_function_stays_a_function_after_its_module_was_imported():
-    program = "import moetune.tune, moetune.plan, moetune; assert callable(moetune.tune) and callable(moetune.plan)"
+    program = (
+        "import moetune.tuning.tune, moetune.tuning.plan, moetune; "
+        "assert callable(moetune.tune) and callable(moetune.plan)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

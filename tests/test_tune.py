@@ -15,23 +15,31 @@ from hypothesis import strategies as st
 from planted import LAYER, PlantedBackend, PlantedRunner, tactic
 from processes import children, eventually
 
-from moetune import final as final_module
 from moetune.backends import registry
 from moetune.backends.base import Problem
-from moetune.bucket import FINAL_SHARE, Bucket, num_unseen, untouched_draws
 from moetune.errors import MissError, NoResultError, UsageError
-from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, Resumed, SearchStopped, Served, TacticMeasured
-from moetune.final import OPENING, SAMPLES, Final, _num_rounds, decide, play
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.stats import paired_ratio
 from moetune.store.profile import Rejection
 from moetune.store.store import Store
-from moetune.tune import load, tune
+from moetune.tuning import final_comparison as final_module
+from moetune.tuning.bucket import FINAL_SHARE, Bucket, num_unseen, untouched_draws
+from moetune.tuning.events import (
+    BucketChosen,
+    BucketsSkipped,
+    BucketStarted,
+    Resumed,
+    SearchStopped,
+    Served,
+    TacticMeasured,
+)
+from moetune.tuning.final_comparison import OPENING, SAMPLES, Final, _num_rounds, decide, play
+from moetune.tuning.tune import load, tune
 from moetune.workload.routing import realize
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
@@ -1046,7 +1054,7 @@ def test_on_a_gpu_later_buckets_are_drawn_meanwhile_and_what_fails_there_comes_i
             raise UsageError("No such rows.")
         return real(layer, regime, backend, device, rows)
 
-    monkeypatch.setattr(sys.modules["moetune.tune"], "_draws_ahead", lambda device: True)
+    monkeypatch.setattr(sys.modules["moetune.tuning.tune"], "_draws_ahead", lambda device: True)
     monkeypatch.setattr(Bucket, "of", of)
     plant(milliseconds={"default": 1.0, "fast": 0.1})
     events = []

@@ -19,8 +19,8 @@ _HOMES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
     "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
-    "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass:FlashInferCutlassBackend",
-    "torch": "moetune.backends.torch_ops:TorchBackend",
+    "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
+    "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }
 """In the order of preference: `--backend auto` takes the first that can run and computes the layer."""
 

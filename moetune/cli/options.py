@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moetune.errors import UsageError
-from moetune.spec.words import (
+from moetune.spec.enums import (
     DEFAULT_TUNE_MAX_NUM_TOKENS,
     DISPATCHES,
     DISTRIBUTION_VARIABLE,
@@ -23,9 +23,9 @@ from moetune.spec.words import (
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
+    from moetune.spec.enums import RankWord
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
-    from moetune.spec.words import RankWord
 
 KERNELS = ("builtin", "vllm", "sglang")
 REMOTES = ("drop", "zero")

@@ -17,7 +17,7 @@ def plan(question: Question, as_json: bool) -> None:
     For each bucket: rows, tokens a rank, local slots, load per local expert, active experts, bytes on the wire, bytes
     and FLOPs of the GEMMs and the tactics that would be tried.
     """
-    from moetune.plan import plan as plan_of
+    from moetune.tuning.plan import plan as plan_of
 
     answer = plan_of(question.layer, question.regime, question.backend, rank=question.rank)
     if as_json:

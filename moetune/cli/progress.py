@@ -19,8 +19,8 @@ from moetune.report.tactics import tactic_line
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from moetune.events import Event, Resumed, Served
     from moetune.store.profile import Choice
+    from moetune.tuning.events import Event, Resumed, Served
 
 
 class Progress:
@@ -66,7 +66,7 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        from moetune.events import (
+        from moetune.tuning.events import (
             BucketChosen,
             BucketCompared,
             BucketsSkipped,

@@ -43,7 +43,7 @@ def stored_profile(
 
 def _loaded(question: Question, folder: Store) -> Profile:
     from moetune.backends.registry import able
-    from moetune.tune import load
+    from moetune.tuning.tune import load
 
     backends = (able(question.layer, question.regime)[0] if question.auto else []) or [question.backend]
     missed: list[MissError] = []

@@ -9,7 +9,7 @@ import click
 
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, show
-from moetune.spec.words import STRATEGIES, Strategy
+from moetune.spec.enums import STRATEGIES, Strategy
 
 
 @click.command()
@@ -52,10 +52,10 @@ def tune(
     """
     from moetune.cli.progress import Progress
     from moetune.cli.written import question_of_engine, say, write_for
-    from moetune.compare import tune_all
     from moetune.store.profile import Profile
     from moetune.store.store import Store
-    from moetune.tune import tune as tune_of
+    from moetune.tuning.tune import tune as tune_of
+    from moetune.tuning.tune_all import tune_all
 
     if out is not None:
         question = question_of_engine(question)

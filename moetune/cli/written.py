@@ -56,7 +56,7 @@ def write_for(
     command = shlex.join(["moetune", "export", str(path), "--to", target, "--out", str(out), *version])
     result = export(profile, target, version=for_version, source=str(path), command=command)
     if target in ("flashinfer", "trtllm"):
-        from moetune.export.listed import check
+        from moetune.export.check import check
 
         check(profile)
     files = write(result.files, out, force=force)

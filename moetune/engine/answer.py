@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from moetune.engine import offline
 from moetune.engine import session as sessions
-from moetune.engine.agree import broadcast, gather, leads
-from moetune.engine.bench import EngineBench, choose
 from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
-from moetune.engine.lookup import (
+from moetune.engine.op_bench import EngineBench, choose
+from moetune.engine.ranks import broadcast, gather, leads
+from moetune.engine.session import Session
+from moetune.engine.stored import (
     DEFAULT_CONFIG,
     Answers,
     environment_of,
@@ -22,11 +23,10 @@ from moetune.engine.lookup import (
     tactic_of,
     tolerance_of,
 )
-from moetune.engine.session import Session
 from moetune.errors import MoetuneError
-from moetune.final import STRESS_FACTORS
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.final_comparison import STRESS_FACTORS
 
 if TYPE_CHECKING:
     from moetune.workload.routing import Routing
@@ -164,7 +164,7 @@ def _group(session: Session) -> Any:
 
 def _fill_by_hook(session: Session, call: Call, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
     """trtllm-gen and CuteDSL ops: FlashInfer sweeps the tactics on the regime's dummies, a final decides."""
-    from moetune.engine.flashinfer_hook import version
+    from moetune.engine.flashinfer_version import version
 
     group = _group(session)
     environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
@@ -276,8 +276,8 @@ def _fill_cutlass(session: Session, call: Call, op: MoEOp, regime: Regime, rows:
 
 
 def _cutlass_profile(session: Session, call: Call, op: MoEOp, regime: Regime) -> str | None:
-    from moetune.events import BucketChosen
-    from moetune.tune import load, tune
+    from moetune.tuning.events import BucketChosen
+    from moetune.tuning.tune import load, tune
 
     def note(event: object) -> None:
         if isinstance(event, BucketChosen):

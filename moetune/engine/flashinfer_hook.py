@@ -1,14 +1,14 @@
 """FlashInfer's own tuner, asked moetune's question: a subclass of its `AutoTuner`, put over the living instance.
 
 Ops that are not the question's, contexts without a question and everything outside tuning pass through untouched.
-Written against flashinfer-python's `autotuner` of the versions in `KNOWN_VERSIONS`; of any other nothing is touched.
+Written against flashinfer-python's `autotuner` of the versions in `flashinfer_version`; of any other nothing is
+touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +17,6 @@ from typing import Any
 
 from moetune.engine import session as sessions
 from moetune.engine.answer import Call, answer
-
-KNOWN_VERSIONS = ("0.6.18", "0.7.0", "0.7.1", "0.7.2", "0.7.2.post1")
 
 _recording: ContextVar[Recording | None] = ContextVar("moetune_recording", default=None)
 _lock = threading.Lock()
@@ -32,27 +30,6 @@ class Recording:
     missing: frozenset[Any]
     rows_of: Callable[[Any], int]
     milliseconds: dict[int, list[tuple[Any, float]]] = dataclasses.field(default_factory=dict)
-
-
-def version() -> str | None:
-    """The installed FlashInfer's, or None."""
-    try:
-        return importlib.metadata.version("flashinfer-python")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def obstacle() -> str | None:
-    """Why FlashInfer's tuner is left alone on this machine, or None."""
-    installed = version()
-    if installed is None:
-        return "flashinfer-python is not installed."
-    if installed.partition("+")[0] not in KNOWN_VERSIONS:
-        return (
-            f"flashinfer-python {installed} is not among the versions whose tuner moetune knows "
-            f"({', '.join(KNOWN_VERSIONS)}); its ops are tuned as FlashInfer does it, without regard to the regime."
-        )
-    return None
 
 
 @functools.cache

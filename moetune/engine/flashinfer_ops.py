@@ -14,9 +14,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from moetune.errors import UnsupportedError, UsageError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     import torch

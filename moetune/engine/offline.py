@@ -11,7 +11,7 @@ from moetune.spec.environment import Environment
 from moetune.store.profile import Choice, Profile
 
 if TYPE_CHECKING:
-    from moetune.engine.lookup import Answers
+    from moetune.engine.stored import Answers
 
 OF_A_CALL = ("op", "call")
 """Strict fields that only an engine's own answers have: which op was called, and how."""

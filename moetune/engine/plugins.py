@@ -58,7 +58,7 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
-    from moetune.engine import flashinfer_hook, session
+    from moetune.engine import flashinfer_hook, flashinfer_version, session
     from moetune.engine.warmup import session_for
     from moetune.inputs.options import parse
 
@@ -70,7 +70,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             f"--rank {asked.rank} in {VARIABLE}: an engine's process is one rank.", "Give its number, or leave it out."
         )
     question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
-    if obstacle := flashinfer_hook.obstacle():
+    if obstacle := flashinfer_version.obstacle():
         logger.warning("moetune: %s", obstacle)
         return
     session.set_for_process(question)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.engine import flashinfer_hook, session
+from moetune.engine import flashinfer_hook, flashinfer_version, session
 from moetune.engine.session import Session
 from moetune.errors import UnsupportedError
 from moetune.inputs.presets import layer as layer_of
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.store import Store
 from moetune.workload.ranks import of_rank
 
@@ -76,8 +76,8 @@ def warmup(
         UnsupportedError: FlashInfer is not installed.
     """
     asked = session_for(layer, regime, rank, group, store)
-    obstacle = flashinfer_hook.obstacle()
-    if obstacle and flashinfer_hook.version() is None:
+    obstacle = flashinfer_version.obstacle()
+    if obstacle and flashinfer_version.version() is None:
         raise UnsupportedError(f"A warm-up needs FlashInfer: {obstacle}", "pip install flashinfer-python")
     from flashinfer.autotuner import autotune
 

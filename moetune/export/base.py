@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Protocol
 
-import moetune
+from moetune._version import __version__
 from moetune.errors import NoResultError
 from moetune.store.profile import Profile
 
@@ -73,7 +73,7 @@ def _readme(profile: Profile, target: str, exported: Export) -> str:
 def _provenance(profile: Profile, target: str, exported: Export, names: list[str], source: str, command: str) -> str:
     document = {
         "schema_version": SIDECAR_SCHEMA_VERSION,
-        "moetune": moetune.__version__,
+        "moetune": __version__,
         "target": target,
         "files": names,
         "command": command,

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moetune.errors import UnsupportedError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import Precision
 
 RUNNER: Final = "MoERunner"
 CUTLASS_GEMMS: Final = ("trtllm::fused_moe::gemm1", "trtllm::fused_moe::gemm2")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moetune.backends.grouped_triton.space import SCALE_BLOCK, VALUES, effective_block_size_k
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.dispatcher import bringing, words
+from moetune.spec.enums import Precision
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 from moetune.store.profile import Profile
 
 _DTYPES = {

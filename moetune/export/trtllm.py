@@ -17,8 +17,8 @@ from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer import trtllm_pair
 from moetune.export.trtllm_keys import Runner, Spelling, Version, keys, runner, spellings
+from moetune.spec.enums import Precision
 from moetune.spec.ladder import Ladder
-from moetune.spec.words import Precision
 from moetune.store.profile import Choice, Profile
 
 BACKENDS: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")

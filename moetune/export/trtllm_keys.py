@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moetune.errors import UnsupportedError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import Precision
 
 Shape = tuple[int, ...]
 Version = tuple[int, int, int, float]

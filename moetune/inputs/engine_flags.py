@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from moetune.errors import UnsupportedError
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 _VLLM: Final = {

@@ -17,8 +17,8 @@ from moetune.inputs.hf_experts import ExpertModules, mentioned_layers
 from moetune.inputs.hf_families import FAMILIES, PARAMS_JSON, Family
 from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
 from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
-from moetune.spec.words import Precision
 
 NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
 """Where a multimodal config keeps its language model."""

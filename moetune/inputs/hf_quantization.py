@@ -15,7 +15,7 @@ from moetune.errors import UsageError
 from moetune.inputs.hf_experts import ExpertModules
 from moetune.inputs.hf_fields import Config
 from moetune.inputs.hf_schemes import METHODS, MODELOPT, compressed_tensors, gptq, quark
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 DTYPES: Mapping[str, Precision] = {
     "bfloat16": Precision.BF16,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moetune.inputs.hf_fields import Config
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 MODELOPT: Mapping[str, Precision] = {
     "NVFP4": Precision.NVFP4,

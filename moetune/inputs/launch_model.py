@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import presets, repositories
 from moetune.inputs.launch_line import Line, known_text
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
-from moetune.spec.words import Precision
 
 _QUANTIZATIONS: Final[Mapping[str, Precision | None]] = {
     "fp8": Precision.FP8_TENSOR,

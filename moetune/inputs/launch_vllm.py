@@ -12,7 +12,7 @@ from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.engine_flags import backend_of
 from moetune.inputs.launch_line import TRUE, Line, number
 from moetune.inputs.launch_model import Deployed
-from moetune.spec.words import DEFAULT_TUNE_MAX_NUM_TOKENS, Precision
+from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, Precision
 
 DECIDING: Final = (
     "tensor-parallel-size", "data-parallel-size", "prefill-context-parallel-size", "enable-expert-parallel",

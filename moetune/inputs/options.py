@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, NoReturn
 
 from moetune.errors import UsageError
 from moetune.inputs import presets
+from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISPATCHES, RANK_WORDS, RankWord
 
 SIZES = ("experts", "top_k", "hidden", "intermediate")
 """The options that give a layer's sizes: all four of a model that has no name here, or some in place of a preset's."""

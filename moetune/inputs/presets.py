@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from moetune.errors import UsageError
 from moetune.inputs import repositories
 from moetune.inputs.hf import layer_from_config
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
-from moetune.spec.words import Precision
 
 SIZE_OPTIONS: Mapping[str, str] = {
     "num_experts": "--experts",

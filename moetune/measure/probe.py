@@ -7,7 +7,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-import moetune
+from moetune._version import __version__
 from moetune.backends.base import Backend
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.environment import Environment
@@ -61,7 +61,7 @@ def environment(backend: Backend, device: str) -> Environment:
         "host": platform.node(),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "moetune": moetune.__version__,
+        "moetune": __version__,
         "probed_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if not device.startswith("cuda"):

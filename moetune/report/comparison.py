@@ -9,9 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.report.format import significant
 from moetune.report.tables import MILLISECONDS_FROM_US, profile_report
+from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 

@@ -20,7 +20,7 @@ from moetune.store.profile import Choice, Profile
 
 if TYPE_CHECKING:
     from moetune.backends.registry import Diagnosis
-    from moetune.plan import Plan
+    from moetune.tuning.plan import Plan
 
 MILLISECONDS_FROM_US = 1000.0
 """A time column is in ms where every time in it is at least this long."""

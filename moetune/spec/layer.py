@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moetune.errors import UsageError
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 
 class Activation(StrEnum):

@@ -17,9 +17,9 @@ from pydantic import (
 )
 
 from moetune.errors import UsageError
+from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import FrozenModel, MoELayer, digest_of
-from moetune.spec.words import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
 
 RANDOM_DRAWS = 16
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moetune.errors import UsageError
+from moetune.spec.enums import Dispatch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.spec.words import Dispatch
 from moetune.workload.law import Chances, LocalSlotLaw, local_slot_law, slot_shares
 from moetune.workload.ranks import replicas, slot_chances
 from moetune.workload.router import representative_shard

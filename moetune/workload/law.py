@@ -19,7 +19,7 @@ import torch
 
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Shard
-from moetune.workload.popularity import seeded_generator
+from moetune.workload.distribution import seeded_generator
 from moetune.workload.ranks import replicas, straddles
 from moetune.workload.router import has_closed_form, random_slots
 

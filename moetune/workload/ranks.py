@@ -7,9 +7,9 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from moetune.errors import UsageError
+from moetune.spec.enums import RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.spec.words import RANK_WORDS, RankWord
 
 
 def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime, Shard
-from moetune.workload.popularity import random_logits
+from moetune.workload.distribution import random_logits
 from moetune.workload.ranks import alike
 
 _CHUNK_LOGITS = 1 << 20

@@ -9,8 +9,7 @@ import torch
 from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.workload.law import local_slot_law
-from moetune.workload.popularity import (
+from moetune.workload.distribution import (
     deal,
     deal_counts,
     interleaved_order,
@@ -20,6 +19,7 @@ from moetune.workload.popularity import (
     spaced_order,
     uniform_subsets,
 )
+from moetune.workload.law import local_slot_law
 from moetune.workload.router import (
     arriving_slots,
     has_closed_form,

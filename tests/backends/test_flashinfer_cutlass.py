@@ -16,22 +16,23 @@ flashinfer = pytest.importorskip("flashinfer.fused_moe")
 from flashinfer.fused_moe import core  # noqa: E402
 from flashinfer.jit import env  # noqa: E402
 
-from moetune.backends import flashinfer_cutlass as backend_module  # noqa: E402
 from moetune.backends.base import Backend, Candidates, Problem  # noqa: E402
-from moetune.backends.flashinfer_cutlass import (  # noqa: E402
+from moetune.backends.flashinfer_cutlass import backend as backend_module  # noqa: E402
+from moetune.backends.flashinfer_cutlass import op as op_module  # noqa: E402
+from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
     ROUNDS,
     UNTUNED,
     FlashInferCutlassBackend,
-    unbuilt,
 )
+from moetune.backends.flashinfer_cutlass.op import unbuilt  # noqa: E402
 from moetune.errors import UnsupportedError  # noqa: E402
-from moetune.final import decide, play  # noqa: E402
 from moetune.inputs.presets import layer as preset  # noqa: E402
 from moetune.measure.bench import Bench  # noqa: E402
 from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
+from moetune.tuning.final_comparison import decide, play  # noqa: E402
 from moetune.workload.routing import realize  # noqa: E402
 
 OP = inspect.signature(flashinfer.cutlass_fused_moe)
@@ -417,7 +418,7 @@ def empty_caches(monkeypatch, tmp_path):
     for name in ("FLASHINFER_DISABLE_JIT", "FLASHINFER_NVCC", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(backend_module, "TOOLKIT", str(tmp_path / "cuda"))
+    monkeypatch.setattr(op_module, "TOOLKIT", str(tmp_path / "cuda"))
     return tmp_path
 
 
@@ -456,7 +457,7 @@ def test_a_built_module_is_found_where_flashinfer_looks(empty_caches, place):
 
 
 def test_tune_goes_through_the_search_and_answers_each_bucket(op, monkeypatch, tmp_path):
-    from moetune.tune import tune
+    from moetune.tuning.tune import tune
 
     compute = FakeOp.__call__
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass import UNTUNED, FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import UNTUNED, FlashInferCutlassBackend
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.routing import realize

@@ -5,10 +5,10 @@ import torch
 from planted import LAYER, PlantedBackend, tactic
 
 from moetune.backends.base import Backend, Problem
-from moetune.backends.joined import JoinedBackend, family, joined
 from moetune.errors import UnsupportedError
 from moetune.measure.bench import Bench
 from moetune.spec.regime import Regime
+from moetune.tuning.joined import JoinedBackend, family, joined
 from moetune.workload.routing import realize
 
 REGIME = Regime(draws=1)

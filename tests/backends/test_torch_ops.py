@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetune.backends import torch_algorithms, torch_ops
 from moetune.backends.base import Backend, Problem
-from moetune.backends.torch_ops import ACTIVATIONS, SCRATCH_BYTES, Sizes, TorchBackend
+from moetune.backends.plain_torch import algorithms as torch_algorithms
+from moetune.backends.plain_torch import backend as torch_ops
+from moetune.backends.plain_torch.backend import ACTIVATIONS, SCRATCH_BYTES, Sizes, TorchBackend
 from moetune.errors import UnsupportedError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 ALGORITHMS = tuple(torch_algorithms.ALGORITHMS)
 PURE_EP = Regime(ep_size=4, draws=2)

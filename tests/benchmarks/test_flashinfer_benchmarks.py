@@ -15,9 +15,9 @@ import flashinfer_autotune as autotune
 from flashinfer_common import Journal, bf16_layer, means_us, pair, pair_us, searched
 
 from moetune.search.coordinate import coordinate
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 from moetune.workload.router import is_local
 
 

@@ -7,11 +7,11 @@ import pytest
 from planted import PlantedBackend, PlantedRunner
 
 import moetune as package
-from moetune import final
 from moetune.backends import registry
 from moetune.store.profile import Profile
+from moetune.tuning import final_comparison as final
 
-TUNE = importlib.import_module("moetune.tune")
+TUNE = importlib.import_module("moetune.tuning.tune")
 STORE = importlib.import_module("moetune.store.store")
 QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from moetune.backends.registry import Diagnosis
-from moetune.comparison import ComparedBucket, Comparison, Family
-from moetune.plan import BucketPlan, Payload, Plan
+from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.tuning.plan import BucketPlan, Payload, Plan
 
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(encoding="utf-8")
 

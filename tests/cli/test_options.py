@@ -7,9 +7,9 @@ from moetune.backends import registry
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import KERNELS, REMOTES, ask
 from moetune.cli.plan import plan
-from moetune.spec import words
+from moetune.spec import enums as words
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISTRIBUTION_VARIABLE
 
 QWEN = ("--model", "qwen3-30b-a3b")
 

@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetune.cli.progress import Progress, seconds_left
-from moetune.events import BucketChosen, BucketStarted, TacticMeasured
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
+from moetune.tuning.events import BucketChosen, BucketStarted, TacticMeasured
 
 
 @pytest.mark.parametrize("costs", [[(8, 3.0)], [(4, 3.0), (8, 1.0)], [(4, 1.0), (8, 3.0)]])

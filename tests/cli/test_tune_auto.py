@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 from planted import PlantedBackend
 
-from moetune import compare, final
 from moetune.backends import registry
-from moetune.comparison import Comparison
 from moetune.store.profile import Profile
+from moetune.tuning import final_comparison as final
+from moetune.tuning import tune_all as compare
+from moetune.tuning.comparison import Comparison
 
 QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
 

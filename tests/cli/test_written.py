@@ -35,7 +35,7 @@ def tuned(monkeypatch):
         environment = Environment(device="NVIDIA H200", strict=strict)
         return Profile(layer=layer, regime=regime, backend=backend.name, environment=environment, choices=(choice,))
 
-    monkeypatch.setattr(importlib.import_module("moetune.tune"), "tune", answer)
+    monkeypatch.setattr(importlib.import_module("moetune.tuning.tune"), "tune", answer)
     return asked
 
 

@@ -7,7 +7,7 @@ import torch
 from flashinfer.autotuner.autotuner import AutoTuner
 from stand_ins import PlantedClock, Trtllm
 
-from moetune.engine import bench
+from moetune.engine import op_bench as bench
 from moetune.measure import clock
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

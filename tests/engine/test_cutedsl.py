@@ -7,7 +7,7 @@ from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, make_hybri
 from stand_ins import _running
 
 import moetune
-from moetune.engine.lookup import native_of, tactic_of
+from moetune.engine.stored import native_of, tactic_of
 
 FAST = (128, ((128, 128), (1, 1), False), ((64, 128), (2, 1), None))
 

@@ -9,10 +9,10 @@ from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, make_hybri
 
 import moetune
 from moetune.errors import UnsupportedError
-from moetune.events import BucketChosen
 from moetune.spec.environment import Environment
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.events import BucketChosen
 
 BUCKETS = (1, 2, 4, 8)
 
@@ -77,7 +77,7 @@ def asked(monkeypatch):
             on_event(BucketChosen(made, index, len(choices)))
         return Profile(layer=layer, regime=regime, backend=backend, environment=environment, choices=choices)
 
-    monkeypatch.setattr(importlib.import_module("moetune.tune"), "tune", tune)
+    monkeypatch.setattr(importlib.import_module("moetune.tuning.tune"), "tune", tune)
     return questions
 
 
@@ -132,7 +132,7 @@ def test_where_moetune_cannot_time_it_flashinfer_does_and_it_is_said(tuner, laye
     def tune(*question, **options):
         raise UnsupportedError("no module is built")
 
-    monkeypatch.setattr(importlib.import_module("moetune.tune"), "tune", tune)
+    monkeypatch.setattr(importlib.import_module("moetune.tuning.tune"), "tune", tune)
     runner = MoERunner(layer, regime)
     with moetune.warmup(layer, regime) as seen:
         call(runner, layer, regime)

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moetune
-from moetune.engine import bench as benches
-from moetune.engine.bench import CHECKED_ROWS, EngineBench, choose, mean_of_ranks, relative_error
-from moetune.engine.lookup import regime_of_buckets
+from moetune.engine import op_bench as benches
+from moetune.engine.op_bench import CHECKED_ROWS, EngineBench, choose, mean_of_ranks, relative_error
+from moetune.engine.stored import regime_of_buckets
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 TWO_RANKS = """
 import os, sys, torch.distributed as dist
-from moetune.engine.agree import broadcast, gather
+from moetune.engine.ranks import broadcast, gather
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 group = dist.group.WORLD

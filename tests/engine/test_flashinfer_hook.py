@@ -8,7 +8,7 @@ from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, FROM_LOGITS, MIDDLING, PACKED, TIMES_US, UNPACKED, Trtllm
 
 import moetune
-from moetune.engine import flashinfer_hook
+from moetune.engine import flashinfer_version
 from moetune.engine.answer import Dummies
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -220,7 +220,7 @@ def test_buckets_that_the_engine_overrides_are_the_ones_tuned(trtllm, layer, reg
 
 
 def test_an_unknown_version_warns_and_is_left_alone(trtllm, layer, regime, monkeypatch, caplog):
-    monkeypatch.setattr(flashinfer_hook, "version", lambda: "0.9.0")
+    monkeypatch.setattr(flashinfer_version, "version", lambda: "0.9.0")
     with moetune.warmup(layer, regime):
         assert type(AutoTuner.get()) is Stock
         assert trtllm() == FAST

@@ -15,8 +15,8 @@ from stand_ins import FAST, Trtllm
 from wheels import engine_sources
 
 import moetune
-from moetune.engine import flashinfer_hook, plugins, session
-from moetune.spec.words import DISTRIBUTION_VARIABLE
+from moetune.engine import flashinfer_hook, flashinfer_version, plugins, session
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ("vllm.general_plugins", "sglang.srt.plugins")
@@ -125,7 +125,7 @@ def test_a_wrong_value_of_tensorrt_llms_variable_is_logged_and_the_engine_starts
 
 def test_an_unknown_version_is_logged_and_left_alone(process, model, monkeypatch, caplog):
     monkeypatch.setenv(plugins.VARIABLE, spelled(model))
-    monkeypatch.setattr(flashinfer_hook, "version", lambda: "1.0.0")
+    monkeypatch.setattr(flashinfer_version, "version", lambda: "1.0.0")
     plugins.vllm()
     assert "1.0.0 is not among the versions" in caplog.text
     assert type(AutoTuner.get()) is Stock

@@ -7,9 +7,9 @@ from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm, real_runner
 import moetune
 from moetune.engine import answer
 from moetune.errors import UsageError
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import DISTRIBUTION_VARIABLE
 from moetune.store.store import Store
 
 BUCKETS = {1, 2, 4, 8}

@@ -6,7 +6,7 @@ from flashinfer_profiles import profile
 from moetune.backends import registry
 from moetune.backends.base import Candidates
 from moetune.errors import UnsupportedError
-from moetune.export import listed
+from moetune.export import check as listed
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 

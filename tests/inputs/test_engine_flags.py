@@ -3,7 +3,7 @@ import pytest
 from moetune.backends import registry
 from moetune.inputs import launch
 from moetune.inputs.engine_flags import ENGINES, engine_flags
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}
 SERVED = [name for name in registry.backends() if name != "torch"]

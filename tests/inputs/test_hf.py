@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.inputs.hf import FAMILIES, layer_from_config
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation
-from moetune.spec.words import Precision
 
 CONFIGS = Path(__file__).parent.parent / "data" / "hf"
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}

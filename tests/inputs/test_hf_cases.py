@@ -7,8 +7,8 @@ import pytest
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.hf import layer_from_config, read_config
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
-from moetune.spec.words import Precision
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 QWEN3_30B = (128, 8, 2048, 768)

@@ -9,8 +9,8 @@ import pytest
 from moetune.errors import UsageError
 from moetune.inputs import presets
 from moetune.inputs.hf import layer_from_config
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
-from moetune.spec.words import Precision
 
 CONFIGS = Path(__file__).parent.parent / "data" / "hf"
 # (experts, top-k, hidden, intermediate, precision, shared experts)

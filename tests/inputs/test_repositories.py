@@ -5,7 +5,7 @@ import pytest
 
 from moetune.errors import UsageError
 from moetune.inputs import presets, repositories
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 LISTED = json.loads(resources.files("moetune.inputs").joinpath("repositories.json").read_text("utf-8"))["repositories"]
 

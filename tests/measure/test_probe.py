@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import moetune
-from moetune.backends.torch_ops import TorchBackend
+from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import UnsupportedError, UsageError
 from moetune.measure import probe
 

@@ -13,7 +13,7 @@ from planted_failures import FailingBackend, problem, tactic
 from processes import children, eventually, is_running
 
 from moetune.backends.base import Problem
-from moetune.backends.torch_ops import TorchBackend
+from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import NoResultError, UnsupportedError
 from moetune.measure.bench import Stage
 from moetune.measure.worker import Timeouts, Worker

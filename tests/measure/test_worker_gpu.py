@@ -10,7 +10,7 @@ from moetune.backends.base import Problem
 from moetune.measure import worker as worker_module
 from moetune.measure.worker import Timeouts, Worker
 from moetune.spec.regime import Regime
-from moetune.tune import tune
+from moetune.tuning.tune import tune
 from moetune.workload.routing import realize
 
 pytestmark = pytest.mark.gpu

@@ -3,13 +3,13 @@ import io
 import pytest
 from rich.console import Console
 
-from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.inputs.engine_flags import engine_flags
 from moetune.report.comparison import comparison_report, comparison_table
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 
 LAYER = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 REGIME = Regime(ep_size=4, attention_dp=True, ladder="8,64,512,4096", draws=2)

@@ -4,7 +4,6 @@ import pytest
 from rich.console import Console
 
 from moetune.backends.registry import Diagnosis
-from moetune.plan import plan
 from moetune.report.tables import (
     backends_table,
     layer_line,
@@ -20,6 +19,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.plan import plan
 
 LAYER = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 REGIME = Regime(ep_size=4, attention_dp=True, ladder="8,64,4096", draws=2)

@@ -8,7 +8,7 @@ from recorded import TABLES, cells, replay
 
 from moetune.search.base import Batch
 from moetune.search.exhaustive import exhaustive
-from moetune.search.halving import halving
+from moetune.search.prior_guided import halving
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
 

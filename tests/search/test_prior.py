@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded import H200
 
-from moetune.search.prior import Gemm, Tile, predicted_us
+from moetune.backends.grouped_triton.cost_model import Gemm, Tile, predicted_us
 
 GEMM = Gemm(N=3072, K=4096, value_bytes=2)
 SMALL = Tile(16, 64, 128, 4, 3, 61440, 8, wgmma=False)

@@ -3,8 +3,8 @@
 import pytest
 
 from moetune.errors import UsageError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
-from moetune.spec.words import Precision
 
 SIZES = {"num_experts": 64, "top_k": 4, "hidden_size": 256, "intermediate_size": 128}
 OTHER_VALUES = {

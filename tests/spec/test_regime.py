@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moetune.errors import UsageError
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.spec.words import DISTRIBUTION_VARIABLE
 
 LAYER = MoELayer(name="small", num_experts=64, top_k=4, hidden_size=256, intermediate_size=128)
 DISPATCHES = st.sampled_from(

@@ -16,9 +16,9 @@ import pytest
 from questions import VIEWS, moe
 
 from moetune.inputs.presets import layer as layer_of
-from moetune.plan import plan
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
+from moetune.tuning.plan import plan
 from moetune.workload.routing import realize
 
 TOKENS, CHUNK = 200_000, 20_000

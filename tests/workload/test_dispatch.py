@@ -19,8 +19,8 @@ from moetune.workload.dispatch import (
     tokens_for_rows,
     wire,
 )
+from moetune.workload.distribution import seeded_generator
 from moetune.workload.law import local_slot_law
-from moetune.workload.popularity import seeded_generator
 from moetune.workload.router import random_slots
 from moetune.workload.routing import realize
 

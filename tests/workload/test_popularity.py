@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetune.workload.popularity import (
+from moetune.workload.distribution import (
     deal,
     deal_counts,
     interleaved_order,

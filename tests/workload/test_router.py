@@ -5,7 +5,7 @@ import torch
 from questions import deepseek_r1, moe
 
 from moetune.spec.layer import RoutingMethod
-from moetune.workload.popularity import random_logits, seeded_generator
+from moetune.workload.distribution import random_logits, seeded_generator
 from moetune.workload.router import random_slots, route
 
 

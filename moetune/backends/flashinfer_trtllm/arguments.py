@@ -9,9 +9,9 @@ import torch
 
 from moetune.backends.flashinfer_trtllm.formats import FORMATS, Fp8BlockLayout, Sizes
 from moetune.backends.flashinfer_trtllm.logits import KernelRouting
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Shard
-from moetune.spec.words import Precision
 
 ROUTED_METHOD = "Renormalize"
 """Given ids need no method; engines pass this one (vLLM: trtllm_fp8_moe.py, `routing_method_type=1`)."""

@@ -17,10 +17,10 @@ from moetune.backends.flashinfer_trtllm.formats import (
     Sizes,
 )
 from moetune.errors import UnsupportedError, UsageError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     from moetune.backends.flashinfer_trtllm.runner import Ids, TrtllmRunner

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moetune.spec.words import Precision
+from moetune.spec.enums import Precision
 
 Activations = Literal["bf16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp8"]
 """The MMA's activations. bf16; e4m3 with one f32 scale for 128 values, or for the tensor; e2m1 with one e4m3 scale for

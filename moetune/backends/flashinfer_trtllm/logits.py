@@ -10,7 +10,7 @@ import torch
 from moetune.errors import UnsupportedError
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Shard
-from moetune.workload.popularity import seeded_generator
+from moetune.workload.distribution import seeded_generator
 from moetune.workload.router import route
 
 CHOSEN = (1.0, 3.0)

@@ -21,8 +21,8 @@ from moetune.backends.flashinfer_trtllm.formats import (
     Grid,
     Sizes,
 )
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
-from moetune.spec.words import Precision
 
 EPILOGUE_ROWS = 128
 DEEPSEEK_EPILOGUE_ROWS = 64

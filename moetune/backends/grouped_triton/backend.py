@@ -13,11 +13,11 @@ from moetune.backends.base import Candidates, Problem
 from moetune.backends.grouped_triton import space
 from moetune.errors import UnsupportedError, UsageError
 from moetune.search.base import Search
-from moetune.search.halving import halving
+from moetune.search.prior_guided import halving
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.runner import TritonRunner

@@ -8,12 +8,12 @@ from itertools import product
 from typing import Self
 
 from moetune.backends.base import Candidates
-from moetune.search.prior import Gemm, Machine, Tile
-from moetune.search.prior import predicted_us as gemm_us
+from moetune.backends.grouped_triton.cost_model import Gemm, Machine, Tile
+from moetune.backends.grouped_triton.cost_model import predicted_us as gemm_us
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 VALUES: Mapping[str, tuple[int, ...]] = {
     "BLOCK_SIZE_M": (16, 32, 64, 128, 256),

@@ -15,10 +15,10 @@ from moetune.backends.base import Backend
 from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT, equivalent_rows
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.presets import preset
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 from moetune.workload.routing import Routing, realize
 
 EP = Regime(ep_size=4)

@@ -13,10 +13,10 @@ from trtllm_questions import REGIMES, SIZES, backend, layer, problem
 
 from moetune.backends.flashinfer_trtllm.backend import TrtllmBackend
 from moetune.errors import UnsupportedError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 TACTIC = Tactic(tile_n=32, config=7)
 QUANTIZED_SCALES = {

@@ -6,9 +6,9 @@ from typing import Any
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_trtllm.backend import TrtllmBackend, TrtllmRoutedBackend
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
-from moetune.spec.words import Precision
 from moetune.workload.routing import realize
 
 SIZES: dict[Precision, tuple[int, int]] = {

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
     import torch
 
-    from moetune.backends.torch_algorithms import Experts
+    from moetune.backends.plain_torch.algorithms import Experts
 
 DTYPES: Mapping[Precision, str] = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 """torch's names of the precisions that run here. fp16 is slow on CPUs without AVX512-FP16."""
@@ -200,13 +200,13 @@ class TorchRunner:
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
         """`[M, H]` in the layer's precision, by the tactic's algorithm."""
-        from moetune.backends.torch_algorithms import ALGORITHMS
+        from moetune.backends.plain_torch.algorithms import ALGORITHMS
 
         return ALGORITHMS[str(tactic["algorithm"])](self._experts, *self._draws[draw])
 
     def reference(self, draw: int = 0) -> torch.Tensor:
         """`[M, H]` float32, from the same weights and inputs."""
-        from moetune.backends.torch_algorithms import reference
+        from moetune.backends.plain_torch.algorithms import reference
 
         return reference(self._experts, *self._draws[draw])
 
@@ -238,7 +238,7 @@ def _random_experts(problem: Problem, dtype: torch.dtype) -> Experts:
     """
     import torch
 
-    from moetune.backends.torch_algorithms import Experts
+    from moetune.backends.plain_torch.algorithms import Experts
 
     layer, count = problem.layer, problem.shard.num_local
     hidden, inner = layer.hidden_size, problem.intermediate_size
@@ -262,6 +262,6 @@ def _random_experts(problem: Problem, dtype: torch.dtype) -> Experts:
 
 
 def _grouped_mm_missing(sizes: Sizes, dtype: torch.dtype, device: str) -> str | None:
-    from moetune.backends.torch_algorithms import grouped_mm_missing
+    from moetune.backends.plain_torch.algorithms import grouped_mm_missing
 
     return grouped_mm_missing(sizes.hidden_size, sizes.intermediate_size, dtype, device)

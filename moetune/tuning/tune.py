@@ -14,18 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.bucket import STARTS, Bucket, BucketTuner
 from moetune.errors import MissError, UnsupportedError, UsageError
-from moetune.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
 from moetune.inputs.presets import layer as layer_of
+from moetune.spec.enums import DISTRIBUTION_VARIABLE, Strategy
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import DISTRIBUTION_VARIABLE, Strategy
 from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
+from moetune.tuning.bucket import STARTS, Bucket, BucketTuner
+from moetune.tuning.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
 
 REALIZERS = 4
 """Threads that draw the routings of the buckets to come while a GPU measures one."""
@@ -38,7 +38,7 @@ What a search under way is likely to propose next precedes both (see `Batch.like
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
     from moetune.measure.bench import BenchLike
-    from moetune.spec.words import RankWord
+    from moetune.spec.enums import RankWord
 
 
 def tune(

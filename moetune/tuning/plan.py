@@ -8,13 +8,13 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from moetune.inputs.presets import layer as layer_of
+from moetune.spec.enums import DISTRIBUTION_VARIABLE, Precision
 from moetune.spec.layer import FrozenModel, MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import DISTRIBUTION_VARIABLE, Precision
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates
-    from moetune.spec.words import RankWord
+    from moetune.spec.enums import RankWord
     from moetune.workload.dispatch import Expectation
 
 WEIGHT_BITS: Mapping[Precision, Fraction] = {

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from moetune.engine.agree import gather
-from moetune.final import choice, decide, play
+from moetune.engine.ranks import gather
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
+from moetune.tuning.final_comparison import choice, decide, play
 
 if TYPE_CHECKING:
     import torch

@@ -10,38 +10,25 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
-import os
-import shutil
 from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
+from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, PACKAGE, unbuilt, version
 from moetune.errors import UnsupportedError
 from moetune.search.base import Search
 from moetune.search.coordinate import coordinate, promising
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.enums import Precision
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Precision
 
 if TYPE_CHECKING:
-    from moetune.backends.flashinfer_cutlass_runner import CutlassRunner, Experts
+    from moetune.backends.flashinfer_cutlass.runner import CutlassRunner, Experts
 
-PACKAGE = "flashinfer-python"
 UNTUNED = Tactic(gemm1=-1, gemm2=-1)
 """The op's own fallback: it takes the first tactic of each GEMM."""
-ALIGNMENTS = {Precision.BF16: 8, Precision.FP8_TENSOR: 16}
-"""H and I/tp must be multiples: 128 bits of values, as the op demands for TMA."""
-ACTIVATIONS = {Activation.SILU: "Swiglu", Activation.GELU: "GegluTanh"}
-"""FlashInfer's names in `ActivationType`."""
-MODULES = {(9, 0): "90", (10, 0): "100", (10, 3): "103", (10, 7): "100", (11, 0): "100", (12, 0): "120", (12, 1): "120"}
-"""The module that serves a compute capability, as in `get_cutlass_fused_moe_module`."""
-BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_module as build; build({!r})"'
-TOOLKIT = "/usr/local/cuda"
-"""Where FlashInfer looks for nvcc when nothing names it."""
-
 ROUNDS = (1, 4, 8)
 """How often the search times a tactic, in each of its passes (see `coordinate`)."""
 FINAL_S = 0.06
@@ -86,7 +73,7 @@ class FlashInferCutlassBackend:
 
         if "profile_ids" not in inspect.signature(cutlass_fused_moe).parameters:
             return (
-                f"FlashInfer {_version()} has no profile_ids, the argument that names a tactic",
+                f"FlashInfer {version()} has no profile_ids, the argument that names a tactic",
                 f"pip install --upgrade {PACKAGE}",
             )
         return unbuilt(MODULES[capability])
@@ -112,7 +99,7 @@ class FlashInferCutlassBackend:
 
     def environment(self) -> dict[str, str]:
         """FlashInfer's version: tactics are positions in a list that it compiles in."""
-        return {"flashinfer": _version()}
+        return {"flashinfer": version()}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Every pair of the two GEMMs' tactics that the device can run, `UNTUNED` first.
@@ -123,7 +110,7 @@ class FlashInferCutlassBackend:
         self._require(layer, regime)
         key = layer.precision, device
         if key not in self._candidates:
-            from moetune.backends.flashinfer_cutlass_runner import stages
+            from moetune.backends.flashinfer_cutlass.runner import stages
 
             first, second = stages(layer, regime, device)
             pairs = (Tactic(gemm1=a, gemm2=b) for a in first.runnable for b in second.runnable)
@@ -168,7 +155,7 @@ class FlashInferCutlassBackend:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
         """
         self._require(problem.layer, problem.regime)
-        from moetune.backends.flashinfer_cutlass_runner import CutlassRunner, random_experts
+        from moetune.backends.flashinfer_cutlass.runner import CutlassRunner, random_experts
 
         regime = problem.regime
         key = (problem.layer.digest, problem.shard, problem.intermediate_size, regime.seed, problem.device)
@@ -186,41 +173,3 @@ class FlashInferCutlassBackend:
 
 
 _TOO_BIG = "needs more shared memory than the device has"
-
-
-def unbuilt(module: str) -> tuple[str, str] | None:
-    """Why the op's module for an architecture (`"90"` …) cannot be loaded at once and what to do, or None.
-
-    FlashInfer takes it from its own wheel, from `flashinfer-jit-cache`, or from a cache that it fills at the first
-    call: 248 files for Hopper, about 25 minutes on 64 cores. That is no part of tuning, hence an obstacle.
-    """
-    from flashinfer.jit import env
-
-    name = f"fused_moe_{module}"
-    places = [env.FLASHINFER_AOT_DIR / name, *env.FLASHINFER_JIT_DIR.glob(f"{name}*")]
-    if hasattr(env, "get_aot_path"):
-        places.append(env.get_aot_path(name).parent)
-    if any((place / f"{place.name}.so").is_file() for place in places):
-        return None
-    install = f"pip install flashinfer-jit-cache=={_version()} (from FlashInfer's own index)"
-    if os.environ.get("FLASHINFER_DISABLE_JIT"):
-        return f"{name} is not prebuilt, and FLASHINFER_DISABLE_JIT forbids to build it", f"{install}, or unset it."
-    if not _nvcc():
-        return f"{name} is not prebuilt, and there is no nvcc to build it", f"{install}, or a CUDA toolkit with nvcc."
-    return (
-        f"{name} is not built yet, which takes FlashInfer about half an hour",
-        f"{install}, or {BUILD.format(module)}",
-    )
-
-
-def _nvcc() -> bool:
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT)
-    named: list[Any] = [os.environ.get("FLASHINFER_NVCC"), *(Path(home, "bin/nvcc") for home in homes if home)]
-    return shutil.which("nvcc") is not None or any(path and Path(path).is_file() for path in named)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

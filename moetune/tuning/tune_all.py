@@ -11,19 +11,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from moetune import final
-from moetune.bucket import untouched_draws
-from moetune.comparison import ComparedBucket, Comparison, Family
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
-from moetune.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
 from moetune.inputs.engine_flags import engine_flags
 from moetune.inputs.presets import layer as layer_of
+from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import Strategy
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-from moetune.tune import benches, require_sense
+from moetune.tuning import final_comparison as final
+from moetune.tuning.bucket import untouched_draws
+from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
+from moetune.tuning.tune import benches, require_sense
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
@@ -69,7 +69,7 @@ def tune_all(
     """
     from moetune.backends.registry import able
     from moetune.measure.probe import device_for
-    from moetune.tune import load, tune
+    from moetune.tuning.tune import load, tune
 
     tell = on_event or (lambda event: None)
     require_sense(frozen, again, time_budget_s)
@@ -210,7 +210,7 @@ def _side_by_side(
     tell: OnEvent,
 ) -> Iterator[ComparedBucket]:
     """The buckets by a final among the families' choices."""
-    from moetune.backends.joined import JoinedBackend, joined
+    from moetune.tuning.joined import JoinedBackend, joined
 
     tactics = {(name, choice.rows): joined(name, choice.tactic) for name, p in profiles.items() for choice in p.choices}
     layer, regime = next((profile.layer, profile.regime) for profile in profiles.values())

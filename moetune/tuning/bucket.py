@@ -8,15 +8,15 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
-from moetune import final
 from moetune.errors import NoResultError
-from moetune.events import OnEvent, SearchStopped, TacticMeasured
 from moetune.search.exhaustive import exhaustive
+from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.spec.words import Strategy
 from moetune.store.profile import Choice
+from moetune.tuning import final_comparison as final
+from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass import ACTIVATIONS, MODULES
+from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, MODULES
+from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.words import Precision
 
 E4M3_MAX = 448.0
 MIDDLE_MAX = 32.0

@@ -1,0 +1,1 @@
+"""FlashInfer's `cutlass_fused_moe` on Hopper."""

@@ -1,0 +1,62 @@
+"""What FlashInfer's `cutlass_fused_moe` takes, and whether its compiled module can be had at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moetune.spec.enums import Precision
+from moetune.spec.layer import Activation
+
+PACKAGE = "flashinfer-python"
+ALIGNMENTS = {Precision.BF16: 8, Precision.FP8_TENSOR: 16}
+"""H and I/tp must be multiples: 128 bits of values, as the op demands for TMA."""
+ACTIVATIONS = {Activation.SILU: "Swiglu", Activation.GELU: "GegluTanh"}
+"""FlashInfer's names in `ActivationType`."""
+MODULES = {(9, 0): "90", (10, 0): "100", (10, 3): "103", (10, 7): "100", (11, 0): "100", (12, 0): "120", (12, 1): "120"}
+"""The module that serves a compute capability, as in `get_cutlass_fused_moe_module`."""
+BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_module as build; build({!r})"'
+TOOLKIT = "/usr/local/cuda"
+"""Where FlashInfer looks for nvcc when nothing names it."""
+
+
+def unbuilt(module: str) -> tuple[str, str] | None:
+    """Why the op's module for an architecture (`"90"` …) cannot be loaded at once and what to do, or None.
+
+    FlashInfer takes it from its own wheel, from `flashinfer-jit-cache`, or from a cache that it fills at the first
+    call: 248 files for Hopper, about 25 minutes on 64 cores. That is no part of tuning, hence an obstacle.
+    """
+    from flashinfer.jit import env
+
+    name = f"fused_moe_{module}"
+    places = [env.FLASHINFER_AOT_DIR / name, *env.FLASHINFER_JIT_DIR.glob(f"{name}*")]
+    if hasattr(env, "get_aot_path"):
+        places.append(env.get_aot_path(name).parent)
+    if any((place / f"{place.name}.so").is_file() for place in places):
+        return None
+    install = f"pip install flashinfer-jit-cache=={version()} (from FlashInfer's own index)"
+    if os.environ.get("FLASHINFER_DISABLE_JIT"):
+        return f"{name} is not prebuilt, and FLASHINFER_DISABLE_JIT forbids to build it", f"{install}, or unset it."
+    if not _nvcc():
+        return f"{name} is not prebuilt, and there is no nvcc to build it", f"{install}, or a CUDA toolkit with nvcc."
+    return (
+        f"{name} is not built yet, which takes FlashInfer about half an hour",
+        f"{install}, or {BUILD.format(module)}",
+    )
+
+
+def _nvcc() -> bool:
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT)
+    named: list[Any] = [os.environ.get("FLASHINFER_NVCC"), *(Path(home, "bin/nvcc") for home in homes if home)]
+    return shutil.which("nvcc") is not None or any(path and Path(path).is_file() for path in named)
+
+
+def version() -> str:
+    """The installed FlashInfer's."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

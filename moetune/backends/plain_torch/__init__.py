@@ -1,0 +1,1 @@
+"""Plain PyTorch algorithms of one MoE layer, on any machine."""

@@ -1,0 +1,1 @@
+"""From a question to a profile: what a tune does, bucket by bucket."""
