@@ -13,7 +13,7 @@ from moetune.backends.base import Candidates, Problem
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.tuning.final_comparison import STRESS_FACTORS
+from moetune.tuning.verdict import STRESS_FACTORS
 
 LAYER = MoELayer(name="tiny", num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, precision="fp32")
 

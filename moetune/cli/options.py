@@ -194,19 +194,26 @@ def ask(
     from moetune.inputs.options import resolve
     from moetune.workload.ranks import of_rank
 
-    layer, regime, rank, _ = resolve(model, **asked)
+    layer, regime, rank, warnings = resolve(model, **asked)
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
     regime = of_rank(layer, regime, rank)
     if asked.get("dp") and asked.get("dispatch") is None and asked.get("layout") is None:
         _say_what_dp_means(regime)
     engine = (asked.get("dispatch") or "").partition(":")[0] if ":" in (asked.get("dispatch") or "") else None
-    if engine == "sglang" and backend == "triton" and kernel is None and remote is None:
-        remote = "zero"
+    if backend == "triton" and kernel is None and remote is None:
+        remote = remote_of(engine)
     of_triton = {name: value for name, value in (("kernel", kernel), ("remote", remote)) if value is not None}
     chosen, auto = _backend(backend or AUTO, of_triton, layer, regime), backend in (None, AUTO) and not of_triton
     question = Question(layer, regime, chosen, rank, auto, engine)
     _say_what_the_engine_prefers(question)
     return question
+
+
+def remote_of(engine: str | None) -> str | None:
+    """`--remote` where it is not given: what the engine's own Triton kernel does; None is the backend's default."""
+    return "zero" if engine == "sglang" else None
 
 
 def _say_what_the_engine_prefers(question: Question) -> None:

@@ -72,6 +72,7 @@ def question_of_engine(question: Question) -> Question:
         UsageError: no engine is named, or it reads no file for the kernels that are asked for.
     """
     from moetune.backends import registry
+    from moetune.cli.options import remote_of
 
     engine, regime = question.engine, question.regime
     if engine is None:
@@ -85,7 +86,8 @@ def question_of_engine(question: Question) -> Question:
         name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
         return replace(question, backend=registry.backend(name), auto=False)
     if question.auto:
-        options = {"remote": "zero"} if engine == "sglang" else {}
+        remote = remote_of(engine)
+        options = {} if remote is None else {"remote": remote}
         return replace(question, backend=registry.backend("triton", **options), auto=False)
     if question.backend.name != "triton":
         raise UsageError(

@@ -26,7 +26,7 @@ from moetune.engine.stored import (
 from moetune.errors import MoetuneError
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
-from moetune.tuning.final_comparison import STRESS_FACTORS
+from moetune.tuning.verdict import STRESS_FACTORS
 
 if TYPE_CHECKING:
     from moetune.workload.routing import Routing

@@ -11,7 +11,8 @@ from moetune.engine.ranks import gather
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.final_comparison import choice, decide, play
+from moetune.tuning.final_comparison import play
+from moetune.tuning.verdict import choice, decide
 
 if TYPE_CHECKING:
     import torch

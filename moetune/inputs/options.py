@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from moetune.errors import UsageError
 from moetune.inputs import presets
+from moetune.inputs.hf import Reading
 from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -20,7 +21,8 @@ NUMBERS = (*SIZES, "ep", "tp", "redundant_experts", "seed", "draws", "tune_max_n
 
 
 class Asked(NamedTuple):
-    """What the options name; `rank` as `workload.ranks.of_rank` takes it. `warnings` are of the launch line."""
+    """What the options name; `rank` as `workload.ranks.of_rank` takes it. `warnings` are of the launch line and of the
+    config."""
 
     layer: MoELayer
     regime: Regime
@@ -57,18 +59,24 @@ def parse(spelled: str) -> Asked:
         given |= read.options
         warnings = read.warnings
         given.pop("backend", None)
-    return resolve(**given)._replace(warnings=warnings)
+    asked = resolve(**given)
+    return asked._replace(warnings=(*warnings, *asked.warnings))
 
 
 def layer_of(given: Mapping[str, Any]) -> MoELayer:
+    """As `read_layer`, without its notes."""
+    return read_layer(given).layer
+
+
+def read_layer(given: Mapping[str, Any]) -> Reading:
     """The layer that `model`, `precision` and the `SIZES` of `given` name; None is an option that was not given.
 
     Raises:
-        UsageError: neither a model nor all sizes, or as `presets.layer`.
+        UsageError: neither a model nor all sizes, or as `presets.read`.
     """
     model, precision = given.get("model"), given.get("precision")
     sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
-    base = None if model is None else presets.layer(model, precision)
+    base = None if model is None else presets.read(model, precision)
     if base is not None and not sizes:
         return base
     if base is None and len(sizes) < len(SIZES):
@@ -78,14 +86,15 @@ def layer_of(given: Mapping[str, Any]) -> MoELayer:
             "It takes a name of `moetune models` or a path to a config.json; or give "
             f"{', '.join(map(_option, SIZES))}, all of them.",
         )
-    return presets.layer_from_sizes(
-        base,
+    layer = presets.layer_from_sizes(
+        None if base is None else base.layer,
         num_experts=sizes.get("experts"),
         top_k=sizes.get("top_k"),
         hidden_size=sizes.get("hidden"),
         intermediate_size=sizes.get("intermediate"),
         precision=precision,
     )
+    return Reading(layer, () if base is None else base.notes)
 
 
 def resolve(
@@ -114,7 +123,7 @@ def resolve(
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
-    layer = layer_of(
+    layer, notes = read_layer(
         {
             "model": model,
             "precision": precision,
@@ -140,7 +149,7 @@ def resolve(
     regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp, tp), **explicit})
     asked = _rank(rank)
     regime.shard(layer, asked if isinstance(asked, int) else 0)
-    return Asked(layer, regime, asked)
+    return Asked(layer, regime, asked, notes)
 
 
 def _rank(spelled: str | int | None) -> RankWord | int | None:

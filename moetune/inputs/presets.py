@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from moetune.errors import UsageError
 from moetune.inputs import repositories
-from moetune.inputs.hf import layer_from_config
+from moetune.inputs.hf import Reading, read_config
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 
@@ -66,6 +67,18 @@ def source(name: str) -> Source:
 
 
 def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> MoELayer:
+    """The layer that `read` finds; its notes are Python warnings.
+
+    Raises:
+        UsageError, UnsupportedError: as `read`.
+    """
+    found = read(name_or_path, precision)
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found.layer
+
+
+def read(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> Reading:
     """A preset by its name, or the layer of a listed Hugging Face repository or of a `config.json`.
 
     A path is what has a separator, ends in `.json` or is a folder, which then holds a `config.json`; where there is
@@ -74,11 +87,12 @@ def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | Non
     Raises:
         UsageError: no such preset or repository, a config that cannot be used, no such precision, or none given for a
             repository whose precision is not known.
+        UnsupportedError: experts of a kind that moetune does not model.
     """
     given = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and given.lower() in names():
         found = preset(given)
-        return found if precision is None else MoELayer(**{**dict(found), "precision": precision})
+        return Reading(found if precision is None else MoELayer(**{**dict(found), "precision": precision}), ())
     if isinstance(name_or_path, str) and _REPOSITORY.fullmatch(given) and not os.path.exists(given):
         known = repositories.find(given)
         if known.precision == repositories.UNKNOWN and precision is None:
@@ -88,10 +102,10 @@ def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | Non
                 "Give --precision, or the path of its config.json.",
             )
         own = None if known.precision == repositories.UNKNOWN else known.precision
-        return layer(known.preset, precision or own)
+        return read(known.preset, precision or own)
     if not isinstance(name_or_path, str) or _is_path(given):
-        return layer_from_config(given, precision=precision)
-    return preset(given)
+        return read_config(given, precision=precision)
+    return Reading(preset(given), ())
 
 
 def layer_from_sizes(

@@ -28,6 +28,11 @@ class Activation(StrEnum):
         """Whether the first GEMM has 2·I outputs, a gate and an up half; else it has I."""
         return self is not Activation.RELU2
 
+    @property
+    def halves(self) -> int:
+        """The first GEMM's outputs, in units of I: 2 with a gate, 1 without."""
+        return 2 if self.gated else 1
+
 
 class FrozenModel(BaseModel):
     """A frozen pydantic model without unknown fields, whose errors are one-line `UsageError`s."""
@@ -113,7 +118,7 @@ class MoELayer(FrozenModel):
     @property
     def weights_per_expert(self) -> int:
         """How many weights one expert's GEMMs have: 3·H·I with a gate, 2·H·I without."""
-        return (3 if self.activation.gated else 2) * self.hidden_size * self.intermediate_size
+        return (self.activation.halves + 1) * self.hidden_size * self.intermediate_size
 
     @property
     def shape(self) -> dict[str, Any]:

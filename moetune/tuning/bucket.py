@@ -17,6 +17,7 @@ from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
 from moetune.tuning import final_comparison as final
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
+from moetune.tuning.verdict import STRESS_FACTORS, choice, decide
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
@@ -64,7 +65,7 @@ class Bucket:
         shard, met = regime.shard(layer), met_rows(layer, regime, rows)
         count = regime.draws + num_unseen(regime.draws, rows, shard.num_local)
         draws = dummies(layer, regime, rows, met, range(count))
-        stressed = [stress(layer, regime, draws[0], None, factor) for factor in final.STRESS_FACTORS]
+        stressed = [stress(layer, regime, draws[0], None, factor) for factor in STRESS_FACTORS]
         entering = len(draws[0].topk_ids)
         return cls(
             rows,
@@ -98,13 +99,13 @@ class Bucket:
     @property
     def unseen_draws(self) -> range:
         """The numbers of the draws of the final."""
-        return range(self.problem.regime.draws, len(self.problem.routings) - len(final.STRESS_FACTORS))
+        return range(self.problem.regime.draws, len(self.problem.routings) - len(STRESS_FACTORS))
 
     @property
     def stress_draws(self) -> dict[str, int]:
         """The number of each stressed draw, by its factor."""
         first = self.unseen_draws.stop
-        return {str(factor): first + at for at, factor in enumerate(final.STRESS_FACTORS)}
+        return {str(factor): first + at for at, factor in enumerate(STRESS_FACTORS)}
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
         """The backend's own search, or the exhaustive one where it has none or it is asked for.
@@ -199,8 +200,8 @@ class BucketTuner:
         played = final.play(
             bench, default, right, bucket.unseen_draws, self._final_s, most_s=most_s, alternate=alternate
         )
-        verdict = final.decide(played, bench, bucket.stress_draws)
-        return final.choice(
+        verdict = decide(played, bench, bucket.stress_draws)
+        return choice(
             played,
             verdict,
             bench,

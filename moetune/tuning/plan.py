@@ -216,7 +216,7 @@ def _bucket(
     hidden, intermediate = layer.hidden_size, layer.intermediate_size // regime.tp_size
     input_bits = INPUT_BITS[layer.precision]
     output_bits = 32 if layer.precision is Precision.FP32 else 16
-    slot_bits = input_bits * (hidden + intermediate) + output_bits * (2 * intermediate + hidden)
+    slot_bits = input_bits * (hidden + intermediate) + output_bits * (layer.activation.halves * intermediate + hidden)
     found = candidates.get(rows)
     return BucketPlan(
         rows=rows,
@@ -229,7 +229,7 @@ def _bucket(
         combine_bytes=travels.combine_bytes,
         weight_bytes=round(expected.active_experts * _expert_bytes(layer, regime)),
         activation_bytes=round(expected.local_slots * float(slot_bits / 8)),
-        flops=round(2 * expected.local_slots * 3 * hidden * intermediate),
+        flops=round(2 * expected.local_slots * (layer.weights_per_expert // regime.tp_size)),
         tactics=None if found is None else len(found.tactics),
         excluded_tactics={str(tactic): reason for tactic, reason in found.excluded.items()} if found else {},
     )
@@ -237,10 +237,9 @@ def _bucket(
 
 def _expert_bytes(layer: MoELayer, regime: Regime) -> float:
     """One expert's weights on this rank, scales and biases (16 bits each) included."""
-    hidden, intermediate = layer.hidden_size, layer.intermediate_size // regime.tp_size
-    bits = 3 * hidden * intermediate * WEIGHT_BITS[layer.precision]
+    bits = layer.weights_per_expert // regime.tp_size * WEIGHT_BITS[layer.precision]
     if layer.expert_bias:
-        bits += 16 * (2 * intermediate + hidden)
+        bits += 16 * (layer.activation.halves * (layer.intermediate_size // regime.tp_size) + layer.hidden_size)
     return float(bits / 8)
 
 

@@ -24,6 +24,7 @@ from moetune.tuning.bucket import untouched_draws
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
 from moetune.tuning.tune import benches, require_sense
+from moetune.tuning.verdict import common_ratio
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
@@ -268,7 +269,7 @@ def _played(
 def _verdict(played: final.Final, bench: BenchLike, rivals: Mapping[Tactic, str], rows: int) -> ComparedBucket:
     series = {played.default: played.default_us, **played.finalists}
     winner, second, *_ = sorted(series, key=lambda tactic: (-len(series[tactic]), sum(series[tactic])))
-    ratio = final.common_ratio(series[second], series[winner])
+    ratio = common_ratio(series[second], series[winner])
     common = len(series[second])
     return ComparedBucket(
         rows=rows,

@@ -360,3 +360,23 @@ def test_slots_of_other_ranks_are_zeros_where_sglang_reads_the_table():
     assert remote(dispatch="sglang:none") == "zero"
     assert remote(dispatch="sglang:none", remote="drop") == "drop"
     assert remote(dispatch="vllm:allgather_reducescatter") == "drop"
+
+
+@pytest.mark.parametrize("sizes", [(), ("--top-k", "4")])
+def test_what_a_config_says_beside_its_layer_is_said(moetune, tiny, sizes):
+    result = moetune("plan", "--json", "--model", tiny(torch_dtype="float8_e4m3fn"), *sizes)
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: ") == 1
+    assert "vLLM loads such as bf16 (--precision bf16)" in result.stderr
+
+
+def test_layers_that_differ_from_most_are_said(moetune, tiny):
+    quantization = {
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["model.layers.3.mlp.experts"],
+    }
+    path = tiny(num_hidden_layers=4, quantization_config=quantization)
+    result = moetune("plan", "--json", "--launch", f"vllm serve {path.parent}")
+    assert json.loads(result.stdout)["layer"]["precision"] == "fp8_block"
+    assert "the experts of 1 of 4 layers are bf16" in result.stderr

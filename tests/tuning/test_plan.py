@@ -121,3 +121,16 @@ def test_the_numbers_of_a_bucket_hold_together(ep_size, deployment, grouped, dis
         assert planned.wire[0].ratio == 1.0
         assert all(sum(way.tensors.values()) == way.payload_bytes_per_token for way in planned.wire)
         assert dispatch == "allgather" or all(way.routing != "logits" for way in planned.wire)
+
+
+def test_an_expert_without_a_gate_has_two_matrices_in_bytes_and_flops():
+    sizes = {"num_experts": 16, "top_k": 2, "hidden_size": 1024, "intermediate_size": 512}
+    gated, plain = (MoELayer(**sizes, activation=activation) for activation in ("silu", "relu2"))
+    for regime in (Regime(ladder="64"), Regime(tp_size=2, ladder="64")):
+        three, two = plan(gated, regime), plan(plain, regime)
+        assert three.resident_bytes * 2 == two.resident_bytes * 3
+        assert three.buckets[0].flops * 2 == two.buckets[0].flops * 3
+        per_slot = 2 * (1024 + 512 // regime.tp_size)
+        narrower = 2 * 512 // regime.tp_size
+        assert three.buckets[0].activation_bytes - two.buckets[0].activation_bytes == 128 * narrower
+        assert two.buckets[0].activation_bytes == 128 * 2 * per_slot

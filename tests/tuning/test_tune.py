@@ -38,8 +38,10 @@ from moetune.tuning.events import (
     Served,
     TacticMeasured,
 )
-from moetune.tuning.final_comparison import OPENING, SAMPLES, Final, _num_rounds, decide, play
+from moetune.tuning.final_comparison import OPENING, SAMPLES, Final, _num_rounds, play
 from moetune.tuning.tune import load, tune
+from moetune.tuning.verdict import choice as choice_of
+from moetune.tuning.verdict import decide
 from moetune.workload.routing import realize
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
@@ -637,7 +639,7 @@ def test_a_choice_s_times_are_the_means_of_what_counts_and_differ_by_the_gain(de
     bench.eager = {}
     final = play(bench, DEFAULT, [GOOD, NEXT], UNSEEN, seconds=1e-6)
     verdict = decide(final, bench, {"2": 0})
-    record = final_module.choice(final, verdict, bench, [realize(LAYER, REGIME, 4)], rows=4, tried=3, candidates=3)
+    record = choice_of(final, verdict, bench, [realize(LAYER, REGIME, 4)], rows=4, tried=3, candidates=3)
     everyone = {DEFAULT: final.default_us, **final.finalists}
     assert record.tactic == (DEFAULT if default_us == 8.0 else verdict.tactic)
     assert record.time_us == pytest.approx(fmean(everyone[record.tactic][OPENING if default_us == 50.0 else 0 :]))

@@ -32,7 +32,8 @@ from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
-from moetune.tuning.final_comparison import decide, play  # noqa: E402
+from moetune.tuning.final_comparison import play  # noqa: E402
+from moetune.tuning.verdict import decide  # noqa: E402
 from moetune.workload.routing import realize  # noqa: E402
 
 OP = inspect.signature(flashinfer.cutlass_fused_moe)
