@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STORE ?= .demo-store
 
-.PHONY: venv demo test lint types picture clean
+.PHONY: venv demo test network lint types picture clean
 
 venv: .venv/.installed
 
@@ -17,6 +17,10 @@ demo: venv
 
 test: venv lint types
 	$(BIN)/python -m pytest
+
+# Tests that download engine wheels from the package index that pip is configured with.
+network: venv
+	$(BIN)/python -m pytest -m network
 
 lint: venv
 	$(BIN)/ruff check .

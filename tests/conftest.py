@@ -1,12 +1,23 @@
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import wheels
 
-def pytest_collection_modifyitems(items):
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what reads engine sources as `network`; skips what needs a GPU if there is none."""
+    for item in items:
+        if "engine_sources" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.network)
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 
@@ -17,7 +28,25 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _no_ambient_settings(monkeypatch, tmp_path):
+def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION", raising=False)
     monkeypatch.setenv("MOETUNE_STORE", str(tmp_path / "default-store"))
     monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")
+
+
+@pytest.fixture(scope="session")
+def engine_sources(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a function from an engine's name to a folder that contains its package.
+
+    It skips the test if the engine is not installed, unless `-m network` allows a download.
+    """
+    download = cache(lambda engine: wheels.download(engine, tmp_path_factory.mktemp("engines") / engine))
+
+    def sources(engine: str) -> Path:
+        if local := wheels.local_sources(engine):
+            return local
+        if pytestconfig.getoption("markexpr") != "network":
+            pytest.skip(f"{engine} is not installed, and only `pytest -m network` downloads it")
+        return download(engine)
+
+    return sources

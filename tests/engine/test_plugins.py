@@ -12,7 +12,6 @@ import pytest
 from flashinfer.autotuner import AutoTuner, autotune
 from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, Trtllm
-from wheels import engine_sources
 
 import moetune
 from moetune.engine import flashinfer_hook, flashinfer_version, plugins, session
@@ -145,14 +144,6 @@ def test_a_plugin_loads_neither_torch_nor_flashinfer_and_waits_for_the_tuner(mod
     assert done.returncode == 0, done.stderr
 
 
-def engine_source(package: str, module: str, folder: Path) -> Path:
-    """The engine's own file; nothing of the engine is imported."""
-    sources = engine_sources(package, folder)
-    if sources is None or not (sources / module).is_file():
-        pytest.skip(f"{package} is not installed, nor can its wheel be read")
-    return sources / module
-
-
 def executed(path: Path, name: str, monkeypatch, **stand_ins: types.SimpleNamespace) -> types.ModuleType:
     """The engine's module with what it imports of its engine replaced."""
     for imported, stand_in in stand_ins.items():
@@ -168,8 +159,8 @@ def executed(path: Path, name: str, monkeypatch, **stand_ins: types.SimpleNamesp
     return made
 
 
-def test_vllms_own_loader_loads_it(process, model, monkeypatch, tmp_path):
-    path = engine_source("vllm", "vllm/plugins/__init__.py", tmp_path)
+def test_vllms_own_loader_loads_it(process, model, monkeypatch, engine_sources):
+    path = engine_sources("vllm") / "vllm/plugins/__init__.py"
     envs = types.SimpleNamespace(VLLM_PLUGINS=["moetune"])
     platform = types.SimpleNamespace(is_xpu=lambda: False)
     loader = executed(
@@ -185,8 +176,8 @@ def test_vllms_own_loader_loads_it(process, model, monkeypatch, tmp_path):
     assert type(AutoTuner.get()).__name__ == "MoetuneTuner"
 
 
-def test_sglangs_own_loader_loads_it(process, model, monkeypatch, tmp_path):
-    path = engine_source("sglang", "sglang/srt/plugins/__init__.py", tmp_path)
+def test_sglangs_own_loader_loads_it(process, model, monkeypatch, engine_sources):
+    path = engine_sources("sglang") / "sglang/srt/plugins/__init__.py"
     setting = types.SimpleNamespace(get=lambda: "moetune")
     unset = types.SimpleNamespace(get=lambda: None)
     registry = types.SimpleNamespace(apply_hooks=lambda: None)

@@ -7,12 +7,13 @@ rounds to nearest even. Both are replaced by torch's conversions; everything els
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from wheels import engine_sources
+from wheels import VARIABLE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
@@ -21,15 +22,13 @@ RUN_KERNELS = {"test_align.py", "test_kernels.py", "test_runner.py", "test_engin
 
 @pytest.fixture(params=["vllm", "sglang"])
 def engine(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, engine_sources: Callable[[str], Path]
 ) -> str:
-    """An engine whose own sources are here."""
+    """Returns the name of an engine whose sources can be imported."""
     name: str = request.param
-    sources = engine_sources(name, tmp_path_factory.getbasetemp() / "engines")
-    if sources is None:
-        pytest.skip(f"{name} is not installed, nor can its wheel be read")
+    sources = engine_sources(name)
     monkeypatch.syspath_prepend(str(sources))
-    monkeypatch.setenv("MOETUNE_ENGINE_SOURCES", str(sources))
+    monkeypatch.setenv(VARIABLE, str(sources))
     return name
 
 
