@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STORE ?= .demo-store
+JOBS ?= 2
+PYTEST_FLAGS ?=
 
 .PHONY: venv demo test network lint types picture clean
 
@@ -15,8 +17,9 @@ venv: .venv/.installed
 demo: venv
 	$(BIN)/moetune tune --model qwen3-30b-a3b --ep 8 --dp --tune-max-num-tokens 128 --backend torch --store $(STORE)
 
+# One torch thread a process: more of them would share the same cores.
 test: venv lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 # Tests that download engine wheels from the package index that pip is configured with.
 network: venv
