@@ -31,12 +31,12 @@ class Problem:
     @property
     def intermediate_size(self) -> int:
         """Of one expert on this rank: I/tp."""
-        return self.layer.intermediate_size // self.regime.tp_size
+        return self.regime.intermediate_size(self.layer)
 
     @property
     def row_top_k(self) -> int:
         """Ids in a row: k, or 1 in the slot layout."""
-        return 1 if self.regime.layout == "slot" else self.layer.top_k
+        return self.regime.row_top_k(self.layer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ class _Experts:
 def _if_ours(
     layer: MoELayer, regime: Regime, rank: int | None, found: _Experts, make: Callable[[int], MoEOp]
 ) -> MoEOp | None:
-    top_k = 1 if regime.layout == "slot" else layer.top_k
+    top_k = regime.row_top_k(layer)
     for shard in _shards(layer, regime, rank):
         if found == _Experts(shard.num_slots, top_k, shard.num_local, shard.first):
             return make(shard.rank)
@@ -180,9 +180,9 @@ def _cutlass(
     same_shape = (
         inputs[1].shape[0] * runner.ep_size == layer.num_experts + regime.redundant_experts
         and inputs[0].shape[-1] == layer.hidden_size
-        and inputs[1].shape[1] == 2 * layer.intermediate_size // regime.tp_size
+        and inputs[1].shape[1] == 2 * regime.intermediate_size(layer)
         and (runner.ep_size, runner.tp_size) == (regime.ep_size, regime.tp_size)
-        and runner.top_k == (1 if regime.layout == "slot" else layer.top_k)
+        and runner.top_k == regime.row_top_k(layer)
     )
     if precision != layer.precision or other_kernels or not same_shape or rank not in (None, runner.ep_rank):
         return None

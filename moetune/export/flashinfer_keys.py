@@ -170,7 +170,7 @@ def cutlass_keys(
     """
     if layer.precision not in _CUTLASS_DTYPES or layer.activation not in _CUTLASS_ACTIVATIONS:
         raise _unsupported("cutlass", layer, _CUTLASS_DTYPES, _CUTLASS_ACTIVATIONS)
-    hidden, inner = layer.hidden_size, layer.intermediate_size // regime.tp_size
+    hidden, inner = layer.hidden_size, regime.intermediate_size(layer)
     dtype = _CUTLASS_DTYPES[layer.precision]
     seen: set[str] = set()
     for ep_rank in range(regime.ep_size):
@@ -182,7 +182,7 @@ def cutlass_keys(
                 ranked = version.cutlass_ranks
                 extras = (
                     *(_Dtype(name) for name in (dtype, dtype, "bfloat16")),
-                    row_top_k(layer, regime),
+                    regime.row_top_k(layer),
                     *((regime.tp_size, tp_rank, regime.ep_size, ep_rank, 1, 0) if ranked else ()),
                     *(() if ranked else (regime.tp_size, regime.ep_size, 1)),
                     alltoall,
@@ -223,7 +223,7 @@ def trtllm_keys(
     if layer.precision not in TRTLLM_OPS or layer.activation not in _TRTLLM_ACTIVATIONS:
         raise _unsupported("trtllm", layer, TRTLLM_OPS, _TRTLLM_ACTIVATIONS)
     op = _trtllm_op(layer.precision, mxfp4_activations, fp8_block_layout)
-    hidden, k = op.padded(layer.hidden_size), row_top_k(layer, regime)
+    hidden, k = op.padded(layer.hidden_size), regime.row_top_k(layer)
     ids, empty = (rows, k), (rows,)
     slots = layer.num_experts + regime.redundant_experts
     if routed:
@@ -259,7 +259,7 @@ def _trtllm_extras(op: TrtllmOp, layer: MoELayer, regime: Regime, experts: int) 
     hidden = op.padded(layer.hidden_size)
     return (
         "Module",  # the class of a compiled module
-        row_top_k(layer, regime),
+        regime.row_top_k(layer),
         experts,
         layer.num_experts + regime.redundant_experts,
         0,  # shared experts that are fused
@@ -268,7 +268,7 @@ def _trtllm_extras(op: TrtllmOp, layer: MoELayer, regime: Regime, experts: int) 
         op.fp8,
         hidden,
         hidden,
-        op.padded(layer.intermediate_size // regime.tp_size),
+        op.padded(regime.intermediate_size(layer)),
         _TRTLLM_ACTIVATIONS[layer.activation],
         op.shuffled,
         op.weight_layout,
@@ -285,8 +285,3 @@ def _unsupported(
         f"{layer.activation.value}.",
         f"It has for {', '.join(precisions)}, with {' or '.join(activations)}.",
     )
-
-
-def row_top_k(layer: MoELayer, regime: Regime) -> int:
-    """Ids in a row: k, or 1 where a row is a slot."""
-    return 1 if regime.layout == "slot" else layer.top_k

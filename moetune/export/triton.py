@@ -75,7 +75,7 @@ class TritonProfile:
         return cls(
             profile,
             tuple(experts),
-            layer.intermediate_size // regime.tp_size,
+            regime.intermediate_size(layer),
             _DTYPES[layer.precision],
             (SCALE_BLOCK, SCALE_BLOCK) if blocks else None,
             {choice.rows: _config(choice.tactic, blocks, engine) for choice in profile.choices},

@@ -186,7 +186,7 @@ def keys(
         UnsupportedError: the runner does not compute this layer.
     """
     experts = regime.shard(layer, rank).num_local
-    hidden, inner = layer.hidden_size, layer.intermediate_size // regime.tp_size
+    hidden, inner = layer.hidden_size, regime.intermediate_size(layer)
     _check(known, layer, inner)
     padded_in, padded_out, padded_inner = (
         (_padded(hidden, HIDDEN_MULTIPLE), _padded(hidden, WEIGHT_MULTIPLE), _padded(inner, WEIGHT_MULTIPLE))

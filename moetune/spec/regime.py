@@ -148,6 +148,14 @@ class Regime(FrozenModel):
     def _fits(self, rows: int) -> bool:
         return self.layout != "pool" or rows % self.ep_size == 0
 
+    def row_top_k(self, layer: MoELayer) -> int:
+        """Returns the number of ids in a row that enters a rank's kernel: k, or 1 in the slot layout."""
+        return 1 if self.layout == "slot" else layer.top_k
+
+    def intermediate_size(self, layer: MoELayer) -> int:
+        """Returns the intermediate size of one expert on this rank, I/tp."""
+        return layer.intermediate_size // self.tp_size
+
     @property
     def digest(self) -> str:
         """16 hex digits over every field; rank 0 is left out."""

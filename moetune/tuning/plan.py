@@ -213,7 +213,7 @@ def _bucket(
     from moetune.workload.dispatch import wire
 
     travels = wire(layer, regime, max(1, round(expected.tokens)), rank=rank)
-    hidden, intermediate = layer.hidden_size, layer.intermediate_size // regime.tp_size
+    hidden, intermediate = layer.hidden_size, regime.intermediate_size(layer)
     input_bits = INPUT_BITS[layer.precision]
     output_bits = 32 if layer.precision is Precision.FP32 else 16
     slot_bits = input_bits * (hidden + intermediate) + output_bits * (layer.activation.halves * intermediate + hidden)
@@ -239,7 +239,7 @@ def _expert_bytes(layer: MoELayer, regime: Regime) -> float:
     """One expert's weights on this rank, scales and biases (16 bits each) included."""
     bits = layer.weights_per_expert // regime.tp_size * WEIGHT_BITS[layer.precision]
     if layer.expert_bias:
-        bits += 16 * (layer.activation.halves * (layer.intermediate_size // regime.tp_size) + layer.hidden_size)
+        bits += 16 * (layer.activation.halves * regime.intermediate_size(layer) + layer.hidden_size)
     return float(bits / 8)
 
 

@@ -231,3 +231,14 @@ def test_a_shard_that_cannot_be_is_a_one_line_usage_error(given, rank, named):
         Regime(**given).shard(LAYER, rank)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("regime", "width"), [(Regime(), 4), (Regime(ep_size=8, layout="packed"), 4), (Regime(ep_size=8, layout="slot"), 1)]
+)
+def test_a_row_has_k_ids_and_one_in_the_slot_layout(regime, width):
+    assert regime.row_top_k(LAYER) == width
+
+
+def test_tensor_parallel_ranks_share_the_intermediate_size():
+    assert Regime(tp_size=4).intermediate_size(LAYER) == 32

@@ -92,7 +92,7 @@ class FlashInferCutlassBackend:
             return "applies the router's weight to an expert's output, this layer to its input"
         if (layer.num_experts + regime.redundant_experts) % regime.ep_size:
             return "the op computes a rank's first expert as rank · L, so all shards must be equal"
-        intermediate, multiple = layer.intermediate_size // regime.tp_size, ALIGNMENTS[layer.precision]
+        intermediate, multiple = regime.intermediate_size(layer), ALIGNMENTS[layer.precision]
         if layer.hidden_size % multiple or intermediate % multiple:
             return f"H = {layer.hidden_size} and I/tp = {intermediate} must be multiples of {multiple}"
         return None

@@ -51,7 +51,7 @@ def _runner_arguments(runner: type, layer: MoELayer, regime: Regime) -> dict[str
         "x_dtype": dtype,
         "weight_dtype": dtype,
         "output_dtype": torch.bfloat16,
-        "top_k": 1 if regime.layout == "slot" else layer.top_k,
+        "top_k": regime.row_top_k(layer),
         "tp_size": regime.tp_size,
         "tp_rank": 0,
         "ep_size": regime.ep_size,

@@ -102,7 +102,7 @@ class TrtllmBackend:
         fmt = FORMATS.get(layer.precision)
         if fmt is None:
             return f"computes {', '.join(FORMATS)} experts, not {layer.precision.value}"
-        intermediate = layer.intermediate_size // regime.tp_size
+        intermediate = regime.intermediate_size(layer)
         if not fmt.padded and (layer.hidden_size % fmt.multiple_of or intermediate % fmt.multiple_of):
             return (
                 f"needs multiples of {fmt.multiple_of} for {layer.precision.value} experts; "
@@ -132,7 +132,7 @@ class TrtllmBackend:
 
         if regime.redundant_experts:
             return "routes from logits of experts and knows no redundant ones; use flashinfer-trtllm-routed"
-        top_k = 1 if regime.layout == "slot" else layer.top_k
+        top_k = regime.row_top_k(layer)
         try:
             routing = kernel_routing(layer)
         except UnsupportedError as error:
@@ -251,7 +251,7 @@ class TrtllmBackend:
     @staticmethod
     def _sizes(layer: MoELayer, regime: Regime, num_local: int | None = None) -> Sizes:
         count = regime.shard(layer).num_local if num_local is None else num_local
-        intermediate = layer.intermediate_size // regime.tp_size
+        intermediate = regime.intermediate_size(layer)
         return Sizes.of(FORMATS[layer.precision], count, layer.hidden_size, intermediate)
 
 

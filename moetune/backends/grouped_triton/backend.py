@@ -83,7 +83,7 @@ class TritonBackend:
             return "adds no bias to an expert's GEMMs"
         if layer.weight_on_input:
             return "applies the router's weight to an expert's output, this layer to its input"
-        intermediate = layer.intermediate_size // regime.tp_size
+        intermediate = regime.intermediate_size(layer)
         if layer.precision is Precision.FP8_BLOCK and (layer.hidden_size % 128 or intermediate % 128):
             return (
                 f"needs whole 128×128 scale blocks; H = {layer.hidden_size} and I/tp = {intermediate} "

@@ -60,9 +60,9 @@ class Shapes:
         shard = regime.shard(layer, rank)
         return cls(
             rows,
-            1 if regime.layout == "slot" else layer.top_k,
+            regime.row_top_k(layer),
             layer.hidden_size,
-            layer.intermediate_size // regime.tp_size,
+            regime.intermediate_size(layer),
             shard.num_local,
             shard.num_slots,
             layer.precision is Precision.FP8_BLOCK,

@@ -49,10 +49,10 @@ class Sizes:
         """The sizes of rank 0, which has as many experts as any."""
         return cls(
             rows,
-            1 if regime.layout == "slot" else layer.top_k,
+            regime.row_top_k(layer),
             regime.shard(layer).num_local,
             layer.hidden_size,
-            layer.intermediate_size // regime.tp_size,
+            regime.intermediate_size(layer),
             4 if layer.precision is Precision.FP32 else 2,
         )
 
