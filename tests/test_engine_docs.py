@@ -11,6 +11,7 @@ from moetune.cli.export import export
 from moetune.cli.options import ask
 from moetune.cli.tune import tune
 from moetune.inputs import launch
+from moetune.inputs.option_table import OPTIONS
 from moetune.inputs.options import parse, resolve
 
 TEXT = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
@@ -30,7 +31,7 @@ def question(line):
     context = click.Context(command)
     command.parse_args(context, list(words))
     given = {key: value for key, value in context.params.items() if value is not None}
-    asked = {*ask.__annotations__, *resolve.__annotations__}
+    asked = {option.name for option in OPTIONS} - {"launch"}
     return ask(**{key: value for key, value in given.items() if key in asked}), given
 
 

@@ -1,26 +1,28 @@
-"""`moetune doctor`."""
+"""Defines the command `moetune doctor`."""
 
 from __future__ import annotations
 
 import click
 
-from moetune.cli.options import json_option
+from moetune.cli.help import Command
+from moetune.cli.options import device_option, json_option
 from moetune.cli.output import document, show
 
 SCHEMA_VERSION = 1
 
 
-@click.command()
+@click.command(cls=Command, example="moetune doctor")
+@device_option
 @json_option
-def doctor(as_json: bool) -> None:
-    """Say which backends can run here and, if not, why and what to do."""
+def doctor(device: str | None, as_json: bool) -> None:
+    """List the backends that can run here, and what the others need."""
     from moetune.backends import registry
     from moetune.measure import probe
     from moetune.report.tables import backends_table, facts_table
 
     found = registry.diagnose()
     able = next((diagnosis.name for diagnosis in found if diagnosis.available), "torch")
-    here = probe.environment(registry.backend(able), probe.device_for(None))
+    here = probe.environment(registry.backend(able), probe.device_for(device))
     if as_json:
         backends = [diagnosis._asdict() for diagnosis in found]
         environment = here.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""`moetune export`."""
+"""Defines the command `moetune export`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ from pathlib import Path
 
 import click
 
+from moetune.cli.help import Command
 from moetune.cli.options import Question, asks, json_option, store_option
 
 SCHEMA_VERSION = 1
+EXAMPLE = """\
+moetune export --model qwen3-235b-a22b --ep 8
+  --dispatch vllm:allgather_reducescatter --to vllm --out tuned"""
 
 
-@click.command()
+@click.command(cls=Command, example=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
 @asks(required=False)
-@click.option("--to", "target", metavar="ENGINE", required=True, help="vllm, sglang, flashinfer or trtllm.")
+@click.option("--to", "target", metavar="ENGINE", required=True, help="The engine: vllm, sglang, flashinfer or trtllm.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The output folder.")
 @click.option(
-    "--for-version", metavar="V", help="The version that the files are for, of the engine or of FlashInfer.  [newest]"
+    "--for-version",
+    metavar="V",
+    help="The version of the engine, or of FlashInfer, that will read the files.  [default: the newest known]",
 )
-@click.option("--force", is_flag=True, help="Replace files of other content.")
+@click.option("--force", is_flag=True, help="Replace files that have other content.")
 @store_option
 @json_option
 def export(
@@ -32,10 +38,10 @@ def export(
     store: Path | None,
     as_json: bool,
 ) -> None:
-    """Write a stored profile as the files that an engine reads: the file PROFILE, or the answer to --model ….
+    """Write a stored profile as the files that an engine reads: the file PROFILE, or the one that answers the options.
 
-    The files lie in a folder of the regime, with a README and their provenance beside them; warnings say where the
-    engine would not read them or not bring the load that was measured.
+    The files go into a folder named after the regime, with a README and their provenance. Warnings name the cases in
+    which the engine does not read them, or has another load than the one measured.
     """
     from moetune.cli.stored import stored_profile
     from moetune.cli.written import say, write_for

@@ -1,4 +1,4 @@
-"""The entry point `moetune`: a group that imports a command on its first use, and the exit codes."""
+"""Defines the entry point `moetune`, its exit codes, and how an error is shown."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
 
-from moetune.errors import MoetuneError
+from moetune.cli.help import Commands
+from moetune.errors import MissError, MoetuneError
 
 DEBUG_VARIABLE = "MOETUNE_DEBUG"
 INTERRUPTED = 130
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called, so that its help costs no imports.
+class LazyGroup(Commands):
+    """A group that imports a command only when it is called, so that the group's help is fast.
 
     Args:
-        lazy: for each command its `module:attribute` and the line that the group's help shows.
+        lazy: for each command its `module:attribute` and its line in the group's help.
     """
 
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]], **kwargs: Any) -> None:
@@ -28,11 +30,11 @@ class LazyGroup(click.Group):
         self.lazy = lazy
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands, in the order in which they were given."""
+        """Returns the commands in the order in which they were given."""
         return list(self.lazy)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports the command, or None where there is none of that name."""
+        """Imports and returns the command, or returns None if there is none of that name."""
         if cmd_name not in self.lazy:
             return None
         module, _, attribute = self.lazy[cmd_name][0].partition(":")
@@ -41,44 +43,57 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list of commands in the help, without importing one."""
+        """Writes the list of commands without importing one."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in self.lazy.items()])
 
 
 class CommandLine(LazyGroup):
-    """The outermost group: whatever goes wrong ends in one line on stderr and an exit code, never in a traceback."""
+    """The outermost group. It turns every error into a short message on stderr and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Runs the command line and leaves the process.
+        """Runs the command line and ends the process.
 
-        0: done. 1: no valid result. 2: usage. 3: a miss under `--frozen`. 130: interrupted.
+        Exit codes: 0 done. 1 no valid result. 2 usage. 3 a miss. 130 interrupted. A reader that closes the pipe early,
+        such as `head`, is no error.
         """
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as asked:
-            click.echo(asked.format_message(), err=True)
-            code = asked.exit_code
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_stdout()
+            code = 0
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = error.exit_code
         except click.UsageError as error:
-            asked_of = error.ctx.command_path if error.ctx else "moetune"
-            code = _fail(f"{error.format_message()} See `{asked_of} --help`.", error.exit_code)
+            command = error.ctx.command_path if error.ctx else "moetune"
+            code = _fail(f"{error.format_message()} See `{command} --help`.", code=error.exit_code)
         except click.ClickException as error:
-            code = _fail(error.format_message(), error.exit_code)
+            code = _fail(error.format_message(), code=error.exit_code)
+        except MissError as error:
+            code = _fail(error.message, error.hint, code=error.exit_code)
         except MoetuneError as error:
-            code = _fail(str(error), error.exit_code)
+            code = _fail(str(error), code=error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            code = _fail("interrupted.", INTERRUPTED)
+            code = _fail("interrupted.", code=INTERRUPTED)
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE):
                 traceback.print_exc()
-            how = f"This is a bug in moetune; {DEBUG_VARIABLE}=1 shows where."
-            code = _fail(f"unexpected {type(error).__name__}: {error}. {how}", 1)
+            report = f"This is a bug in moetune. Set {DEBUG_VARIABLE}=1 to see where."
+            code = _fail(f"unexpected {type(error).__name__}: {error}. {report}", code=1)
         sys.exit(code)
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+def _fail(*lines: str, code: int) -> int:
+    click.echo("\n".join([f"error: {' '.join(lines[0].split())}", *(line for line in lines[1:] if line)]), err=True)
     return code
+
+
+def _discard_stdout() -> None:
+    """Points stdout at the null device: the interpreter flushes it once more at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(
@@ -87,17 +102,17 @@ def _fail(message: str, code: int) -> int:
     context_settings={"help_option_names": ["-h", "--help"]},
     lazy={
         "models": ("moetune.cli.models:models", "List the layers that moetune knows by name."),
-        "doctor": ("moetune.cli.doctor:doctor", "Say which backends can run here, and what the others lack."),
-        "plan": ("moetune.cli.plan:plan", "Show each bucket's load and the bytes on the wire; no GPU needed."),
-        "tune": ("moetune.cli.tune:tune", "Measure each bucket's fastest tactic, or serve it from the store."),
+        "doctor": ("moetune.cli.doctor:doctor", "List the backends that can run here, and what the others need."),
+        "plan": ("moetune.cli.plan:plan", "Show the load of each bucket and the bytes on the wire. Needs no GPU."),
+        "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
         "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
-        "store": ("moetune.cli.store:store", "Look into the store of profiles."),
+        "store": ("moetune.cli.store:store", "List the stored profiles."),
     },
 )
 @click.version_option(package_name="moetune", message="moetune %(version)s")
 def main() -> None:
     """Find the fastest mixture-of-experts kernel tactic for the load that each expert-parallel rank will really see.
 
-    Results go to stdout, progress to stderr; with --json stdout holds one JSON document and nothing else.
+    Results go to stdout and progress to stderr. With --json, stdout holds one JSON document and nothing else.
     """

@@ -1,19 +1,23 @@
-"""`moetune models`."""
+"""Defines the command `moetune models`."""
 
 from __future__ import annotations
 
 import click
 
+from moetune.cli.help import Command
 from moetune.cli.options import json_option
 from moetune.cli.output import document, on_terminal, show
 
 SCHEMA_VERSION = 1
 
 
-@click.command()
+@click.command(cls=Command, example="moetune models")
 @json_option
 def models(as_json: bool) -> None:
-    """List the layers that moetune knows by name; in a pipe and with --json also where their values stand."""
+    """List the layers that moetune knows by name.
+
+    In a pipe and with --json, each has the address of the config that its values come from.
+    """
     from moetune.inputs import presets
     from moetune.report.tables import models_table
 

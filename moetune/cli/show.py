@@ -1,4 +1,4 @@
-"""`moetune show`."""
+"""Defines the command `moetune show`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ from pathlib import Path
 
 import click
 
+from moetune.cli.help import Command
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
 
+EXAMPLE = "moetune show --model qwen3-235b-a22b --ep 8 --dispatch sglang:none --backend triton"
 
-@click.command()
+
+@click.command(cls=Command, example=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
 @asks(required=False)
 @store_option
 @json_option
 def show(path: Path | None, question: Question | None, store: Path | None, as_json: bool) -> None:
-    """Print a stored profile: the file PROFILE, or the answer to --model … in the store, else packaged with moetune.
+    """Print a stored profile: the file PROFILE, or the one that answers the question given as options.
 
-    Nothing is measured; where the store has no answer, the error names what differs in the nearest one and exits 3.
+    Profiles are looked up in the store, then among those packaged with moetune. Nothing is measured. If there is no
+    profile, the error says what the nearest one was measured on, and the exit code is 3.
     """
     from moetune.cli.stored import stored_profile
     from moetune.report.tables import profile_report

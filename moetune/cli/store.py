@@ -1,4 +1,4 @@
-"""`moetune store`: look into the store of profiles."""
+"""Defines the command `moetune store`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.markup import escape
 
+from moetune.cli.help import Command, Commands
 from moetune.cli.options import json_option, store_option
 from moetune.cli.output import document, on_terminal, show
 
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-@click.group()
+@click.group(cls=Commands)
 def store() -> None:
-    """Look into the store of profiles."""
+    """List the stored profiles."""
 
 
-@store.command(name="list")
+@store.command(cls=Command, name="list", example="moetune store list")
 @store_option
 @json_option
 def list_profiles(store: Path | None, as_json: bool) -> None:
-    """List the stored profiles, those that come with moetune, and the files that are none.
+    """List the profiles of the store, those packaged with moetune, and the files that cannot be read.
 
-    In a pipe and with --json each has its file.
+    In a pipe and with --json, each has its file.
     """
     from moetune.report.tables import store_table
     from moetune.store.profile import Profile
@@ -57,7 +58,7 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
     if own:
         show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", "", store_table(own, folder.root, files=files))
     else:
-        show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet; `moetune tune` writes one.")
+        show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet. `moetune tune` writes one.")
     if packaged and folder.packaged:
         where = f"[dim]packaged with moetune, read-only[/] [cyan]{escape(str(folder.packaged))}[/]"
         show("", where, "", store_table(packaged, folder.packaged, files=files))

@@ -1,4 +1,4 @@
-"""The profile that a command is about: a file's path, or the question options that look it up in the store."""
+"""Finds the profile that a command needs: by its path, or by the question that it answers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 def stored_profile(
     command: str, path: Path | None, question: Question | None, root: Path | None
 ) -> tuple[Path, Profile]:
-    """The file and the profile in it. Nothing is measured.
+    """Returns a profile and its file. Measures nothing.
 
     Args:
-        command: who asks, for the error.
-        path: a profile's file, need not be the store's.
-        question: what to look up where no path is given; for `auto` the first able backend that has an answer.
-        root: the store.
+        command: the command's name, for the error.
+        path: a profile's file. It need not be in the store.
+        question: the question to look up if there is no path. For `auto`, the first backend with a profile is taken.
+        root: the folder of the store.
 
     Raises:
-        UsageError: neither a path nor a question, or both; there is no such file.
-        MissError: the store has no profile of this question.
-        StoreError: the file is no profile, or is damaged.
+        UsageError: neither a path nor a question is given, or both are, or there is no such file.
+        MissError: no profile answers the question.
+        StoreError: the file is damaged or is no profile.
     """
     from moetune.store.store import Store
 
@@ -49,7 +49,7 @@ def _loaded(question: Question, folder: Store) -> Profile:
     missed: list[MissError] = []
     for backend in backends:
         try:
-            return load(question.layer, question.regime, backend, folder)
+            return load(question.layer, question.regime, backend, folder, device=question.device)
         except MissError as miss:
             missed.append(miss)
     raise missed[0]

@@ -1,4 +1,4 @@
-"""`moetune tune`."""
+"""Defines the command `moetune tune`."""
 
 from __future__ import annotations
 
@@ -7,30 +7,34 @@ from pathlib import Path
 
 import click
 
+from moetune.cli.help import Command
 from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, show
 from moetune.spec.enums import STRATEGIES, Strategy
 
+EXAMPLE = """\
+moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep" --export tuned"""
 
-@click.command()
+
+@click.command(cls=Command, example=EXAMPLE)
 @asks()
 @store_option
-@click.option("--frozen", is_flag=True, help="Never measure; a miss exits 3.")
-@click.option("--again", is_flag=True, help="Measure every bucket even where a profile has it.")
+@click.option("--frozen", is_flag=True, help="Never measure. A miss ends with exit code 3.")
+@click.option("--again", is_flag=True, help="Measure every bucket again, even if a profile has it.")
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),
     default="auto",
-    help="The backend's own search, or every tactic.  [default: auto]",
+    help="auto: the backend's own search. exhaustive: every tactic.  [default: auto]",
 )
 @click.option(
     "--export",
     "out",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Also write the files that the engine of --launch or --dispatch reads, as `moetune export` does.",
+    help="Also write the files that the engine of --launch or --dispatch reads, like `moetune export`.",
 )
-@click.option("--time-budget", type=float, metavar="S", help="About how many seconds it may take.  [default: no limit]")
+@click.option("--time-budget", type=float, metavar="S", help="Stop after about S seconds.  [default: no limit]")
 @json_option
 def tune(
     question: Question,
@@ -42,13 +46,14 @@ def tune(
     time_budget: float | None,
     as_json: bool,
 ) -> None:
-    """Measure the fastest tactic of each bucket, or serve it from the store or from moetune's packaged profiles.
+    """Measure the fastest tactic of each bucket, or take it from the store or from the packaged profiles.
 
-    With --backend auto every family of kernels that can run here is tuned, and their choices are timed side by side:
-    which one wins in each bucket, by how much, and the engine's flag for it. One that fails costs only itself.
+    With --backend auto, every backend that can run here is tuned. Their choices are then timed side by side: which
+    backend is fastest in each bucket, by how much, and which engine flag selects it. If one backend fails, the others
+    go on.
 
-    Each bucket is saved when it is known, so an interrupted run resumes. The default tactic is replaced only by one
-    that is faster beyond the noise; the gain is shown with its 95 % bounds.
+    Each bucket is saved as soon as it is known, and an interrupted run resumes. A tactic replaces the default only if
+    it is faster beyond the noise. Each gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
     from moetune.cli.written import question_of_engine, say, write_for
@@ -66,6 +71,7 @@ def tune(
             question.layer,
             question.regime,
             store=folder,
+            device=question.device,
             frozen=frozen,
             again=again,
             strategy=strategy,

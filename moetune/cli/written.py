@@ -1,4 +1,4 @@
-"""Writes a profile as an engine's files and says what was written; `export` and `tune --export` share it."""
+"""Writes a profile as an engine's files and prints what was written, for `export` and `tune --export`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 
 class Written(NamedTuple):
-    """The files of one export: where they lie, the variables that make the engine read them, and what to mind."""
+    """The result of one export.
+
+    Args:
+        target: the engine.
+        folder: where the files are.
+        files: each file and its state, such as `written`.
+        variables: the environment variables that make the engine read the files.
+        warnings: the cases in which the engine does not read them.
+        notes: what else the reader should know.
+    """
 
     target: str
     folder: Path
@@ -27,7 +36,7 @@ class Written(NamedTuple):
     notes: tuple[str, ...]
 
     def document(self) -> dict[str, Any]:
-        """The fields of the JSON documents of `export` and `tune --export`."""
+        """Returns the fields of the JSON documents of `export` and `tune --export`."""
         return {
             "target": self.target,
             "folder": str(self.folder),
@@ -41,12 +50,12 @@ class Written(NamedTuple):
 def write_for(
     target: str, profile: Profile, path: Path, out: Path, *, for_version: str | None = None, force: bool = False
 ) -> Written:
-    """Writes `profile`, the file at `path`, below `out` as the files that the engine `target` reads.
+    """Writes the profile in `path` below `out`, as the files that the engine `target` reads.
 
     Raises:
         UsageError: no such engine or version.
         UnsupportedError: the engine has no use for this profile.
-        StoreError: a file of other content is there and `force` is not given.
+        StoreError: a file with other content is there and `force` is not given.
     """
     from moetune.export import export
     from moetune.export.base import FOLDER
@@ -66,19 +75,19 @@ def write_for(
 
 
 def question_of_engine(question: Question) -> Question:
-    """The question whose profile the engine's files can be made of; of `auto` the backend that these need.
+    """Returns the question with the backend that the engine's files need, if the backend was left to moetune.
 
     Raises:
-        UsageError: no engine is named, or it reads no file for the kernels that are asked for.
+        UsageError: no engine is given, or it reads no file for the given backend.
     """
     from moetune.backends import registry
-    from moetune.cli.options import remote_of
+    from moetune.cli.backend_choice import backend_with, engine_options
 
     engine, regime = question.engine, question.regime
     if engine is None:
         raise UsageError(
-            "--export does not know for which engine.",
-            "Give --launch 'vllm serve …' or --dispatch ENGINE:WORD; or run `moetune export --to ENGINE` afterwards.",
+            "--export needs an engine.",
+            "Give --launch 'vllm serve …' or --dispatch ENGINE:NAME; or run `moetune export --to ENGINE` afterwards.",
         )
     if engine == "trtllm":
         if not question.auto:
@@ -86,19 +95,17 @@ def question_of_engine(question: Question) -> Question:
         name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
         return replace(question, backend=registry.backend(name), auto=False)
     if question.auto:
-        remote = remote_of(engine)
-        options = {} if remote is None else {"remote": remote}
-        return replace(question, backend=registry.backend("triton", **options), auto=False)
+        return replace(question, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
     if question.backend.name != "triton":
         raise UsageError(
             f"--export: {engine} reads files for Triton kernels only, not for {question.backend.name}.",
-            "Tune without --export; moetune's plugin serves the profile inside the engine (docs/engines.md).",
+            "Tune without --export. moetune's plugin gives the profile to the engine (docs/engines.md).",
         )
     return question
 
 
 def say(written: Written) -> None:
-    """Prints the files and the shell lines on stdout, warnings and notes on stderr."""
+    """Prints files and shell lines on stdout, warnings and notes on stderr."""
     for warning in written.warnings:
         click.echo(f"warning: {warning}", err=True)
     for note in written.notes:

@@ -13,7 +13,8 @@ from moetune.inputs.flag_table import table
 from moetune.inputs.launch_command import ServerCommand, find
 from moetune.inputs.launch_line import Line, known_text, parse
 from moetune.inputs.launch_model import Deployed, model_named, precision_asked
-from moetune.inputs.options import SIZES, layer_of
+from moetune.inputs.option_table import SIZES
+from moetune.inputs.options import layer_of
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
 _READERS: Final[Mapping[str, _Reader]] = {

@@ -1,28 +1,32 @@
-"""The options that name a layer and a regime, for the command line and wherever else they are spelled."""
+"""Turns the options of `option_table` into a layer and a regime."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+import click
 
 from moetune.errors import UsageError
 from moetune.inputs import presets
 from moetune.inputs.hf import Reading
+from moetune.inputs.option_table import OPTIONS, SIZES, Group, flag
 from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
-SIZES = ("experts", "top_k", "hidden", "intermediate")
-"""The options that give a layer's sizes: all four of a model that has no name here, or some in place of a preset's."""
-TEXT = ("model", "precision", "dispatch", "layout", "rank", "distribution", "ladder")
-NUMBERS = (*SIZES, "ep", "tp", "redundant_experts", "seed", "draws", "tune_max_num_tokens")
+_SIZES = [option for option in OPTIONS if option.name in SIZES]
+_REGIME = [option for option in OPTIONS if option.owner == "regime"]
+_QUESTION = [option for option in OPTIONS if option.group is not Group.KERNELS]
+"""The options that make sense in `MOETUNE_REGIME`: an engine chooses kernels and device itself."""
 
 
 class Asked(NamedTuple):
-    """What the options name; `rank` as `workload.ranks.of_rank` takes it. `warnings` are of the launch line and of the
-    config."""
+    """What the options give.
+
+    `rank` is as `workload.ranks.of_rank` takes it. `warnings` come from the launch line and from the config.
+    """
 
     layer: MoELayer
     regime: Regime
@@ -30,169 +34,131 @@ class Asked(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def parse(spelled: str) -> Asked:
-    """The question in one line: `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`.
+def parse(text: str) -> Asked:
+    """Reads options from one line of text, the value of `MOETUNE_REGIME`.
 
-    Or `--launch "vllm serve …"`; options beside it win.
+    `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`, or `--launch "vllm serve …"`; options
+    beside `--launch` win.
 
     Raises:
-        UsageError: no such option, one without its value, `--model` missing, or as for `resolve`.
-        UnsupportedError: as for `launch.options`.
+        UsageError: an unknown option, a missing or invalid value, no `--model`, or as `resolve`.
+        UnsupportedError: as `launch.read`.
     """
-    parser = _Parser(prog="", add_help=False, allow_abbrev=False)
-    for name in TEXT:
-        parser.add_argument(_option(name))
-    for name in NUMBERS:
-        parser.add_argument(_option(name), type=int)
-    parser.add_argument("--dp", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--launch")
     try:
-        words = shlex.split(spelled)
+        given = _parsed(shlex.split(text))
     except ValueError as error:
-        raise UsageError(f"{spelled!r} cannot be split into options: {error}.") from None
-    given = vars(parser.parse_args(words))
+        raise UsageError(f"{text!r} cannot be split into options: {error}.", "Close every quote.") from None
     warnings: tuple[str, ...] = ()
     if (line := given.pop("launch")) is not None:
         from moetune.inputs import launch
 
         read = launch.read(line, given)
         given |= read.options
-        warnings = read.warnings
         given.pop("backend", None)
+        warnings = read.warnings
     asked = resolve(**given)
     return asked._replace(warnings=(*warnings, *asked.warnings))
 
 
+def _parsed(words: list[str]) -> dict[str, Any]:
+    """Returns the values of `_QUESTION` by name, parsed by click; None for an option that is not given."""
+    options = [click.Option(list(option.declarations), **option.attributes) for option in _QUESTION]
+    command = click.Command("MOETUNE_REGIME", params=[*options], add_help_option=False)
+    try:
+        return dict(command.make_context(None, words).params)
+    except click.NoSuchOption as error:
+        if error.option_name in {option.flag for option in OPTIONS}:
+            raise UsageError(
+                f"{error.option_name} cannot be given here: the engine chooses its kernels and its device itself.",
+                "Leave the option out.",
+            ) from None
+        raise UsageError(error.format_message(), _known()) from None
+    except click.UsageError as error:
+        raise UsageError(error.format_message(), _known()) from None
+
+
+def _known() -> str:
+    return f"Options: {', '.join(option.flag for option in _QUESTION)}."
+
+
 def layer_of(given: Mapping[str, Any]) -> MoELayer:
-    """As `read_layer`, without its notes."""
+    """Returns the layer of `read_layer`, without the notes."""
     return read_layer(given).layer
 
 
 def read_layer(given: Mapping[str, Any]) -> Reading:
-    """The layer that `model`, `precision` and the `SIZES` of `given` name; None is an option that was not given.
+    """Returns the layer that `model`, `precision` and the `SIZES` in `given` describe. None means not given.
 
     Raises:
         UsageError: neither a model nor all sizes, or as `presets.read`.
     """
     model, precision = given.get("model"), given.get("precision")
-    sizes = {name: given[name] for name in SIZES if given.get(name) is not None}
+    sizes = {option.field: given[option.name] for option in _SIZES if given.get(option.name) is not None}
     base = None if model is None else presets.read(model, precision)
     if base is not None and not sizes:
         return base
     if base is None and len(sizes) < len(SIZES):
-        beside = f"{', '.join(_option(name) for name in sizes)} given without --model. " if sizes else ""
+        present = [option.flag for option in _SIZES if option.field in sizes]
         raise UsageError(
-            f"{beside}--model is missing.",
-            "It takes a name of `moetune models` or a path to a config.json; or give "
-            f"{', '.join(map(_option, SIZES))}, all of them.",
+            f"{', '.join(present)} given without --model." if present else "--model is missing.",
+            f"Give a name from `moetune models` or the path of a config.json, or all of {', '.join(map(flag, SIZES))}.",
         )
-    layer = presets.layer_from_sizes(
-        None if base is None else base.layer,
-        num_experts=sizes.get("experts"),
-        top_k=sizes.get("top_k"),
-        hidden_size=sizes.get("hidden"),
-        intermediate_size=sizes.get("intermediate"),
-        precision=precision,
-    )
+    given_sizes: dict[str, Any] = {option.field: sizes.get(option.field) for option in _SIZES}
+    layer = presets.layer_from_sizes(None if base is None else base.layer, precision=precision, **given_sizes)
     return Reading(layer, () if base is None else base.notes)
 
 
-def resolve(
-    model: str | None = None,
-    *,
-    precision: str | None = None,
-    experts: int | None = None,
-    top_k: int | None = None,
-    hidden: int | None = None,
-    intermediate: int | None = None,
-    ep: int | None = None,
-    tp: int | None = None,
-    dp: bool | None = None,
-    dispatch: str | None = None,
-    layout: str | None = None,
-    rank: str | int | None = None,
-    redundant_experts: int | None = None,
-    distribution: str | None = None,
-    seed: int | None = None,
-    draws: int | None = None,
-    ladder: str | None = None,
-    tune_max_num_tokens: int | None = None,
-) -> Asked:
-    """The layer and the regime that the options name; None is an option that was not given.
+def resolve(model: str | None = None, **given: Any) -> Asked:
+    """Returns the layer and the regime that the options give.
+
+    Args:
+        model: as `--model`.
+        given: the other options of a layer and a regime by their names in `option_table`. None means not given.
 
     Raises:
         UsageError: an unknown name, a value out of range, or options that exclude each other.
     """
-    layer, notes = read_layer(
-        {
-            "model": model,
-            "precision": precision,
-            "experts": experts,
-            "top_k": top_k,
-            "hidden": hidden,
-            "intermediate": intermediate,
-        }
-    )
-    given = {
-        "ep_size": ep,
-        "tp_size": tp,
-        "attention_dp": dp,
-        "layout": layout,
-        "redundant_experts": redundant_experts,
-        "distribution": distribution,
-        "seed": seed,
-        "draws": draws,
-        "ladder": ladder,
-        "tune_max_num_tokens": tune_max_num_tokens,
-    }
-    explicit = {name: value for name, value in given.items() if value is not None}
-    regime = Regime(**{**_dispatch(dispatch, layer, ep, redundant_experts, dp, tp), **explicit})
-    asked = _rank(rank)
-    regime.shard(layer, asked if isinstance(asked, int) else 0)
-    return Asked(layer, regime, asked, notes)
+    if unknown := given.keys() - {option.name for option in OPTIONS if option.owner in ("layer", "regime")}:
+        raise UsageError(
+            f"A layer and a regime have no option {', '.join(sorted(unknown))}.",
+            f"Options: {', '.join(option.name for option in OPTIONS if option.owner in ('layer', 'regime'))}.",
+        )
+    layer, notes = read_layer({"model": model, **given})
+    rank = _rank(given.get("rank"))
+    fields = _dispatch(layer, given)
+    for option in _REGIME:
+        if option.name not in ("dispatch", "rank") and given.get(option.name) is not None:
+            fields[option.field] = given[option.name]
+    regime = Regime(**fields)
+    regime.shard(layer, rank if isinstance(rank, int) else 0)
+    return Asked(layer, regime, rank, notes)
 
 
-def _rank(spelled: str | int | None) -> RankWord | int | None:
-    if spelled is None or isinstance(spelled, int):
-        return spelled
+def _rank(text: str | int | None) -> RankWord | int | None:
+    if text is None or isinstance(text, int):
+        return text
     for word in RANK_WORDS:
-        if spelled == word:
+        if text == word:
             return word
     try:
-        return int(spelled)
+        return int(text)
     except ValueError:
-        raise UsageError(f"--rank must be {', '.join(RANK_WORDS)} or a number, given {spelled!r}.") from None
+        raise UsageError(f"--rank must be {', '.join(RANK_WORDS)} or a number, given {text!r}.") from None
 
 
-def _dispatch(
-    dispatch: str | None,
-    layer: MoELayer,
-    ep: int | None,
-    redundant_experts: int | None,
-    dp: bool | None,
-    tp: int | None,
-) -> dict[str, Any]:
-    """The fields of a regime that `--dispatch` stands for."""
+def _dispatch(layer: MoELayer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a regime that `--dispatch` sets: for an engine's dispatcher also layout and ladder."""
+    dispatch = given.get("dispatch")
     if dispatch is None:
         return {}
     if ":" in dispatch:
         from moetune.inputs import dispatcher
 
-        return dict(dispatcher.resolve(dispatch, layer, ep or 1, redundant_experts or 0, dp, tp or 1))
+        ep, redundant, tp = given.get("ep") or 1, given.get("redundant_experts") or 0, given.get("tp") or 1
+        return dict(dispatcher.resolve(dispatch, layer, ep, redundant, given.get("dp"), tp))
     if dispatch not in DISPATCHES:
         raise UsageError(
-            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:WORD, given {dispatch!r}.",
-            "An engine's word is spelled like vllm:allgather_reducescatter, sglang:none or trtllm:attention_dp.",
+            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:NAME, given {dispatch!r}.",
+            "Names are spelled like vllm:allgather_reducescatter, sglang:none or trtllm:attention_dp.",
         )
     return {"dispatch": dispatch}
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of ending the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}.", f"Options: {self.format_usage().strip()}")

@@ -139,8 +139,14 @@ def test_frozen_never_measures_and_a_miss_exits_3_and_names_the_field(moetune, q
     other = tuple("--no-dp" if word == "--dp" else word for word in question)
     for command in (["tune", "--frozen"], ["show"]):
         missed = moetune(*command, *other)
-        assert missed.exit_code == 3
-        assert "attention_dp (wanted False, stored True)" in missed.stderr.splitlines()[-1]
+        assert (missed.exit_code, missed.stdout) == (3, "")
+        error, hint = missed.stderr.splitlines()[-2:]
+        assert error.startswith("error: No profile ")
+        assert "moetune tune" in hint
+        document = json.loads(moetune(*command, *other, "--json").stdout)
+        assert document["schema_version"] == 1
+        assert document["miss"]["differing"]["attention_dp"] == {"wanted": False, "stored": True}
+        assert document["miss"]["message"] in error
     assert planted.prepared == []
 
 

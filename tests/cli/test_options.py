@@ -5,13 +5,16 @@ import pytest
 
 from moetune.backends import registry
 from moetune.backends.grouped_triton.backend import TritonBackend
-from moetune.cli.options import KERNELS, REMOTES, ask
+from moetune.cli.options import ask
 from moetune.cli.plan import plan
+from moetune.errors import UsageError
+from moetune.inputs.option_table import OPTIONS
 from moetune.spec import enums as words
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.regime import Regime
 
 QWEN = ("--model", "qwen3-30b-a3b")
+CHOICES = {option.name: option.choices for option in OPTIONS}
 
 
 def _regime(moetune, *words):
@@ -48,8 +51,8 @@ def _refused(result, *said, code=2):
         ([*QWEN, "--seed", "-1"], ["seed"]),
         ([*QWEN, "--tune-max-num-tokens", "0"], ["tune_max_num_tokens must be at least 1"]),
         ([*QWEN, "--backend", "nope"], ["Unknown backend 'nope'", "torch"]),
-        ([*QWEN, "--backend", "torch", "--kernel", "vllm"], ["Backend torch has no kernel", "triton"]),
-        ([*QWEN, "--backend", "torch", "--remote", "drop"], ["Backend torch has no remote", "triton"]),
+        ([*QWEN, "--backend", "torch", "--kernel", "vllm"], ["Backend torch has no option kernel", "triton"]),
+        ([*QWEN, "--backend", "torch", "--remote", "drop"], ["Backend torch has no option remote", "triton"]),
         ([*QWEN, "--kernel", "cutlass"], ["--kernel", "'builtin', 'vllm', 'sglang'"]),
         ([*QWEN, "--remote", "keep"], ["--remote", "'drop', 'zero'"]),
         (["--kernel", "vllm"], ["--kernel given without --model"]),
@@ -67,7 +70,7 @@ def _refused(result, *said, code=2):
         ([*QWEN, "--dispatch", "allgather", "--layout", "packed"], ["A layout goes with dispatch alltoall only"]),
         ([*QWEN, "--no-dp", "--layout", "pool"], ["A layout goes with dispatch alltoall only"]),
         ([*QWEN, "--layout", "scattered"], ["'packed', 'deduplicated', 'slot', 'pool'"]),
-        ([*QWEN, "--dispatch", "carrier-pigeon"], ["none, alltoall, allgather or ENGINE:WORD"]),
+        ([*QWEN, "--dispatch", "carrier-pigeon"], ["none, alltoall, allgather or ENGINE:NAME"]),
         ([*QWEN, "--dispatch", "vllm:pigeon"], ["vllm has no dispatcher 'pigeon'", "deepep_high_throughput"]),
         ([*QWEN, "--dispatch", "pigeon:none"], ["vllm, sglang, trtllm"]),
         ([*QWEN, "--dispatch", "vllm:deepep_low_latency"], ["cannot be tuned", "DeepGEMM"]),
@@ -93,7 +96,7 @@ def test_a_config_with_impossible_sizes_is_refused(moetune, tiny, field, value):
 @pytest.mark.parametrize("command", ["plan", "tune", "show"])
 def test_every_command_that_takes_a_question_checks_it(moetune, command):
     _refused(moetune(command, *QWEN, "--ep", "7"), "does not divide")
-    _refused(moetune(command, *QWEN, "--backend", "torch", "--kernel", "vllm"), "Backend torch has no kernel")
+    _refused(moetune(command, *QWEN, "--backend", "torch", "--kernel", "vllm"), "Backend torch has no option kernel")
 
 
 @pytest.fixture
@@ -126,10 +129,65 @@ def test_kernel_and_remote_choose_the_triton_backend_and_its_source(abilities):
     assert (asked.name, asked.kernel, asked.remote) == ("triton", "vllm", "zero")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("remote", REMOTES)
+@pytest.mark.parametrize("kernel", CHOICES["kernel"])
+@pytest.mark.parametrize("remote", CHOICES["remote"])
 def test_every_kernel_and_treatment_on_offer_is_one_of_the_backends(kernel, remote):
     assert TritonBackend(kernel, remote).kernel == kernel
+
+
+def _backend_option(*pairs, **given):
+    return ask("deepseek-r1", backend_option=pairs, **given).backend
+
+
+def test_an_option_of_one_backend_reaches_it_in_its_type():
+    made = _backend_option(
+        "fp8_block_layout=plain", "quantized=true", "packed=false", backend="flashinfer-trtllm-routed"
+    )
+    assert (made.fp8_block_layout, made.quantized, made.packed) == ("plain", True, False)
+    made = _backend_option("mxfp4-activations=mxfp8", backend="flashinfer-trtllm")
+    assert (made.name, made.mxfp4_activations, made.quantized) == ("flashinfer-trtllm", "mxfp8", None)
+    made = _backend_option("scratch_limit_bytes=1024", precision="bf16")
+    assert (made.name, made._scratch_limit_bytes) == ("torch", 1024)
+
+
+def test_an_option_that_only_one_backend_has_chooses_it():
+    assert _backend_option("packed=true").name == "flashinfer-trtllm-routed"
+    assert _backend_option("kernel=sglang").remote == "zero"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "given", "said"),
+    [
+        (["fp8_block_layout"], {"backend": "torch"}, "KEY=VALUE, given 'fp8_block_layout'"),
+        (["=plain"], {"backend": "torch"}, "KEY=VALUE"),
+        (["fp8_block_layout=plain"], {}, "flashinfer-trtllm or flashinfer-trtllm-routed"),
+        (["fp8_block_layout=plain"], {"backend": "torch"}, "Backend torch has no option fp8_block_layout"),
+        (["fp8_block_layout=odd"], {"backend": "flashinfer-trtllm"}, "must be blocked or plain, given 'odd'"),
+        (["mxfp4_activations=fp8_block"], {"backend": "flashinfer-trtllm"}, "must be bf16 or mxfp8, given"),
+        (["quantized=maybe"], {"backend": "flashinfer-trtllm"}, "must be true or false, given 'maybe'"),
+        (["scratch_limit_bytes=1k"], {"backend": "torch"}, "must be an integer, given '1k'"),
+        (["colour=red"], {}, "No backend has the option colour"),
+        (["colour=red"], {"backend": "torch"}, "Its options: scratch_limit_bytes"),
+        (["colour=red"], {"backend": "flashinfer-cutlass"}, "It has no options"),
+        (["packed=true", "packed=false"], {}, "given twice"),
+        (["kernel=vllm"], {"kernel": "sglang"}, "given twice"),
+    ],
+)
+def test_a_wrong_option_of_a_backend_is_refused_with_what_is_allowed(pairs, given, said):
+    with pytest.raises(UsageError, match=said):
+        _backend_option(*pairs, **given)
+
+
+def test_a_launch_line_gives_the_backend_whose_option_is_set(moetune):
+    line = "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep --moe-backend flashinfer_trtllm"
+    words = ("plan", "--launch", line, "--ladder", "8", "--json")
+    named = json.loads(moetune(*words, "--backend-option", "quantized=true").stdout)
+    assert named["backend"] == "flashinfer-trtllm"
+
+
+@pytest.mark.parametrize("command", [("plan",), ("tune", "--backend", "torch"), ("show", "--backend", "torch")])
+def test_a_device_that_is_not_here_is_refused(moetune, command):
+    _refused(moetune(*command, *QWEN, "--ladder", "8", "--backend", "torch", "--device", "cuda:99"), "'cuda:99'")
 
 
 def test_plan_asks_the_chosen_source_whether_it_can_run(moetune, monkeypatch):
@@ -318,14 +376,14 @@ def test_a_bare_dp_is_said_to_be_no_load_of_vllm_or_sglang_before_anything_runs(
     result = moetune("plan", *QWEN, "--ep", "8", "--dp")
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: --dp alone")]
     assert "trtllm:attention_dp" in note
-    assert "No dispatcher of vLLM or SGLang brings such rows" in note
+    assert "No dispatcher of vLLM or SGLang produces such rows" in note
     assert "--dp alone" not in moetune("plan", *QWEN, "--ep", "8", "--dispatch", "vllm:allgather_reducescatter").stderr
 
 
 def test_kernels_that_the_engine_prefers_are_said_before_anything_runs(moetune):
     words = ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "vllm:allgather_reducescatter")
     result = moetune("plan", *words, "--backend", "triton")
-    assert "note: for fp8_block experts at EP 8 on Hopper vllm prefers" in result.stderr
+    assert "note: for fp8_block experts at EP 8 on Hopper, vllm prefers" in result.stderr
     assert "--moe-backend triton" in result.stderr
 
 

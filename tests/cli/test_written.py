@@ -61,7 +61,7 @@ def test_the_json_document_has_what_was_written(moetune, tuned, tmp_path):
 def test_without_an_engine_nothing_is_tuned(moetune, tuned, tmp_path):
     result = moetune("tune", "--model", "qwen3-30b-a3b", "--ep", "8", "--export", tmp_path / "out")
     assert result.exit_code == 2
-    assert "--export does not know for which engine" in result.stderr
+    assert "--export needs an engine" in result.stderr
     assert not tuned
 
 

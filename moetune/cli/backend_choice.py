@@ -1,0 +1,172 @@
+"""Chooses the backend of a command and reads the options that only this backend has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from moetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend
+    from moetune.spec.layer import MoELayer
+    from moetune.spec.regime import Regime
+
+_NONE: Mapping[str, str] = MappingProxyType({})
+_OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {("sglang", "triton"): {"remote": "zero"}}
+"""What an engine's own kernel does, by engine and backend, if no option of the backend is given."""
+_BOOLEANS = {"true": True, "false": False}
+
+
+def choose(
+    name: str | None, given: Mapping[str, str], engine: str | None, layer: MoELayer, regime: Regime
+) -> tuple[Backend, bool]:
+    """Returns the backend, and whether it was left to moetune.
+
+    Args:
+        name: a backend's name, `auto` or None.
+        given: options of the backend, as text by name. They alone can determine the backend.
+        engine: the engine whose dispatcher is given. It decides what its kernels do if `given` is empty.
+        layer: the layer, and
+        regime: the regime that `auto` has to compute.
+
+    Raises:
+        UsageError: an unknown backend, an option that it does not have, or a value that it refuses.
+    """
+    from moetune.backends import registry
+
+    named = backend_named(name, given)
+    if named is None:
+        return registry.preferred(layer, regime), True
+    return backend_with(named, given or engine_options(engine, named)), False
+
+
+def backend_named(name: str | None, given: Mapping[str, str]) -> str | None:
+    """Returns the backend's name; None if neither the name nor an option in `given` determines one.
+
+    Raises:
+        UsageError: no backend, or more than one, has all options in `given`.
+    """
+    from moetune.backends import registry
+
+    if name is not None and name != registry.AUTO:
+        return name
+    if not given:
+        return None
+    having = owners(given)
+    if len(having) == 1:
+        return having[0]
+    keys = ", ".join(given)
+    if having:
+        raise UsageError(f"More than one backend has the option {keys}.", f"Give --backend {' or '.join(having)}.")
+    raise UsageError(f"No backend has the option {keys}.", _all_options())
+
+
+def owners(keys: Iterable[str]) -> list[str]:
+    """Returns the names of the backends that have all these options."""
+    from moetune.backends import registry
+
+    return [name for name in registry.backends() if set(keys) <= option_types(name).keys()]
+
+
+def engine_options(engine: str | None, backend: str) -> Mapping[str, str]:
+    """Returns the options with which `backend` computes what the engine's own kernel computes."""
+    return _OF_ENGINE.get((engine or "", backend), _NONE)
+
+
+def backend_with(name: str, given: Mapping[str, str]) -> Backend:
+    """Returns the backend with its options read from text.
+
+    Raises:
+        UsageError: as `choose`.
+    """
+    from moetune.backends import registry
+
+    types = option_types(name) if given else {}
+    for key in given:
+        if key not in types:
+            having = owners([key])
+            raise UsageError(
+                f"Backend {name} has no option {key}.",
+                f"Backends with it: {', '.join(having)}." if having else _options_line(name),
+            )
+    return registry.backend(name, **{key: _value(name, key, text, types[key]) for key, text in given.items()})
+
+
+def read_pairs(pairs: Iterable[str], named: Mapping[str, str] = _NONE) -> dict[str, str]:
+    """Returns the values of `--backend-option KEY=VALUE`, added to those in `named`.
+
+    Raises:
+        UsageError: a pair without a key or without `=`, or a key that is given twice.
+    """
+    found = dict(named)
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(
+                f"--backend-option takes KEY=VALUE, given {pair!r}.",
+                "Example: --backend-option fp8_block_layout=plain.",
+            )
+        if key in found:
+            raise UsageError(f"The backend's option {key} is given twice.", "Give it once.")
+        found[key] = value.strip()
+    return found
+
+
+def option_types(name: str) -> dict[str, Any]:
+    """Returns the options that a backend's class takes, each with its type, `None` taken out of a union."""
+    from moetune.backends import registry
+
+    hints = get_type_hints(type(registry.backend(name)).__init__)
+    hints.pop("return", None)
+    return {key: _without_none(hint) for key, hint in hints.items()}
+
+
+def allowed(name: str, key: str, hint: Any) -> tuple[str, ...]:
+    """Returns the values that backend `name` accepts for its option; empty if its type allows any number or text."""
+    if hint is bool:
+        return tuple(_BOOLEANS)
+    values = get_args(hint) if get_origin(hint) is Literal else ()
+    return tuple(str(value) for value in values if _accepted(name, key, value))
+
+
+def _accepted(name: str, key: str, value: object) -> bool:
+    from moetune.backends import registry
+
+    try:
+        registry.backend(name, **{key: value})
+    except UsageError:
+        return False
+    return True
+
+
+def _without_none(hint: Any) -> Any:
+    kept = [part for part in get_args(hint) if part is not type(None)]
+    return kept[0] if type(None) in get_args(hint) and len(kept) == 1 else hint
+
+
+def _value(name: str, key: str, text: str, hint: Any) -> Any:
+    values = allowed(name, key, hint)
+    if values and text not in values:
+        raise UsageError(f"The backend's option {key} must be {' or '.join(values)}, given {text!r}.")
+    if hint is bool:
+        return _BOOLEANS[text]
+    if hint is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise UsageError(f"The backend's option {key} must be an integer, given {text!r}.") from None
+    return text
+
+
+def _options_line(name: str) -> str:
+    return f"Its options: {', '.join(found)}." if (found := option_types(name)) else "It has no options."
+
+
+def _all_options() -> str:
+    from moetune.backends import registry
+
+    found = [f"{name}: {', '.join(types)}" for name in registry.backends() if (types := option_types(name))]
+    return f"Options are {'; '.join(found)}."

@@ -1,0 +1,76 @@
+"""Formats the help of a command: options in groups, and an example at the end."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+import click
+
+from moetune.errors import MissError
+from moetune.inputs.option_table import OPTIONS, Group
+
+_GROUPS = {option.name: option.group.value for option in OPTIONS}
+_OTHER = "Options"
+
+
+class Command(click.Command):
+    """A command with grouped options and an example in its help.
+
+    On a miss with `--json` it writes the miss as a JSON document before the error ends the command.
+
+    Args:
+        example: a complete command.
+    """
+
+    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options below the headings of their groups, those of this command alone last."""
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in (*map(str, Group), _OTHER)}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                groups[_GROUPS.get(parameter.name or "", _OTHER)].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the example."""
+        with formatter.section("Example"):
+            for line in self.example.splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except MissError as miss:
+            if ctx.params.get("as_json"):
+                from moetune.cli.output import document, miss_document
+
+                document(miss_document(miss))
+            raise
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest name for a mistyped command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command that the first argument names.
+
+        Raises:
+            click.UsageError: there is none.
+        """
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            known = self.list_commands(ctx)
+            near = get_close_matches(args[0], known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(known)}."
+            raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx) from None

@@ -1,0 +1,59 @@
+"""Writes the notes that a command prints on stderr about its question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend
+    from moetune.spec.layer import MoELayer
+    from moetune.spec.regime import Regime
+
+_GENERATIONS = {9: "Hopper", 10: "Blackwell"}
+
+
+def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Regime) -> Iterator[str]:
+    """Yields a note for each GPU generation, possibly the one here, on which `engine` prefers other kernels to Triton.
+
+    Args:
+        engine: the engine whose dispatcher is given.
+        backend: the backend that will be tuned. There are no notes unless it is triton.
+        layer: the layer.
+        regime: the regime.
+    """
+    from moetune.inputs.engine_flags import engine_flags, preferred_to_triton
+
+    if backend.name != "triton":
+        return
+    for capability, generation in _GENERATIONS.items():
+        other = preferred_to_triton(engine, layer.precision, regime.ep_size, capability)
+        if other and _may_have(capability):
+            yield (
+                f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {engine} prefers "
+                f"{other} to Triton. Start it with {engine_flags('triton', layer.precision)[engine]}, "
+                "or it reads no Triton file."
+            )
+
+
+def _may_have(capability: int) -> bool:
+    """Returns whether the GPU here has this major compute capability; True if there is no GPU."""
+    import torch
+
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == capability
+
+
+def dp_alone(regime: Regime) -> str:
+    """Returns a note on the dispatch and the layout that `--dp` without `--dispatch` implies."""
+    from moetune.inputs import dispatcher
+
+    dispatchers = dispatcher.bringing(regime.dispatch, regime.layout)
+    note = f"note: --dp alone means --dispatch {regime.dispatch} --layout {regime.layout}"
+    note += f", as with {', '.join(dispatchers)}." if dispatchers else "."
+    if any(name.startswith(("vllm:", "sglang:")) for name in dispatchers):
+        return note
+    return (
+        f"{note} No dispatcher of vLLM or SGLang produces such rows. Give yours: --dispatch "
+        "vllm:allgather_reducescatter, vllm:deepep_high_throughput or sglang:none, or the whole command as "
+        "--launch 'vllm serve …'."
+    )

@@ -1,0 +1,22 @@
+from pathlib import Path
+
+from moetune.backends import registry
+from moetune.cli.backend_choice import option_types
+from moetune.cli.options_page import page
+from moetune.inputs.option_table import OPTIONS
+
+FILE = Path(__file__).parents[2] / "docs" / "options.md"
+
+
+def test_the_file_is_what_the_function_writes():
+    written = FILE.read_text(encoding="utf-8")
+    assert written == page(), "run: python -m moetune.cli.options_page > docs/options.md"
+
+
+def test_the_page_has_every_option_and_every_option_of_a_backend():
+    written = page()
+    assert not [option.flag for option in OPTIONS if f"`{option.flag}" not in written]
+    keys = {key for name in registry.backends() for key in option_types(name)}
+    assert {"kernel", "fp8_block_layout", "packed"} <= keys
+    assert not [key for key in keys if f"`{key}`" not in written]
+    assert "`--for-version V`" in written
