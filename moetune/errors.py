@@ -1,4 +1,4 @@
-"""Every error moetune raises: a message, a hint that says what to do next, and the CLI's exit code."""
+"""The errors that moetune raises. Each has a message, a hint and the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class MoetuneError(Exception):
 
 
 class UsageError(MoetuneError):
-    """A question that cannot be asked: a value out of range, an unknown name, options that exclude each other."""
+    """An input is wrong: a value out of range, an unknown name, or options that exclude each other."""
 
     exit_code = 2
 
 
 class UnsupportedError(UsageError):
-    """A question that is well formed and that this backend, dispatcher or machine cannot answer."""
+    """The input is valid, but the backend, dispatcher or machine does not support it."""
 
 
 class NoResultError(MoetuneError):
-    """Tuning ended without one valid measurement for some bucket."""
+    """Tuning ended without a valid measurement for some bucket."""
 
 
 class DeviceLostError(NoResultError):
-    """A kernel broke the device's context: nothing else can run on it in this process."""
+    """A kernel broke the device's context, so nothing else can run on it in this process."""
 
 
 class MissError(MoetuneError):
@@ -51,8 +51,8 @@ class StoreError(MoetuneError):
 
 
 class DamagedProfileError(StoreError):
-    """A profile file that is no valid profile; it was moved aside unharmed."""
+    """A file in the store is not a valid profile. It was renamed, not deleted."""
 
 
 class NewerSchemaError(StoreError):
-    """A profile written by a newer moetune; it is left where it is."""
+    """A profile was written by a newer moetune. It is left unchanged."""

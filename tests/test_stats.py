@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
-from moetune.stats import Ratio, geomean, median, noise_floor, paired_ratio, regret
+from moetune.stats import Ratio, geomean, median, noise_floor, paired_ratio
 
 TIMES = st.floats(0.1, 1e6)
 PAIRS = st.lists(st.tuples(TIMES, TIMES), min_size=2, max_size=12)
@@ -38,19 +38,12 @@ def test_geomean_of_inverses_is_the_inverse(values: list[float]) -> None:
     assert min(values) * (1 - 1e-9) <= geomean(values) <= max(values) * (1 + 1e-9)
 
 
-def test_regret_is_the_relative_excess() -> None:
-    assert regret(11.0, 10.0) == pytest.approx(0.1)
-    assert regret(10.0, 10.0) == 0.0
-
-
 @pytest.mark.parametrize(
     "question",
     [
         lambda: median([]),
         lambda: geomean([]),
         lambda: geomean([1.0, 0.0]),
-        lambda: regret(0.0, 1.0),
-        lambda: regret(1.0, -1.0),
         lambda: paired_ratio([1.0], [1.0]),
         lambda: paired_ratio([1.0, 2.0], [1.0, 2.0, 3.0]),
         lambda: paired_ratio([1.0, 2.0], [1.0, 0.0]),

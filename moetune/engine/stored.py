@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from moetune.errors import MissError, StoreError
 from moetune.spec.environment import Environment
 from moetune.spec.ladder import Ladder
-from moetune.spec.layer import MoELayer, digest_of
+from moetune.spec.layer import MoELayer
+from moetune.spec.model import digest_of
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from moetune.spec.layer import FrozenModel, digest_of
+from moetune.spec.model import FrozenModel, digest_of
 
 
 class Environment(FrozenModel):

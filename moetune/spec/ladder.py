@@ -15,7 +15,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from moetune.errors import UsageError
-from moetune.spec.layer import FrozenModel
+from moetune.spec.model import FrozenModel
 
 Rounding = Literal["floor", "ceil", "nearest"]
 POW2_LAST = 8192

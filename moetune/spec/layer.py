@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from enum import StrEnum
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import model_validator
 
 from moetune.errors import UsageError
 from moetune.spec.enums import Precision
+from moetune.spec.model import FrozenModel, digest_of
 
 
 class Activation(StrEnum):
@@ -32,22 +31,6 @@ class Activation(StrEnum):
     def halves(self) -> int:
         """The first GEMM's outputs, in units of I: 2 with a gate, 1 without."""
         return 2 if self.gated else 1
-
-
-class FrozenModel(BaseModel):
-    """A frozen pydantic model without unknown fields, whose errors are one-line `UsageError`s."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _one_line_errors(cls, data: Any, handler: Any) -> Self:
-        try:
-            return handler(data)  # type: ignore[no-any-return]
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or cls.__name__
-            raise UsageError(f"{cls.__name__}: {field}: {first['msg']} (given: {first['input']!r}).") from None
 
 
 class RoutingMethod(FrozenModel):
@@ -137,9 +120,3 @@ class MoELayer(FrozenModel):
             f"e{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}"
             f"-{self.precision.value}-{self.digest}"
         )
-
-
-def digest_of(fields: Any) -> str:
-    """First 16 hex digits of SHA-256 over the canonical JSON of `fields`."""
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

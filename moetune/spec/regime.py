@@ -11,7 +11,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -19,7 +18,8 @@ from pydantic import (
 from moetune.errors import UsageError
 from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
 from moetune.spec.ladder import Ladder
-from moetune.spec.layer import FrozenModel, MoELayer, digest_of
+from moetune.spec.layer import MoELayer
+from moetune.spec.model import FrozenModel, digest_of
 
 RANDOM_DRAWS = 16
 
@@ -82,12 +82,7 @@ class Regime(FrozenModel):
         if not isinstance(data, Mapping):
             return handler(data)  # type: ignore[no-any-return]
         given = {name: value for name, value in data.items() if value is not None}
-        try:
-            regime = handler(_with_defaults(given))
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"Regime: {field}: {first['msg']} (given: {first['input']!r}).") from None
+        regime = handler(_with_defaults(given))
         regime.__pydantic_fields_set__.intersection_update(given)
         return regime  # type: ignore[no-any-return]
 

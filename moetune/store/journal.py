@@ -16,7 +16,7 @@ from typing import IO, Any, Final, Literal, Self
 from pydantic import model_validator
 
 from moetune.errors import DamagedProfileError, NewerSchemaError, StoreError, UsageError
-from moetune.spec.layer import FrozenModel
+from moetune.spec.model import FrozenModel
 from moetune.spec.tactic import Tactic
 from moetune.store.files import make_folder, parsed
 from moetune.store.profile import Finite

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, Field, model_validator
 
 from moetune.errors import NoResultError, UsageError
 from moetune.spec.environment import Environment
-from moetune.spec.layer import FrozenModel, MoELayer
+from moetune.spec.layer import MoELayer
+from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moetune.spec.layer import FrozenModel, MoELayer
+from moetune.spec.layer import MoELayer
+from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 

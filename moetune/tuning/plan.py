@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from moetune.inputs.presets import layer as layer_of
 from moetune.spec.enums import DISTRIBUTION_VARIABLE, Precision
-from moetune.spec.layer import FrozenModel, MoELayer
+from moetune.spec.layer import MoELayer
+from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _bucket(
     expected: Expectation,
     candidates: Mapping[int, Candidates],
 ) -> BucketPlan:
-    from moetune.workload.dispatch import wire
+    from moetune.workload.wire import wire
 
     travels = wire(layer, regime, max(1, round(expected.tokens)), rank=rank)
     hidden, intermediate = layer.hidden_size, regime.intermediate_size(layer)
@@ -245,7 +246,7 @@ def _expert_bytes(layer: MoELayer, regime: Regime) -> float:
 
 def _payloads(layer: MoELayer, regime: Regime) -> tuple[Payload, ...]:
     """Every activation with every routing that can travel in the regime's dispatch, the plainest first."""
-    from moetune.workload.dispatch import WIRE_ACTIVATIONS, WIRE_ROUTINGS, wire
+    from moetune.workload.wire import WIRE_ACTIVATIONS, WIRE_ROUTINGS, wire
 
     if regime.dispatch == "none":
         return ()

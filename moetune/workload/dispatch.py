@@ -10,23 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from moetune.errors import UsageError
-from moetune.spec.enums import Dispatch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.law import Chances, LocalSlotLaw, local_slot_law, slot_shares
 from moetune.workload.ranks import replicas, slot_chances
 from moetune.workload.router import representative_shard
 from moetune.workload.routing import Routing, padded, realize
-
-WireActivation = Literal["bf16", "fp8", "fp4"]
-WireRouting = Literal["logits", "topk", "packed_topk"]
-WIRE_ACTIVATIONS: tuple[WireActivation, ...] = ("bf16", "fp8", "fp4")
-WIRE_ROUTINGS: tuple[WireRouting, ...] = ("logits", "topk", "packed_topk")
-
-_BYTES = {"bf16": 2, "fp8_e4m3": 1, "uint8": 1, "fp32": 4, "int32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +35,6 @@ class Expectation:
     active_experts: float
     hit_fraction: float
     simulated: bool
-
-
-def hit_fraction(layer: MoELayer, regime: Regime, rank: int | None = None) -> float:
-    """The chance that a token has a slot on `rank`: 1 − C(E − L, k) / C(E, k) where the closed form holds."""
-    return _law(layer, regime, rank).hit_fraction
 
 
 def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int | None = None) -> float:
@@ -220,148 +205,3 @@ def _law(layer: MoELayer, regime: Regime, rank: int | None) -> LocalSlotLaw:
 
 def _of_law(layer: MoELayer, regime: Regime, rank: int | None) -> tuple[Shard, int]:
     return representative_shard(layer, regime, rank), regime.seed
-
-
-@dataclass(frozen=True, slots=True)
-class WireTensor:
-    """One tensor that travels with each token: `elements` of `dtype`, `num_bytes` in all."""
-
-    name: str
-    dtype: str
-    elements: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes a token."""
-        return self.elements * _BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Wire:
-    """What travels for `tokens` tokens a rank, in one exchange there and one back.
-
-    `tensors`: what travels with a token; none of it without a dispatch. `payload_bytes_per_token`: their sum.
-    `ratio`: how many times smaller that is than bf16 activations with logits (1 without a dispatch).
-    `dispatch_bytes`, `combine_bytes`: received by one rank from the others, in a `collective`, `combine_collective`.
-    """
-
-    dispatch: Dispatch
-    activation: WireActivation
-    routing: WireRouting
-    tokens: int
-    tensors: tuple[WireTensor, ...]
-    payload_bytes_per_token: int
-    ratio: float
-    collective: str
-    dispatch_bytes: int
-    combine_collective: str
-    combine_bytes: int
-
-
-def wire(
-    layer: MoELayer,
-    regime: Regime,
-    tokens: int,
-    activation: WireActivation = "bf16",
-    routing: WireRouting | None = None,
-    rank: int | None = None,
-) -> Wire:
-    """The bytes of one exchange of `tokens` tokens a rank (all ep ranks send), for `rank`.
-
-    `routing` is logits where the dispatch is none or allgather and topk for an all-to-all, unless given: an
-    all-to-all needs the ids to know where a token goes, so logits cannot travel in it.
-
-    Copies of a token that reach a rank from another one: every token in an all-gather; in an all-to-all the hit
-    fraction of them, in the slot layout one for each of its local slots. They return as bf16, summed over the
-    rank's experts except in the slot layout. The rings of all-gather and reduce-scatter bring a rank
-    (ep − 1)/ep of the whole buffer, all-reduce is one of each (Patarasuk and Yuan, JPDC 69(2), 2009).
-
-    Raises:
-        UsageError: an unknown activation or routing, negative tokens, or logits in an all-to-all.
-    """
-    if tokens < 0:
-        raise UsageError(f"tokens must be at least 0, given {tokens}.")
-    routing = routing or ("topk" if regime.dispatch == "alltoall" else "logits")
-    if routing == "logits" and regime.dispatch == "alltoall":
-        raise UsageError("Router logits cannot travel in an all-to-all.", "Use topk or packed_topk.")
-    travelling = (*_activation_tensors(layer, activation), *_routing_tensors(layer, routing))
-    baseline = _total(_activation_tensors(layer, "bf16")) + _total(_routing_tensors(layer, "logits"))
-    output_bytes = layer.hidden_size * _BYTES["bf16"]
-    others, ep_size = regime.ep_size - 1, regime.ep_size
-    tensors: tuple[WireTensor, ...]
-    match regime.dispatch:
-        case "none":
-            tensors, collective, combine_collective = (), "none", "all-reduce"
-            received, combined = 0, round(2 * others * tokens * output_bytes / ep_size)
-        case "allgather":
-            tensors, collective, combine_collective = travelling, "all-gather", "reduce-scatter"
-            received = others * tokens * _total(travelling)
-            combined = others * tokens * output_bytes
-        case "alltoall":
-            tensors, collective, combine_collective = travelling, "all-to-all", "all-to-all"
-            arriving, returning = _alltoall_copies(layer, regime, rank)
-            received = round(arriving * tokens) * _total(travelling)
-            combined = round(returning * tokens) * output_bytes
-    payload = _total(tensors)
-    return Wire(
-        dispatch=regime.dispatch,
-        activation=activation,
-        routing=routing,
-        tokens=tokens,
-        tensors=tensors,
-        payload_bytes_per_token=payload,
-        ratio=baseline / payload if payload else 1.0,
-        collective=collective,
-        dispatch_bytes=received,
-        combine_collective=combine_collective,
-        combine_bytes=combined,
-    )
-
-
-def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int | None) -> tuple[float, float]:
-    """For one token a rank: copies that reach `rank` from the others, and results that come back to it from them."""
-
-    def copies_of_a_token(receiver: int) -> float:
-        if regime.layout == "slot":
-            return sum(slot_chances(layer, regime.shard(layer, receiver)))
-        return _law(layer, regime, receiver).hit_fraction
-
-    rank = regime.rank if rank is None else rank
-    returning = sum(copies_of_a_token(other) for other in range(regime.ep_size) if other != rank)
-    return (regime.ep_size - 1) * copies_of_a_token(rank), returning
-
-
-def _activation_tensors(layer: MoELayer, activation: WireActivation) -> tuple[WireTensor, ...]:
-    hidden = layer.hidden_size
-    match activation:
-        case "bf16":
-            return (WireTensor("hidden_states", "bf16", hidden),)
-        case "fp8":
-            return (
-                WireTensor("hidden_states", "fp8_e4m3", hidden),
-                WireTensor("hidden_states_scale", "fp32", -(-hidden // 128)),
-            )
-        case "fp4":
-            return (
-                WireTensor("hidden_states", "uint8", -(-hidden // 2)),
-                WireTensor("hidden_states_scale", "fp8_e4m3", -(-hidden // 16)),
-            )
-    raise UsageError(f"Activations travel as {', '.join(WIRE_ACTIVATIONS)}; given {activation!r}.")
-
-
-def _routing_tensors(layer: MoELayer, routing: WireRouting) -> tuple[WireTensor, ...]:
-    match routing:
-        case "logits":
-            return (WireTensor("router_logits", "fp32", layer.num_experts),)
-        case "topk":
-            return (
-                WireTensor("topk_ids", "int32", layer.top_k),
-                WireTensor("topk_weights", "fp32", layer.top_k),
-            )
-        case "packed_topk":
-            return (WireTensor("packed_topk", "int32", layer.top_k),)
-    raise UsageError(f"Routing travels as {', '.join(WIRE_ROUTINGS)}; given {routing!r}.")
-
-
-def _total(tensors: tuple[WireTensor, ...]) -> int:
-    return sum(tensor.num_bytes for tensor in tensors)

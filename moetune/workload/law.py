@@ -45,11 +45,6 @@ class LocalSlotLaw:
         """The chance that a token has something for the rank."""
         return 1.0 - self.probabilities[0]
 
-    @property
-    def mean(self) -> float:
-        """Expected local slots of a token."""
-        return sum(count * probability for count, probability in enumerate(self.probabilities))
-
 
 @lru_cache(maxsize=1024)
 def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw:

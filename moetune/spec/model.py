@@ -1,0 +1,33 @@
+"""`FrozenModel`, the base of every pydantic model of moetune, and `digest_of`, the hash of stored keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moetune.errors import UsageError
+
+
+class FrozenModel(BaseModel):
+    """A frozen pydantic model that accepts no unknown fields. Its errors are `UsageError`s of one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_enum_values=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line_errors(cls, data: Any, handler: Any) -> Self:
+        try:
+            return handler(data)  # type: ignore[no-any-return]
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            raise UsageError(f"{cls.__name__}: {field}: {first['msg']} (given: {first['input']!r}).") from None
+
+
+def digest_of(fields: Any) -> str:
+    """Returns the first 16 hex digits of SHA-256 over the canonical JSON of `fields`."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
