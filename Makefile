@@ -31,6 +31,8 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
+	$(BIN)/mypy --config-file benchmarks/mypy.ini
 
 # The README's picture, from a packaged profile; nothing is measured.
 picture: venv

@@ -20,15 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common import Journal
 from flashinfer_autotune import regime_of
 from flashinfer_common import (
-    Journal,
     bf16_layer,
     ids,
-    means_us,
     own_autotune,
     own_pick,
     searched,
+    tactics_us,
     unseen_problem,
     warm_flashinfer,
 )
@@ -78,7 +78,7 @@ def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     us: dict[str, dict[str, list[float]]] = {}
     for name, other in (GEMMS, GEMMS[::-1]):
         line = [tactic for tactic in tactics if tactic[other] == robust[other]]
-        columns = [means_us(runner, line, (draw,), 3) for draw in range(len(FACTORS))]
+        columns = [tactics_us(runner, line, (draw,), 3) for draw in range(len(FACTORS))]
         us[name] = {str(t[name]): list(times) for t, times in zip(line, zip(*columns, strict=True), strict=True)}
     with tempfile.TemporaryDirectory() as store:
         one = regime.model_copy(update={"ladder": type(regime.ladder).parse([rows])})

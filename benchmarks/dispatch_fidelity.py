@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flashinfer_autotune import LOADS
+from common import LOADS, Journal
 from flashinfer_common import (
     DRAWS,
-    Journal,
     bf16_layer,
     ids,
-    means_us,
     own_autotune,
     own_pick,
     pair,
     searched,
+    tactics_us,
     unseen_problem,
     warm_flashinfer,
 )
@@ -143,8 +142,8 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
     choices = dict(zip(CHOICES, (own_pick(runner), of_packed, of_bucket, ours), strict=True))
     starts = [tactic for tactic in choices.values() if tactic in candidates]
     known = list(dict.fromkeys((*choices.values(), *searched(longer_search(candidates, starts), runner, range(DRAWS)))))
-    times = dict(zip(known, means_us(runner, known, range(DRAWS), rounds=9), strict=True))
-    best = min(times, key=times.get)
+    times = dict(zip(known, tactics_us(runner, known, range(DRAWS), rounds=9), strict=True))
+    best = min(times, key=lambda tactic: times[tactic])
     return {
         "best": ids(best), "best_us": times[best],
         **{name: ids(tactic) for name, tactic in choices.items()},
@@ -222,7 +221,7 @@ def main() -> int:
         line = journal.add(**cell, **measure(cell, packed))
         regrets = {name: line[f"{name}_us"] / line["best_us"] - 1 for name in CHOICES}
         print(cell, f"best {line['best_us']:.1f} µs", {name: f"{r:+.2%}" for name, r in regrets.items()}, flush=True)
-    lines = [line for cell in wanted if (line := journal.find(**cell))]
+    lines = [found for cell in wanted if (found := journal.find(**cell))]
     if not lines:
         return 1
     table = summary(lines)

@@ -1,25 +1,24 @@
-"""Realizes 8192 balanced tokens beside FlashInfer's `CuteDslMoEInputsHelper`, which makes a balanced dummy too.
+"""Times how long a balanced routing of 8192 tokens takes moetune and FlashInfer's `CuteDslMoEInputsHelper`.
 
     python benchmarks/dummy_routing.py
 
-Both run in this process, on the CPU, interleaved; each of moetune's is a draw not made before. Exits 1 where
-moetune is less than 50 times faster.
+Both run in this process, on the CPU, interleaved. Exits 1 if moetune is less than 50 times faster.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
+from common import quartiles_line, wall_us
 from flashinfer.fused_moe.cute_dsl._inputs_helper import CuteDslMoEInputsHelper
 
+from moetune.measure.clock import Call
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.workload.routing import realize
+from moetune.workload.routing import Routing, realize
 
 TOKENS = 8192
 LEAST_RATIO = 50.0
@@ -27,11 +26,16 @@ ROUNDS = 15
 EP_SIZE = 8
 
 
-def flashinfer_helper(layer: MoELayer) -> Callable[[], Any]:
-    """One call of the helper's hook on the inputs of the CuteDSL tuner, of which it reads and replaces the ids."""
+def flashinfer_helper(layer: MoELayer) -> Call:
+    """Returns a call of the helper's hook on the inputs of the CuteDSL tuner; it reads and replaces the ids."""
     helper = CuteDslMoEInputsHelper(layer.num_experts, layer.top_k, layer.num_experts // EP_SIZE)
     inputs = [None, None, torch.empty(TOKENS, layer.top_k, dtype=torch.int32)]
-    return lambda: helper.inputs_pre_hook(inputs)
+    return lambda draw: helper.inputs_pre_hook(inputs)
+
+
+def realized(layer: MoELayer, regime: Regime, draw: int) -> Routing:
+    """Makes moetune's sampled routing; warm-up and first round share a draw, all other draws are new."""
+    return realize(layer, regime, TOKENS, draw=draw)
 
 
 def main() -> int:
@@ -42,22 +46,12 @@ def main() -> int:
         "alltoall packed": Regime(ep_size=EP_SIZE, layout="packed", distribution="balanced"),
     }
     theirs = flashinfer_helper(layer)
-    times: dict[str, list[float]] = {"FlashInfer CuteDslMoEInputsHelper": []}
-    times |= {f"moetune {name}": [] for name in regimes}
-    for draw in range(ROUNDS + 1):
-        calls: list[Callable[[], Any]] = [theirs]
-        calls += [
-            lambda regime=regime, draw=draw: realize(layer, regime, TOKENS, draw=draw) for regime in regimes.values()
-        ]
-        for call, measured in zip(calls, times.values(), strict=True):
-            start = time.perf_counter()
-            call()
-            measured.append((time.perf_counter() - start) * 1e3)
-    print(f"{TOKENS} tokens, E {layer.num_experts}, k {layer.top_k}, ep {EP_SIZE}; {ROUNDS} interleaved rounds, ms")
+    calls: dict[str, Call] = {"FlashInfer CuteDslMoEInputsHelper": theirs}
+    calls |= {f"moetune {name}": partial(realized, layer, regime) for name, regime in regimes.items()}
+    times = dict(zip(calls, wall_us(list(calls.values()), range(ROUNDS)), strict=True))
+    print(f"{TOKENS} tokens, E {layer.num_experts}, k {layer.top_k}, ep {EP_SIZE}; {ROUNDS} interleaved rounds, µs")
     for name, measured in times.items():
-        del measured[0]
-        low, median, high = statistics.quantiles(measured, n=4)
-        print(f"{name:36s} median {median:8.3f}   quartiles {low:.3f} … {high:.3f}")
+        print(quartiles_line(name, measured, 36))
     their_median, *medians = (statistics.median(measured) for measured in times.values())
     ratio = their_median / max(medians)
     print(f"ratio to moetune's slowest: {ratio:.0f}x (at least {LEAST_RATIO:.0f}x is required)")

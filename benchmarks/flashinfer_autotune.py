@@ -23,15 +23,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from common import LOADS, Journal
 from flashinfer_common import (
     DRAWS,
-    Journal,
     bf16_layer,
     ids,
-    means_us,
     own_autotune,
     own_pick,
     pair,
+    tactics_us,
     unseen_problem,
     warm_flashinfer,
 )
@@ -43,14 +43,6 @@ from moetune.spec.regime import Regime
 from moetune.stats import geomean
 from moetune.workload.dispatch import met_rows
 
-LOADS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "allgather": {"dispatch": "allgather"},
-    "packed": {"layout": "packed"},
-    "deduplicated": {"layout": "deduplicated"},
-    "slot": {"layout": "slot"},
-    "pool": {"layout": "pool"},
-}
 COMPARED_DRAWS = 32
 WITHIN = 0.01
 MIDDLE = (128, 1024)
@@ -94,8 +86,8 @@ def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any],
     """One bucket's choices, interleaved on unseen draws of `rows` rows."""
     own, chosen = pair(tuned["own"][str(bucket)]), pair(tuned["moetune"][str(bucket)])
     runner = _backend().prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
-    own_us, moetune_us, again_us = means_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
-    (untuned_us,) = means_us(runner, [UNTUNED], range(DRAWS), rounds=1)
+    own_us, moetune_us, again_us = tactics_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
+    (untuned_us,) = tactics_us(runner, [UNTUNED], range(DRAWS), rounds=1)
     return {
         "own": ids(own), "moetune": ids(chosen), "own_us": own_us, "moetune_us": moetune_us,
         "untuned_us": untuned_us, "noise": abs(again_us / own_us - 1),
@@ -112,10 +104,10 @@ def record(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) ->
     sweeps = {}
     for name, other in (("gemm1", "gemm2"), ("gemm2", "gemm1")):
         line = [tactic for tactic in tactics if tactic[other] == fixed[other]]
-        sweeps[name] = dict(zip([t[name] for t in line], means_us(runner, line, range(DRAWS), 3), strict=True))
-    best = {name: sorted(times, key=times.get)[:10] for name, times in sweeps.items()}
+        sweeps[name] = dict(zip([int(t[name]) for t in line], tactics_us(runner, line, range(DRAWS), 3), strict=True))
+    best = {name: sorted(times, key=lambda config: times[config])[:10] for name, times in sweeps.items()}
     together = [pair((a, b)) for a in best["gemm1"][:4] for b in best["gemm2"][:4]]
-    pairs = means_us(runner, together, range(DRAWS), 5)
+    pairs = tactics_us(runner, together, range(DRAWS), 5)
     return {
         "fixed": ids(fixed), "gemm1_us": sweeps["gemm1"], "gemm2_us": sweeps["gemm2"],
         "pairs": [[*ids(tactic), us] for tactic, us in zip(together, pairs, strict=True)],

@@ -1,18 +1,18 @@
-"""What the FlashInfer benchmarks share: FlashInfer's own picks, interleaved means, a journal that resumes, tables."""
+"""Shares between the FlashInfer benchmarks: FlashInfer's own choices, times of tactics, recorded tables."""
 
 from __future__ import annotations
 
-import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+from common import means_us
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.inputs.presets import layer as preset
+from moetune.measure.clock import Clock
 from moetune.search.base import Search
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
@@ -21,49 +21,12 @@ from moetune.spec.tactic import Tactic
 from moetune.workload.routing import realize
 
 UNSEEN = 100_000
-"""Draws from this number on are seen by no tuner."""
+"""No tuner uses the draws from this number on."""
 DRAWS = 8
 
 
-class Journal:
-    """JSON lines, appended as they are measured; a run that stops goes on where it was.
-
-    A line that a killed run left torn is skipped, and the next one begins on a line of its own.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        text = path.read_text() if path.exists() else ""
-        self.lines: list[dict[str, Any]] = [line for line in map(_parsed, text.splitlines()) if line is not None]
-        self._torn = bool(text) and not text.endswith("\n")
-
-    def find(self, **fields: Any) -> dict[str, Any] | None:
-        """The last line that holds these values."""
-        return next((line for line in reversed(self.lines) if fields.items() <= _flat(line).items()), None)
-
-    def add(self, **fields: Any) -> dict[str, Any]:
-        line = json.loads(json.dumps(fields))
-        with self.path.open("a") as file:
-            file.write("\n" * self._torn + json.dumps(line, separators=(",", ":")) + "\n")
-        self._torn = False
-        self.lines.append(line)
-        return line
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    try:
-        parsed = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if not isinstance(value, list | dict)}
-
-
 def bf16_layer(name: str) -> MoELayer:
-    """A preset's shape with bf16 experts: DeepSeek's fp8 blocks cannot be tuned in this op."""
+    """Returns a preset's shape with bf16 experts: this op cannot be tuned with DeepSeek's fp8 blocks."""
     return preset(name).model_copy(update={"precision": Precision.BF16})
 
 
@@ -81,14 +44,14 @@ def unseen_problem(layer: MoELayer, regime: Regime, rows: int, draws: int = DRAW
 
 
 def warm_flashinfer() -> None:
-    """Loads the op's module and builds the tuner's small helper, on a tiny layer of its own."""
+    """Loads the op's module and builds the tuner's helper kernel, on a tiny layer."""
     layer, regime = MoELayer(num_experts=8, top_k=2, hidden_size=256, intermediate_size=256), Regime()
     runner = FlashInferCutlassBackend().prepare(unseen_problem(layer, regime, 2, 1))
     own_autotune(runner)
 
 
 def own_autotune(runner: Any) -> float:
-    """FlashInfer tunes the runner's op over all of its buckets; seconds from inputs ready to choices made."""
+    """Lets FlashInfer tune the runner's op over all of its buckets; returns the seconds that it took."""
     import torch
     from flashinfer.autotuner import autotune
     from flashinfer.fused_moe import cutlass_fused_moe
@@ -102,7 +65,7 @@ def own_autotune(runner: Any) -> float:
 
 
 def own_pick(runner: Any) -> Tactic:
-    """What FlashInfer runs for this problem, as its tuner answers now."""
+    """Returns the tactic that FlashInfer now runs for this problem."""
     from flashinfer.autotuner import AutoTuner
     from flashinfer.fused_moe import cutlass_fused_moe
 
@@ -123,31 +86,21 @@ def own_pick(runner: Any) -> Tactic:
     return Tactic(gemm1=gemm1, gemm2=gemm2)
 
 
-def means_us(
-    runner: Any, tactics: Sequence[Tactic], draws: Sequence[int], rounds: int = 5, clock: Any = None
+def tactics_us(
+    runner: Any, tactics: Sequence[Tactic], draws: Sequence[int], rounds: int = 5, clock: Clock | None = None
 ) -> list[float]:
-    """Mean over the draws of each tactic's median over interleaved rounds, µs. A tactic named twice is an A/A pair."""
-    if clock is None:
-        from moetune.measure.clock import CudaClock
-
-        clock = CudaClock("cuda")
-    calls = [partial(runner.run, tactic) for tactic in tactics]
-    for call in calls:
-        clock.warm_up(call, draws[0])
-    series = clock.paired_samples(calls, list(draws) * rounds)
-    return [
-        statistics.fmean(statistics.median(times[at :: len(draws)]) for at in range(len(draws))) for times in series
-    ]
+    """Returns each tactic's time as `common.means_us` does."""
+    return means_us([partial(runner.run, tactic) for tactic in tactics], draws, rounds, clock)
 
 
-def searched(search: Search, runner: Any, draws: Sequence[int], clock: Any = None) -> tuple[Tactic, ...]:
-    """A search's finalists on these draws; a tactic that raises is left out."""
+def searched(search: Search, runner: Any, draws: Sequence[int], clock: Clock | None = None) -> tuple[Tactic, ...]:
+    """Returns a search's finalists on these draws; leaves tactics out that raise."""
     try:
         batch = next(search)
         while True:
             used = [draws[at % len(draws)] for at in range(min(batch.rounds, len(draws)))]
             running = [tactic for tactic in batch.tactics if _runs(runner, tactic)]
-            batch = search.send(dict(zip(running, means_us(runner, running, used, 1, clock), strict=True)))
+            batch = search.send(dict(zip(running, tactics_us(runner, running, used, 1, clock), strict=True)))
     except StopIteration as stop:
         return stop.value
 
@@ -162,6 +115,6 @@ def _runs(runner: Any, tactic: Tactic) -> bool:
 
 
 def pair_us(table: Mapping[str, Any], tactic: Tactic) -> float:
-    """A pair's time by a recorded table: the sum of its two sweeps, less the fixed pair that both hold."""
+    """Returns a pair's time by a recorded table: the sum of its two sweeps minus the fixed pair that both contain."""
     fixed = table["gemm1_us"][str(table["fixed"][0])]
     return table["gemm1_us"][str(tactic["gemm1"])] + table["gemm2_us"][str(tactic["gemm2"])] - fixed

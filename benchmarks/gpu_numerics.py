@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,7 @@ def timings(name: str, rows: int, label: str, workers: int) -> dict[str, Any]:
         first_run_s.append(time.perf_counter() - begin)
 
     begin = time.perf_counter()
-    times_us = interleaved_us(
-        [lambda draw, candidate=candidate: runner.run(candidate, draw) for candidate in chosen], range(4)
-    )
+    times_us = interleaved_us([partial(runner.run, candidate) for candidate in chosen], range(4))
     timing_s = time.perf_counter() - begin
     ids = runner._topk_ids
     alignment_us = interleaved_us([lambda draw: runner._align(ids[draw], 64)], range(4))[0]

@@ -1,7 +1,7 @@
-"""`moetune tune` of the Triton backend as a user runs it, cold Triton cache included, and how good its choices are.
+"""Runs `moetune tune` of the Triton backend with an empty Triton cache and measures how good its choices are.
 
-Every choice in a cell that a recorded table holds is re-measured, interleaved, against the best configurations of the
-exhaustive recording: the ratio is what the search has lost.
+Every choice in a cell of a recorded table is timed again, interleaved with the best configurations of the exhaustive
+recording. The ratio is the regret of the search.
 
     python benchmarks/live_tune.py --table tests/data/grouped_triton-qwen3-235b-a22b-ep8-h200.json --out live.json
 """
@@ -17,18 +17,21 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
+
+from common import series_us
 
 from moetune import stats
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
 
-LOADS = {
+OPTIONS = {
     "packed": ["--dp"],
     "deduplicated": ["--dispatch", "vllm:deepep_high_throughput"],
     "allgather": ["--dispatch", "vllm:allgather_reducescatter"],
 }
 RIVALS = 4
-"""Of the table's re-measured configurations, so many of the best play against the choice."""
+"""The number of the table's best re-measured configurations that each choice is compared with."""
 SAMPLES = 96
 
 
@@ -55,8 +58,8 @@ def main() -> None:
 
 
 def tune(options: argparse.Namespace, load: str) -> dict:
-    """One tune in a process of its own, with an empty Triton cache."""
-    question = ["--model", options.model, "--ep", options.ep, *LOADS[load], "--ladder", options.ladder]
+    """Tunes once in a process of its own, with an empty Triton cache."""
+    question = ["--model", options.model, "--ep", options.ep, *OPTIONS[load], "--ladder", options.ladder]
     arguments = ["tune", *question, "--tune-max-num-tokens", options.max, "--backend", "triton", "--again"]
     with tempfile.TemporaryDirectory() as cache:
         begin = time.perf_counter()
@@ -87,10 +90,9 @@ def tune(options: argparse.Namespace, load: str) -> dict:
 
 
 def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[dict]:
-    """Each choice that the table can judge, interleaved with the exhaustive winners on draws that nobody has seen."""
+    """Compares each choice that the table covers with the exhaustive winners, on draws that no search used."""
     from moetune.backends.base import Problem
     from moetune.backends.registry import backend as backend_of
-    from moetune.measure.clock import CudaClock
     from moetune.tuning.bucket import untouched_draws
     from moetune.workload.routing import realize
 
@@ -98,8 +100,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     tactics = [Tactic(dict(zip(table["names"], values, strict=True))) for values in table["configs"]]
     chosen = {choice.rows: choice.tactic for choice in profile.choices}
     layer, regime = profile.layer, profile.regime
-    backend, clock = backend_of("triton"), CudaClock("cuda")
-    judged = []
+    backend, judged = backend_of("triton"), []
     for cell in table["cells"]:
         if cell["load"] != load or cell["rows"] not in chosen:
             continue
@@ -109,18 +110,15 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
         draws = untouched_draws(regime.draws)
         routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
         runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), routings, "cuda"))
-        players = list(dict.fromkeys((chosen[rows], *rivals)))
-        calls = [partial(runner.run, tactic) for tactic in players]
-        for call in calls:
-            clock.warm_up(call, 0)
+        calls = [partial(runner.run, tactic) for tactic in dict.fromkeys((chosen[rows], *rivals))]
         turns = [turn % len(routings) for turn in range(SAMPLES if rows < 4096 else 2 * len(routings))]
-        means = [sum(series) / len(series) for series in clock.paired_samples(calls, turns)]
+        means = [fmean(series) for series in series_us(calls, turns)]
         judged.append({"rows": rows, "ratio": means[0] / min(means), "chosen_us": means[0], "best_us": min(means)})
     return judged
 
 
 def report(result: dict) -> str:
-    """The tune as Markdown."""
+    """Returns the tune as Markdown."""
     lines = [
         f"\n`{result['command']}`: {result['wall_s']} s wall, {result['cores']} cores, "
         f"{len(result['buckets'])} buckets; against the default geomean {result['gain_geomean']:.3f}×, "
@@ -136,7 +134,7 @@ def report(result: dict) -> str:
 
 
 def verdict(judged: list[dict]) -> str:
-    """The comparison with the exhaustive winners as one line."""
+    """Returns the comparison with the exhaustive winners as one line."""
     if not judged:
         return "The table holds none of these cells."
     cells = ", ".join(f"{cell['rows']}: {cell['ratio']:.4f}" for cell in judged)

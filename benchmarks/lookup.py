@@ -1,10 +1,10 @@
-"""Looks tactics up in a profile beside FlashInfer's `AutoTuner.choose_one`, which does the same at every MoE call.
+"""Times a profile's lookup of a tactic and FlashInfer's `AutoTuner.choose_one`, which every MoE call runs.
 
     python benchmarks/lookup.py
 
 Both hold a tactic for each of FlashInfer's hybrid buckets to 8192 rows and are asked for the same rows, in this
 process, interleaved; FlashInfer's tuner is the real one, out of tuning mode, with the tuning configuration and the
-inputs of its CUTLASS MoE, and always hits its in-memory cache. Their answers must agree. Exits 1 where
+inputs of its CUTLASS MoE, and always hits its in-memory cache. Their answers must agree. Exits 1 if
 `Profile.tactic` takes a microsecond or more, or is less than 8 times faster, on either load.
 """
 
@@ -13,14 +13,15 @@ from __future__ import annotations
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from common import quartiles_line, wall_us
 from flashinfer.autotuner import AutoTuner, DynamicTensorSpec, TunableRunner, TuningConfig
 from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, make_hybrid_bucket_mapper
 
+from moetune.measure.clock import Call
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -35,7 +36,7 @@ OPERATION = "trtllm::fused_moe::gemm1"
 
 
 class MoERunner(TunableRunner):
-    """A runner of the CUTLASS MoE's name that launches nothing."""
+    """Has the name of the CUTLASS MoE's runner and launches nothing."""
 
     def get_valid_tactics(self, inputs: list[torch.Tensor], profile: Any) -> list[Any]:
         return [-1]
@@ -45,7 +46,7 @@ class MoERunner(TunableRunner):
 
 
 def flashinfer_lookup(layer: MoELayer, buckets: Sequence[int]) -> Callable[[int], int]:
-    """`choose_one` on the inputs of each row count that will be asked, as a function of the rows."""
+    """Returns `choose_one` as a function of the row count."""
     if not torch.cuda.is_available():
         torch.cuda.is_current_stream_capturing = lambda: False
     config = TuningConfig(
@@ -70,7 +71,7 @@ def flashinfer_lookup(layer: MoELayer, buckets: Sequence[int]) -> Callable[[int]
 
 
 def profile_of(layer: MoELayer, regime: Regime) -> Profile:
-    """A profile whose tactic for a bucket is the bucket's number."""
+    """Returns a profile whose tactic for a bucket is the bucket's number."""
     choices = tuple(
         Choice(
             rows=rows,
@@ -94,12 +95,14 @@ def profile_of(layer: MoELayer, regime: Regime) -> Profile:
     return Profile(layer=layer, regime=regime, backend="flashinfer-cutlass", environment=environment, choices=choices)
 
 
-def call_us(lookup: Callable[[int], Any], asked: Sequence[int]) -> float:
-    """Mean time of one call, the loop's share included."""
-    start = time.perf_counter()
-    for rows in asked:
-        lookup(rows)
-    return (time.perf_counter() - start) / len(asked) * 1e6
+def in_rounds(lookup: Callable[[int], Any], rounds: Sequence[Sequence[int]]) -> Call:
+    """Returns a call that looks up all rows of one round."""
+
+    def call(draw: int) -> None:
+        for rows in rounds[draw]:
+            lookup(rows)
+
+    return call
 
 
 def main() -> int:
@@ -122,8 +125,9 @@ def main() -> int:
 
 
 def compared(name: str, rounds: Sequence[list[int]], ours: Callable[[int], Any], theirs: Callable[[int], Any]) -> bool:
-    """Times both on the rows of each round, prints medians and quartiles, and says whether the goal is met."""
-    ours_us, theirs_us = zip(*((call_us(ours, asked), call_us(theirs, asked)) for asked in rounds), strict=True)
+    """Times both on the rows of each round and prints the quartiles; returns whether the goal is reached."""
+    series = wall_us([in_rounds(ours, rounds), in_rounds(theirs, rounds)], range(len(rounds)))
+    ours_us, theirs_us = ([round_us / CALLS for round_us in of_call] for of_call in series)
     ratios = [slow / fast for fast, slow in zip(ours_us, theirs_us, strict=True)]
     print(name)
     for what, values in (
@@ -131,8 +135,7 @@ def compared(name: str, rounds: Sequence[list[int]], ours: Callable[[int], Any],
         ("FlashInfer AutoTuner.choose_one", theirs_us),
         ("ratio", ratios),
     ):
-        low, median, high = statistics.quantiles(values, n=4)
-        print(f"  {what:32s} median {median:8.3f}   quartiles {low:.3f} … {high:.3f}")
+        print(f"  {quartiles_line(what, values)}")
     return statistics.median(ours_us) < MOST_US and statistics.median(ratios) >= LEAST_RATIO
 
 

@@ -1,8 +1,8 @@
-"""Packs top-k ids and weights with `pack_topk` (fused) and by its definition (eager): medians, bit for bit equal.
+"""Times `pack_topk` (fused) and its definition (eager), and compares their results bit by bit.
 
     python benchmarks/pack_topk.py [--device cuda]
 
-Exits 1 where the two, or the definition in plain Python, differ in a bit.
+Exits 1 if the two, or the definition in plain Python, differ in a bit.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import argparse
 import statistics
 import struct
 import sys
-import time
 from collections.abc import Callable
 
 import torch
+from common import wall_us
 
+from moetune.measure.clock import Call
 from moetune.workload import packing
 
+Pack = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ROUNDS = 200
 TOP_K = 8
 
 
 def definition(expert: int, weight_bits: int) -> int:
-    """`(id << 16) | bf16 bits` as a signed 32-bit int."""
+    """Returns `(id << 16) | bf16 bits` as a signed 32-bit int."""
     return int(struct.unpack("<i", struct.pack("<I", ((expert & 0xFFFF) << 16) | weight_bits))[0])
 
 
 def every_bf16(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """All 65536 bit patterns of bf16, NaN payloads and negatives among them, with ids from −1 up."""
+    """Returns all 65536 bit patterns of bf16, NaN payloads and negatives included, with ids from −1 up."""
     bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     ids = torch.arange(65536, dtype=torch.int32) % 512 - 1
     return ids.view(-1, TOP_K).to(device), bits.view(torch.bfloat16).view(-1, TOP_K).to(device)
@@ -43,18 +45,16 @@ def matches_definition(device: str) -> bool:
     return exact and quiet.tolist() == [definition(-1, 0x7FC0)] * 3
 
 
-def times_us(calls: dict[str, Callable[[], torch.Tensor]], device: str) -> dict[str, list[float]]:
-    """Interleaved rounds, each call timed alone and waited for."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            call()
-            wait()
-            times[name].append((time.perf_counter() - start) * 1e6)
-    return times
+def waited(pack: Pack, ids: torch.Tensor, weights: torch.Tensor) -> Call:
+    """Returns a call that packs and waits for the device."""
+
+    def call(draw: int) -> torch.Tensor:
+        packed = pack(ids, weights)
+        if packed.is_cuda:
+            torch.cuda.synchronize()
+        return packed
+
+    return call
 
 
 def main() -> int:
@@ -69,11 +69,12 @@ def main() -> int:
         for dtype in packing.WEIGHT_DTYPES:
             weights = torch.randn(rows, TOP_K, generator=generator).to(device, dtype)
             calls = {
-                "eager": lambda ids=ids, weights=weights: packing.pack_eager(ids, weights),
-                "fused": lambda ids=ids, weights=weights: packing.pack_topk(ids, weights),
+                "eager": waited(packing.pack_eager, ids, weights),
+                "fused": waited(packing.pack_topk, ids, weights),
             }
-            equal &= torch.equal(calls["eager"](), calls["fused"]())
-            times = times_us(calls, device)
+            eager, fused = (call(0) for call in calls.values())
+            equal &= torch.equal(eager, fused)
+            times = dict(zip(calls, wall_us(list(calls.values()), range(ROUNDS)), strict=True))
             cells = []
             for name, values in times.items():
                 low, _, high = statistics.quantiles(values, n=4)

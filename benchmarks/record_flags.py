@@ -76,7 +76,7 @@ def _importer() -> str:
 
 
 def vllm_parser() -> argparse.ArgumentParser:
-    platforms = importlib.import_module("vllm.platforms")
+    platforms: Any = importlib.import_module("vllm.platforms")
     platforms._current_platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform()
     parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
     made = importlib.import_module("vllm.entrypoints.common.cli_args").make_arg_parser(parser)

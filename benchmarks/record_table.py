@@ -31,6 +31,7 @@ from moetune.inputs.presets import layer as layer_of
 from moetune.measure.clock import CudaClock
 from moetune.measure.probe import environment
 from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
 from moetune.workload.routing import realize
 
 LOADS = {
@@ -122,7 +123,7 @@ def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
         list(pool.imap_unordered(partial(_compile, shapes, capability), list(tactics), chunksize=4))
 
 
-def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: object) -> None:
+def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: Tactic) -> None:
     from moetune.backends.grouped_triton.ahead import compile_tactic
 
     try:
@@ -162,7 +163,7 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     print(
         f"{1e3 * (time.perf_counter() - begin) / len(tactics):.1f} ms a configuration, {len(draws)} draws", flush=True
     )
-    ranked = sorted(single, key=single.get)[: options.finalists]
+    ranked = sorted(single, key=lambda tactic: single[tactic])[: options.finalists]
     final = [*ranked, *([] if default in ranked else [default]), ranked[0]]
     round_us = sum(single[tactic] for tactic in final) * regime.draws
     rounds = max(5, min(15, int(FINAL_SECONDS * 1e6 / round_us)))

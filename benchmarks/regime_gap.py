@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flashinfer_common import Journal
-from regime_gap_report import DEFAULT, LOADS, markdown, require_same_environment, summary
+from common import LOADS, Journal
+from regime_gap_report import COMPARED, DEFAULT, markdown, require_same_environment, summary
 
 import moetune
 from moetune import stats
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="presets, or paths to a config.json")
     parser.add_argument("--ep", default=",".join(map(str, EP_SIZES)))
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
-    parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--loads", default=",".join(COMPARED))
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--gpus", type=int, default=1, help="jobs are shared out among so many; 0: the CPU")
     parser.add_argument("--seconds", type=float, default=300.0, help="no bucket and no cell is begun after this long")
@@ -122,8 +122,7 @@ def numbers(text: str) -> list[int]:
 
 def regime_of(ep: int, load: str, ladder: str) -> Regime:
     """The regime of a load, its distribution given, so that no environment variable changes it."""
-    dispatch = {"dispatch": "allgather"} if load == "allgather" else {"layout": load}
-    return Regime(ep_size=ep, ladder=ladder, distribution="random", **dispatch)
+    return Regime(ep_size=ep, ladder=ladder, distribution="random", **LOADS[load])
 
 
 def plan(
@@ -133,12 +132,12 @@ def plan(
 
     The models alternate, so that GPUs that begin together do not compile the same kernels.
     """
-    if unknown := set(loads) - set(LOADS):
-        raise SystemExit(f"Unknown loads {sorted(unknown)}. Loads: {', '.join(LOADS)}.")
+    if unknown := set(loads) - set(COMPARED):
+        raise SystemExit(f"Unknown loads {sorted(unknown)}. Loads: {', '.join(COMPARED)}.")
     ladder = ",".join(map(str, sorted(set(rows))))
     tunings, left_out = [], []
     for ep in ep_sizes:
-        for load in reversed(LOADS):
+        for load in reversed(COMPARED):
             if load not in loads:
                 continue
             try:
@@ -175,7 +174,8 @@ def measure_all(
     Returns:
         What was not measured, and why.
     """
-    done: set[Job] = {job for job in (*tunings, *cells) if journal.find(**asdict(job))}
+    jobs: list[Job] = [*tunings, *cells]
+    done: set[Job] = {job for job in jobs if journal.find(**asdict(job))}
     begun: set[Job] = set()
     errors: dict[Job, str] = {}
     store = options.journal.with_suffix(".store")
@@ -215,9 +215,7 @@ def measure_all(
                 print(f"{named(job)}: {line['seconds']:.1f} s on {device}", file=sys.stderr, flush=True)
     for pool in pools.values():
         pool.shutdown()
-    return [
-        f"{named(job)}: {errors.get(job, 'left for the next run')}" for job in (*tunings, *cells) if job not in done
-    ]
+    return [f"{named(job)}: {errors.get(job, 'left for the next run')}" for job in jobs if job not in done]
 
 
 def request_elsewhere(compilers: Compilers, tuning: Tuning, line: Mapping[str, Any], cells: Sequence[Cell]) -> None:

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common import LOADS
+
 from moetune import stats
 from moetune.spec.environment import Environment
 
 Line = Mapping[str, Any]
 
-LOADS = ("allgather", "packed", "deduplicated", "slot", "pool")
+COMPARED = tuple(load for load in LOADS if load != "none")
 DEFAULT = "default"
 """In the place of a load: what the engine runs where nothing is tuned."""
 
@@ -29,8 +31,8 @@ def ratio(cell: Line, under: str) -> float | None:
 def summary(cells: Sequence[Line]) -> list[dict[str, Any]]:
     """For each (A, B): geomean and worst ratio over all cells given, and where the worst is. A = B is left out."""
     told = []
-    for under in (*LOADS, DEFAULT):
-        for load in LOADS:
+    for under in (*COMPARED, DEFAULT):
+        for load in COMPARED:
             pairs = [(value, cell) for cell in cells if cell["load"] == load and (value := ratio(cell, under))]
             if under == load or not pairs:
                 continue
@@ -92,12 +94,12 @@ def require_same_environment(first: Line, other: Line) -> None:
 
 
 def _gap_table(cells: Sequence[Line]) -> str:
-    unders = (*LOADS, DEFAULT)
+    unders = (*COMPARED, DEFAULT)
     rows = [
-        f"| rows | run under | own µs | A/A | {' | '.join(f'tuned under {a}' for a in LOADS)} | {DEFAULT} |",
+        f"| rows | run under | own µs | A/A | {' | '.join(f'tuned under {a}' for a in COMPARED)} | {DEFAULT} |",
         "|---" * (4 + len(unders)) + "|",
     ]
-    for cell in sorted(cells, key=lambda cell: (cell["rows"], LOADS.index(cell["load"]))):
+    for cell in sorted(cells, key=lambda cell: (cell["rows"], COMPARED.index(cell["load"]))):
         own = f"{cell['own_us']:.1f} | {cell['noise']:.1%}" if cell["own_us"] else "failed | "
         slowdowns = " | ".join(_slowdown(cell, under) for under in unders)
         rows.append(f"| {cell['rows']} | {cell['load']} | {own} | {slowdowns} |")
@@ -119,9 +121,9 @@ def _slowdown(cell: Line, under: str) -> str:
 
 def _summary_table(told: Sequence[Line]) -> str:
     found = {(line["tuned_under"], line["run_under"]): line for line in told}
-    loads = [load for load in LOADS if any(run == load for _, run in found)]
+    loads = [load for load in COMPARED if any(run == load for _, run in found)]
     rows = [f"| tuned under \\ run under | {' | '.join(loads)} |", "|---" * (1 + len(loads)) + "|"]
-    for under in (*LOADS, DEFAULT):
+    for under in (*COMPARED, DEFAULT):
         if any(line["tuned_under"] == under for line in told):
             texts = [_geomean_and_worst(found.get((under, load))) for load in loads]
             rows.append(f"| {under} | {' | '.join(texts)} |")

@@ -1,32 +1,33 @@
-"""A warm-up around stock `cutlass_fused_moe`, three starts of an engine: it tunes, it serves, and a file serves it.
+"""Tests a warm-up around stock `cutlass_fused_moe` in three starts of an engine.
 
     PYTHONPATH=. python benchmarks/warmup.py [--model qwen3-235b-a22b] [--ep 4] [--layout packed] [--maximum 8192]
 
 Each start is a process of its own. The first tunes inside `moetune.warmup`; the second, with the same store, must
-measure nothing and be ready in under a second; the third knows moetune's answer from the exported file alone, which
+measure nothing and be ready in under a second; the third has the exported file alone, which
 stock FlashInfer reads with `autotune(False, cache=FILE)`: every bucket must hit, and the op must run within 2 % of the
 exported tactics' own speed. In the first two the op is timed inside the warm-up and after it.
-Exits 1 where something of this does not hold.
+Exits 1 if one of these fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common import means_us
 from flashinfer_common import bf16_layer, own_pick, unseen_problem, warm_flashinfer
 
 import moetune
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
+from moetune.measure.clock import Call, CudaClock
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -38,20 +39,16 @@ DRAWS = 8
 ROUNDS = 15
 
 
-def medians_us(calls: Sequence[Callable[[int], object]]) -> list[float]:
-    """Mean over the draws of the median over interleaved rounds, µs, of each call."""
-    from moetune.measure.clock import CudaClock
-
+def op_times_us(calls: Sequence[Call]) -> list[float]:
+    """Returns the time of each call in µs; every call must be capturable in a CUDA graph."""
     clock = CudaClock("cuda")
-    for call in calls:
-        clock.warm_up(call, 0)
-    series = clock.paired_samples(calls, list(range(DRAWS)) * ROUNDS)
+    times = means_us(calls, range(DRAWS), ROUNDS, clock)
     assert not clock.eager, clock.eager
-    return [statistics.fmean(statistics.median(times[at::DRAWS]) for at in range(DRAWS)) for times in series]
+    return times
 
 
 class Engine:
-    """The op on one rank's weights, called as an engine does: without a tactic."""
+    """Calls the op on one rank's weights as an engine does, without a tactic."""
 
     def __init__(self, layer: MoELayer, regime: Regime) -> None:
         from flashinfer.fused_moe import cutlass_fused_moe
@@ -66,7 +63,7 @@ class Engine:
         return self._op(**runner.arguments(draw))
 
     def inside_and_after_us(self, store: str) -> dict[int, tuple[float, float]]:
-        """The op's own time at `TIMED_ROWS`, in a warm-up entered again and outside, interleaved."""
+        """Returns the op's times at `TIMED_ROWS` inside a second warm-up and outside, interleaved, in µs."""
 
         def inside(runner: Any, draw: int) -> object:
             with moetune.warmup(self.layer, self.regime, rank=0, store=store):
@@ -76,16 +73,16 @@ class Engine:
         for rows in TIMED_ROWS:
             if rows <= self.regime.tune_max_num_tokens:
                 runner = self.runner(rows)
-                first, second = medians_us([partial(inside, runner), partial(self.call, runner)])
+                first, second = op_times_us([partial(inside, runner), partial(self.call, runner)])
                 times[rows] = (first, second)
         return times
 
 
 def start(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
-    """One start of an engine: the warm-up, and the op's times inside and after."""
+    """Starts an engine once: returns counts and seconds of the warm-up, and the op's times inside and after."""
     import torch
 
-    warm_flashinfer()  # loads the op's module, which no tuner is to be charged for
+    warm_flashinfer()  # loading the op's module is not part of the warm-up
     engine = Engine(layer, regime)
     largest = engine.runner(regime.tune_max_num_tokens)
     torch.cuda.synchronize()
@@ -103,8 +100,8 @@ def start(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
     }
 
 
-def from_file(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
-    """One start that knows the answer from the exported file alone."""
+def from_file(layer: MoELayer, regime: Regime, store: str) -> dict[int, dict[str, Any]]:
+    """Starts an engine that has the exported file alone; returns what each bucket ran and its times."""
     from flashinfer.autotuner import AutoTuner, autotune
 
     from moetune.export.flashinfer import export
@@ -115,14 +112,15 @@ def from_file(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
     path.with_suffix(".cache").write_text(text)
     warm_flashinfer()
     AutoTuner.get().clear_cache()
-    engine, rows_of = Engine(layer, regime), {}
+    engine = Engine(layer, regime)
+    rows_of: dict[int, dict[str, Any]] = {}
     with autotune(False, cache=str(path.with_suffix(".cache"))):
         for choice in profile.choices:
             runner = engine.runner(choice.rows)
             picked = own_pick(runner)
             rows_of[choice.rows] = {"hit": picked == choice.tactic, "picked": dict(picked)}
             if choice.rows in TIMED_ROWS:
-                mine, theirs = medians_us([partial(runner.run, choice.tactic), partial(engine.call, runner)])
+                mine, theirs = op_times_us([partial(runner.run, choice.tactic), partial(engine.call, runner)])
                 rows_of[choice.rows] |= {"exported_us": mine, "op_us": theirs}
     return rows_of
 

@@ -27,9 +27,6 @@ class Number:
 
     value: float
 
-    def float(self) -> Number:
-        return self
-
     def norm(self) -> Number:
         return Number(abs(self.value))
 
@@ -41,6 +38,9 @@ class Number:
 
     def __float__(self) -> float:
         return self.value
+
+    def float(self) -> Number:
+        return self
 
 
 def _raise() -> None:

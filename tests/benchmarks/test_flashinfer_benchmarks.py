@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import cliffs
 import dispatch_fidelity as fidelity
 import flashinfer_autotune as autotune
-from flashinfer_common import Journal, bf16_layer, means_us, pair, pair_us, searched
+from common import Journal
+from flashinfer_common import bf16_layer, pair, pair_us, searched, tactics_us
 
 from moetune.search.coordinate import coordinate
 from moetune.spec.enums import Precision
@@ -75,7 +76,7 @@ def test_the_last_line_of_a_key_counts(tmp_path):
 
 
 def test_means_are_over_draws_of_medians_over_rounds():
-    assert means_us(PlantedRunner(), [pair((1, 2)), pair((1, 3))], (0, 4), 3, PlantedClock()) == [302.0, 402.0]
+    assert tactics_us(PlantedRunner(), [pair((1, 2)), pair((1, 3))], (0, 4), 3, PlantedClock()) == [302.0, 402.0]
 
 
 def test_a_search_runs_on_the_draws_it_is_given_and_leaves_failures_out(capsys):

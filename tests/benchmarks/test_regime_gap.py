@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import regime_gap as gap
 import regime_gap_report as report
-from flashinfer_common import Journal
+from common import Journal
 from planted import LAYER, PlantedBackend, tactic
 from processes import children
-from regime_gap_report import DEFAULT, LOADS
+from regime_gap_report import COMPARED, DEFAULT
 
 from moetune.spec.tactic import Tactic
 
@@ -55,7 +55,7 @@ class PlantedClock:
 
 
 def test_every_layer_ep_and_load_has_a_tune_and_a_cell_for_each_bucket():
-    tunings, cells, left_out = gap.plan(gap.MODELS, gap.EP_SIZES, LOADS, gap.ROWS)
+    tunings, cells, left_out = gap.plan(gap.MODELS, gap.EP_SIZES, COMPARED, gap.ROWS)
     assert len(set(tunings)) == len(tunings) == 2 * 2 * 5
     assert len(set(cells)) == len(cells) == 2 * (2 * 5 * 5 - 1)
     assert left_out == ["pool at EP32, 16 rows: a pool has ep equal blocks"]
@@ -63,8 +63,8 @@ def test_every_layer_ep_and_load_has_a_tune_and_a_cell_for_each_bucket():
 
 
 def test_a_pool_without_any_bucket_is_left_out_with_the_reason():
-    tunings, _, left_out = gap.plan(["a"], [32], LOADS, [16])
-    assert {tuning.load for tuning in tunings} == set(LOADS) - {"pool"}
+    tunings, _, left_out = gap.plan(["a"], [32], COMPARED, [16])
+    assert {tuning.load for tuning in tunings} == set(COMPARED) - {"pool"}
     assert "multiple of ep_size = 32" in left_out[0]
 
 
@@ -73,7 +73,7 @@ def test_an_unknown_load_is_refused():
         gap.plan(["a"], [8], ["packed", "wrapped"], [16])
 
 
-@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("load", COMPARED)
 def test_the_regime_of_a_load_has_its_dispatch_layout_and_buckets(load):
     regime = gap.regime_of(8, load, "16,64")
     assert regime.buckets == (16, 64)

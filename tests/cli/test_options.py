@@ -1,5 +1,5 @@
 import json
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -123,7 +123,7 @@ def test_auto_takes_the_first_backend_that_runs_here_and_computes_the_layer(abil
 
 def test_kernel_and_remote_choose_the_triton_backend_and_its_source(abilities):
     abilities(triton=False, torch=True)
-    asked = ask("qwen3-30b-a3b", kernel="sglang").backend
+    asked: Any = ask("qwen3-30b-a3b", kernel="sglang").backend
     assert (asked.name, asked.kernel, asked.remote) == ("triton", "sglang", "zero")
     asked = ask("qwen3-30b-a3b", kernel="vllm", remote="zero", backend="triton").backend
     assert (asked.name, asked.kernel, asked.remote) == ("triton", "vllm", "zero")

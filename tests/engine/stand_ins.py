@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ class Trtllm:
         _, tactic = AutoTuner.get().choose_one(self.op, [self.runner], self.config(inputs), inputs, **arguments)
         return tactic
 
-    def load(self, inputs: list[object]) -> list[int]:
+    def load(self, inputs: list[Any]) -> list[int]:
         """The slots of each local expert that the kernel would compute."""
         match self.mode:
             case 0:
@@ -188,7 +189,7 @@ def real_runner(layer, regime, maximum=8):
     op = Trtllm(layer, regime, mode=PACKED, maximum=maximum, op="flashinfer::trtllm_bf16_moe")
     stand_in = op.runner
 
-    class MoERunner(sm100.MoERunner):
+    class MoERunner(sm100.MoERunner):  # type: ignore[name-defined]
         rows = staticmethod(stand_in.rows)
         last_us = 1.0
 

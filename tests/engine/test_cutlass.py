@@ -115,7 +115,8 @@ def test_the_regime_takes_the_ladder_of_the_op(tuner, layer, asked):
 )
 def test_an_op_of_another_kind_is_tuned_as_flashinfer_does_it(tuner, layer, regime, asked, differing):
     runner = MoERunner(layer, regime)
-    vars(runner).update(differing)
+    for name, value in differing.items():
+        setattr(runner, name, value)
     with moetune.warmup(layer, regime):
         call(runner, layer, regime)
     assert not asked

@@ -157,6 +157,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> _Device:
                 work()
 
     class Event:
+        at_us = 0.0
+
         def record(self) -> None:
             gpu.enqueue(lambda: setattr(self, "at_us", gpu.now_us))
 

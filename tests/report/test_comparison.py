@@ -71,10 +71,11 @@ COMPARISON = Comparison(
 
 
 def _printed(*renderables):
-    console = Console(file=io.StringIO(), width=200, highlight=False)
+    text = io.StringIO()
+    console = Console(file=text, width=200, highlight=False)
     for renderable in renderables:
         console.print(renderable)
-    return console.file.getvalue()
+    return text.getvalue()
 
 
 def test_the_table_says_who_is_fastest_by_how_much_and_where_nobody_can_tell():

@@ -76,10 +76,11 @@ def _profile(*choices, regime=REGIME, name="small", backend="torch", **strict):
 
 
 def _text(*renderables, width=160):
-    out = Console(file=io.StringIO(), width=width)
+    text = io.StringIO()
+    out = Console(file=text, width=width)
     for renderable in renderables:
         out.print(renderable)
-    return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _rows(text):
@@ -260,8 +261,9 @@ def test_models_backends_and_the_store_have_a_row_for_each(tmp_path):
 
 
 def test_an_address_without_a_column_is_a_link(tmp_path):
-    out = Console(file=io.StringIO(), force_terminal=True, width=100)
+    text = io.StringIO()
+    out = Console(file=text, force_terminal=True, width=100)
     out.print(models_table([(LAYER, "https://example.org/a")], addresses=False))
     out.print(store_table([(tmp_path / "p.json", _profile(_choice(8, 60.0)))], tmp_path, files=False))
-    assert "https://example.org/a" in out.file.getvalue()
-    assert (tmp_path / "p.json").as_uri() in out.file.getvalue()
+    assert "https://example.org/a" in text.getvalue()
+    assert (tmp_path / "p.json").as_uri() in text.getvalue()

@@ -571,6 +571,8 @@ class _Uneven:
     Counts the rounds of each. `fails`: who, and in which call.
     """
 
+    eager: dict[int, str]
+
     def __init__(self, us, spread=0.0, fails=(None, 0)):
         self.us, self.spread, self.failures, self.rounds, self.calls = us, spread, {}, Counter(), 0
         self._fails = fails

@@ -73,6 +73,7 @@ class FakeOp:
 
     def __init__(self):
         self.calls = []
+        self.sizes = []
         self.__signature__ = OP
 
     def __call__(self, *args, **kwargs):

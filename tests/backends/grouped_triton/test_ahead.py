@@ -67,7 +67,8 @@ def test_the_key_in_tritons_cache_is_that_of_a_launch_on_real_tensors(shapes, ro
             a_scales,
             w_scales,
         )
-        alignment = Alignment(*(torch.empty(64, dtype=torch.int32) for _ in range(3)), 999, shapes.num_slots)
+        slots, experts, padded = (torch.empty(64, dtype=torch.int32) for _ in range(3))
+        alignment = Alignment(slots, experts, padded, 999, shapes.num_slots)
         with ahead._headless(HOPPER):
             arguments = builtin.arguments(gemm, operands, alignment, SMALL)
             launched = builtin.function.warmup(grid=(1,), **arguments)
