@@ -49,13 +49,6 @@ def test_each_engine_has_its_lines():
     assert (len(TUNED), len(PLUGGED)) == (4, 2)
 
 
-def test_the_readme_has_the_same_lines():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert all(f"```\n{block}```" in readme for block in (*TUNED, *PLUGGED))
-    for engine in ("vLLM", "SGLang", "TensorRT-LLM"):
-        assert f"## Use it with {engine}\n" in readme
-
-
 @pytest.mark.parametrize("block", TUNED)
 def test_what_is_exported_is_what_was_tuned(block):
     tuned, exported = (question(line) for line in lines(block, "moetune tune", "moetune export"))
@@ -89,8 +82,3 @@ def test_a_tensorrt_llm_launch_line_with_its_settings_brings_what_was_tuned(tmp_
     (started,) = lines(block, "trtllm-serve")
     tuned, _ = question(lines(block, "moetune tune")[0])
     assert regime_of_launch(started.replace("extra.yaml", str(settings))) == tuned.regime
-
-
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", TEXT))
-def test_links_lead_somewhere(path):
-    assert (Path(__file__).parents[1] / "docs" / path).exists()
