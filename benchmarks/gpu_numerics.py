@@ -4,8 +4,8 @@
 
 Relative Frobenius errors on every draw against fp32 (at most 1e-2 in bf16, 8e-2 in fp8), and against a reference with
 the kernel's own roundings (at most 1e-2): of each stage on its own input on every draw, and of the whole layer over
-several draws, of 16 rows at least (see `TritonRunner.staged_errors`); and of a CUDA graph's replay against the eager
-run. Exits 1 where one is larger.
+several draws, of 16 rows at least (see `triton_numerics.errors_of_stages`); and of a CUDA graph's replay against the
+eager run. Exits 1 where one is larger.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 import triton
+from triton_numerics import compile_tactic, rounded_reference, staged_errors
 
-from moetune.backends.base import Problem, relative_error
+from moetune.backends.base import Problem
 from moetune.backends.grouped_triton import space
-from moetune.backends.grouped_triton.ahead import compile_tactic
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.backends.reference import relative_error
 from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -37,7 +38,7 @@ from moetune.workload.routing import realize
 
 ROWS = (1, 3, 16, 257, 4096)
 DRAWS, LEAST_ROWS = 2, 16
-"""A bucket has so many draws at least, and as many as bring so many rows: see `TritonRunner.staged_errors`."""
+"""A bucket has so many draws at least, and as many as bring so many rows: see `triton_numerics.errors_of_stages`."""
 ROUNDED_TOLERANCE = 1e-2
 LAYERS = ("qwen3-235b-a22b", "deepseek-r1")
 REGIMES = {
@@ -123,7 +124,7 @@ def numerics(name: str, label: str, rows: int, remote: str) -> list[dict[str, An
     draws = range(max(DRAWS, -(-LEAST_ROWS // rows)))
     runner = backend.prepare(problem_of(layer, regime, rows, len(draws)))
     exact = [runner.reference(draw) for draw in draws]
-    rounded = torch.cat([runner.rounded_reference(draw) for draw in draws])
+    rounded = torch.cat([rounded_reference(runner, draw) for draw in draws])
     results = []
     for candidate in dict.fromkeys((backend.default(layer, regime, rows), *NUMERICS_TACTICS)):
         eager = [runner.run(candidate, draw).clone() for draw in draws]
@@ -141,7 +142,7 @@ def numerics(name: str, label: str, rows: int, remote: str) -> list[dict[str, An
             "error_fp32": max(map(relative_error, eager, exact)),
             "error_rounded": relative_error(torch.cat(eager), rounded),
             "replay_difference": relative_error(out, eager[-1].float()),
-            "error_staged": max(max(runner.staged_errors(candidate, draw)) for draw in draws),
+            "error_staged": max(max(staged_errors(runner, candidate, draw)) for draw in draws),
         }
         result["ok"] = bool(
             result["error_fp32"] <= backend.tolerance(layer)

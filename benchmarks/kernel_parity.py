@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from gpu_numerics import interleaved_us, problem_of, tactic
+from triton_numerics import compile_tactic
 
 from moetune.backends.grouped_triton import space
-from moetune.backends.grouped_triton.ahead import compile_tactic
 from moetune.backends.grouped_triton.backend import Remote, TritonBackend
+from moetune.backends.grouped_triton.defaults import default_config
 from moetune.inputs.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -46,7 +47,7 @@ def good_tactics(shapes: space.Shapes, legal: tuple[Tactic, ...]) -> list[Tactic
         tactic(m, n, k, group, 8 if m * n >= 128 * 128 else 4, stages)
         for m, n, k, group, stages in product(sizes, (64, 128), (64, 128), (1, 16), (3, 4))
     ]
-    default = space.default_config(shapes.rows, shapes.num_local, shapes.fp8)
+    default = default_config(shapes.rows, shapes.num_local, shapes.fp8)
     return [default, *(candidate for candidate in wanted if candidate in set(legal) and candidate != default)]
 
 

@@ -124,7 +124,7 @@ def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
 
 
 def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: Tactic) -> None:
-    from moetune.backends.grouped_triton.ahead import compile_tactic
+    from triton_numerics import compile_tactic
 
     try:
         compile_tactic(shapes, tactic, capability=capability)

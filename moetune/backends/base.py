@@ -47,17 +47,6 @@ class Candidates:
     excluded: Mapping[Tactic, str] = field(default_factory=dict)
 
 
-def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
-    """The relative Frobenius error ‖result − reference‖ / ‖reference‖; ‖result‖ where the reference is all zero.
-
-    Args:
-        result: of any shape and dtype.
-        reference: of the same shape, float32.
-    """
-    difference, scale = (result.float() - reference).norm(), reference.norm()
-    return float(difference / scale) if scale else float(difference)
-
-
 class Runner(Protocol):
     """A prepared problem: weights, inputs and routings lie on the device."""
 

@@ -95,7 +95,7 @@ class EngineBench:
             return None
         try:
             found = output_of(self._calls[tactic], draw)
-            error = None if found is None else relative_error(found, expected)
+            error = None if found is None else _relative_error(found, expected)
         except Exception as raised:  # a kernel may raise anything
             return reason_of(raised)
         if error is None or error <= self._tolerance:
@@ -147,17 +147,17 @@ def _matrix(returned: Any) -> torch.Tensor | None:
     return None
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """The relative Frobenius error `[M, H]` of `found`, over what is finite in `expected`; NaN where `found` is not.
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Returns the relative Frobenius error of `found` where `expected` is finite; NaN if `found` is not finite there.
 
-    None where `expected` says nothing: the tuner's random inputs overflow it, or make it all but zero.
+    None if `expected` cannot be compared with: the tuner's random inputs overflow it, or make it all but zero.
     """
-    finite = expected.isfinite()
-    expected, found = expected[finite].double(), found[finite].double()
-    scale = expected.norm()
-    if not len(expected) or scale < LEAST_RMS * len(expected) ** 0.5:
+    from moetune.backends.reference import relative_error
+
+    finite = expected[expected.isfinite()].double()
+    if not len(finite) or finite.norm() < LEAST_RMS * len(finite) ** 0.5:
         return None
-    return float((found - expected).norm() / scale)
+    return relative_error(found, expected, ignore_nonfinite=True)
 
 
 def choose(

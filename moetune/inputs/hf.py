@@ -18,13 +18,13 @@ from moetune.inputs.hf_families import FAMILIES, PARAMS_JSON, Family
 from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
 from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
 from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 
 NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
 """Where a multimodal config keeps its language model."""
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-SWIGLU_CLAMPED = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "swiglu_beta": 1.0}
-"""The constants of `Activation.SWIGLU_CLAMPED`."""
+SWIGLU_CLAMPED = {"swiglu_alpha": SWIGLU_ALPHA, "swiglu_limit": SWIGLU_LIMIT, "swiglu_beta": SWIGLU_BETA}
+"""The names that configs give to the constants of `Activation.SWIGLU_CLAMPED`."""
 
 
 class Reading(NamedTuple):

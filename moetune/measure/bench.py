@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from moetune.backends.base import Backend, Problem, WarmsOnce, relative_error
+from moetune.backends.base import Backend, Problem, WarmsOnce
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, clock_for
 from moetune.measure.reasons import is_out_of_memory, reason_of
@@ -128,6 +128,8 @@ class Bench:
         Raises:
             DeviceLostError: the tactic failed so that nothing can run on the device any more.
         """
+        from moetune.backends.reference import relative_error
+
         if tactic in self.failures or (tactic, draw) in self._right:
             return tactic not in self.failures
         if draw not in self._references:

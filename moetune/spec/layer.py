@@ -33,6 +33,13 @@ class Activation(StrEnum):
         return 2 if self.gated else 1
 
 
+SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT = 1.702, 1.0, 7.0
+"""The constants of `Activation.SWIGLU_CLAMPED`: gate·sigmoid(α·gate)·(up + β), gate ≤ limit, |up| ≤ limit.
+
+gpt-oss's `swiglu_limit`; the slope α makes x·sigmoid(αx) a GELU (arXiv 1606.08415, section 2).
+"""
+
+
 class RoutingMethod(FrozenModel):
     """How the router turns logits `[tokens, num_experts]` into `top_k` experts and weights.
 

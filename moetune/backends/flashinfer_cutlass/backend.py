@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
 from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, PACKAGE, unbuilt, version
+from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.search.base import Search
 from moetune.search.coordinate import coordinate, promising
@@ -25,7 +26,7 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 if TYPE_CHECKING:
-    from moetune.backends.flashinfer_cutlass.runner import CutlassRunner, Experts
+    from moetune.backends.flashinfer_cutlass.runner import CutlassExperts, CutlassRunner
 
 UNTUNED = Tactic(gemm1=-1, gemm2=-1)
 """The op's own fallback: it takes the first tactic of each GEMM."""
@@ -52,7 +53,7 @@ class FlashInferCutlassBackend:
         self._able = False
         self._promising: tuple[Tactic, ...] = ()
         self._candidates: dict[tuple[Precision, str], Candidates] = {}
-        self._loaded: tuple[tuple[object, ...], Experts] | None = None
+        self._weights: WeightCache[CutlassExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
         """No FlashInfer, one without `profile_ids`, no GPU from SM90, or a module that is not built yet."""
@@ -157,12 +158,7 @@ class FlashInferCutlassBackend:
         self._require(problem.layer, problem.regime)
         from moetune.backends.flashinfer_cutlass.runner import CutlassRunner, random_experts
 
-        regime = problem.regime
-        key = (problem.layer.digest, problem.shard, problem.intermediate_size, regime.seed, problem.device)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # frees the old weights before the new ones are made
-            self._loaded = key, random_experts(problem)
-        return CutlassRunner(problem, self._loaded[1])
+        return CutlassRunner(problem, self._weights.get(problem, lambda: random_experts(problem)))
 
     def _require(self, layer: MoELayer, regime: Regime) -> None:
         if reason := self.unsupported(layer, regime):

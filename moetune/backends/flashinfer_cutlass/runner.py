@@ -12,11 +12,12 @@ import torch
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, MODULES
+from moetune.backends.prepared import E4M3_MAX
+from moetune.backends.reference import moe_reference
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 
-E4M3_MAX = 448.0
 MIDDLE_MAX = 32.0
 """silu(gate) · up of normal gates and ups stays below; what does not is saturated, as in an engine."""
 
@@ -73,7 +74,7 @@ def activation_type(layer: MoELayer) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class CutlassExperts:
     """A rank's weights: `w1 [L, 2I, H]`, up before gate, and `w2 [L, H, I]`; in fp8 with one f32 scale an expert."""
 
     w1: torch.Tensor
@@ -90,7 +91,7 @@ class Experts:
         return _dequantized(self.w2, self.scale2, expert)
 
 
-def random_experts(problem: Problem) -> Experts:
+def random_experts(problem: Problem) -> CutlassExperts:
     """Normal weights of variance 1/fan-in, the same for the same layer, shard and seed."""
     hidden, inner, count = problem.layer.hidden_size, problem.intermediate_size, problem.shard.num_local
     fp8 = problem.layer.precision is Precision.FP8_TENSOR
@@ -110,7 +111,7 @@ def random_experts(problem: Problem) -> Experts:
 
     w1, scale1 = normal(2 * inner, hidden)
     w2, scale2 = normal(hidden, inner)
-    return Experts(w1, w2, scale1, scale2)
+    return CutlassExperts(w1, w2, scale1, scale2)
 
 
 class CutlassRunner:
@@ -120,7 +121,7 @@ class CutlassRunner:
     reach the op as they are, global: it drops those of other ranks, and −1 with them.
     """
 
-    def __init__(self, problem: Problem, experts: Experts) -> None:
+    def __init__(self, problem: Problem, experts: CutlassExperts) -> None:
         self._op = importlib.import_module("flashinfer.fused_moe").cutlass_fused_moe
         self._experts, self._problem = experts, problem
         device, layer, regime = problem.device, problem.layer, problem.regime
@@ -168,15 +169,16 @@ class CutlassRunner:
     def reference(self, draw: int = 0) -> torch.Tensor:
         """See `Runner.reference`: fp32 on the inputs and weights as stored; the intermediate is not rounded."""
         x = self._inputs[draw : draw + self._problem.rows].float() * self._input_scale
-        gelu = self._problem.layer.activation is Activation.GELU
-        out = torch.zeros_like(x)
-        for expert in range(self._problem.shard.num_local):
-            rows, columns = torch.where(self._ids[draw] == self._problem.shard.first + expert)
-            up, gate = (x[rows] @ self._experts.matrix1(expert).T).chunk(2, dim=-1)
-            gated = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
-            products = (gated * up) @ self._experts.matrix2(expert).T
-            out.index_add_(0, rows, products * self._weights[draw][rows, columns].unsqueeze(1))
-        return out
+        first, count = self._problem.shard.first, self._problem.shard.num_local
+        return moe_reference(x, self._ids[draw], self._weights[draw], range(first, first + count), self._expert)
+
+    def _expert(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        up, gate = (rows @ self._experts.matrix1(index).T).chunk(2, dim=-1)
+        if self._problem.layer.activation is Activation.GELU:
+            gated = torch.nn.functional.gelu(gate, approximate="tanh")
+        else:
+            gated = torch.nn.functional.silu(gate)
+        return (gated * up) @ self._experts.matrix2(index).T
 
     def _quant_scales(self) -> list[torch.Tensor]:
         """fp8: GEMM1's dequantization `(L,)`, the middle's quantization `()`, GEMM2's `(L,)`, the input's `()`."""

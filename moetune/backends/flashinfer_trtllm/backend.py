@@ -16,6 +16,7 @@ from moetune.backends.flashinfer_trtllm.formats import (
     Fp8BlockLayout,
     Sizes,
 )
+from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
@@ -71,7 +72,7 @@ class TrtllmBackend:
         self.fp8_block_layout = fp8_block_layout
         self.quantized = quantized
         self.hidden_dtype = hidden_dtype
-        self._loaded: tuple[tuple[object, ...], Weights] | None = None
+        self._weights: WeightCache[Weights] = WeightCache()
 
     @property
     def ids(self) -> Ids:
@@ -227,17 +228,13 @@ class TrtllmBackend:
 
         layer, regime = problem.layer, problem.regime
         self._check(layer, regime)
-        key = (layer.digest, problem.shard, problem.intermediate_size, regime.seed, problem.device)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # frees the old weights before the new ones are made
-            sizes = self._sizes(layer, regime, problem.shard.num_local)
-            self._loaded = (
-                key,
-                Weights(layer, self._activations(layer), sizes, regime.seed, problem.device, self.fp8_block_layout),
-            )
+        sizes, activations = self._sizes(layer, regime, problem.shard.num_local), self._activations(layer)
+        weights = self._weights.get(
+            problem, lambda: Weights(layer, activations, sizes, regime.seed, problem.device, self.fp8_block_layout)
+        )
         quantized = regime.dispatch != "none" if self.quantized is None else self.quantized
         dtype: torch.dtype = getattr(torch, self.hidden_dtype)
-        return TrtllmRunner(problem, self._loaded[1], ids=self.ids, quantized=quantized, hidden_dtype=dtype)
+        return TrtllmRunner(problem, weights, ids=self.ids, quantized=quantized, hidden_dtype=dtype)
 
     def _check(self, layer: MoELayer, regime: Regime) -> None:
         if reason := self.unsupported(layer, regime):

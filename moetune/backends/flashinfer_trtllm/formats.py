@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from moetune.backends.prepared import E4M3_MAX
 from moetune.spec.enums import Precision
 
 Activations = Literal["bf16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp8"]
@@ -31,8 +32,8 @@ class Grid:
     deviation: float
 
 
-E4M3_BLOCK = Grid("e4m3", 128, 448.0, 112.0)
-E4M3_MX = Grid("e4m3", 32, 448.0, 112.0)
+E4M3_BLOCK = Grid("e4m3", 128, E4M3_MAX, 112.0)
+E4M3_MX = Grid("e4m3", 32, E4M3_MAX, 112.0)
 NVFP4 = Grid("e2m1", 16, 6.0, 2.0)
 MXFP4 = Grid("e2m1", 32, 6.0, 2.0)
 MXINT4 = Grid("int4", 32, -8.0, 2.5)

@@ -114,8 +114,11 @@ def complete_rows(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
     return completed
 
 
-def logits_for(ids: torch.Tensor, num_experts: int, routing: KernelRouting, seed: int) -> torch.Tensor:
-    """Random logits `[M, num_experts]` from which `routing` picks the experts `ids` `[M, k]` in every row.
+def random_logits(ids: torch.Tensor, num_experts: int, routing: KernelRouting, seed: int) -> torch.Tensor:
+    """Returns random logits `[M, num_experts]` from which `routing` picks the experts `ids` `[M, k]` in every row.
+
+    Random, so that the router's weights differ between slots and a wrong weight shows in the output. The function
+    `engine.flashinfer_ops.logits_for` serves another need: the same load under an engine's routing bias of any size.
 
     float32 or bf16, as `routing` says. No id may be negative, none twice in a row, and a group limit must hold: see
     `complete_rows` and `KernelRouting.within_groups`.

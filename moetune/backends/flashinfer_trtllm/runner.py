@@ -16,19 +16,18 @@ from moetune.backends.flashinfer_trtllm.logits import (
     correction_bias,
     kernel_choice,
     kernel_routing,
-    logits_for,
+    random_logits,
 )
-from moetune.backends.flashinfer_trtllm.weights import CLAMPED_SWIGLU, Expert, Weights
-from moetune.spec.layer import Activation
+from moetune.backends.flashinfer_trtllm.weights import Weights
+from moetune.backends.prepared import num_inputs
+from moetune.backends.reference import moe_reference
+from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation
 from moetune.spec.tactic import Tactic
 from moetune.workload.packing import pack_eager
 from moetune.workload.routing import Routing
 
 Ids = Literal["packed", "unpacked", "logits"]
 """How a call is routed: one int32 a slot, ids and weights apart, or logits that the kernel routes."""
-
-_INPUT_BYTES = 2**29
-"""Inputs of different draws differ as long as all fit in this; past it they repeat."""
 
 
 class TrtllmRunner:
@@ -52,9 +51,7 @@ class TrtllmRunner:
         self._hidden_dtype = hidden_dtype
         self._quantizes = not quantized and weights.activations != "bf16"
         generator = torch.Generator(problem.device).manual_seed(problem.regime.seed + 1)
-        input_bytes = 2 * problem.rows * weights.sizes.hidden
-        num_inputs = min(len(problem.routings), max(1, _INPUT_BYTES // input_bytes))
-        self._inputs = [weights.input_rows(problem.rows, generator) for _ in range(num_inputs)]
+        self._inputs = [weights.input_rows(problem.rows, generator) for _ in range(num_inputs(problem))]
         self._activations = [weights.quantize(x) for x in self._inputs]
         self._output = torch.empty(
             problem.rows, weights.sizes.padded_hidden, dtype=torch.bfloat16, device=problem.device
@@ -72,28 +69,20 @@ class TrtllmRunner:
 
     def reference(self, draw: int = 0) -> torch.Tensor:
         """See `Runner.reference`: fp32 from the experts and inputs before FlashInfer's layout and quantization."""
-        x = self._inputs[draw % len(self._inputs)].float()
-        ids, slot_weights = self._choices[draw]
+        x, first = self._inputs[draw % len(self._inputs)], self._problem.shard.first
+        slots = range(first, first + self._weights.sizes.num_local)
         on_input = self._problem.layer.weight_on_input
-        out = torch.zeros_like(x)
-        for index in range(self._weights.sizes.num_local):
-            rows, columns = torch.where(ids == self._problem.shard.first + index)
-            if not len(rows):
-                continue
-            weight = slot_weights[rows, columns].unsqueeze(1)
-            products = self._expert(self._weights.expert(index), x[rows] * weight if on_input else x[rows])
-            out.index_add_(0, rows, products if on_input else products * weight)
-        return out
+        return moe_reference(x, *self._choices[draw], slots, self._expert, weight_on_input=on_input)
 
-    def _expert(self, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def _expert(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        expert = self._weights.expert(index)
         projected = x @ expert.w1.float().T
         if expert.b1 is not None:
             projected = projected + expert.b1
         up, gate = projected.chunk(2, dim=1)
         if self._problem.layer.activation is Activation.SWIGLU_CLAMPED:
-            alpha, beta, limit = CLAMPED_SWIGLU.values()
-            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            activated = gate * (alpha * gate).sigmoid() * (up + beta)
+            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+            activated = gate * (SWIGLU_ALPHA * gate).sigmoid() * (up + SWIGLU_BETA)
         else:
             activated = torch.nn.functional.silu(gate) * up
         products = activated @ expert.w2.float().T
@@ -123,7 +112,7 @@ class TrtllmRunner:
         if self._ids == "logits":
             ids = complete_rows(routing.topk_ids, problem.shard)
             method = kernel_routing(problem.layer).within_groups(problem.shard.num_slots, ids)
-            logits = logits_for(ids, problem.shard.num_slots, method, problem.regime.seed + draw)
+            logits = random_logits(ids, problem.shard.num_slots, method, problem.regime.seed + draw)
             bias = correction_bias(problem.shard.num_slots, method, problem.regime.seed)
             chosen, weights = kernel_choice(logits, method, problem.row_top_k, bias)
             self._choices.append((chosen.to(device), weights.to(device)))

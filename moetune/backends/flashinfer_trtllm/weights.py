@@ -22,7 +22,7 @@ from moetune.backends.flashinfer_trtllm.formats import (
     Sizes,
 )
 from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 
 EPILOGUE_ROWS = 128
 DEEPSEEK_EPILOGUE_ROWS = 64
@@ -32,8 +32,8 @@ BLOCK_BYTES = 128
 BIAS_DEVIATION = 0.1
 INTERMEDIATE_MULTIPLIER = 32.0
 """Of the static e4m3 scale between the GEMMs: values of about 0.5, up to 14, become up to 448."""
-CLAMPED_SWIGLU = {"gemm1_alpha": 1.702, "gemm1_beta": 1.0, "gemm1_clamp_limit": 7.0}
-"""gpt-oss: gate·sigmoid(1.702·gate)·(up + 1), gate at most 7, up within ±7."""
+CLAMPED_SWIGLU = {"gemm1_alpha": SWIGLU_ALPHA, "gemm1_beta": SWIGLU_BETA, "gemm1_clamp_limit": SWIGLU_LIMIT}
+"""The op's names of the constants of `Activation.SWIGLU_CLAMPED`."""
 
 _E2M1_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 

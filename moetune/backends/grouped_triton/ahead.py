@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,24 +17,6 @@ from moetune.backends.grouped_triton.align import Alignment
 from moetune.backends.grouped_triton.gemm import Gemm, GroupedKernel, Operands, two_gemms
 from moetune.backends.grouped_triton.sources import grouped_kernel
 from moetune.backends.grouped_triton.space import Shapes, max_padded_slots
-
-
-def compile_tactic(
-    shapes: Shapes,
-    tactic: Mapping[str, Any],
-    *,
-    capability: tuple[int, int],
-    kernel: str = "builtin",
-    zero_remote: bool = False,
-) -> dict[str, int]:
-    """Compiles both GEMMs of one tactic; see `compile_gemms`.
-
-    Returns:
-        `registers` a thread, `shared_bytes` a block and `spill_bytes` of stack a thread; of the greater GEMM.
-    """
-    compiled = compile_gemms(shapes, tactic, capability=capability, kernel=kernel, zero_remote=zero_remote)
-    usages = [_resource_usage(kernel.asm["cubin"]) | {"shared_bytes": kernel.metadata.shared} for kernel in compiled]
-    return {name: max(usage[name] for usage in usages) for name in usages[0]}
 
 
 def compile_gemms(
@@ -107,16 +86,3 @@ def _headless(capability: tuple[int, int]) -> Iterator[None]:
         yield
     finally:
         config.set_active(previous)
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and stack of a cubin's kernel, as `cuobjdump -res-usage` prints them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {printed!r}")
-    return {"registers": int(found[1]), "spill_bytes": int(found[2])}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from moetune.backends.base import Candidates, Problem
 from moetune.backends.grouped_triton import space
+from moetune.backends.grouped_triton.defaults import engine_default
+from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.search.base import Search
 from moetune.search.prior_guided import halving
@@ -21,6 +23,7 @@ from moetune.spec.tactic import Tactic
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.runner import TritonRunner
+    from moetune.backends.grouped_triton.weights import TritonExperts
 
 Remote = Literal["drop", "zero"]
 
@@ -49,6 +52,7 @@ class TritonBackend:
         if remote not in (None, "drop", "zero"):
             raise UsageError(f"Remote slots are treated by drop or zero, given {remote!r}.")
         self.kernel = kernel
+        self._weights: WeightCache[TritonExperts] = WeightCache()
         self.remote: Remote = remote or ("zero" if kernel == "sglang" else "drop")
 
     def unavailable(self) -> tuple[str, str] | None:
@@ -107,13 +111,14 @@ class TritonBackend:
         return space.candidates(
             self._shapes(layer, regime, rows),
             space.Limits.of(device),
+            self.default(layer, regime, rows),
             zero_remote=self.remote == "zero",
             clamps_k=self.kernel != "sglang",
         )
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """The engine's own choice where no file was tuned: SGLang's for its kernel, else vLLM's."""
-        return space.engine_default(self._shapes(layer, regime, rows))
+        return engine_default(self._shapes(layer, regime, rows))
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
         """Successive halving over a twentieth of the candidates; see `halving` and `prior`."""
@@ -176,8 +181,10 @@ class TritonBackend:
         if obstacle := self.unavailable():
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
         from moetune.backends.grouped_triton.runner import TritonRunner
+        from moetune.backends.grouped_triton.weights import random_experts
 
-        return TritonRunner(problem, self.kernel, zero_remote=self.remote == "zero")
+        experts = self._weights.get(problem, lambda: random_experts(problem))
+        return TritonRunner(problem, experts, self.kernel, zero_remote=self.remote == "zero")
 
     def _shapes(self, layer: MoELayer, regime: Regime, rows: int) -> space.Shapes:
         return space.Shapes.of(layer, regime, rows, kernel=self.kernel)

@@ -29,7 +29,6 @@ class Gemm:
 
     N: int
     K: int
-    num_rows: int
     slots_per_row: int
     weighted: bool
     num_local: int
@@ -64,8 +63,8 @@ def two_gemms(shapes: Shapes, zero_remote: bool, capability: tuple[int, int]) ->
         "capability": capability,
     }
     return (
-        Gemm(2 * intermediate, hidden, shapes.rows, shapes.top_k, weighted=False, **common),
-        Gemm(hidden, intermediate, shapes.num_slots, 1, weighted=True, **common),
+        Gemm(2 * intermediate, hidden, shapes.top_k, weighted=False, **common),
+        Gemm(hidden, intermediate, 1, weighted=True, **common),
     )
 
 

@@ -194,59 +194,23 @@ def idle_warps(tactic: Mapping[str, object]) -> str | None:
     return None
 
 
-def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.33.0, stated anew.
-
-    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the
-    tile grows with the rows, and rows are grouped only where an expert has more than 128 of them.
-    """
-    if fp8:
-        block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
-        group, stages = 1 if rows <= 16 else 32, 4 if rows <= 4 else 3
-        return _config(16 if rows <= 64 else 64, block_n, SCALE_BLOCK, group, 4, stages)
-    block_m = next((size for most, size in ((32, 16), (96, 32), (512, 64)) if rows <= most), 128)
-    return _config(
-        block_m,
-        64 if rows <= 64 else 128,
-        128 if rows <= 64 else 64,
-        16 if rows // max(num_local, 1) > 128 else 1,
-        4 if rows <= 128 else 8,
-        4 if rows <= 32 else 3,
-    )
-
-
-def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """What SGLang runs where no file was tuned: `get_default_config` of SGLang 0.5.23, stated anew.
-
-    fp8 with block scales: one tile for any rows. Else a small tile up to as many rows as local experts, and one of
-    BLOCK_SIZE_K 32 in groups of 8, which is none of the 1920, for more; warps and stages are Triton's own defaults.
-    """
-    if fp8:
-        return _config(64, SCALE_BLOCK, SCALE_BLOCK, 32, 4, 3)
-    return _config(16, 32, 64, 1, 4, 3) if rows <= num_local else _config(64, 64, 32, 8, 4, 3)
-
-
-def engine_default(shapes: Shapes) -> Tactic:
-    """The default of the engine that is stood in for: SGLang's for its kernel, else vLLM's."""
-    default = sglang_default_config if shapes.sglang else default_config
-    return default(shapes.rows, shapes.num_local, shapes.fp8)
-
-
-def candidates(shapes: Shapes, limits: Limits | None, *, zero_remote: bool, clamps_k: bool = True) -> Candidates:
+def candidates(
+    shapes: Shapes, limits: Limits | None, default: Tactic, *, zero_remote: bool, clamps_k: bool = True
+) -> Candidates:
     """All 1920 configurations and the default: the ones worth timing, and the others with their reasons.
 
     Args:
         shapes: of the bucket.
         limits: of the device; None leaves out only what no device could use.
-        zero_remote: remote slots occupy blocks.
+        default: what runs where nothing is tuned; the first candidate, legal or not.
+        zero_remote: non-local slots occupy blocks.
         clamps_k: the kernel clamps BLOCK_SIZE_K to the scale block (vLLM); SGLang's does not, and would compute
             wrong numbers.
     """
-    default = engine_default(shapes)
     kept: dict[tuple[int, ...], Tactic] = {_behavior(default, shapes, zero_remote): default}
     excluded: dict[Tactic, str] = {}
     for values in product(*VALUES.values()):
-        tactic = _config(*values)
+        tactic = tactic_of(*values)
         if tactic == default:
             continue
         if shapes.fp8 and not clamps_k and tactic["BLOCK_SIZE_K"] > SCALE_BLOCK:  # type: ignore[operator]
@@ -327,7 +291,8 @@ def _behavior(tactic: Tactic, shapes: Shapes, zero_remote: bool) -> tuple[int, .
     return tuple(values.values())
 
 
-def _config(*values: int) -> Tactic:
+def tactic_of(*values: int) -> Tactic:
+    """Returns the tactic with these values, in the order of `VALUES`."""
     return Tactic(dict(zip(VALUES, values, strict=True)))
 
 

@@ -1,6 +1,6 @@
 """Plain PyTorch algorithms of one MoE layer on one rank, and their fp32 reference.
 
-Every algorithm takes (`experts`, `x`, `topk_ids`, `topk_weights`): the rank's `Experts`, `[M, H]`, `[M, k]` int32
+Every algorithm takes (`experts`, `x`, `topk_ids`, `topk_weights`): the rank's `TorchExperts`, `[M, H]`, `[M, k]` int32
 global expert slots (-1: nothing) and `[M, k]` float32, and returns `[M, H]` in the type of `x`. Slots of other
 ranks' experts add nothing. All of a call's work is inside: finding the local slots, sorting, counting.
 
@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moetune.backends.reference import moe_reference
 from moetune.errors import UnsupportedError
-from moetune.spec.layer import Activation
-
-CLAMP_LIMIT = 7.0
-"""gpt-oss: `swiglu_limit` of its config.json."""
-CLAMP_ALPHA = 1.702
-"""gpt-oss: the slope of the sigmoid that makes x·sigmoid(αx) a GELU (arXiv 1606.08415, section 2)."""
+from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class TorchExperts:
     """The L experts of a rank, global slots `first … first + L − 1`.
 
     `w1` `[L, 2·I, H]`, the gate half before the up half (checkpoints that interleave them, such as gpt-oss's, differ in
@@ -58,8 +54,8 @@ class Experts:
             case Activation.GELU:
                 return functional.gelu(gate, approximate="tanh") * up
             case Activation.SWIGLU_CLAMPED:
-                gate, up = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
-                return gate * torch.sigmoid(CLAMP_ALPHA * gate) * (up + 1)
+                gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+                return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + SWIGLU_BETA)
             case other:
                 raise UnsupportedError(f"The torch backend computes no {other.value}.")
 
@@ -94,31 +90,31 @@ class Slots:
         return torch.searchsorted(self.experts, torch.arange(count, device=self.experts.device), right=True)
 
 
-def _local_ids(experts: Experts, topk_ids: Tensor) -> Tensor:
+def _local_ids(experts: TorchExperts, topk_ids: Tensor) -> Tensor:
     """Ids from 0 to L−1, and L for everything that is not on this rank; int64 `[M, k]`."""
     local = topk_ids.long() - experts.first
     return torch.where((local >= 0) & (local < experts.count), local, experts.count)
 
 
-def _all_slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+def _all_slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
     """All M·k slots, the other ranks' among them: a shape that the host knows, as a CUDA graph needs."""
     rows = torch.arange(topk_ids.shape[0], device=topk_ids.device).repeat_interleave(topk_ids.shape[1])
     return Slots(rows, _local_ids(experts, topk_ids).flatten(), topk_weights.flatten(), foreign=True)
 
 
-def _local_slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+def _local_slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
     """Only the slots of this rank; on a GPU the host waits for their number."""
     ids = _local_ids(experts, topk_ids)
     rows, columns = torch.where(ids < experts.count)
     return Slots(rows, ids[rows, columns], topk_weights[rows, columns])
 
 
-def _slots(experts: Experts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
+def _slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
     """The local slots alone where looking at them is free: on the CPU."""
     return (_all_slots if topk_ids.is_cuda else _local_slots)(experts, topk_ids, topk_weights)
 
 
-def _combine(experts: Experts, x: Tensor, products: Tensor, slots: Slots) -> Tensor:
+def _combine(experts: TorchExperts, x: Tensor, products: Tensor, slots: Slots) -> Tensor:
     """`[S, H]` outputs of the experts summed into their rows; what other ranks' slots hold is dropped."""
     scaled = experts.leaving(products, slots.weights)
     if slots.foreign:
@@ -126,7 +122,7 @@ def _combine(experts: Experts, x: Tensor, products: Tensor, slots: Slots) -> Ten
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, slots.rows, scaled).to(x.dtype)
 
 
-def eager(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def eager(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Loops over the active experts: picks an expert's rows, two GEMMs, adds them back. What transformers runs."""
     out = torch.zeros_like(x, dtype=torch.float32)
     chosen = functional.one_hot(_local_ids(experts, topk_ids), experts.count + 1).permute(2, 1, 0)[:-1]
@@ -139,7 +135,7 @@ def eager(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -
     return out.to(x.dtype)
 
 
-def batched_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def batched_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Copies the weights of every slot's expert and multiplies all slots at once: for few slots."""
     slots = _slots(experts, topk_ids, topk_weights)
     chosen = slots.experts.clamp(max=experts.count - 1)
@@ -153,7 +149,7 @@ def batched_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tens
     return _combine(experts, x, products, slots)
 
 
-def grouped_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def grouped_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Sorts the slots by expert and leaves each GEMM over all experts to torch's grouped GEMM."""
     multiply = grouped_gemm()
     assert multiply is not None
@@ -170,7 +166,7 @@ def grouped_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tens
     return _combine(experts, x, products, slots)
 
 
-def segment_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def segment_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Sorts the slots by expert, one GEMM for each expert's contiguous segment, everything else once for all."""
     slots = _local_slots(experts, topk_ids, topk_weights).sorted()
     ends = slots.ends(experts.count).tolist()
@@ -191,7 +187,7 @@ def segment_mm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tens
     return _combine(experts, x, products, slots)
 
 
-def padded_bmm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def padded_bmm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Pads every expert's rows to the busiest expert's number and multiplies all experts at once: for even loads."""
     slots = _local_slots(experts, topk_ids, topk_weights).sorted()
     ends = slots.ends(experts.count)
@@ -208,7 +204,7 @@ def padded_bmm(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tens
     return _combine(experts, x, products[slots.experts, place], slots)
 
 
-def dense(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def dense(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     """Sends every row through every local expert and weights the unwanted ones with zero: no sorting, no gathering."""
     slots = _all_slots(experts, topk_ids, topk_weights)
     weights = topk_weights.new_zeros(experts.count + 1, x.shape[0])
@@ -228,23 +224,17 @@ def dense(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -
     return out.to(x.dtype)
 
 
-def reference(experts: Experts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """The same layer in full float32, one expert after the other: `[M, H]` float32."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in range(experts.count):
-            rows, columns = torch.where(topk_ids == experts.first + expert)
-            weights = topk_weights[rows, columns][:, None]
-            entering = x[rows].float() * (weights if experts.weight_on_input else 1.0)
-            gate_up = functional.linear(entering, experts.w1[expert].float(), _of(experts.b1, expert, torch.float32))
-            hidden = experts.gated(gate_up)
-            products = functional.linear(hidden, experts.w2[expert].float(), _of(experts.b2, expert, torch.float32))
-            out.index_add_(0, rows, products * (1.0 if experts.weight_on_input else weights))
-        return out
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+def reference(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+    """Computes the same layer in full float32, one expert after the other: `[M, H]` float32."""
+
+    def expert(index: int, rows: Tensor) -> Tensor:
+        gate_up = functional.linear(rows, experts.w1[index].float(), _of(experts.b1, index, torch.float32))
+        return functional.linear(
+            experts.gated(gate_up), experts.w2[index].float(), _of(experts.b2, index, torch.float32)
+        )
+
+    slots = range(experts.first, experts.first + experts.count)
+    return moe_reference(x, topk_ids, topk_weights, slots, expert, weight_on_input=experts.weight_on_input)
 
 
 def _of(bias: Tensor | None, expert: int, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -276,7 +266,7 @@ def grouped_mm_missing(hidden_size: int, intermediate_size: int, dtype: torch.dt
     return None
 
 
-Algorithm = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
+Algorithm = Callable[[TorchExperts, Tensor, Tensor, Tensor], Tensor]
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "eager": eager,

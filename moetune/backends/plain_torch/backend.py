@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
+from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
@@ -19,13 +20,13 @@ from moetune.spec.tactic import Tactic
 if TYPE_CHECKING:
     import torch
 
-    from moetune.backends.plain_torch.algorithms import Experts
+    from moetune.backends.plain_torch.algorithms import TorchExperts
 
 DTYPES: Mapping[Precision, str] = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 """torch's names of the precisions that run here. fp16 is slow on CPUs without AVX512-FP16."""
 
 ACTIVATIONS = (Activation.SILU, Activation.GELU, Activation.SWIGLU_CLAMPED)
-"""Those that `Experts.gated` computes."""
+"""Those that `TorchExperts.gated` computes."""
 
 SCRATCH_SHARE = 0.25
 """Of the memory that is free, the share that one call's scratch may take; an engine needs the rest for its cache."""
@@ -85,7 +86,7 @@ SCRATCH_BYTES: Mapping[str, Callable[[Sizes], int]] = {
 
 
 class TorchBackend:
-    """Six algorithms of one MoE layer in plain PyTorch; see `torch_algorithms`.
+    """Six algorithms of one MoE layer in plain PyTorch; see `algorithms`.
 
     Args:
         scratch_limit_bytes: what one call may allocate; by default a quarter of the memory that is free.
@@ -95,7 +96,7 @@ class TorchBackend:
 
     def __init__(self, scratch_limit_bytes: int | None = None) -> None:
         self._scratch_limit_bytes = scratch_limit_bytes
-        self._loaded: tuple[tuple[object, ...], Experts] | None = None
+        self._weights: WeightCache[TorchExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
         """Only a missing torch."""
@@ -104,7 +105,7 @@ class TorchBackend:
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Quantized weights, and what stands between the GEMMs where `Experts.gated` does not have it."""
+        """Quantized weights, and what stands between the GEMMs where `TorchExperts.gated` does not have it."""
         if layer.activation not in ACTIVATIONS:
             return f"computes {', '.join(ACTIVATIONS)} between the GEMMs, not {layer.activation.value}"
         if layer.precision not in DTYPES:
@@ -157,14 +158,11 @@ class TorchBackend:
 
         regime = problem.regime
         dtype = self._dtype(problem.layer, regime)
-        key = (problem.layer.digest, problem.shard, problem.intermediate_size, regime.seed, problem.device)
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # frees the old weights before the new ones are made
-            self._loaded = key, _random_experts(problem, dtype)
+        experts = self._weights.get(problem, lambda: _random_experts(problem, dtype))
         generator = torch.Generator(problem.device).manual_seed(regime.seed + 1)
         shape = (problem.rows + len(problem.routings) - 1, problem.layer.hidden_size)
         inputs = torch.randn(shape, generator=generator, device=problem.device).to(dtype)
-        return TorchRunner(self._loaded[1], inputs, problem)
+        return TorchRunner(experts, inputs, problem)
 
     def _dtype(self, layer: MoELayer, regime: Regime) -> torch.dtype:
         import torch
@@ -177,7 +175,7 @@ class TorchBackend:
     def _scratch_limit(self, sizes: Sizes, device: str) -> int:
         if self._scratch_limit_bytes is not None:
             return self._scratch_limit_bytes
-        still_to_load = 0 if self._loaded else sizes.weight_bytes
+        still_to_load = 0 if self._weights.filled else sizes.weight_bytes
         return int(SCRATCH_SHARE * max(available_bytes(device) - still_to_load, 0))
 
 
@@ -187,7 +185,7 @@ class TorchRunner:
     Draw d has the inputs `d … d + M − 1` of one buffer, so no row meets the same input in two draws.
     """
 
-    def __init__(self, experts: Experts, inputs: torch.Tensor, problem: Problem) -> None:
+    def __init__(self, experts: TorchExperts, inputs: torch.Tensor, problem: Problem) -> None:
         self._experts = experts
         self._draws = [
             (
@@ -231,14 +229,14 @@ def available_bytes(device: str) -> int:
         return available
 
 
-def _random_experts(problem: Problem, dtype: torch.dtype) -> Experts:
+def _random_experts(problem: Problem, dtype: torch.dtype) -> TorchExperts:
     """Normal weights of variance 1/fan-in, so that values keep their size through both GEMMs; biases when asked for.
 
     With tp every rank's `b2` is whole, as on the one rank that adds it.
     """
     import torch
 
-    from moetune.backends.plain_torch.algorithms import Experts
+    from moetune.backends.plain_torch.algorithms import TorchExperts
 
     layer, count = problem.layer, problem.shard.num_local
     hidden, inner = layer.hidden_size, problem.intermediate_size
@@ -250,7 +248,7 @@ def _random_experts(problem: Problem, dtype: torch.dtype) -> Experts:
             expert.copy_(torch.randn(shape, generator=generator, device=problem.device).mul_(scale))
         return values
 
-    return Experts(
+    return TorchExperts(
         first=problem.shard.first,
         w1=normal(hidden**-0.5, 2 * inner, hidden),
         w2=normal(inner**-0.5, hidden, inner),

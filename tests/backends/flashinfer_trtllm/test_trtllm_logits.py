@@ -48,7 +48,7 @@ def test_the_reference_router_picks_the_ids_that_the_logits_were_made_for(
     asked = layer(num_experts=num_experts, top_k=top_k, routing=method)
     routing = made.kernel_routing(asked).within_groups(num_experts, ids)
     assert routing.method.grouped == method.grouped
-    logits = made.logits_for(ids, num_experts, routing, seed)
+    logits = made.random_logits(ids, num_experts, routing, seed)
     bias = made.correction_bias(num_experts, routing, seed)
     assert logits.dtype == (torch.float32 if method.bias else torch.bfloat16)
     assert (bias is not None) == method.bias
@@ -66,7 +66,7 @@ def test_the_largest_bias_against_every_chosen_expert_changes_no_choice(sign: fl
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(200, 32, generator=generator).topk(4, dim=1).indices  # groups 0 and 1 of 4
     routing = made.kernel_routing(asked)
-    logits = made.logits_for(ids, 64, routing, 0)
+    logits = made.random_logits(ids, 64, routing, 0)
     for row, wanted in zip(logits, ids, strict=True):
         bias = torch.full((64,), sign * made.LARGEST_BIAS)
         bias[wanted] *= -1
@@ -85,7 +85,7 @@ def test_every_method_yields_every_regimes_load(name: str, distribution: str, ro
         ids = made.complete_rows(routing.topk_ids, shard)
         kernel = made.kernel_routing(asked).within_groups(16, ids)
         assert kernel.name == router
-        logits = made.logits_for(ids, 16, kernel, 0)
+        logits = made.random_logits(ids, 16, kernel, 0)
         chosen, _ = made.kernel_choice(logits, kernel, ids.shape[1], made.correction_bias(16, kernel, 0))
         assert rows_of(chosen) == rows_of(ids.long())
         counts = torch.bincount(chosen.flatten(), minlength=16)[shard.first : shard.first + shard.num_local]

@@ -7,6 +7,7 @@ rounds to nearest even. Both are replaced by torch's conversions; everything els
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from wheels import VARIABLE
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent

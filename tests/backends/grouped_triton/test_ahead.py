@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
+from triton_numerics import compile_tactic
 
 from moetune.backends.grouped_triton import ahead
 from moetune.backends.grouped_triton.align import Alignment
@@ -29,7 +30,7 @@ SMALL, SWAPPED, LARGE = tactic(16, 32, 64, 1, 4, 3), tactic(16, 128, 128, 1, 4, 
 
 @pytest.mark.parametrize(("shapes", "chosen"), [(BF16, SMALL), (BF16, LARGE), (FP8, SWAPPED), (FP8, LARGE)])
 def test_a_compiled_tactic_takes_the_shared_memory_that_the_space_expects(shapes, chosen):
-    usage = ahead.compile_tactic(shapes, chosen, capability=HOPPER)
+    usage = compile_tactic(shapes, chosen, capability=HOPPER)
     assert set(usage) == {"registers", "spill_bytes", "shared_bytes"}
     expected = shared_bytes(chosen, shapes.fp8, HOPPER)
     assert expected <= usage["shared_bytes"] <= expected + (4 * chosen["BLOCK_SIZE_N"] if shapes.fp8 else 0)
@@ -38,7 +39,7 @@ def test_a_compiled_tactic_takes_the_shared_memory_that_the_space_expects(shapes
 
 
 def test_accumulators_past_the_registers_spill():
-    assert ahead.compile_tactic(FP8, tactic(128, 128, 64, 1, 4, 2), capability=HOPPER)["spill_bytes"] > 0
+    assert compile_tactic(FP8, tactic(128, 128, 64, 1, 4, 2), capability=HOPPER)["spill_bytes"] > 0
 
 
 def test_swapped_operands_use_hoppers_wgmma():
@@ -56,11 +57,12 @@ def test_swapped_operands_use_hoppers_wgmma():
 def test_the_key_in_tritons_cache_is_that_of_a_launch_on_real_tensors(shapes, rows):
     shapes, builtin = replace(shapes, rows=rows), BuiltinKernel()
     for gemm in two_gemms(shapes, False, HOPPER):
+        num_rows = shapes.num_slots // gemm.slots_per_row
         value = torch.float8_e4m3fn if gemm.fp8 else torch.bfloat16
-        a_scales = torch.empty(gemm.num_rows, gemm.K // 128) if gemm.fp8 else None
+        a_scales = torch.empty(num_rows, gemm.K // 128) if gemm.fp8 else None
         w_scales = torch.empty(gemm.num_local, gemm.N // 128, gemm.K // 128) if gemm.fp8 else None
         operands = Operands(
-            torch.empty(gemm.num_rows, gemm.K, dtype=value),
+            torch.empty(num_rows, gemm.K, dtype=value),
             torch.empty(gemm.num_local, gemm.N, gemm.K, dtype=value),
             torch.empty(shapes.num_slots, gemm.N, dtype=torch.bfloat16),
             torch.empty(shapes.num_slots),
@@ -78,7 +80,7 @@ def test_the_key_in_tritons_cache_is_that_of_a_launch_on_real_tensors(shapes, ro
 
 def test_the_driver_that_was_active_is_active_again():
     before = triton.runtime.driver._active
-    ahead.compile_tactic(BF16, SMALL, capability=HOPPER)
+    compile_tactic(BF16, SMALL, capability=HOPPER)
     assert triton.runtime.driver._active is before
 
 
@@ -90,6 +92,6 @@ def test_the_kernel_of_an_engines_own_file_compiles(engine, model, chosen, ep_si
     backend, layer, regime = TritonBackend(engine), preset(model), Regime(ep_size=ep_size)
     for each in (chosen, backend.default(layer, regime, rows)):
         shapes = Shapes.of(layer, regime, rows, kernel=engine)
-        usage = ahead.compile_tactic(shapes, each, capability=HOPPER, kernel=engine, zero_remote=engine == "sglang")
+        usage = compile_tactic(shapes, each, capability=HOPPER, kernel=engine, zero_remote=engine == "sglang")
         assert usage["shared_bytes"] >= shared_bytes(each, shapes.fp8, HOPPER)
         assert usage["spill_bytes"] == 0

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from triton_numerics import rounded_reference, staged_errors
 
-from moetune.backends.base import Problem, relative_error
+from moetune.backends.base import Problem
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.space import VALUES
+from moetune.backends.reference import relative_error
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -43,17 +45,17 @@ def prepared(precision, regime, rows, remote="drop", draws=1):
 @pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.slug)
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
 def test_errors_are_within_rounding(precision, regime, rows, remote):
-    """On every draw; against fp8's own roundings the whole layer over 16 rows at least, see `staged_errors`."""
+    """On every draw; against fp8's own roundings the whole layer over 16 rows at least, see `errors_of_stages`."""
     if regime.layout == "pool":
         rows += rows % 2
     draws = range(-(-16 // rows))
     runner = prepared(precision, regime, rows, remote, len(draws))
-    rounded = [runner.rounded_reference(draw) for draw in draws]
+    rounded = [rounded_reference(runner, draw) for draw in draws]
     for tactic in TACTICS:
         outs = [runner.run(tactic, draw).clone() for draw in draws]
         for draw, out in enumerate(outs):
             assert relative_error(out, runner.reference(draw)) <= (1e-2 if precision == "bf16" else 8e-2)
-            assert max(runner.staged_errors(tactic, draw)) <= 1e-2
+            assert max(staged_errors(runner, tactic, draw)) <= 1e-2
             assert relative_error(out, rounded[draw]) <= 1e-2 or precision == "fp8_block"
         assert relative_error(torch.cat(outs), torch.cat(rounded)) <= 1e-2
 

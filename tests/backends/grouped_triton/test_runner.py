@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from triton_numerics import errors_of_stages, rounded_reference, run_in_stages, staged_errors
 
 from moetune.backends.base import Problem
 from moetune.backends.grouped_triton.backend import TritonBackend
@@ -54,7 +55,7 @@ def relative_error(result, reference):
 def assert_right(runner, tactic, precision, draw=0):
     out = runner.run(tactic, draw)
     assert relative_error(out, runner.reference(draw)) <= (1e-2 if precision == "bf16" else 8e-2)
-    assert relative_error(out, runner.rounded_reference(draw)) <= 4e-3
+    assert relative_error(out, rounded_reference(runner, draw)) <= 4e-3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
@@ -76,25 +77,29 @@ def test_right_for_every_kind_of_tile(precision):
 def test_each_stage_is_judged_on_its_own_input(precision):
     """A wrong weight of the second GEMM is the second stage's error alone, one of the first GEMM the first's alone."""
     runner = runner_of(layer_of(precision), REGIMES["deduplicated"], 18)
-    assert max(runner.staged_errors(TACTICS[0])) <= 4e-3
-    right = runner._reference
-    for stage, name in enumerate(("_w1", "_w2")):
-        weights = getattr(runner, name)
-        kept = weights.clone()
-        weights[:, :16] = 0
-
-        def of_right_weights(draw, weights=weights, kept=kept, **options):
-            wrong = weights.clone()
-            weights.copy_(kept)
-            expected = right(draw, **options)
-            weights.copy_(wrong)
-            return expected
-
-        runner._reference = of_right_weights
-        errors = runner.staged_errors(TACTICS[0])
+    assert max(staged_errors(runner, TACTICS[0])) <= 4e-3
+    for stage, matrices in enumerate((runner._experts.w1, runner._experts.w2)):
+        right = matrices.values.clone()
+        matrices.values[:, :16] = 0
+        wrong = run_in_stages(runner, TACTICS[0])
+        matrices.values.copy_(right)
+        errors = errors_of_stages(runner, *wrong)
         assert errors[stage] > 0.05
         assert errors[1 - stage] <= 4e-3
-        weights.copy_(kept)
+
+
+def test_weights_are_kept_for_the_next_bucket_and_its_inputs_are_the_same_as_without() -> None:
+    layer, regime = layer_of("bf16"), REGIMES["packed"]
+    rank = regime.ep_size - 1
+    backend = TritonBackend()
+    first, again = (
+        backend.prepare(Problem(layer, regime, rows, regime.shard(layer, rank), (realize(layer, regime, rows, rank),)))
+        for rows in (4, 9)
+    )
+    assert first._experts is again._experts
+    alone = runner_of(layer, regime, 9)
+    assert torch.equal(again._input(0), alone._input(0))
+    assert torch.equal(again.run(TACTICS[0]), alone.run(TACTICS[0]))
 
 
 @pytest.mark.parametrize("remote", ["drop", "zero"])

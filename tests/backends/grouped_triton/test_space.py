@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moetune.backends.grouped_triton.defaults import default_config, engine_default
 from moetune.backends.grouped_triton.space import (
     VALUES,
     Limits,
     Shapes,
     accumulator_registers,
     candidates,
-    default_config,
-    engine_default,
     idle_warps,
     illegal,
     max_padded_slots,
@@ -34,7 +33,8 @@ def tactic(*values):
 
 
 def found_for(layer, rows, top_k=8, limits=H200, **options):
-    return candidates(Shapes(rows=rows, top_k=top_k, **layer), limits, **{"zero_remote": False, **options})
+    shapes = Shapes(rows=rows, top_k=top_k, **layer)
+    return candidates(shapes, limits, engine_default(shapes), **{"zero_remote": False, **options})
 
 
 def test_the_space_has_1920_configurations():
@@ -183,5 +183,5 @@ def test_sglang_sorts_every_load_and_bounds_the_grid_by_its_local_experts():
 def test_the_default_of_sglangs_kernel_is_sglangs(rows, fp8, values):
     shapes = Shapes(rows=rows, top_k=8, **{**QWEN, "fp8": fp8}, sglang=True)
     assert engine_default(shapes) == tactic(*values)
-    found = candidates(shapes, H200, zero_remote=True, clamps_k=False)
+    found = candidates(shapes, H200, engine_default(shapes), zero_remote=True, clamps_k=False)
     assert found.tactics[0] == tactic(*values)

@@ -116,7 +116,7 @@ def test_reference_is_the_definition(activation: Activation, expert_bias: bool, 
 
 
 def test_clamped_swiglu_clamps() -> None:
-    experts = torch_algorithms.Experts(
+    experts = torch_algorithms.TorchExperts(
         0, torch.empty(1, 4, 1), torch.empty(1, 1, 2), activation=Activation.SWIGLU_CLAMPED
     )
     gated = experts.gated(torch.tensor([[100.0, 1.0, 100.0, -100.0]]))[0]

@@ -1,0 +1,44 @@
+"""The tactics that vLLM and SGLang run where no file was tuned."""
+
+from __future__ import annotations
+
+from moetune.backends.grouped_triton.space import SCALE_BLOCK, Shapes, tactic_of
+from moetune.spec.tactic import Tactic
+
+
+def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
+    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.33.0, stated anew.
+
+    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the
+    tile grows with the rows, and rows are grouped only where an expert has more than 128 of them.
+    """
+    if fp8:
+        block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
+        group, stages = 1 if rows <= 16 else 32, 4 if rows <= 4 else 3
+        return tactic_of(16 if rows <= 64 else 64, block_n, SCALE_BLOCK, group, 4, stages)
+    block_m = next((size for most, size in ((32, 16), (96, 32), (512, 64)) if rows <= most), 128)
+    return tactic_of(
+        block_m,
+        64 if rows <= 64 else 128,
+        128 if rows <= 64 else 64,
+        16 if rows // max(num_local, 1) > 128 else 1,
+        4 if rows <= 128 else 8,
+        4 if rows <= 32 else 3,
+    )
+
+
+def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
+    """What SGLang runs where no file was tuned: `get_default_config` of SGLang 0.5.23, stated anew.
+
+    fp8 with block scales: one tile for any rows. Else a small tile up to as many rows as local experts, and one of
+    BLOCK_SIZE_K 32 in groups of 8, which is none of the 1920, for more; warps and stages are Triton's own defaults.
+    """
+    if fp8:
+        return tactic_of(64, SCALE_BLOCK, SCALE_BLOCK, 32, 4, 3)
+    return tactic_of(16, 32, 64, 1, 4, 3) if rows <= num_local else tactic_of(64, 64, 32, 8, 4, 3)
+
+
+def engine_default(shapes: Shapes) -> Tactic:
+    """The default of the engine that is stood in for: SGLang's for its kernel, else vLLM's."""
+    default = sglang_default_config if shapes.sglang else default_config
+    return default(shapes.rows, shapes.num_local, shapes.fp8)
