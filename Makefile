@@ -4,7 +4,7 @@ STORE ?= .demo-store
 JOBS ?= 2
 PYTEST_FLAGS ?=
 
-.PHONY: venv demo test network lint types picture clean
+.PHONY: venv demo test network lowest lint types picture clean
 
 venv: .venv/.installed
 
@@ -25,6 +25,16 @@ test: venv lint types
 network: venv
 	$(BIN)/python -m pytest -m network
 
+# Tests with the oldest versions that pyproject.toml allows; torch, triton and flashinfer come from .venv.
+lowest: venv
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .ci/lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	  echo "$$site" > $$(.venv-lowest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:cacheprovider \
+	  tests/cli tests/spec tests/store tests/inputs tests/report
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +49,4 @@ picture: venv
 	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-*/triton-*.json
 
 clean:
-	rm -rf .venv $(STORE) build dist *.egg-info
+	rm -rf .venv .venv-lowest $(STORE) build dist *.egg-info

@@ -68,12 +68,10 @@ def main() -> int:
         ids = torch.randint(-1, 256, (rows, TOP_K), dtype=torch.int32, generator=generator).to(device)
         for dtype in packing.WEIGHT_DTYPES:
             weights = torch.randn(rows, TOP_K, generator=generator).to(device, dtype)
-            calls = {
-                "eager": waited(packing.pack_eager, ids, weights),
-                "fused": waited(packing.pack_topk, ids, weights),
-            }
-            eager, fused = (call(0) for call in calls.values())
+            packs: dict[str, Pack] = {"eager": packing.pack_eager, "fused": packing.pack_topk}
+            eager, fused = (pack(ids, weights) for pack in packs.values())
             equal &= torch.equal(eager, fused)
+            calls = {name: waited(pack, ids, weights) for name, pack in packs.items()}
             times = dict(zip(calls, wall_us(list(calls.values()), range(ROUNDS)), strict=True))
             cells = []
             for name, values in times.items():

@@ -165,7 +165,7 @@ def test_hiccup_raises_the_noise_floor() -> None:
 def test_twenty_tactics_of_a_hundred_samples_are_compared_in_a_moment() -> None:
     generator = random.Random(17)
     default, *others = (normal(generator, 100.0, 5.0, 100) for _ in range(21))
-    start = time.perf_counter()
+    start = time.thread_time()
     for series in others:
         paired_ratio(series, default)
-    assert time.perf_counter() - start < 1.0
+    assert time.thread_time() - start < 1.0

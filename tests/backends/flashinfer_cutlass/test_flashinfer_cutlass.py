@@ -3,7 +3,6 @@
 import inspect
 import pickle
 import random
-import time
 from collections import Counter
 from contextlib import suppress
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
 from moetune.backends.flashinfer_cutlass.op import unbuilt  # noqa: E402
 from moetune.errors import UnsupportedError  # noqa: E402
 from moetune.inputs.presets import layer as preset  # noqa: E402
+from moetune.measure import clock  # noqa: E402
 from moetune.measure.bench import Bench  # noqa: E402
 from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
@@ -461,15 +461,16 @@ def test_a_built_module_is_found_where_flashinfer_looks(empty_caches, place):
 def test_tune_goes_through_the_search_and_answers_each_bucket(op, monkeypatch, tmp_path):
     from moetune.tuning.tune import tune
 
-    compute = FakeOp.__call__
+    compute, now_ns = FakeOp.__call__, [0]
 
     def slower(self, *args, **kwargs):
         gemm1, gemm2 = kwargs["profile_ids"]
         away = abs(gemm1 - 11) + abs(gemm2 - 99) / 2 if gemm1 >= 0 else 100
-        time.sleep(2e-5 * (1 + away))
+        now_ns[0] += int(2e4 * (1 + away))
         return compute(self, *args, **kwargs)
 
     monkeypatch.setattr(FakeOp, "__call__", slower)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter_ns=lambda: now_ns[0]))
     layer = small(num_experts=4, top_k=1, hidden_size=16, intermediate_size=16)
     regime = Regime(ep_size=2, ladder=[1, 2], draws=2)
     profile = tune(layer, regime, FlashInferCutlassBackend(), tmp_path, device="cpu", isolate=False)
