@@ -46,7 +46,7 @@ types: venv
 
 # The README's picture, from a packaged profile; nothing is measured.
 picture: venv
-	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-*/triton-*.json
+	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
 
 clean:
 	rm -rf .venv .venv-lowest $(STORE) build dist *.egg-info

@@ -1,8 +1,9 @@
 """Draws docs/tune.svg, the README's picture, from a profile that `moetune tune` really wrote.
 
-    python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-*/triton-*.json
+    python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
 
-Nothing is measured here: the table is the one that `moetune show PROFILE.json` prints.
+Nothing is measured here: the table is the one that `moetune show PROFILE.json` prints. If an engine's dispatcher
+produces the profile's load, the command in the picture names that dispatcher.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from moetune.errors import MoetuneError
+from moetune.inputs import dispatcher
 from moetune.inputs.presets import names, preset
 from moetune.report.tables import profile_report
 from moetune.spec.regime import Regime
@@ -38,14 +41,36 @@ def main() -> None:
 def picture(profile: Profile) -> str:
     """The SVG of a terminal that shows the command and the profile's report."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(Text("$ ", style="dim").append(command(profile), style="bold"))
+    console.print(Text("$ ", style="dim").append(command(profile, dispatcher_of(profile)), style="bold"))
     for renderable in profile_report(profile):
         console.print(renderable)
     return console.export_svg(title="moetune")
 
 
-def command(profile: Profile) -> str:
-    """The `moetune tune` that asks the profile's question, with the options whose values are no defaults."""
+def dispatcher_of(profile: Profile) -> str:
+    """Returns the first engine's dispatcher that produces the profile's load, as `ENGINE:NAME`; empty if none does."""
+    layer, regime = profile.layer, profile.regime
+    ladder = {"ladder", "tune_max_num_tokens"}
+    for word in map(str, dispatcher.words()):
+        try:
+            produced = dispatcher.resolve(
+                word, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
+            )
+            same = Regime(**{**regime.model_dump(exclude=ladder | {"uneven_shards"}), **produced})
+        except MoetuneError:
+            continue
+        if regime.dispatch != "none" and same == regime:
+            return word
+    return ""
+
+
+def command(profile: Profile, dispatch: str = "") -> str:
+    """Returns the `moetune tune` that has the profile's question, with the options whose values are no defaults.
+
+    Args:
+        profile: what was tuned.
+        dispatch: an engine's dispatcher that produces the profile's load; it replaces four options.
+    """
     layer, regime = profile.layer, profile.regime
     default = Regime(distribution=regime.distribution)
     words = ["moetune tune", f"--model {layer.name}"]
@@ -53,13 +78,17 @@ def command(profile: Profile) -> str:
         words.append(f"--precision {layer.precision}")
     words += [f"--ep {regime.ep_size}"] if regime.ep_size > 1 else []
     words += [f"--tp {regime.tp_size}"] if regime.tp_size > 1 else []
-    words += ["--dp"] if regime.attention_dp else []
-    words += [f"--dispatch {regime.dispatch}"] if regime.dispatch == "allgather" else []
-    words += [f"--layout {regime.layout}"] if regime.layout not in (None, "packed") else []
+    if dispatch:
+        words.append(f"--dispatch {dispatch}")
+    else:
+        words += ["--dp"] if regime.attention_dp else []
+        words += [f"--dispatch {regime.dispatch}"] if regime.dispatch == "allgather" else []
+        words += [f"--layout {regime.layout}"] if regime.layout not in (None, "packed") else []
     words += [f"--distribution {regime.distribution}"] if regime.distribution != Regime().distribution else []
     for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
         value = getattr(regime, field)
-        words += [f"--{field.replace('_', '-')} {value}"] if value != getattr(default, field) else []
+        if value != getattr(default, field) and not (dispatch and field == "ladder"):
+            words.append(f"--{field.replace('_', '-')} {value}")
     return " ".join([*words, f"--backend {profile.backend}"])
 
 

@@ -1,5 +1,8 @@
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,8 @@ from moetune.spec.environment import Environment
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "picture.py"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "benchmarks" / "picture.py"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +65,31 @@ def test_the_picture_shows_the_choices(picture):
     assert drawn.startswith("<svg")
     assert "grouped_mm" in drawn
     assert "1.50×" in drawn
+
+
+@pytest.mark.parametrize("dispatch", ["vllm:allgather_reducescatter", "vllm:deepep_high_throughput"])
+def test_the_command_names_the_dispatcher_that_produces_the_load(moetune, picture, dispatch):
+    document = json.loads(
+        moetune("plan", "--model", "deepseek-r1", "--ep", "8", "--dispatch", dispatch, "--json").stdout
+    )
+    profile = _profile(Regime(**document["regime"]))
+    assert picture.dispatcher_of(profile) == dispatch
+    words = picture.command(profile, dispatch).split()
+    assert "--dp" not in words
+    assert json.loads(moetune("plan", *words[2:], "--json").stdout)["regime"] == document["regime"]
+
+
+def test_a_load_that_no_engine_produces_has_no_dispatcher(picture):
+    assert picture.dispatcher_of(_profile(Regime(ep_size=8, dispatch="allgather", ladder="3"))) == ""
+
+
+def test_the_script_draws_the_readmes_picture(tmp_path):
+    """The profile is the one that `make picture` names."""
+    (wanted,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if "benchmarks/picture.py" in line)
+    (profile,) = ROOT.glob(wanted.split()[-1])
+    drawn = tmp_path / "tune.svg"
+    program = [sys.executable, SOURCE, profile, "--output", drawn]
+    subprocess.run(program, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    text = drawn.read_text()
+    assert "vllm:allgather_reducescatter" in text
+    assert "NVIDIA" in text
