@@ -18,7 +18,7 @@ from rich.text import Text
 from moetune.errors import MoetuneError
 from moetune.inputs import dispatcher
 from moetune.inputs.presets import names, preset
-from moetune.report.tables import profile_report
+from moetune.report.profile import profile_report
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store

@@ -18,7 +18,7 @@ def doctor(device: str | None, as_json: bool) -> None:
     """List the backends that can run here, and what the others need."""
     from moetune.backends import registry
     from moetune.measure import probe
-    from moetune.report.tables import backends_table, facts_table
+    from moetune.report.lists import backends_table, facts_table
 
     found = registry.diagnose()
     able = next((diagnosis.name for diagnosis in found if diagnosis.available), "torch")

@@ -57,11 +57,14 @@ class CommandLine(LazyGroup):
         Exit codes: 0 done. 1 no valid result. 2 usage. 3 a miss. 130 interrupted. A reader that closes the pipe early,
         such as `head`, is no error.
         """
+        stdout = sys.stdout
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             sys.stdout.flush()
-        except BrokenPipeError:
-            _discard_stdout()
+        except (BrokenPipeError, SystemExit):
+            if sys.stdout is stdout and not isinstance(sys.exception(), BrokenPipeError):
+                raise
+            _discard_stdout()  # click has wrapped stdout and turned the error into an exit with code 1
             code = 0
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)

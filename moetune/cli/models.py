@@ -19,7 +19,7 @@ def models(as_json: bool) -> None:
     In a pipe and with --json, each has the address of the config that its values come from.
     """
     from moetune.inputs import presets
-    from moetune.report.tables import models_table
+    from moetune.report.lists import models_table
 
     known = [(presets.layer(name), presets.source(name)) for name in presets.names()]
     if as_json:

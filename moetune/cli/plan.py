@@ -30,6 +30,6 @@ def plan(question: Question, as_json: bool) -> None:
     if as_json:
         document(answer)
     else:
-        from moetune.report.tables import plan_report
+        from moetune.report.plan import plan_report
 
         show(*plan_report(answer))

@@ -11,7 +11,7 @@ from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
 
-EXAMPLE = "moetune show --model qwen3-235b-a22b --ep 8 --dispatch sglang:none --backend triton"
+EXAMPLE = "moetune show --model qwen3-235b-a22b --ep 8 --dispatch sglang:none"
 
 
 @click.command(cls=Command, example=EXAMPLE)
@@ -26,7 +26,7 @@ def show(path: Path | None, question: Question | None, store: Path | None, as_js
     profile, the error says what the nearest one was measured on, and the exit code is 3.
     """
     from moetune.cli.stored import stored_profile
-    from moetune.report.tables import profile_report
+    from moetune.report.profile import profile_report
     from moetune.store.store import Store
 
     path, profile = stored_profile("show", path, question, store)

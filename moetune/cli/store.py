@@ -31,7 +31,7 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
 
     In a pipe and with --json, each has its file.
     """
-    from moetune.report.tables import store_table
+    from moetune.report.lists import store_table
     from moetune.store.profile import Profile
     from moetune.store.store import Store
 

@@ -13,7 +13,8 @@ from moetune.cli.output import document, show
 from moetune.spec.enums import STRATEGIES, Strategy
 
 EXAMPLE = """\
-moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep" --export tuned"""
+moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
+  --export tuned"""
 
 
 @click.command(cls=Command, example=EXAMPLE)
@@ -65,7 +66,7 @@ def tune(
     if out is not None:
         question = question_of_engine(question)
     folder = Store(store)
-    with Progress(question.regime.buckets) as progress:
+    with Progress() as progress:
         asked = tune_all if question.auto else partial(tune_of, backend=question.backend)
         answer = asked(
             question.layer,
@@ -91,8 +92,8 @@ def tune(
         exported = {} if written is None else {"exported": written.document()}
         document(answer, path=str(path), served=served is not None, packaged=packaged, **exported)
         return
-    from moetune.report.tables import profile_report
+    from moetune.report.profile import profile_report
 
-    show(*profile_report(answer, path, served=served is not None, packaged=packaged))
+    show(*profile_report(answer, path, served=served is not None, packaged=packaged, exported=written is not None))
     if written is not None:
         say(written)

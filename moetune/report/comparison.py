@@ -1,23 +1,23 @@
-"""A comparison of backends as tables for a terminal. Pure: numbers in, rich renderables out; no torch."""
+"""Shows a comparison of backends as tables for a terminal. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from moetune.report.format import significant
-from moetune.report.tables import MILLISECONDS_FROM_US, profile_report
+from moetune.report.profile import profile_report
+from moetune.report.table import add_numbers, new_table, time_unit
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
 def comparison_report(comparison: Comparison) -> list[RenderableType]:
-    """Every profile, then who wins in each bucket, by how much, and what selects each backend in the engines."""
+    """Returns every profile, the fastest backend of each bucket, and the engine flags that select each backend."""
     reported: list[RenderableType] = []
     for family in comparison.families:
         if family.profile is None:
@@ -42,16 +42,14 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """A row for each bucket: each backend's time, the winner, and how much longer the next one takes."""
-    times = [time_us for bucket in comparison.buckets for time_us in bucket.times_us.values()]
-    scale, unit = (1e3, "ms") if times and min(times) >= MILLISECONDS_FROM_US else (1.0, "µs")
+    """Returns a row for each bucket: each backend's time, the fastest, and how much longer the runner-up takes."""
+    scale, unit = time_unit([time_us for bucket in comparison.buckets for time_us in bucket.times_us.values()])
     backends = [family.backend for family in comparison.families if family.profile]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title in ("rows", *(f"{backend}\n({unit})" for backend in backends)):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("fastest")
-    table.add_column("the next\ntakes", justify="right", no_wrap=True)
-    table.add_column("95 % bounds", justify="center", no_wrap=True)
+    table = new_table()
+    add_numbers(table, "rows", *(f"{_folded(backend)}\n({unit})" for backend in backends))
+    table.add_column("fastest", overflow="fold")
+    add_numbers(table, "runner-\nup takes")
+    table.add_column("95 %\nbounds", justify="center", no_wrap=True)
     for bucket in comparison.buckets:
         shown = [bucket.times_us.get(backend) for backend in backends]
         table.add_row(
@@ -59,30 +57,35 @@ def comparison_table(comparison: Comparison) -> Table:
             *("–" if time_us is None else significant(time_us / scale) for time_us in shown),
             _fastest(bucket),
             "–" if bucket.ratio is None else f"{bucket.ratio:.2f}×",
-            "–" if bucket.ratio_low is None else f"{bucket.ratio_low:.2f} … {bucket.ratio_high:.2f}",
+            "–" if bucket.ratio_low is None else f"{bucket.ratio_low:.2f}–{bucket.ratio_high:.2f}",
         )
     return table
+
+
+def _folded(backend: str) -> str:
+    """Returns the name on several short lines, so that five backends fit in 80 columns."""
+    return backend.replace("flashinfer-", "flash-infer-").replace("-", "-\n")
 
 
 def _fastest(bucket: ComparedBucket) -> Text:
     if bucket.decided:
         return Text(bucket.winner, style="bold green")
     if bucket.runner_up is None:
-        return Text(f"{bucket.winner} alone")
+        return Text(f"{bucket.winner} only")
     return Text("too close to call" if bucket.interleaved else f"{bucket.winner}, not interleaved", style="dim")
 
 
 def _verdicts(comparison: Comparison) -> list[str]:
-    """How often each backend wins, and what the times are worth."""
+    """Returns how often each backend is the fastest, and which times decide nothing."""
     wins = Counter(bucket.winner for bucket in comparison.buckets if bucket.decided)
     close = sum(bucket.interleaved and not bucket.decided for bucket in comparison.buckets)
     apart = [bucket for bucket in comparison.buckets if not bucket.interleaved and bucket.runner_up]
-    counted = [f"{backend} wins {count}" for backend, count in wins.most_common()]
-    counted += [f"too close to call {close}"] if close else []
+    counted = [f"{backend} fastest in {count}" for backend, count in wins.most_common()]
+    counted += [f"too close to call in {close}"] if close else []
     lines = [f"of {len(comparison.buckets)} buckets: {', '.join(counted)}"] if counted else []
     if apart:
         rows = ", ".join(str(bucket.rows) for bucket in apart)
-        lines.append(f"times are not interleaved but those of each tune at {rows} rows: they decide nothing")
+        lines.append(f"at {rows} rows the times come from separate runs, so they decide nothing")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers for people."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ TIME_UNITS = ("µs", "ms", "s")
 
 
 def significant(value: float) -> str:
-    """`value` with about three significant digits and separated thousands: `1,234`, `12.3`, `0.12`."""
+    """Returns `value` with about three significant digits and separated thousands: `1,234`, `12.3`, `0.12`."""
     whole_digits = len(str(int(abs(value))))
     return f"{value:,.{max(0, 3 - whole_digits)}f}"
 
 
 def count(value: float) -> str:
-    """A count, or the mean of one: `128`, `8,192`, `12.5`, `0.031`."""
+    """Returns a count, or a mean of counts: `128`, `8,192`, `12.5`, `0.031`."""
     if value == int(value):
         return f"{int(value):,}"
     return f"{value:,.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def human_bytes(value: float) -> str:
-    """In decimal units: `15.4 kB`, `117 MB`."""
+    """Returns bytes in decimal units: `15.4 kB`, `117 MB`."""
     return _scaled(value, BYTE_UNITS)
 
 
 def human_flops(value: float) -> str:
-    """`1.81 GFLOP`."""
+    """Returns `1.81 GFLOP`."""
     return _scaled(value, FLOP_UNITS)
 
 
 def human_time(value_us: float) -> str:
-    """`51.2 µs`, `4.21 ms`, `1.20 s`, of a time in µs."""
+    """Returns `51.2 µs`, `4.21 ms`, `1.20 s`, for a time in µs."""
     return _scaled(value_us, TIME_UNITS)
 
 
 def duration(seconds: float) -> str:
-    """A wait, rounded: `8 s`, `3 min`, `1 h 40 min`."""
+    """Returns a rounded duration: `8 s`, `3 min`, `1 h 40 min`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

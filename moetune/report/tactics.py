@@ -1,8 +1,7 @@
-"""How tactics read: in the columns of a table, on a line, and in few words why some were left out. Pure, no torch."""
+"""Writes tactics as a line or as columns, and counts the reasons why some were left out. Imports no torch."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,11 +10,11 @@ from moetune.spec.tactic import Tactic
 _TILE = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K")
 _TILE_TITLE = "M×N×K"
 _TITLES = {"GROUP_SIZE_M": "group", "num_warps": "warps", "num_stages": "stages"}
-"""The tunables of vLLM's and SGLang's grouped GEMM have long names; every other kernel's are shown as they are."""
+"""Short titles for the parameters of vLLM's and SGLang's grouped GEMM. Other names are shown as they are."""
 
 
 def tactic_line(tactic: Tactic) -> str:
-    """`16×64×128 group=1 warps=4 stages=4`, `gemm1=12 gemm2=61`, or the one value alone: `grouped_mm`."""
+    """Returns `16×64×128 group=1 warps=4 stages=4`, `gemm1=12 gemm2=61`, or the one value alone: `grouped_mm`."""
     parts = _parts(tactic)
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -23,7 +22,7 @@ def tactic_line(tactic: Tactic) -> str:
 
 
 def tactic_columns(tactics: Sequence[Tactic]) -> dict[str, list[str]]:
-    """Titles and cells: a column for each value where all tactics have the same names, else one of `tactic_line`s."""
+    """Returns titles and cells: a column per value if all tactics have the same names, else one of `tactic_line`s."""
     parts = [_parts(tactic) for tactic in tactics]
     if len({frozenset(each) for each in parts}) == 1 and len(parts[0]) > 1:
         return {title: [each[title] for each in parts] for title in parts[0]}
@@ -31,22 +30,19 @@ def tactic_columns(tactics: Sequence[Tactic]) -> dict[str, list[str]]:
 
 
 def reasons_counted(groups: Sequence[Iterable[str]]) -> dict[str, list[int]]:
-    """How often each kind of reason is given in each group, the most frequent kind first.
+    """Returns how many reasons of each kind every group has, the most frequent kind first.
 
-    What differs within a kind becomes `…`: `needs 248 bytes, has 64` and `needs 512 bytes, has 64` are both
-    `needs … bytes, has 64`, whatever tactics they name.
+    A kind is the reason with `…` in place of the words that have a digit. `needs 248 bytes, has 64` and
+    `needs 512 bytes, has 32` are both `needs … bytes, has …`.
     """
-    kinds: dict[str, list[tuple[int, list[str]]]] = {}
-    for group, reasons in enumerate(groups):
-        for reason in reasons:
-            unnamed = re.sub(r"\w+=\S+(?: \w+=\S+)*", "…", reason)
-            kinds.setdefault(_masked(unnamed), []).append((group, unnamed.split(" ")))
-    counted = {}
-    for given in sorted(kinds.values(), key=len, reverse=True):
-        found = Counter(group for group, _ in given)
-        words = zip(*(words for _, words in given), strict=True)
-        counted[" ".join(map(_alike, words))] = [found[group] for group in range(len(groups))]
-    return counted
+    counters = [Counter(map(_kind, reasons)) for reasons in groups]
+    kinds = [kind for kind, _ in sum(counters, Counter()).most_common()]
+    return {kind: [counter[kind] for counter in counters] for kind in kinds}
+
+
+def _kind(reason: str) -> str:
+    words = ["…" if any(map(str.isdigit, word)) else word for word in reason.split()]
+    return " ".join(word for at, word in enumerate(words) if word != "…" or words[at - 1 : at] != ["…"])
 
 
 def _parts(tactic: Tactic) -> dict[str, str]:
@@ -55,11 +51,3 @@ def _parts(tactic: Tactic) -> dict[str, str]:
         return values
     tile = {_TILE_TITLE: "×".join(values.pop(name) for name in _TILE)}
     return tile | {_TITLES.get(name, name): value for name, value in values.items()}
-
-
-def _alike(words: Sequence[str]) -> str:
-    return words[0] if len(set(words)) == 1 else _masked(words[0])
-
-
-def _masked(text: str) -> str:
-    return re.sub(r"\d[\d.,]*", "…", text)

@@ -207,7 +207,7 @@ def test_after_an_interrupt_amid_a_search_the_next_run_says_where_it_goes_on(moe
     lines = moetune("tune", *question).stderr.splitlines()
     assert lines[1:3] == [
         "Going on at 4 rows, where a run was interrupted.",
-        "Tactics that failed there and are not tried again: 1. --again tries them.",
+        "Tactics that failed there are not tried again: 1. Use --again to try them.",
     ]
 
 

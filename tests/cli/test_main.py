@@ -109,3 +109,48 @@ def test_the_version_is_the_packages(moetune):
     import moetune as package
 
     assert moetune("--version").stdout == f"moetune {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tun"], "No such command 'tun'. Did you mean 'tune'?"),
+        (["store", "lst"], "No such command 'lst'. Did you mean 'list'?"),
+        (["zzz"], "Commands: models, doctor, plan"),
+        (["plan", "--modle", "x"], "--model"),
+    ],
+)
+def test_a_mistyped_word_gets_a_suggestion(moetune, words, said):
+    result = moetune(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_help_ends_with_an_example_that_fits_in_80_columns(moetune, words):
+    lines = moetune(*words.split(), "--help").stdout.splitlines()
+    at = lines.index("Example:")
+    assert lines[at + 1].startswith(f"  moetune {words}")
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_lists_options_in_groups(moetune):
+    text = moetune("tune", "--help").stdout
+    headings = ["Engine:", "Layer:", "Deployment:", "Workload:", "Kernels:", "Options:"]
+    assert [line for line in text.splitlines() if line in headings] == headings
+    assert text.index("Workload:") < text.index("--draws") < text.index("Kernels:") < text.index("--device")
+    assert text.index("Options:") < text.index("--frozen")
+
+
+@pytest.mark.parametrize("words", [["models"], ["models", "--json"], ["--help"]])
+def test_a_reader_that_closes_the_pipe_is_no_failure(words):
+    code = f"from moetune.cli.main import main; main({words})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_a_miss_is_two_lines():
+    result = _failing(MissError("No profile\nfor this GPU.", "Run `moetune tune`."))
+    assert result.stderr == "error: No profile for this GPU.\nRun `moetune tune`.\n"

@@ -1,35 +1,14 @@
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import io
 
-from moetune.cli.progress import Progress, seconds_left
+import pytest
+from choices import make_choice
+from rich.console import Console
+
+from moetune.cli.output import patience
+from moetune.cli.progress import Progress
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
 from moetune.tuning.events import BucketChosen, BucketStarted, TacticMeasured
-
-
-@pytest.mark.parametrize("costs", [[(8, 3.0)], [(4, 3.0), (8, 1.0)], [(4, 1.0), (8, 3.0)]])
-def test_of_few_buckets_the_dearest_stands_for_all(costs):
-    assert seconds_left(costs, [16, 32]) == 6.0
-
-
-@given(st.floats(0, 100), st.floats(0, 1), st.integers(3, 8), st.integers(0, 6))
-def test_a_fixed_and_a_proportional_part_are_told_apart(fixed, slope, measured, ahead):
-    costs = [(1 << at, fixed + slope * (1 << at)) for at in range(measured)]
-    remaining = [1 << (measured + at) for at in range(ahead)]
-    expected = ahead * fixed + slope * sum(remaining)
-    assert seconds_left(costs, remaining) == pytest.approx(expected, abs=1e-6)
-
-
-def test_one_disturbed_bucket_does_not_move_the_estimate():
-    calm = [(rows, 5.0) for rows in (1, 2, 4, 8, 16)]
-    disturbed = [(rows, 60.0 if rows == 8 else 5.0) for rows, _ in calm]
-    assert seconds_left(disturbed, [1024]) == seconds_left(calm, [1024]) == 5.0
-
-
-def test_costs_that_fall_promise_no_negative_time():
-    assert seconds_left([(1, 9.0), (2, 6.0), (4, 3.0)], [1024]) == 6.0
-
 
 GAINED = {"gain": 1.25, "gain_low": 1.2, "gain_high": 1.3}
 TACTIC = {
@@ -67,14 +46,60 @@ def test_a_finished_bucket_is_a_line_where_no_terminal_shows_a_bar(default, said
         max_load=1,
         measured_at="2026-01-31T12:00:00Z",
     )
-    with Progress([8, 64]) as progress:
+    with Progress() as progress:
         progress(BucketStarted(8, 0, 2, 6, {}))
         progress(BucketChosen(choice, 0, 2))
     assert capsys.readouterr().err.startswith(said)
 
 
 def test_a_tactic_that_failed_is_named_shortly(capsys):
-    with Progress([8]) as progress:
+    with Progress() as progress:
         progress(BucketStarted(8, 0, 1, 6, {}))
         progress(TacticMeasured(8, Tactic(TACTIC), None, "out of shared memory"))
     assert capsys.readouterr().err == "8 rows: 16×64×128 group=1 warps=4 stages=3 failed: out of shared memory\n"
+
+
+def test_the_time_left_is_the_mean_of_the_finished_buckets(capsys, monkeypatch):
+    clock = iter([0.0, 10.0, 10.0, 30.0])
+    monkeypatch.setattr("moetune.cli.progress.time.monotonic", lambda: next(clock))
+    chosen = make_choice(8)
+    with Progress() as progress:
+        for index in (0, 1):
+            progress(BucketStarted(8, index, 4, 6, {}))
+            progress(BucketChosen(chosen, index, 4))
+    assert [line.rpartition(" · ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "about 30 s left",
+        "about 30 s left",
+    ]
+
+
+def test_a_terminal_shows_the_finished_buckets_too(monkeypatch):
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True, width=80, highlight=False)
+    monkeypatch.setattr("moetune.cli.progress.console", lambda stderr: terminal)
+    with Progress() as progress:
+        progress(BucketStarted(8, 0, 2, 6, {}))
+        progress(BucketChosen(make_choice(8), 0, 2))
+    assert "[1/2] 8 rows: " in written.getvalue()
+
+
+def test_a_wait_is_announced_only_if_it_is_long(capsys, monkeypatch):
+    class Timer:
+        def __init__(self, seconds, act):
+            self.seconds, self.act, self.cancelled = seconds, act, False
+            timers.append(self)
+
+        def start(self):
+            pass
+
+        def cancel(self):
+            self.cancelled = True
+
+    timers = []
+    monkeypatch.setattr("moetune.cli.output.threading.Timer", Timer)
+    with patience("Simulating ..."):
+        assert timers[0].seconds == 2.0
+        assert capsys.readouterr().err == ""
+        timers[0].act()
+        assert capsys.readouterr().err == "Simulating ...\n"
+    assert timers[0].cancelled

@@ -1,20 +1,17 @@
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from moetune.backends.registry import Diagnosis
-from moetune.report.tables import (
-    backends_table,
-    layer_line,
-    models_table,
-    plan_report,
-    profile_report,
-    profile_table,
-    regime_line,
-    routing_line,
-    store_table,
-)
+from moetune.inputs import presets
+from moetune.report.lines import layer_line, regime_line, routing_line
+from moetune.report.lists import backends_table, models_table, store_table
+from moetune.report.plan import plan_report
+from moetune.report.profile import gain_line, profile_report, profile_table
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -30,14 +27,14 @@ GOLDEN = """\
 rows  tactic      (µs)     (µs)     gain  95 % bounds
 ─────────────────────────────────────────────────────
    8  eager       60.0     60.0  default       –
-  64  grouped_mm   823    1,234    1.50×  1.43 … 1.58"""
+  64  grouped_mm   823    1,234    1.50×   1.43–1.58"""
 
 TRITON_GOLDEN = """\
                                          time  default
 rows      M×N×K  group  warps  stages    (µs)     (µs)     gain  95 % bounds
 ────────────────────────────────────────────────────────────────────────────
    8  16×64×128      1      4       4    60.0     60.0  default       –
-  64  128×32×64     16      8       3  12,345   18,518    1.50×  1.43 … 1.58"""
+  64  128×32×64     16      8       3  12,345   18,518    1.50×   1.43–1.58"""
 
 SLOW = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 4}
 FAST = {
@@ -117,7 +114,7 @@ def test_tactics_of_other_names_stand_in_columns_of_their_own():
 def test_a_default_that_changes_with_the_rows_is_counted(backend, strict, said):
     profile = _profile(_choice(8, 60.0, SLOW), _choice(64, 60.0, FAST), backend=backend, **strict)
     lines = _text(*profile_report(profile)).splitlines()
-    assert f"6 of 6 tactics tried a bucket; the default: {said}" in lines
+    assert f"6 of 6 tactics tried per bucket; the default: {said}" in lines
     assert max(map(len, lines)) <= 90
 
 
@@ -125,14 +122,14 @@ def test_what_could_not_win_is_counted_by_its_reason():
     wrong = [{"tactic": FAST, "reason": f"its result is wrong by {error}"} for error in (0.5, 0.25)]
     profile = _profile(_choice(8, 60.0, rejected=wrong), _choice(64, 60.0))
     text = _text(*profile_report(profile))
-    assert "could not win in a bucket:\n  0–2  its result is wrong by …\n" in text
+    assert "could not win, per bucket:\n  0–2  its result is wrong by …\n" in text
     assert "could not win" not in _text(*profile_report(_profile(_choice(8, 60.0))))
 
 
 def test_a_time_that_was_taken_without_a_graph_is_told():
     profile = _profile(_choice(8, 60.0, eager="it synchronizes"), _choice(64, 60.0))
     text = _text(*profile_report(profile))
-    assert "timed without a CUDA graph, launch overhead included, in a bucket:\n  0–1  it synchronizes\n" in text
+    assert "timed without a CUDA graph, launch overhead included, per bucket:\n  0–1  it synchronizes\n" in text
     assert "CUDA graph" not in _text(*profile_report(_profile(_choice(8, 60.0))))
 
 
@@ -149,7 +146,7 @@ def test_times_are_in_ms_where_all_are_long():
 
 def test_the_report_of_a_profile_says_what_stands_behind_it():
     text = _text(*profile_report(_profile(_choice(8, 60.0), _choice(64, 70.0)), "/store/profile.json"))
-    assert "6 of 6 tactics tried a bucket; the default: eager" in text
+    assert "6 of 6 tactics tried per bucket; the default: eager" in text
     assert "A/A noise 0.4–3.2 %" in text
     assert "not tuned yet: 4096" in text
     assert "profile: /store/profile.json" in text
@@ -196,7 +193,7 @@ def test_a_plan_counts_the_tactics_left_out_by_their_reasons():
     left_out = {f"num_warps={warps}": f"needs {warps} bytes, 64 allowed" for warps in (128, 256, 512)}
     buckets = (planned.buckets[0].model_copy(update={"excluded_tactics": left_out}), planned.buckets[1])
     text = _text(*plan_report(planned.model_copy(update={"buckets": buckets})))
-    assert "tactics left out of a bucket:\n  0–3  needs … bytes, 64 allowed" in text
+    assert "tactics left out, per bucket:\n  0–3  needs … bytes, … allowed" in text
 
 
 def test_a_plan_in_80_columns_cuts_no_number():
@@ -267,3 +264,79 @@ def test_an_address_without_a_column_is_a_link(tmp_path):
     out.print(store_table([(tmp_path / "p.json", _profile(_choice(8, 60.0)))], tmp_path, files=False))
     assert "https://example.org/a" in text.getvalue()
     assert (tmp_path / "p.json").as_uri() in text.getvalue()
+
+
+PROFILES = sorted((Path(__file__).parents[2] / "profiles").glob("*/*/*/*.json"))
+
+
+def _cut(renderables, width=80):
+    """The lines that lost characters, or are wider than the terminal and hold no path."""
+    out = Console(file=io.StringIO(), width=width, highlight=False)
+    cut = []
+    for renderable in renderables:
+        whole = isinstance(renderable, Text) and bool(renderable.no_wrap)
+        with out.capture() as captured:
+            out.print(renderable, soft_wrap=whole)
+        lines = captured.get().splitlines()
+        cut += [line for line in lines if not whole and (len(line.rstrip()) > width or re.search(r"\w…", line))]
+    return cut
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.parents[1].name[:20] + path.parent.name[:36])
+def test_nothing_of_a_packaged_profile_is_cut_at_80_columns(path):
+    profile = Profile.model_validate_json(path.read_text())
+    assert _cut(profile_report(profile, path)) == []
+
+
+def test_there_are_packaged_profiles_to_look_at():
+    assert len(PROFILES) >= 30
+
+
+def test_lists_are_not_cut_at_80_columns():
+    stored = [(path, Profile.model_validate_json(path.read_text())) for path in PROFILES]
+    models = [(presets.layer(name), presets.source(name).url) for name in presets.names()]
+    reason = Diagnosis("flashinfer-trtllm-routed", False, "needs " + "compute capability 10.0 or 10.3 " * 4, "Rent one")
+    tables = [store_table(stored, Path("/"), files=False), models_table(models, addresses=False)]
+    assert _cut([*tables, backends_table([reason])]) == []
+
+
+def test_half_the_draws_with_other_rows_are_listed_below_the_table():
+    text = _text(*profile_report(_profile(_choice(8, 60.0), _choice(64, 60.0, met_rows=63))))
+    assert "typical rows (in parentheses): 64 (63)" in text
+
+
+def test_the_bottom_lines_have_gain_day_device_versions_and_the_next_command():
+    profile = _profile(_choice(8, 60.0), _choice(64, 90.0, **WON), backend="triton", triton="3.6.0")
+    *_, gain, measured, where, command = _text(*profile_report(profile, "/store/a b.json")).splitlines()
+    assert gain == "geometric mean gain 1.22× over 2 buckets; worst 1.00× at 8 rows"
+    assert measured == "measured 2026-01-31 on Example GPU · torch 2.13.0 · triton 3.6.0"
+    assert where == "profile: /store/a b.json"
+    assert command == "next: moetune export '/store/a b.json' --to vllm --out tuned"
+
+
+@pytest.mark.parametrize(
+    ("backend", "strict", "command"),
+    [
+        ("triton", {"remote": "zero"}, "moetune export /p.json --to sglang --out tuned"),
+        ("flashinfer-cutlass", {}, "moetune export /p.json --to flashinfer --out tuned"),
+        ("flashinfer-trtllm-routed", {}, "moetune export /p.json --to trtllm --out tuned"),
+        ("torch", {}, "moetune show /p.json"),
+    ],
+)
+def test_the_next_command_is_for_an_engine_that_reads_these_kernels(backend, strict, command):
+    report = profile_report(_profile(_choice(8, 60.0), backend=backend, **strict), "/p.json")
+    assert _text(*report).splitlines()[-1] == f"next: {command}"
+    exported = profile_report(_profile(_choice(8, 60.0), backend=backend, **strict), "/p.json", exported=True)
+    assert "next: " not in _text(*exported)
+
+
+def test_one_bucket_has_a_gain():
+    assert gain_line([_choice(64, 60.0)]) == "geometric mean gain 1.00× over 1 bucket; worst 1.00× at 64 rows"
+
+
+@pytest.mark.parametrize(("low", "style"), [(1.043, "1;32"), (1.02, "2")], ids=["beyond the noise", "within it"])
+def test_only_a_gain_beyond_the_noise_is_bold_green(low, style):
+    won = _choice(64, 60.0, **{**WON, "gain_low": low})  # its noise is 0.032
+    text = io.StringIO()
+    Console(file=text, force_terminal=True, width=100, color_system="standard").print(profile_table(_profile(won)))
+    assert f"\x1b[{style}m1.50×" in text.getvalue()

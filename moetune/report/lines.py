@@ -1,0 +1,63 @@
+"""Describes layers, regimes and counts in one line each. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moetune.report.tactics import reasons_counted
+from moetune.spec.layer import MoELayer, RoutingMethod
+from moetune.spec.regime import Regime
+
+
+def layer_line(layer: MoELayer) -> str:
+    """Returns `qwen3-30b-a3b: 128 experts, top-8, hidden 2,048, intermediate 768, bf16`."""
+    return (
+        f"{layer.name}: {layer.num_experts} experts, top-{layer.top_k}, hidden {layer.hidden_size:,}, "
+        f"intermediate {layer.intermediate_size:,}, {layer.precision.value}"
+    )
+
+
+def regime_line(regime: Regime) -> str:
+    """Returns `ep 8, tp 1, attention DP, alltoall packed, random × 16 draws, ladder pow2`."""
+    parts = [f"ep {regime.ep_size}", f"tp {regime.tp_size}"]
+    parts += ["attention DP" if regime.attention_dp else "no attention DP"]
+    parts += [f"{regime.dispatch} {regime.layout}" if regime.layout else f"dispatch {regime.dispatch}"]
+    parts += [f"{regime.redundant_experts} redundant experts"] if regime.redundant_experts else []
+    parts += [f"{regime.distribution} × {regime.draws} draw{'s' if regime.draws > 1 else ''}"]
+    parts += [f"seed {regime.seed}"] if regime.seed else []
+    return ", ".join([*parts, f"ladder {regime.ladder}"])
+
+
+def routing_line(routing: RoutingMethod) -> str:
+    """Returns `sigmoid + bias, 4 of 8 groups, × 2.5`."""
+    parts = [routing.scoring + (" + bias" if routing.bias else "")]
+    parts += [f"{routing.top_k_groups} of {routing.num_groups} groups"] if routing.grouped else []
+    parts += [] if routing.renormalize else ["not renormalized"]
+    parts += [f"× {routing.scaling:g}"] if routing.scaling != 1.0 else []
+    return ", ".join(parts)
+
+
+def span(values: Sequence[float]) -> str:
+    """Returns the least and the greatest value, `1–6`, or the one value."""
+    low, high = min(values), max(values)
+    return f"{low:,g}" if low == high else f"{low:,g}–{high:,g}"
+
+
+def reason_lines(title: str, groups: Sequence[Iterable[str]]) -> list[str]:
+    """Returns `title` and a line for each kind of reason, with the number of tactics in a group; empty without any.
+
+    Args:
+        title: the first line.
+        groups: the reasons of each bucket.
+    """
+    counted = {reason: span(counts) for reason, counts in reasons_counted(groups).items()}
+    width = max(map(len, counted.values()), default=0)
+    return [title, *(f"{counts:>{width + 2}}  {reason}" for reason, counts in counted.items())] if counted else []
+
+
+def skipped_lines(regime: Regime) -> list[str]:
+    """Returns a line on the buckets that a pool cannot have; empty if there are none."""
+    if not regime.skipped_buckets:
+        return []
+    skipped = ", ".join(map(str, regime.skipped_buckets))
+    return [f"left out, because a pool has {regime.ep_size} equal blocks: {skipped} rows"]

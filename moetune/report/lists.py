@@ -1,0 +1,101 @@
+"""Shows lists as tables for a terminal: layers, backends, facts and stored profiles. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from moetune.report.lines import routing_line
+from moetune.report.table import add_numbers, new_table
+from moetune.spec.layer import MoELayer
+from moetune.store.profile import Profile
+
+if TYPE_CHECKING:
+    from moetune.backends.registry import Diagnosis
+
+
+def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> Table:
+    """Returns a row for each named layer.
+
+    Args:
+        models: the layers, and the addresses of their configs.
+        addresses: adds a column with the address. Otherwise the name is a link to it.
+    """
+    table = new_table()
+    table.add_column("model", no_wrap=True)
+    add_numbers(table, "experts", "top-k", "hidden", "inter-\nmediate")
+    table.add_column("precision", no_wrap=True)
+    table.add_column("routing")
+    if addresses:
+        table.add_column("source", style="dim", overflow="fold")
+    for layer, source in models:
+        sizes = (layer.num_experts, layer.top_k, layer.hidden_size, layer.intermediate_size)
+        table.add_row(
+            Text(layer.name, style="" if addresses else f"link {source}"),
+            *(f"{size:,}" for size in sizes),
+            layer.precision.value,
+            routing_line(layer.routing),
+            *([escape(source)] if addresses else []),
+        )
+    return table
+
+
+def backends_table(diagnoses: Iterable[Diagnosis]) -> Table:
+    """Returns a row for each backend: whether it can run here and, if not, why and what to do."""
+    table = new_table()
+    table.add_column("backend", no_wrap=True)
+    table.add_column("runs\nhere")
+    table.add_column("why not, and what to do")
+    for diagnosis in diagnoses:
+        runs = Text("yes", style="green") if diagnosis.available else Text("no", style="yellow")
+        why = Text("\n").join([Text(diagnosis.reason), Text(diagnosis.hint, style="dim")])
+        table.add_row(diagnosis.name, runs, why if diagnosis.reason else "")
+    return table
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Returns a table of names and values without a header."""
+    table = new_table()
+    table.show_header = False
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in facts:
+        table.add_row(name.replace("_", " "), escape(value))
+    return table
+
+
+def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: bool = True) -> Table:
+    """Returns a row for each stored profile: layer, regime, backend, device, buckets, day.
+
+    Args:
+        entries: the profiles and their files.
+        root: the folder that the files are in.
+        files: adds a column with the file. Otherwise the regime is a link to it.
+    """
+    table = new_table()
+    table.add_column("layer", no_wrap=True)
+    table.add_column("regime", overflow="fold")
+    for title in ("backend", "device"):
+        table.add_column(title, overflow="fold")
+    add_numbers(table, "buckets")
+    table.add_column("measured", no_wrap=True)
+    if files:
+        table.add_column("file", style="cyan", overflow="fold")
+    for path, profile in entries:
+        measured = max((choice.measured_at for choice in profile.choices), default="–")
+        below = str(path.relative_to(root) if path.is_relative_to(root) else path)
+        table.add_row(
+            profile.layer.name,
+            Text(profile.regime.slug, style="" if files else f"link {path.absolute().as_uri()}"),
+            profile.backend,
+            profile.environment.device,
+            f"{len(profile.choices)}/{len(profile.regime.buckets)}",
+            measured[:10],
+            *([escape(below)] if files else []),
+        )
+    return table

@@ -1,0 +1,172 @@
+"""Shows a profile as a table and lines for a terminal. Imports no torch."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from moetune.report.format import significant
+from moetune.report.lines import layer_line, reason_lines, regime_line, skipped_lines, span
+from moetune.report.table import add_numbers, new_table, time_unit
+from moetune.report.tactics import tactic_columns, tactic_line
+from moetune.spec.environment import Environment
+from moetune.store.profile import Choice, Profile
+
+NOISY = 0.1
+"""A larger A/A noise gets a warning. An idle machine stays well below it."""
+_VERSIONS = ("torch", "cuda", "triton", "flashinfer", "vllm", "sglang")
+_ENGINES = {
+    "triton": "vllm",
+    "flashinfer-cutlass": "flashinfer",
+    "flashinfer-trtllm": "trtllm",
+    "flashinfer-trtllm-routed": "trtllm",
+}
+"""An engine that reads files for the kernels of a backend."""
+
+
+def profile_report(
+    profile: Profile,
+    path: Path | str | None = None,
+    *,
+    served: bool = False,
+    packaged: bool = False,
+    exported: bool = False,
+) -> list[RenderableType]:
+    """Returns a profile as text and a table: the question, the choices, their gain, and the command to run next.
+
+    Args:
+        profile: what to show.
+        path: its file.
+        served: whether it was there before, so that nothing was measured.
+        packaged: whether it comes with moetune.
+        exported: whether it was also written for an engine. Then no next command is given.
+    """
+    reported: list[RenderableType] = [
+        Text(layer_line(profile.layer), style="bold"),
+        Text(regime_line(profile.regime)),
+        Text(f"backend {profile.backend} on {profile.environment.device}", style="dim"),
+        Text(),
+        profile_table(profile),
+        Text(),
+    ]
+    reported += [Text(line, style="dim") for line in _details(profile)]
+    if profile.choices:
+        reported += [Text(gain_line(profile.choices), style="bold"), Text(_measured_line(profile))]
+    if path:
+        reported.append(_where(path, served, packaged))
+    if path and profile.choices and not exported:
+        reported.append(_next_command(profile, path))
+    return reported
+
+
+def profile_table(profile: Profile) -> Table:
+    """Returns a row for each bucket: rows, tactic, its time, the default's time, the gain and its 95 % bounds."""
+    scale, unit = time_unit([time for choice in profile.choices for time in (choice.time_us, choice.default_time_us)])
+    tactics = tactic_columns([choice.tactic for choice in profile.choices])
+    table = new_table()
+    add_numbers(table, "rows")
+    for title in tactics:
+        if title == "tactic":
+            table.add_column(title, overflow="fold")
+        else:
+            add_numbers(table, title)
+    add_numbers(table, f"time\n({unit})", f"default\n({unit})", "gain")
+    table.add_column("95 % bounds", justify="center", no_wrap=True)
+    for choice, *cells in zip(profile.choices, *tactics.values(), strict=True):
+        kept = choice.tactic == choice.default_tactic
+        table.add_row(
+            f"{choice.rows:,}",
+            *(Text(cell, style="dim" if kept else "") for cell in cells),
+            significant(choice.time_us / scale),
+            significant(choice.default_time_us / scale),
+            *_gain(choice),
+        )
+    return table
+
+
+def _gain(choice: Choice) -> tuple[Text, Text]:
+    if choice.tactic == choice.default_tactic:
+        return Text("default", style="dim"), Text("–", style="dim")
+    beyond_noise = choice.gain_low > 1 + choice.noise
+    bounds = f"{choice.gain_low:.2f}–{choice.gain_high:.2f}"
+    return Text(f"{choice.gain:.2f}×", style="bold green" if beyond_noise else "dim"), Text(bounds)
+
+
+def gain_line(choices: Sequence[Choice]) -> str:
+    """Returns the geometric mean of the gains, and the bucket with the smallest one."""
+    worst = min(choices, key=lambda choice: choice.gain)
+    buckets = "1 bucket" if len(choices) == 1 else f"{len(choices)} buckets"
+    mean = geometric_mean([choice.gain for choice in choices])
+    return f"geometric mean gain {mean:.2f}× over {buckets}; worst {worst.gain:.2f}× at {worst.rows:,} rows"
+
+
+def _measured_line(profile: Profile) -> str:
+    day = max(choice.measured_at for choice in profile.choices)[:10]
+    return f"measured {day} on {profile.environment.device}{_versions(profile.environment)}"
+
+
+def _versions(environment: Environment) -> str:
+    found = [f"{name} {environment.strict[name]}" for name in _VERSIONS if name in environment.strict]
+    found += [f"driver {driver}"] if (driver := environment.informative.get("driver")) else []
+    return "".join(f" · {version}" for version in found)
+
+
+def _details(profile: Profile) -> list[str]:
+    """Returns the lines below the table: tactics tried, noise, typical rows, failures, what is missing."""
+    choices = profile.choices
+    if not choices:
+        return ["no bucket is tuned yet"]
+    lines = [
+        f"{span([choice.tried for choice in choices])} of {span([choice.candidates for choice in choices])} "
+        f"tactics tried per bucket; the default: {_default(profile)}",
+        f"A/A noise {span([round(100 * choice.noise, 1) for choice in choices])} %; "
+        "a tactic replaces the default only if its gain lies beyond the noise",
+    ]
+    if max(choice.noise for choice in choices) > NOISY:
+        lines.append("this machine was busy, so smaller gains are not visible; run --again when it is idle")
+    if typical := [f"{choice.rows:,} ({choice.met_rows:,})" for choice in choices if choice.met_rows]:
+        lines.append(f"half of the draws have the typical rows (in parentheses): {', '.join(typical)}")
+    lines += reason_lines(
+        "tactics that could not win, per bucket:", [[reject.reason for reject in c.rejected] for c in choices]
+    )
+    lines += reason_lines(
+        "tactics timed without a CUDA graph, launch overhead included, per bucket:",
+        [[choice.eager] if choice.eager else [] for choice in choices],
+    )
+    missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
+    lines += [f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []
+    return [*lines, *skipped_lines(profile.regime)]
+
+
+def _default(profile: Profile) -> str:
+    """Returns the default tactic if it is one; otherwise whose heuristic chooses it."""
+    defaults = {choice.default_tactic for choice in profile.choices}
+    if len(defaults) == 1:
+        return tactic_line(*defaults)
+    if profile.backend == "triton":
+        engine = "SGLang" if profile.environment.strict.get("kernel") == "sglang" else "vLLM"
+        return f"{len(defaults)} configurations of {engine}'s heuristic"
+    return f"{len(defaults)} tactics, by the rows"
+
+
+def _where(path: Path | str, served: bool, packaged: bool) -> Text:
+    source = "the packaged profiles" if packaged else "the store"
+    kept = "packaged profile: " if packaged else "profile: "
+    title = f"served from {source}, nothing was measured: " if served else kept
+    return Text(title, style="bold" if served else "", no_wrap=True).append(str(path), style="cyan")
+
+
+def _next_command(profile: Profile, path: Path | str) -> Text:
+    """Returns the command that writes the profile for an engine, or that shows it if no engine reads it."""
+    engine = "sglang" if profile.environment.strict.get("remote") == "zero" else _ENGINES.get(profile.backend)
+    if engine is None:
+        words = ["moetune", "show", str(path)]
+    else:
+        words = ["moetune", "export", str(path), "--to", engine, "--out", "tuned"]
+    return Text("next: ", no_wrap=True).append(shlex.join(words), style="bold")
