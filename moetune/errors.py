@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 
 class MoetuneError(Exception):
@@ -34,16 +35,26 @@ class DeviceLostError(NoResultError):
     """A kernel broke the device's context, so nothing else can run on it in this process."""
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field in which a stored profile differs from the one that was looked up. None is a missing field."""
+
+    field: str
+    wanted: object
+    stored: object
+
+
 class MissError(MoetuneError):
-    """No stored profile matches. `differing` maps each differing field's Python name to (wanted, stored)."""
+    """No stored profile matches. `differences` are those of the closest profile, whose file is `nearest`."""
 
     exit_code = 3
 
     def __init__(
-        self, message: str, hint: str = "", differing: Mapping[str, tuple[object, object]] | None = None
+        self, message: str, hint: str = "", differences: tuple[Difference, ...] = (), nearest: Path | None = None
     ) -> None:
         super().__init__(message, hint)
-        self.differing = dict(differing or {})
+        self.differences = differences
+        self.nearest = nearest
 
 
 class StoreError(MoetuneError):

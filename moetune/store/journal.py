@@ -18,8 +18,9 @@ from pydantic import model_validator
 from moetune.errors import DamagedProfileError, NewerSchemaError, StoreError, UsageError
 from moetune.spec.model import FrozenModel
 from moetune.spec.tactic import Tactic
-from moetune.store.files import make_folder, parsed
+from moetune.store.files import make_folder
 from moetune.store.profile import Finite
+from moetune.store.reading import parsed
 
 SCHEMA_VERSION: Final = 1
 

@@ -16,6 +16,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.stats import geomean
 
 SCHEMA_VERSION: Final = 1
 
@@ -79,6 +80,12 @@ class Choice(FrozenModel):
             )
         return self
 
+    def __repr__(self) -> str:
+        tactic = " ".join(f"{name}={value}" for name, value in self.tactic.items())
+        return f"Choice({self.rows} rows, {tactic}, {self.gain:.2f}x)"
+
+    __str__ = __repr__
+
     @property
     def measured_time(self) -> datetime:
         """`measured_at` as a point in time."""
@@ -105,6 +112,24 @@ class Profile(FrozenModel):
                 f"A profile's choices are of its regime's buckets {list(self.regime.buckets)}, given {sorted(foreign)}."
             )
         return self
+
+    def __repr__(self) -> str:
+        gain = f", {self.gain:.2f}x" if all(choice.gain > 0 for choice in self.choices) and self.choices else ""
+        buckets = f"{len(self.choices)} bucket{'' if len(self.choices) == 1 else 's'}"
+        return f"Profile({self.layer.name}, {self.regime.slug}, {self.backend}, {buckets}{gain})"
+
+    __str__ = __repr__
+
+    @property
+    def gain(self) -> float:
+        """The geometric mean of the choices' gains.
+
+        Raises:
+            NoResultError: the profile has no choice.
+        """
+        if not self.choices:
+            raise NoResultError("The profile has no choice.", "Tune it first.")
+        return geomean([choice.gain for choice in self.choices])
 
     def choice(self, rows: int) -> Choice:
         """The choice that `rows` run-time rows look up, by the regime's ladder.

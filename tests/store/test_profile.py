@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetune.errors import NoResultError, UsageError
+from moetune.errors import DamagedProfileError, NoResultError, StoreError, UsageError
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
+from moetune.store.reading import load_profile
 
 
 @st.composite
@@ -194,3 +195,29 @@ def test_merge_keeps_every_bucket_with_its_later_measurement(
         expected[rows] = 1 if old_wins else 2
     assert {choice.rows: choice.tactic["tile"] for choice in merged.choices} == expected
     assert Profile.model_validate_json(merged.model_dump_json()) == merged
+
+
+def test_reprs_are_short_and_the_gain_is_the_geometric_mean(profile_of, choice_of) -> None:
+    choices = (choice_of(1, gain=1.0), choice_of(2, gain=4.0))
+    found = profile_of(choices=choices)
+    assert found.gain == pytest.approx(2.0)
+    assert repr(found) == f"Profile(small, {found.regime.slug}, torch, 2 buckets, 2.00x)"
+    assert str(choices[1]) == "Choice(2 rows, tile=2, 4.00x)"
+    empty = profile_of(choices=())
+    assert repr(empty) == f"Profile(small, {empty.regime.slug}, torch, 0 buckets)"
+    with pytest.raises(NoResultError):
+        _ = empty.gain
+
+
+def test_load_profile_reads_one_file_or_raises_an_error_of_the_store(profile_of, tmp_path) -> None:
+    path = tmp_path / "profile.json"
+    with pytest.raises(StoreError, match="no profile file"):
+        load_profile(path)
+    path.write_text(profile_of().model_dump_json())
+    assert load_profile(str(path)) == profile_of()
+    path.write_text("{}")
+    with pytest.raises(DamagedProfileError, match="schema_version"):
+        load_profile(path)
+    assert path.read_text() == "{}"
+    with pytest.raises(StoreError, match="cannot be read"):
+        load_profile(tmp_path)

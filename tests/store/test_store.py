@@ -43,6 +43,10 @@ def load(store: Store, asked: Profile) -> Profile:
     return store.load(asked.layer, asked.regime, asked.backend, asked.environment)
 
 
+def differing_of(miss: MissError) -> dict[str, tuple[object, object]]:
+    return {difference.field: (difference.wanted, difference.stored) for difference in miss.differences}
+
+
 def files(store: Store) -> set[Path]:
     return {path for path in store.root.rglob("*") if path.is_file() and path.name != store_module.LOCK_NAME}
 
@@ -295,10 +299,11 @@ def test_one_regime_never_serves_another_and_the_miss_names_the_field(
     with pytest.raises(MissError, match=rf"\b{field}\b") as raised:
         load(store, asked)
     assert raised.value.exit_code == 3
-    wanted, found = raised.value.differing[field]
+    differing = differing_of(raised.value)
+    wanted, found = differing[field]
     assert wanted == {"rank": 0, **asked.regime.model_dump(mode="json")}[field]
     assert found == {"rank": 0, **stored.regime.model_dump(mode="json")}[field]
-    assert raised.value.differing.keys() <= changed.keys() | {field}
+    assert differing.keys() <= changed.keys() | {field}
     store.save(asked)
     assert load(store, asked) == asked
     assert load(store, stored) == stored
@@ -345,8 +350,8 @@ def test_profile_is_served_exactly_when_the_regimes_are_equal(
         if differing:
             with pytest.raises(MissError) as raised:
                 load(store, question)
-            assert raised.value.differing == differing
-            assert all(name in str(raised.value) for name in differing)
+            assert differing_of(raised.value) == differing
+            assert str(raised.value).count(" instead of ") == min(len(differing), 3)
         else:
             assert load(store, question) == profile
 
@@ -383,14 +388,14 @@ def test_another_layer_misses_and_the_field_is_named(field: str, store: Store, p
     layer = MoELayer(**{**stored.layer.model_dump(), field: LAYER_CHANGES[field]})
     with pytest.raises(MissError, match=rf"\b{field}\b") as raised:
         store.load(layer, stored.regime, "torch", stored.environment)
-    assert raised.value.differing.keys() == {field}
+    assert differing_of(raised.value).keys() == {field}
 
 
 def test_another_backend_misses_and_is_named(store: Store, profile_of: ProfileOf) -> None:
     stored = store.save(profile_of())
     with pytest.raises(MissError) as raised:
         store.load(stored.layer, stored.regime, "triton", stored.environment)
-    assert raised.value.differing == {"backend": ("triton", "torch")}
+    assert differing_of(raised.value) == {"backend": ("triton", "torch")}
 
 
 @pytest.mark.parametrize(
@@ -414,13 +419,28 @@ def test_strict_environment_must_match(
     stored = store.save(profile_of())
     with pytest.raises(MissError) as raised:
         store.load(stored.layer, stored.regime, "torch", environment)
-    assert raised.value.differing == differing
+    assert differing_of(raised.value) == differing
+
+
+def test_miss_on_another_device_names_the_device_and_versions_of_the_closest(
+    store: Store, profile_of: ProfileOf
+) -> None:
+    profile = profile_of(environment=Environment(device="NVIDIA H200", strict={"torch": "2.11", "cuda": "13"}))
+    store.save(profile)
+    cpu = Environment(device="AMD EPYC", strict={"torch": "2.13", "threads": "2"})
+    with pytest.raises(MissError) as raised:
+        store.load(profile.layer, profile.regime, "torch", cpu)
+    assert raised.value.message == (
+        "No profile for AMD EPYC. The closest was measured on NVIDIA H200 (backend torch, torch 2.11)."
+    )
+    assert "moetune tune" in raised.value.hint
+    assert {difference.field for difference in raised.value.differences} == {"device", "torch", "cuda", "threads"}
 
 
 def test_miss_in_an_empty_store_says_so(store: Store, profile_of: ProfileOf) -> None:
-    with pytest.raises(MissError, match="none at all") as raised:
+    with pytest.raises(MissError, match="is empty") as raised:
         load(store, profile_of())
-    assert raised.value.differing == {}
+    assert differing_of(raised.value) == {}
     assert not store.root.exists()
 
 
@@ -432,8 +452,9 @@ def test_miss_names_the_nearest_profile_and_prefers_the_same_layer(store: Store,
     nearest = store.save(profile_of(Regime(**{**BASE.model_dump(), "seed": 3})))
     with pytest.raises(MissError) as raised:
         load(store, asked)
-    assert raised.value.differing == {"seed": (0, 3)}
-    assert str(path_of(store, nearest)) in str(raised.value)
+    assert differing_of(raised.value) == {"seed": (0, 3)}
+    assert raised.value.nearest == path_of(store, nearest)
+    assert "seed 3 instead of 0" in raised.value.message
     assert "\n" not in str(raised.value)
 
 
@@ -472,6 +493,20 @@ def test_the_packaged_root_is_the_installed_package_unless_switched_off(monkeypa
     monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")
     assert store_module.packaged_root() is None
     assert Store().roots == (Store().root,)
+
+
+def test_a_checkout_and_a_wheel_find_the_profiles_beside_their_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MOETUNE_PACKAGED_PROFILES")
+    package = tmp_path / "moetune"
+    for folder in (package, tmp_path / "profiles"):
+        folder.mkdir()
+    assert store_module.packaged_root(package) != tmp_path / "profiles", "a folder beside an installed package is not its own"
+    (tmp_path / "pyproject.toml").touch()
+    assert store_module.packaged_root(package) == tmp_path / "profiles"
+    (package / "profiles").mkdir()
+    assert store_module.packaged_root(package) == package / "profiles"
 
 
 def test_packaged_profile_answers_where_the_store_has_none(
@@ -538,8 +573,9 @@ def test_miss_names_the_nearest_of_both_folders(packaged: Store, backed: Store, 
     backed.save(profile_of(environment=Environment(device="Other", strict={**strict, "torch": "1"})))
     with pytest.raises(MissError) as raised:
         load(backed, profile_of())
-    assert raised.value.differing == {"torch": ("2.13.0", "1")}
-    assert f"packaged as {path_of(packaged, near)}, differs in torch" in raised.value.message
+    assert differing_of(raised.value) == {"torch": ("2.13.0", "1")}
+    assert raised.value.nearest == path_of(packaged, near)
+    assert "torch 1 instead of 2.13.0" in raised.value.message
 
 
 def test_store_that_is_the_packaged_folder_is_an_ordinary_one(packaged: Store, profile_of: ProfileOf) -> None:
@@ -752,7 +788,7 @@ def test_miss_beside_damaged_files_still_names_the_nearest(store: Store, profile
     store.save(profile_of(Regime(**{**BASE.model_dump(), "draws": 5})))
     with pytest.raises(MissError) as raised:
         load(store, profile_of(BASE))
-    assert raised.value.differing == {"draws": (16, 5)}
+    assert differing_of(raised.value) == {"draws": (16, 5)}
 
 
 def test_folder_in_a_profiles_place_is_an_error_of_the_store(store: Store, profile_of: ProfileOf) -> None:

@@ -1,0 +1,55 @@
+"""The folders that hold profiles: the user's store, and the profiles packaged with moetune."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from moetune.errors import UsageError
+
+STORE_VARIABLE = "MOETUNE_STORE"
+PACKAGED_VARIABLE = "MOETUNE_PACKAGED_PROFILES"
+PACKAGE = Path(__file__).parents[1]
+
+
+def default_root() -> Path:
+    """Returns `MOETUNE_STORE`, or `moetune` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    if store := os.environ.get(STORE_VARIABLE):
+        return expanded(store)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else expanded("~/.cache")) / "moetune"
+
+
+def packaged_root(package: Path = PACKAGE) -> Path | None:
+    """Returns the folder of the packaged profiles, or None if `MOETUNE_PACKAGED_PROFILES` is 0.
+
+    A wheel has it in the package, a checkout beside it. The import system is asked last: with an editable install of
+    another checkout it would find that one's profiles.
+
+    Args:
+        package: the folder of the package `moetune`.
+    """
+    if os.environ.get(PACKAGED_VARIABLE) == "0":
+        return None
+    if (installed := package / "profiles").is_dir():
+        return installed
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "profiles").is_dir():
+        return checkout / "profiles"
+    found = importlib.util.find_spec("moetune.profiles")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def expanded(path: Path | str) -> Path:
+    """Returns an absolute path with `~` replaced.
+
+    Raises:
+        UsageError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise UsageError(
+            f"There is no home folder for the store {path}.", f"Give a folder with --store or {STORE_VARIABLE}."
+        ) from None

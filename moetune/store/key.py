@@ -1,0 +1,54 @@
+"""`Key`: the layer, regime, backend and environment that a profile answers for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from moetune.errors import Difference, UsageError
+from moetune.spec.environment import Environment
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.store.profile import Profile
+
+
+class Key(NamedTuple):
+    """What a profile is stored and found under."""
+
+    layer: MoELayer
+    regime: Regime
+    backend: str
+    environment: Environment
+
+    @classmethod
+    def of(cls, profile: Profile) -> Key:
+        """Returns the key of a profile."""
+        return cls(profile.layer, profile.regime, profile.backend, profile.environment)
+
+    @property
+    def path(self) -> Path:
+        """The profile's path, relative to the store.
+
+        Raises:
+            UsageError: the backend's name cannot be part of a file name.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", self.backend, re.ASCII):
+            raise UsageError(f"A backend's name has letters, digits, '-', '_' and '.' only, given {self.backend!r}.")
+        folder = Path(self.environment.device_slug, self.layer.slug, f"{self.regime.slug}-{self.regime.digest}")
+        return folder / f"{self.backend}-{self.environment.digest}.json"
+
+    def differences(self, stored: Profile) -> tuple[Difference, ...]:
+        """Returns the fields in which `stored` differs from this key. Names and informative fields do not count."""
+        fields = {
+            **_unequal(self.layer.shape, stored.layer.shape),
+            **self.regime.differing(stored.regime),
+            **_unequal({"backend": self.backend}, {"backend": stored.backend}),
+            **self.environment.differing(stored.environment),
+        }
+        return tuple(Difference(field, wanted, found) for field, (wanted, found) in fields.items())
+
+
+def _unequal(wanted: Mapping[str, object], stored: Mapping[str, object]) -> dict[str, tuple[object, object]]:
+    return {name: (wanted[name], stored[name]) for name in wanted if wanted[name] != stored[name]}

@@ -1,0 +1,55 @@
+"""The error of a look-up that found no profile: what the closest profile is, and in which fields it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from moetune.errors import Difference, MissError
+from moetune.store.key import Key
+from moetune.store.profile import Profile
+
+HINT = "Run `moetune tune` with the same options to measure it."
+NAMED = 3
+"""Number of differences that the message names; all are in `MissError.differences`."""
+
+
+def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> MissError:
+    """Returns the error for a key that no profile answers.
+
+    The closest profile is one of the same layer if there is any, then the one with the fewest differences.
+
+    Args:
+        key: the key that was looked up.
+        profiles: all profiles of the store, with their files.
+        root: the store's folder.
+    """
+    asked = f"No profile of {key.layer.name} under {key.regime.slug} by {key.backend} on {key.environment.device}."
+    found = [(path, profile, key.differences(profile)) for path, profile in profiles]
+    if not found:
+        return MissError(f"{asked} The store {root} is empty.", HINT)
+    path, closest, differences = min(
+        found, key=lambda entry: (entry[1].layer.shape != key.layer.shape, len(entry[2]), str(entry[0]))
+    )
+    if closest.environment.device == key.environment.device:
+        message = f"{asked} The closest has {_named(differences)}."
+    else:
+        of = "" if closest.layer.shape == key.layer.shape else f", of {closest.layer.name},"
+        torch = closest.environment.strict.get("torch")
+        versions = ", ".join([f"backend {closest.backend}", *([f"torch {torch}"] if torch else [])])
+        message = (
+            f"No profile for {key.environment.device}. "
+            f"The closest{of} was measured on {closest.environment.device} ({versions})."
+        )
+    return MissError(message, HINT, differences, path)
+
+
+def _named(differences: tuple[Difference, ...]) -> str:
+    named = [
+        f"{each.field} {'none' if each.stored is None else each.stored} instead of "
+        f"{'none' if each.wanted is None else each.wanted}"
+        for each in differences[:NAMED]
+    ]
+    if more := len(differences) - NAMED:
+        named += [f"{more} other difference{'s' if more > 1 else ''}"] if more > 0 else []
+    return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
