@@ -31,7 +31,7 @@ def document(content: BaseModel | dict[str, Any], **fields: Any) -> None:
 def miss_document(miss: MissError) -> dict[str, Any]:
     """Returns the JSON document of a miss: the error, and every field in which the nearest profile differs."""
     differing = {
-        name: {"wanted": _plain(wanted), "stored": _plain(stored)} for name, (wanted, stored) in miss.differing.items()
+        each.field: {"wanted": _plain(each.wanted), "stored": _plain(each.stored)} for each in miss.differences
     }
     fields = {"message": miss.message, "hint": miss.hint, "differing": differing}
     return {"schema_version": MISS_SCHEMA_VERSION, "miss": fields}

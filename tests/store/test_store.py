@@ -502,7 +502,9 @@ def test_a_checkout_and_a_wheel_find_the_profiles_beside_their_own_files(
     package = tmp_path / "moetune"
     for folder in (package, tmp_path / "profiles"):
         folder.mkdir()
-    assert store_module.packaged_root(package) != tmp_path / "profiles", "a folder beside an installed package is not its own"
+    assert store_module.packaged_root(package) != tmp_path / "profiles", (
+        "a folder beside an installed package is not its own"
+    )
     (tmp_path / "pyproject.toml").touch()
     assert store_module.packaged_root(package) == tmp_path / "profiles"
     (package / "profiles").mkdir()
