@@ -135,6 +135,19 @@ class Searches(Protocol):
 
 
 @runtime_checkable
+class ReportsPromising(Protocol):
+    """A backend that warm-starts a bucket's search with more than the finalists of the buckets before."""
+
+    def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
+        """Returns what the next bucket's search gets as further `starts`, the best first.
+
+        Args:
+            times_us: everything that the search of one bucket measured.
+        """
+        ...
+
+
+@runtime_checkable
 class WarmsOnce(Protocol):
     """A backend whose tactics need no first run in a problem once they ran in another: nothing is compiled for it."""
 

@@ -1,32 +1,32 @@
-"""Coordinate descent: sweeps one coordinate of a tactic at a time, then lets the best values of each meet.
+"""Coordinate descent: sweeps one coordinate of a tactic at a time, then combines the best values of each.
 
-For tactics whose parts hardly depend on each other, such as one kernel for each of two GEMMs run one after the other:
-the time is about a sum of one term a coordinate, so 45 × 81 tactics are known by 45 + 81 measurements.
+For tactics whose parts hardly depend on each other, such as one kernel for each of two GEMMs that run one after the
+other. The time is about a sum of one term a coordinate, so 45 + 81 measurements are enough for 45 × 81 tactics.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import product
 
 from moetune.search.base import Batch, Search, Times
 from moetune.spec.tactic import Tactic, Value
 
 SCAN = 8
-"""Tactics tried before the first sweep, so that the coordinates that stand still stand well."""
+"""The number of tactics that are timed before the first sweep. The best fixes the coordinates that are not swept."""
 HOPELESS = 1.5
-"""A value slower than this times the sweep's best is not timed again …"""
+"""Values slower than this times the sweep's best are not timed again."""
 ETA = 3
-"""… nor is one behind the first third …"""
+"""At most this fraction of a sweep's values, one in `ETA`, is timed a second time."""
 LEAST = 6
-"""… unless it is among the first this many. So many of the best of a second pass are timed in a third."""
+"""The best values of a sweep that are timed a second time in any case, and the most that are timed a third time."""
 PROMISING = 1.3
-"""A value within this times its line's best is worth a try in a neighboring bucket.
+"""Values within this times their line's best are tried in a neighboring bucket.
 
 On recorded times of three ladders (H200, packed rows and `deepep_high_throughput` on 8 and 32 ranks) the best value of
-a bucket was within 1.2 in the bucket before. Replayed 20 times each, the best finalist is 0.03 to 0.05 % behind in the
-mean and 1.1 % at worst; where 1.4 times the best pair of all was the limit, it was up to 4.9 %.
+a bucket was within 1.2 in the bucket before. Replayed 20 times each, the best finalist was 0.03 to 0.05 % slower in the
+mean and 1.1 % at worst. With 1.4 times the best pair of all as the limit it was up to 4.9 % slower.
 """
 
 
@@ -40,59 +40,68 @@ def coordinate(
     finalists: int = 6,
     turn: int = 0,
 ) -> Search:
-    """A scan, a sweep of each coordinate from the best so far, and finalists in which the best values of all meet.
+    """Times a few tactics, sweeps each coordinate from the best so far, and returns combinations of the best values.
 
     A sweep times every value once, drops the hopeless, times the rest with more rounds, and the few best of those with
-    still more. The finalists are the product of each coordinate's two best values, and every third-best one beside the
-    others' best: should all the best fall off a cliff, something is left.
+    still more. The finalists are the product of each coordinate's two best values, and each third-best value with the
+    others at their best, so that something is left if all the best have a cliff.
 
     Args:
-        tactics: the candidates; sweeps keep to them, so they need not form a full grid.
-        starts: tactics that were good in neighboring buckets, the best first; unknown ones are ignored. With
-            them the scan tries the first few, and the sweeps are over their values and some others only.
-        explore: one in so many values of a coordinate is tried though no start has it, another one each turn.
-        rounds: how often a tactic is timed in the scan and in the first, second and third pass of a sweep.
-        passes: how often all coordinates are swept; it ends earlier when one changes nothing.
-        finalists: how many at most are returned.
-        turn: the bucket's number, which chooses the scan without starts and what is explored: `explore` buckets in a
-            row try all values. By chance instead, a value that the first bucket had no use for was found 13 buckets
-            later (H200, FlashInfer's GEMM1 tactic 32, 1.3 % faster than the next).
+        tactics: the candidates. Sweeps propose nothing else, so the candidates need not form a full grid.
+        starts: tactics that were fast in neighboring buckets, the best first; those that are no candidates are ignored.
+            With starts the first ones are timed first, and a sweep covers their values and some others only.
+        explore: a sweep with starts also tries one in this many of all values; see `explored`.
+        rounds: how often a tactic is timed before the sweeps and in a sweep's first pass, in its second and its third.
+        passes: how often all coordinates are swept; fewer times if a pass does not change the best.
+        finalists: the most tactics that are returned.
+        turn: the bucket's number, which chooses the first tactics of a search without starts, and what is explored.
     """
-    legal = set(tactics)
-    known = [tactic for tactic in dict.fromkeys(starts) if tactic in legal]
-    scan = known[:SCAN] or random.Random(turn).sample(list(tactics), min(SCAN, len(tactics)))
-    leaders = _ranked((yield Batch(tuple(scan), rounds[0]))) if scan else []
+    if not tactics:
+        return ()
+    grid = _Grid(tactics)
+    known = [tactic for tactic in dict.fromkeys(starts) if tactic in grid]
+    first = known[:SCAN] or random.Random(turn).sample(list(tactics), min(SCAN, len(tactics)))
+    leaders = _ranked((yield Batch(tuple(first), rounds[0])))
     if not leaders:
         return ()
-    # one that shares no line with another, as an engine's own fallback may, leads nowhere
-    best = next((tactic for tactic in leaders if _on_a_line(tactics, tactic)), leaders[0])
-    alone = leaders[:1] if leaders[0] != best else []
+    best = next(filter(grid.on_a_line, leaders), leaders[0])
+    # a leader that shares no line with another, such as an engine's fallback, is a finalist but cannot be swept from
+    off_the_grid = leaders[:1] if best != leaders[0] else []
     shortlists: dict[str, list[Value]] = {}
     for _ in range(passes):
         before = best
         for name in before:
-            line = _line(tactics, best, name)
+            line = grid.line(best, name)
             if known:
-                values = list(dict.fromkeys(tactic[name] for tactic in tactics if name in tactic))
-                tried = {best[name], *(tactic.get(name) for tactic in known), *values[turn % explore :: explore]}
-                line = [tactic for tactic in line if tactic[name] in tried]
+                values = {
+                    best[name],
+                    *(tactic.get(name) for tactic in known),
+                    *explored(grid.values(name), turn, explore),
+                }
+                line = [tactic for tactic in line if tactic[name] in values]
             ranked = _ranked((yield from _sweep(line, rounds))) or [best]
             best = ranked[0]
             shortlists[name] = [tactic[name] for tactic in ranked[:3]]
         if best == before:
             break
-    return tuple(dict.fromkeys((*alone, *_meetings(best, shortlists, legal))))[:finalists]
+    combined = (tactic for tactic in _combinations(best, shortlists) if tactic in grid)
+    return tuple(dict.fromkeys((*off_the_grid, *combined)))[:finalists]
+
+
+def explored(values: Sequence[Value], turn: int, every: int) -> Sequence[Value]:
+    """Returns one in `every` of a coordinate's values; `every` turns in a row return them all.
+
+    Values drawn at random instead found a value 13 buckets late that the first bucket had no use for (H200,
+    FlashInfer's GEMM1 tactic 32, 1.3 % faster than the next).
+    """
+    return values[turn % every :: every]
 
 
 def promising(times: Times) -> tuple[Tactic, ...]:
-    """Of all that one bucket measured, what to give the next one as `starts`: near a line's best, the fastest first."""
-    lines: dict[tuple[str, frozenset[tuple[str, Value]]], list[Tactic]] = {}
-    for tactic in times:
-        for name, value in tactic.items():
-            lines.setdefault((name, frozenset(tactic.items() - {(name, value)})), []).append(tactic)
+    """Returns the tactics of one bucket that the next one should try: those near a line's best, the fastest first."""
     near = {
         tactic
-        for line in lines.values()
+        for line in _Grid(times).lines
         if len(line) > 1
         for tactic in line
         if times[tactic] <= PROMISING * min(times[other] for other in line)
@@ -100,8 +109,45 @@ def promising(times: Times) -> tuple[Tactic, ...]:
     return tuple(tactic for tactic in _ranked(times) if tactic in near)
 
 
+class _Grid:
+    """The lines of some tactics. Those on one line differ in one coordinate only."""
+
+    def __init__(self, tactics: Iterable[Tactic]) -> None:
+        self._tactics = set(tactics)
+        self._lines: dict[tuple[str, frozenset[tuple[str, Value]]], list[Tactic]] = {}
+        self._values: dict[str, dict[Value, None]] = {}
+        for tactic in tactics:
+            for name, value in tactic.items():
+                self._lines.setdefault(_key(tactic, name), []).append(tactic)
+                self._values.setdefault(name, {})[value] = None
+
+    def __contains__(self, tactic: Tactic) -> bool:
+        return tactic in self._tactics
+
+    @property
+    def lines(self) -> Iterable[list[Tactic]]:
+        """All lines, each in the order of the tactics."""
+        return self._lines.values()
+
+    def line(self, at: Tactic, name: str) -> list[Tactic]:
+        """Returns the tactics that differ from `at` in the coordinate `name` only, and `at` itself."""
+        return self._lines[_key(at, name)]
+
+    def values(self, name: str) -> list[Value]:
+        """Returns the values of a coordinate, in the order of the tactics."""
+        return list(self._values[name])
+
+    def on_a_line(self, tactic: Tactic) -> bool:
+        """Whether the tactic shares a line with another."""
+        return any(len(self.line(tactic, name)) > 1 for name in tactic)
+
+
+def _key(tactic: Tactic, name: str) -> tuple[str, frozenset[tuple[str, Value]]]:
+    return name, frozenset(item for item in tactic.items() if item[0] != name)
+
+
 def _sweep(line: Sequence[Tactic], rounds: tuple[int, int, int]) -> Generator[Batch, Times, Times]:
-    """Times a line once, its best again and the best of those once more; returns the times of the last pass."""
+    """Times a line once, its best tactics again and the best of those once more; returns the times of the last pass."""
     times = yield Batch(tuple(line), rounds[0])
     ranked = _ranked(times)
     near = sum(times[tactic] <= HOPELESS * times[ranked[0]] for tactic in ranked)
@@ -113,30 +159,13 @@ def _sweep(line: Sequence[Tactic], rounds: tuple[int, int, int]) -> Generator[Ba
     return times
 
 
-def _line(tactics: Sequence[Tactic], at: Tactic, name: str) -> list[Tactic]:
-    """The tactics that differ from `at` in one coordinate only, and `at` itself."""
-    others = [(other, value) for other, value in at.items() if other != name]
-    return [
-        tactic
-        for tactic in tactics
-        if len(tactic) == len(at) and name in tactic and all(tactic.get(other) == value for other, value in others)
-    ]
-
-
-def _on_a_line(tactics: Sequence[Tactic], tactic: Tactic) -> bool:
-    return any(len(_line(tactics, tactic, name)) > 1 for name in tactic)
-
-
-def _meetings(best: Tactic, shortlists: Mapping[str, list[Value]], legal: set[Tactic]) -> Iterator[Tactic]:
-    """The product of the two first values of each coordinate, the least far down first; then each third value."""
-    places = sorted(product(*(range(len(values[:2])) for values in shortlists.values())), key=sum)
-    for place in places:
-        met = {name: values[at] for at, (name, values) in zip(place, shortlists.items(), strict=True)}
-        if (tactic := Tactic(met)) in legal:
-            yield tactic
+def _combinations(best: Tactic, shortlists: Mapping[str, list[Value]]) -> Iterator[Tactic]:
+    """Combines each coordinate's two best values, the best ranks first; then each third-best with the others' best."""
+    for ranks in sorted(product(*(range(len(values[:2])) for values in shortlists.values())), key=sum):
+        yield Tactic({name: values[rank] for rank, (name, values) in zip(ranks, shortlists.items(), strict=True)})
     for name, values in shortlists.items():
-        if len(values) > 2 and (tactic := Tactic({**best, name: values[2]})) in legal:
-            yield tactic
+        if len(values) > 2:
+            yield Tactic({**best, name: values[2]})
 
 
 def _ranked(times: Times) -> list[Tactic]:

@@ -164,6 +164,11 @@ class BucketTuner:
         self._noted: set[Tactic] = set()
 
     @property
+    def times_us(self) -> Mapping[Tactic, float]:
+        """The mean times of all tactics that the search measured."""
+        return self._times
+
+    @property
     def _failures(self) -> Mapping[Tactic, str]:
         return {**self._uncompiled, **self._bench.failures}
 

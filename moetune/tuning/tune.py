@@ -210,7 +210,7 @@ def _choices(
     tell: OnEvent,
 ) -> Generator[Choice]:
     """The choice of one missing bucket after the other, as long as the time lasts."""
-    from moetune.backends.base import CompilesAhead, PacesFinal
+    from moetune.backends.base import CompilesAhead, PacesFinal, ReportsPromising
     from moetune.measure.compiling import Compilers, capability_of
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
@@ -246,6 +246,7 @@ def _choices(
             buckets = _results(drawn)
         known = stored.choices if stored else ()
         good: dict[int, Sequence[Tactic]] = {choice.rows: [choice.tactic] for choice in known}
+        promising: Sequence[Tactic] = ()
         for index, rows in enumerate(missing):
             if end and index and time.monotonic() >= end:
                 tell(BucketsSkipped(tuple(missing[index:])))
@@ -253,11 +254,13 @@ def _choices(
             bucket = next(buckets)
             offered, bench = bucket.candidates, bench_of(bucket.problem)
             tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
-            search = bucket.search(backend, strategy, _starts(good, rows))
+            starts = _starts(good, rows)
+            search = bucket.search(backend, strategy, (*starts, *promising) if starts else ())
             share_s = max(0.0, end - time.monotonic()) / (len(missing) - index) if end else None
             note = partial(journal.note, rows, strategy)
             tuned = BucketTuner(bucket, bench, compilers, share_s, tell, note, final_s)
             good[rows] = tuned.search(search)
+            promising = backend.promising(tuned.times_us) if isinstance(backend, ReportsPromising) else ()
             yield tuned.choose(good[rows])
 
 

@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
@@ -51,7 +51,6 @@ class FlashInferCutlassBackend:
     def __init__(self) -> None:
         self.warm: set[Tactic] = set()
         self._able = False
-        self._promising: tuple[Tactic, ...] = ()
         self._candidates: dict[tuple[Precision, str], Candidates] = {}
         self._weights: WeightCache[CutlassExperts] = WeightCache()
 
@@ -125,25 +124,16 @@ class FlashInferCutlassBackend:
         return UNTUNED
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
-        """Coordinate descent: GEMM1's tactics beside one good GEMM2, then GEMM2's beside the best GEMM1, then a final.
+        """Coordinate descent: GEMM1's tactics with one good GEMM2, then GEMM2's with the best GEMM1; see `coordinate`.
 
-        With `starts` the sweeps are over what was promising in the buckets searched before, and a few others.
+        With `starts` the sweeps cover the values of the starts and a few others.
         """
-        known = (*starts, *self._promising) if starts else ()
         turn = bisect_left(problem.regime.buckets, problem.rows)
-        return self._remembering(coordinate(candidates.tactics, starts=known, rounds=ROUNDS, turn=turn))
+        return coordinate(candidates.tactics, starts=starts, rounds=ROUNDS, turn=turn)
 
-    def _remembering(self, search: Search) -> Search:
-        measured: dict[Tactic, float] = {}
-        batch = next(search)
-        while True:
-            times = yield batch
-            measured |= times
-            try:
-                batch = search.send(times)
-            except StopIteration as stop:
-                self._promising = promising(measured)
-                return stop.value  # type: ignore[no-any-return]
+    def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
+        """Returns the tactics near the best of their line in one bucket: GEMM1's choices and GEMM2's, each by itself."""
+        return promising(times_us)
 
     def tolerance(self, layer: MoELayer) -> float:
         """1e-2 in bf16; 5e-2 in fp8, where the intermediate is rounded to e4m3."""

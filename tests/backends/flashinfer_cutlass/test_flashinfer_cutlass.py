@@ -286,18 +286,22 @@ def test_a_search_sweeps_less_once_it_has_starts(op):
 
     def tuned(rows, starts):
         search = backend.search(problem(layer, regime, rows, draws=1), found, starts)
-        batch, count = next(search), 0
+        batch, count, measured = next(search), 0, {}
         try:
             while True:
                 count += len(batch.tactics)
-                batch = search.send({t: 100.0 + 5 * (t["gemm1"] - 9) ** 2 + 4 * (t["gemm2"] - 77) ** 2
-                                     if t != UNTUNED else 1e4 for t in batch.tactics})  # fmt: skip
+                times = {t: 100.0 + 5 * (t["gemm1"] - 9) ** 2 + 4 * (t["gemm2"] - 77) ** 2
+                         if t != UNTUNED else 1e4 for t in batch.tactics}  # fmt: skip
+                measured |= times
+                batch = search.send(times)
         except StopIteration as stop:
-            return count, stop.value
+            return count, stop.value, measured
 
-    cold, finalists = tuned(16, ())
+    cold, finalists, measured = tuned(16, ())
     assert finalists[0] == Tactic(gemm1=9, gemm2=77)
-    warm, again = tuned(32, finalists)
+    warm, again, _ = tuned(32, (*finalists, *backend.promising(measured)))
+    assert tuned(32, (*finalists, *backend.promising(measured)))[:2] == (warm, again)
+    assert tuned(16, ()) == (cold, finalists, measured)
     assert again[0] == finalists[0]
     assert cold > 44 + 80
     assert warm < cold / 2
@@ -327,17 +331,21 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
     def us(tactic):
         return 5 * t_us if tactic == UNTUNED else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
 
-    starts, warm = (), set()
+    starts, promising, warm = (), (), set()
     for rows in (128, 256):
-        bench, search = Timed(us, warm), backend.search(problem(small(), Regime(), rows, draws=1), found, starts)
-        batch = next(search)
+        bench, search = (
+            Timed(us, warm),
+            backend.search(problem(small(), Regime(), rows, draws=1), found, (*starts, *promising)),
+        )
+        batch, measured = next(search), {}
         try:
             while True:
                 taken = bench.samples(batch.tactics, range(batch.rounds))
                 means = [sum(series) / len(series) for series in taken]
+                measured |= dict(zip(batch.tactics, means, strict=True))
                 batch = search.send(dict(zip(batch.tactics, means, strict=True)))
         except StopIteration as stop:
-            starts = stop.value
+            starts, promising = stop.value, backend.promising(measured)
         searched = bench.spent[UNTUNED]
         played = play(bench, UNTUNED, [t for t in starts if t != UNTUNED], range(16), backend.final_s)
         assert bench.spent[UNTUNED] - searched <= 8 * 5 * t_us
