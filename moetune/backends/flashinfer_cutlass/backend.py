@@ -132,7 +132,7 @@ class FlashInferCutlassBackend:
         return coordinate(candidates.tactics, starts=starts, rounds=ROUNDS, turn=turn)
 
     def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
-        """Returns the tactics near the best of their line in one bucket: GEMM1's choices and GEMM2's, each by itself."""
+        """Returns the tactics near the best of their line in one bucket; see `coordinate.promising`."""
         return promising(times_us)
 
     def tolerance(self, layer: MoELayer) -> float:
