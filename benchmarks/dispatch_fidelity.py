@@ -50,7 +50,7 @@ from moetune.stats import geomean
 from moetune.tuning.bucket import Bucket, BucketTuner
 from moetune.workload.dispatch import met_rows, rows_for_tokens
 from moetune.workload.distribution import seeded_generator
-from moetune.workload.router import is_local, random_slots
+from moetune.workload.router import is_local, random_top_k
 from moetune.workload.routing import Routing
 
 SHARES = {"qwen3-235b-a22b": (4, 8, 32), "deepseek-r1": (8, 32)}
@@ -67,7 +67,7 @@ def traffic(layer: MoELayer, regime: Regime, rows: int, draw: int) -> Routing:
     generator = seeded_generator("traffic", layer.shape, regime.ep_size, kind, rows, draw)
 
     def routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return random_slots(generator, layer, 0, layer.num_experts, tokens, layer.top_k)
+        return random_top_k(generator, layer, 0, layer.num_experts, tokens, layer.top_k)
 
     found_ids, found_weights, found = [], [], 0
     while found < rows:

@@ -108,7 +108,7 @@ def test_the_reader_of_imports_sees_through_functions_and_type_checking():
     "statement",
     [
         "import moetune",
-        "from moetune.inputs import dispatcher, hf, presets; presets.preset('deepseek-r1'); dispatcher.words()",
+        "from moetune.inputs import dispatcher, hf, presets; presets.preset('deepseek-r1'); dispatcher.dispatchers()",
         "import moetune.spec.regime, moetune.search.exhaustive, moetune.store.profile",
     ],
 )

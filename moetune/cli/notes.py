@@ -47,7 +47,7 @@ def dp_alone(regime: Regime) -> str:
     """Returns a note on the dispatch and the layout that `--dp` without `--dispatch` implies."""
     from moetune.inputs import dispatcher
 
-    dispatchers = dispatcher.bringing(regime.dispatch, regime.layout)
+    dispatchers = dispatcher.matching(regime.dispatch, regime.layout)
     note = f"note: --dp alone means --dispatch {regime.dispatch} --layout {regime.layout}"
     note += f", as with {', '.join(dispatchers)}." if dispatchers else "."
     if any(name.startswith(("vllm:", "sglang:")) for name in dispatchers):

@@ -132,7 +132,7 @@ def _if_ours(
 ) -> MoEOp | None:
     top_k = regime.row_top_k(layer)
     for shard in _shards(layer, regime, rank):
-        if found == _Experts(shard.num_slots, top_k, shard.num_local, shard.first):
+        if found == _Experts(shard.num_physical, top_k, shard.num_local, shard.first):
             return make(shard.rank)
     return None
 
@@ -209,19 +209,19 @@ def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tens
 
     ids = routing.topk_ids.long()
     rows, top_k = ids.shape
-    slots = torch.arange(shard.num_slots)
+    slots = torch.arange(shard.num_physical)
     # the row's own ids first, then foreign ones, another for each row; local ones not in the row never
-    turn = (slots - torch.arange(rows).unsqueeze(1)) % shard.num_slots
-    preference = -1.0 - turn.float() / shard.num_slots
+    turn = (slots - torch.arange(rows).unsqueeze(1)) % shard.num_physical
+    preference = -1.0 - turn.float() / shard.num_physical
     preference[:, is_local(slots, shard)] = -3.0
-    present = torch.where(ids < 0, shard.num_slots, ids)
+    present = torch.where(ids < 0, shard.num_physical, ids)
     padded = torch.nn.functional.pad(preference, (0, 1)).scatter_(1, present, 1.0)[:, :-1]
     chosen = padded.topk(top_k, dim=1).indices
-    logits = torch.full((rows, shard.num_slots), -10.0).scatter_(1, chosen, 10.0)
+    logits = torch.full((rows, shard.num_physical), -10.0).scatter_(1, chosen, 10.0)
 
     bias = None if bias is None else bias.detach().float().cpu()
     experts, _ = route(layer.routing, logits, top_k, bias)
-    load = torch.bincount(experts.flatten(), minlength=shard.num_slots)[shard.first : shard.first + shard.num_local]
+    load = torch.bincount(experts.flatten(), minlength=shard.num_physical)[shard.first : shard.first + shard.num_local]
     if not torch.equal(load, routing.load):
         raise UnsupportedError(f"The router of {layer.name} cannot be led to this load by its logits.")
     return logits

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moetune.backends.grouped_triton.space import SCALE_BLOCK, VALUES, effective_block_size_k
 from moetune.errors import UnsupportedError, UsageError
-from moetune.inputs.dispatcher import bringing, words
+from moetune.inputs.dispatcher import dispatchers, matching
 from moetune.spec.enums import Precision
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
@@ -89,7 +89,7 @@ class TritonProfile:
         """Whether rows that the kernel sees have slots of other ranks' experts (or none: −1)."""
         layer, regime = self.profile.layer, self.profile.regime
         shard = regime.shard(layer)
-        if shard.num_local == shard.num_slots or regime.layout == "slot":
+        if shard.num_local == shard.num_physical or regime.layout == "slot":
             return False
         return regime.layout != "packed" or shard.num_local < layer.top_k
 
@@ -97,7 +97,7 @@ class TritonProfile:
         """Where `engine`, which treats remote slots by `remote`, does not bring what was measured."""
         regime = self.profile.regime
         if regime.dispatch != "none":
-            found = [word for word in bringing(regime.dispatch, regime.layout) if word.startswith(f"{engine}:")]
+            found = [word for word in matching(regime.dispatch, regime.layout) if word.startswith(f"{engine}:")]
             load = regime.layout or regime.dispatch
             if not found:
                 yield (
@@ -143,9 +143,9 @@ class TritonProfile:
 def _reaching_triton(engine: str) -> list[str]:
     """The engine's dispatchers before its Triton kernel, one for each load that they bring."""
     by_load: dict[str, str] = {}
-    for word in words():
-        if word.engine == engine and word.tunable and word.brings.get("layout") != "pool":
-            by_load.setdefault(str(word.brings), str(word))
+    for known in dispatchers():
+        if known.engine == engine and known.tunable and known.regime.get("layout") != "pool":
+            by_load.setdefault(str(known.regime), str(known))
     return list(by_load.values())
 
 

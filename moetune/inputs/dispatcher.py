@@ -1,8 +1,8 @@
-"""The engines' own words for how tokens travel to the experts, and the `Regime` that each stands for.
+"""Maps each engine's dispatchers to `Regime` fields.
 
-vLLM's are the values of `--all2all-backend`, SGLang's those of `--moe-a2a-backend`, TensorRT-LLM's the communication
-methods of `TRTLLM_FORCE_COMM_METHOD`, and `attention_dp` for the dummy of its own tuner (TensorRT-LLM #13667). The data
-file names the version and the files that each was read in.
+vLLM's dispatchers are the values of `--all2all-backend`, SGLang's those of `--moe-a2a-backend`. TensorRT-LLM's are the
+communication methods of `TRTLLM_FORCE_COMM_METHOD`, and `attention_dp` for the routing that its own tuner uses
+(TensorRT-LLM #13667). `dispatchers.json` names the engine version and source file of each.
 """
 
 from __future__ import annotations
@@ -15,66 +15,72 @@ from importlib import resources
 from typing import Any
 
 from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs.suggestions import did_you_mean
 from moetune.spec.ladder import POW2_LAST
 from moetune.spec.layer import MoELayer
 
 
 @dataclass(frozen=True, slots=True)
 class Dispatcher:
-    """One word of one engine. `brings` are `Regime` arguments; empty where `untunable` says why it has none.
+    """One dispatcher of one engine.
 
-    `{ep_size}` in the ladder stands for the deployment's. `aliases`: the engine's own spellings, where `word` is
-    moetune's. `uneven_shards`: whether the engine takes an ep_size that does not divide the experts behind it.
+    Attributes:
+        name: the engine's value, or moetune's own name if there are `aliases`.
+        description: one line for the user.
+        regime: `Regime` fields. `{ep_size}` in the ladder is replaced by the deployment's. Empty if not tunable.
+        untunable: why moetune cannot tune its kernels, or None.
+        aliases: the engine's own spellings.
+        uneven_shards: whether the engine accepts an ep_size that does not divide the experts.
     """
 
     engine: str
-    word: str
+    name: str
     description: str
-    brings: Mapping[str, Any]
+    regime: Mapping[str, Any]
     untunable: str | None = None
     aliases: tuple[str, ...] = ()
     uneven_shards: bool = False
 
     @property
     def tunable(self) -> bool:
-        """Whether moetune tunes the kernels behind it."""
+        """Whether moetune can tune its kernels."""
         return self.untunable is None
 
     def __str__(self) -> str:
-        return f"{self.engine}:{self.word}"
+        return f"{self.engine}:{self.name}"
 
 
 @functools.cache
-def words() -> tuple[Dispatcher, ...]:
-    """Every dispatcher of every engine, in the order of the data file."""
+def dispatchers() -> tuple[Dispatcher, ...]:
+    """Returns every dispatcher of every engine, in the order of the data file."""
     return tuple(
         Dispatcher(
             engine,
-            word,
+            name,
             entry["description"],
-            entry.get("brings", {}),
+            entry.get("regime", {}),
             entry.get("untunable"),
             tuple(entry.get("aliases", ())),
             entry.get("uneven_shards", described.get("uneven_shards", False)),
         )
         for engine, described in _engines().items()
-        for word, entry in described["words"].items()
+        for name, entry in described["dispatchers"].items()
     )
 
 
-def trtllm_word(value: str) -> str:
-    """moetune's word for a value of TensorRT-LLM's `TRTLLM_FORCE_COMM_METHOD`, `DEEPEPLOWLATENCY` for one.
+def trtllm_name(value: str) -> str:
+    """Returns the dispatcher name for a value of TensorRT-LLM's `TRTLLM_FORCE_COMM_METHOD`, e.g. `DEEPEPLOWLATENCY`.
 
-    The names of the older `TRTLLM_FORCE_ALLTOALL_METHOD` (`AlltoallMethodType`: `NotEnabled`, `MNNVL`, `DeepEP` …) are
-    taken too. Case is folded, as TensorRT-LLM does it for the former.
+    Values of the older `TRTLLM_FORCE_ALLTOALL_METHOD` (`AlltoallMethodType`: `NotEnabled`, `MNNVL`, `DeepEP` …) are
+    accepted too. Case is ignored, as TensorRT-LLM ignores it for the former.
 
     Raises:
-        UsageError: no value of either; the message lists them.
+        UsageError: an unknown value.
     """
-    spellings = {alias: known.word for known in words() if known.engine == "trtllm" for alias in known.aliases}
-    for alias, word in spellings.items():
+    spellings = {alias: known.name for known in dispatchers() if known.engine == "trtllm" for alias in known.aliases}
+    for alias, name in spellings.items():
         if alias.lower() == value.strip().lower():
-            return word
+            return name
     raise UsageError(
         f"TensorRT-LLM has no communication method {value!r} (TRTLLM_FORCE_COMM_METHOD, TRTLLM_FORCE_ALLTOALL_METHOD).",
         f"Known: {', '.join(spellings)}.",
@@ -89,49 +95,54 @@ def resolve(
     attention_dp: bool | None = None,
     tp_size: int = 1,
 ) -> dict[str, Any]:
-    """The `Regime` arguments that `engine:word` stands for; an option given beside it is to replace its entry.
+    """Returns the `Regime` fields of the dispatcher `ENGINE:NAME`. Options given by the user replace single fields.
 
-    What hangs on attention DP goes with it: where `attention_dp` is False every rank holds all rows, nothing is
-    dispatched whatever the word, and no pool is divided at look-up. Where `tp_size` ranks share each expert,
-    TensorRT-LLM gathers the rows of all ranks, whatever method is forced (`CommunicationFactory.create_strategy`).
-    An ep_size that does not divide the experts gives `uneven_shards` where the engine takes one: vLLM behind every
-    word, TensorRT-LLM behind `allgather` and `nvlink_one_sided` (#13888). Both give the first ranks one expert more
-    (TensorRT-LLM's `_compute_ep_partition`).
+    Without attention DP every rank holds all rows, so nothing is dispatched and the ladder has no divisor. If
+    `tp_size` ranks share each expert, TensorRT-LLM gathers all ranks' rows, whatever method is forced
+    (`CommunicationFactory.create_strategy`). An ep_size that does not divide the experts sets `uneven_shards` if the
+    engine accepts it: vLLM always, TensorRT-LLM with `allgather` and `nvlink_one_sided` (#13888). Both give the first
+    ranks one expert more (TensorRT-LLM's `_compute_ep_partition`).
+
+    Args:
+        spelled: `ENGINE:NAME`; case is ignored.
+        layer: the layer whose experts are shared.
+        ep_size, redundant_experts, attention_dp, tp_size: as in `Regime`. `attention_dp` None means the dispatcher's.
 
     Raises:
-        UsageError: no such engine or word; the message lists them.
-        UnsupportedError: the kernels behind the word cannot be tuned.
+        UsageError: an unknown engine or dispatcher.
+        UnsupportedError: the dispatcher's kernels cannot be tuned.
     """
     dispatcher = _find(spelled)
     if dispatcher.engine == "trtllm" and tp_size > 1 and attention_dp is not False and not _holds_all(dispatcher):
         dispatcher = _find("trtllm:allgather")
     if dispatcher.untunable is not None:
-        tunable = [str(known) for known in words() if known.engine == dispatcher.engine and known.tunable]
+        tunable = [str(known) for known in dispatchers() if known.engine == dispatcher.engine and known.tunable]
         raise UnsupportedError(
             f"{dispatcher} cannot be tuned: {dispatcher.untunable}.", f"Tunable: {', '.join(tunable)}."
         )
-    arguments = dict(dispatcher.brings)
+    arguments = dict(dispatcher.regime)
     if attention_dp is False:
         arguments = {"attention_dp": False, "ladder": arguments["ladder"].partition("/")[0]}
     arguments["ladder"] = arguments["ladder"].format(ep_size=ep_size)
     if arguments["ladder"] == "pow2" and arguments.get("layout") == "pool":
         arguments["ladder"] = _pools(ep_size)
-    slots = layer.num_experts + redundant_experts
-    dispatched = dispatcher.engine == "vllm" or attention_dp is not False  # TensorRT-LLM's rule is one of its dispatch
-    if dispatcher.uneven_shards and dispatched and 0 < ep_size <= slots and slots % ep_size:
+    physical = layer.num_experts + redundant_experts
+    dispatched = dispatcher.engine == "vllm" or attention_dp is not False  # TensorRT-LLM's rule belongs to its dispatch
+    if dispatcher.uneven_shards and dispatched and 0 < ep_size <= physical and physical % ep_size:
         arguments["uneven_shards"] = True
     return arguments
 
 
 def _holds_all(dispatcher: Dispatcher) -> bool:
-    """Whether the word stands for no attention DP: every rank holds the same rows."""
-    return dispatcher.brings.get("attention_dp") is False
+    """Returns whether every rank holds the same rows, because there is no attention DP."""
+    return dispatcher.regime.get("attention_dp") is False
 
 
 def _pools(ep_size: int) -> str:
-    """The ladder of TensorRT-LLM's pools: it looks up the rows of one block, whose powers of two stand for ep as many.
+    """Returns the ladder of TensorRT-LLM's pools: ep_size times each power of two.
 
-    Those are powers of two themselves where ep is one.
+    TensorRT-LLM looks up the rows of one block, and a pool has ep_size blocks. The ladder is `pow2` if ep_size is a
+    power of two.
     """
     if ep_size & (ep_size - 1) == 0:
         return "pow2"
@@ -139,12 +150,12 @@ def _pools(ep_size: int) -> str:
     return ",".join(str(ep_size * block) for block in blocks)
 
 
-def bringing(dispatch: str, layout: str | None = None) -> tuple[str, ...]:
-    """The dispatchers, as `engine:word`, that bring this dispatch, and this layout where one is given."""
+def matching(dispatch: str, layout: str | None = None) -> tuple[str, ...]:
+    """Returns the dispatchers, as `ENGINE:NAME`, with this dispatch, and with this layout if one is given."""
     return tuple(
         str(known)
-        for known in words()
-        if known.brings.get("dispatch") == dispatch and layout in (None, known.brings.get("layout"))
+        for known in dispatchers()
+        if known.regime.get("dispatch") == dispatch and layout in (None, known.regime.get("layout"))
     )
 
 
@@ -155,15 +166,18 @@ def _engines() -> dict[str, Any]:
 
 
 def _find(spelled: str) -> Dispatcher:
-    engine, _, word = spelled.strip().lower().partition(":")
+    engine, _, name = spelled.strip().lower().partition(":")
     if engine not in _engines():
+        near = did_you_mean(spelled.strip().lower(), map(str, dispatchers()), cutoff=0.8)
         raise UsageError(
-            f"Unknown dispatcher {spelled!r}.", f"Write ENGINE:NAME; the engines are {', '.join(_engines())}."
+            f"Unknown dispatcher {spelled!r}.",
+            f"{near} Write ENGINE:NAME, where ENGINE is one of {', '.join(_engines())}.".lstrip(),
         )
     described = _engines()[engine]
-    for known in words():
-        if (known.engine, known.word) == (engine, word):
+    for known in dispatchers():
+        if (known.engine, known.name) == (engine, name):
             return known
     raise UsageError(
-        f"{engine} has no dispatcher {word!r} ({described['option']}).", f"Known: {', '.join(described['words'])}."
+        f"{engine} has no dispatcher {name!r} ({described['option']}).",
+        f"{did_you_mean(name, described['dispatchers'])} Known: {', '.join(described['dispatchers'])}.".lstrip(),
     )

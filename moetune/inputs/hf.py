@@ -1,7 +1,6 @@
 """Reads a `MoELayer` from a Hugging Face `config.json`, or from Mistral's `params.json`.
 
-Each family names its fields in its own way; `hf_families.FAMILIES` says how. What of the experts is quantized is read
-in `hf_quantization`.
+`hf_model_types.MODEL_TYPES` has the field names of each model type. `hf_quantization` reads the precision.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.hf_experts import ExpertModules, mentioned_layers
-from moetune.inputs.hf_families import FAMILIES, PARAMS_JSON, Family
 from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
+from moetune.inputs.hf_model_types import MODEL_TYPES, PARAMS_JSON, ModelType
 from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
 from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
@@ -43,7 +42,7 @@ def layer_from_config(
     Beside a `config.json` without `quantization_config`, ModelOpt's `hf_quant_config.json` is read too.
 
     Raises:
-        UsageError: the file cannot be read, is no MoE of a known family, lacks a field or has a value that cannot be
+        UsageError: the file cannot be read, is no MoE of a known kind, lacks a field or has a value that cannot be
             used; the message names the file and the field.
         UnsupportedError: experts of a kind that moetune does not model.
     """
@@ -103,24 +102,24 @@ def _merged(config: Config, overrides: Config) -> Config:
 
 
 def _reading(config: Config, quantization: Any, where: str, name: str, precision: Precision | str | None) -> Reading:
-    text, family = _text_and_family(config, where)
-    fields = Fields(text, family.defaults, where)
-    _require_experts(fields, family)
-    intermediate = fields.size(*family.intermediate_size, first_of_list=family.first_of_list)
+    text, kind = _text_and_type(config, where)
+    fields = Fields(text, kind.defaults, where)
+    _require_experts(fields, kind)
+    intermediate = fields.size(*kind.intermediate_size, first_of_list=kind.first_of_list)
     values: dict[str, Any] = {
         "name": name,
-        "num_experts": fields.size(*family.num_experts, first_of_list=family.first_of_list),
-        "top_k": fields.size(*family.top_k),
-        "hidden_size": fields.size(*family.hidden_size),
+        "num_experts": fields.size(*kind.num_experts, first_of_list=kind.first_of_list),
+        "top_k": fields.size(*kind.top_k),
+        "hidden_size": fields.size(*kind.hidden_size),
         "intermediate_size": intermediate,
-        "num_shared_experts": _shared(fields, family, intermediate),
-        "activation": _activation(fields, family),
-        "routing": _routing(fields, family),
-        **family.fixed,
+        "num_shared_experts": _shared(fields, kind, intermediate),
+        "activation": _activation(fields, kind),
+        "routing": _routing(fields, kind),
+        **kind.fixed,
     }
     notes: list[str] = []
     if precision is None:
-        values["precision"], notes = _precision(config, text, quantization, family, where)
+        values["precision"], notes = _precision(config, text, quantization, kind, where)
     else:
         values["precision"] = precision
     try:
@@ -129,7 +128,7 @@ def _reading(config: Config, quantization: Any, where: str, name: str, precision
         raise UsageError(f"{where}: {error.message}", error.hint) from None
 
 
-def _text_and_family(config: Config, where: str) -> tuple[Config, Family]:
+def _text_and_type(config: Config, where: str) -> tuple[Config, ModelType]:
     """The language model's part of a multimodal config, else the config itself, and how it is spelled."""
     outer: list[Any] = []
     text = config
@@ -141,18 +140,18 @@ def _text_and_family(config: Config, where: str) -> tuple[Config, Family]:
         str(text.get("model_type")),
         *(spelled for whole in reversed(outer) for spelled in (f"{whole}_text", str(whole))),
     ]
-    known = next((FAMILIES[spelled] for spelled in names if spelled in FAMILIES), None)
+    known = next((MODEL_TYPES[spelled] for spelled in names if spelled in MODEL_TYPES), None)
     if known is not None:
         return text, known
     if "model_type" not in text and "dim" in text and isinstance(text.get("moe"), Mapping):
-        return text, FAMILIES[PARAMS_JSON]
+        return text, MODEL_TYPES[PARAMS_JSON]
     signs = sorted(_signs_of_experts(config))
     said = next((spelled for spelled in (text.get("model_type"), *reversed(outer)) if spelled is not None), None)
     if not signs:
         raise UsageError(f"{where} is no mixture of experts: no field speaks of experts, model_type is {said!r}.")
     raise UsageError(
         f"{where}: unknown model_type {said!r}; it has experts ({', '.join(signs[:4])}).",
-        f"{SIZES_HINT} Known: {', '.join(FAMILIES)}.",
+        f"{SIZES_HINT} Known: {', '.join(MODEL_TYPES)}.",
     )
 
 
@@ -179,34 +178,34 @@ def _is_some(value: Any) -> bool:
     )
 
 
-def _require_experts(fields: Fields, family: Family) -> None:
-    name, count = fields.found(*family.num_experts)
+def _require_experts(fields: Fields, kind: ModelType) -> None:
+    name, count = fields.found(*kind.num_experts)
     count = count[0] if isinstance(count, list) and count else count
     if count in (0, 1) and not isinstance(count, bool):
         raise UsageError(f"{fields.where} is no mixture of experts: {name} is {count}.")
-    if family.switch is not None and not fields.flag(family.switch, default=False):
-        raise UsageError(f"{fields.where} is no mixture of experts: {family.switch} is not set.")
-    if zero := fields.integer(*family.zero_experts) if family.zero_experts else 0:
-        real = fields.size(*family.num_experts)
-        slots = fields.size(*family.top_k)
+    if kind.switch is not None and not fields.flag(kind.switch, default=False):
+        raise UsageError(f"{fields.where} is no mixture of experts: {kind.switch} is not set.")
+    if zero := fields.integer(*kind.zero_experts) if kind.zero_experts else 0:
+        real = fields.size(*kind.num_experts)
+        slots = fields.size(*kind.top_k)
         raise UnsupportedError(
-            f"{fields.where}: {zero} of its {real + zero} experts compute nothing ({family.zero_experts[0]}); moetune "
+            f"{fields.where}: {zero} of its {real + zero} experts compute nothing ({kind.zero_experts[0]}); moetune "
             f"models no zero-compute experts: of a token's {slots} slots about {slots * real / (real + zero):.0f} "
             "would be computed.",
             "Give the sizes of a layer without them (--experts, --top-k, --hidden, --intermediate).",
         )
 
 
-def _shared(fields: Fields, family: Family, intermediate_size: int) -> int:
-    if not family.shared:
+def _shared(fields: Fields, kind: ModelType, intermediate_size: int) -> int:
+    if not kind.shared:
         return 0
-    name, _ = fields.found(*family.shared)
-    given = fields.integer(*family.shared)
+    name, _ = fields.found(*kind.shared)
+    given = fields.integer(*kind.shared)
     return -(-given // intermediate_size) if name.endswith(("_size", "_dim", "_dims")) else given
 
 
-def _activation(fields: Fields, family: Family) -> Activation:
-    fixed = family.fixed.get("activation")
+def _activation(fields: Fields, kind: ModelType) -> Activation:
+    fixed = kind.fixed.get("activation")
     if fixed is Activation.SWIGLU_CLAMPED:
         for name, constant in SWIGLU_CLAMPED.items():
             if fields.get(name) is not None and fields.number(name, default=constant) != constant:
@@ -215,30 +214,30 @@ def _activation(fields: Fields, family: Family) -> Activation:
                 )
     if fixed is not None:
         return Activation(fixed)
-    found = fields.choice(*family.activation, choices=family.activations, default="silu")
-    limit = fields.get(*family.clamp) if family.clamp else None
+    found = fields.choice(*kind.activation, choices=kind.activations, default="silu")
+    limit = fields.get(*kind.clamp) if kind.clamp else None
     if isinstance(limit, list) and limit:  # one entry a layer
         limit = max(limit, key=limit.count)
     return Activation.SILU_CLAMPED if found is Activation.SILU and limit else found
 
 
-def _routing(fields: Fields, family: Family) -> dict[str, Any]:
+def _routing(fields: Fields, kind: ModelType) -> dict[str, Any]:
     routing: dict[str, Any] = {
-        "scoring": family.scoring
-        if family.score_field is None
-        else fields.choice(family.score_field, choices=family.scores, default=family.scoring),
-        "bias": family.bias,
-        "renormalize": fields.flag(*family.renormalize_field, default=family.renormalize),
-        "scaling": fields.number(*family.scaling, default=1.0),
+        "scoring": kind.scoring
+        if kind.score_field is None
+        else fields.choice(kind.score_field, choices=kind.scores, default=kind.scoring),
+        "bias": kind.bias,
+        "renormalize": fields.flag(*kind.renormalize_field, default=kind.renormalize),
+        "scaling": fields.number(*kind.scaling, default=1.0),
     }
-    if family.bias == "topk_method":
+    if kind.bias == "topk_method":
         routing["bias"] = fields.get("topk_method") == "noaux_tc"
-    elif isinstance(family.bias, str):
-        routing["bias"] = fields.flag(family.bias, default=False)
-    groups = fields.integer(*family.groups, default=1, least=1)
-    chosen = fields.integer(*family.top_k_groups, default=1, least=1)
+    elif isinstance(kind.bias, str):
+        routing["bias"] = fields.flag(kind.bias, default=False)
+    groups = fields.integer(*kind.groups, default=1, least=1)
+    chosen = fields.integer(*kind.top_k_groups, default=1, least=1)
     if fields.get("topk_method") != "greedy" and chosen != groups:
-        routing |= {"num_groups": groups, "top_k_groups": chosen, "group_score": family.group_score}
+        routing |= {"num_groups": groups, "top_k_groups": chosen, "group_score": kind.group_score}
     return routing
 
 
@@ -256,7 +255,7 @@ def _quantization(config: Config) -> Any:
 
 
 def _precision(
-    config: Config, text: Config, quantization: Any, family: Family, where: str
+    config: Config, text: Config, quantization: Any, kind: ModelType, where: str
 ) -> tuple[Precision, list[str]]:
     """The precision of most layers' experts, and what is worth a note."""
     typed = text if text.get("dtype") or text.get("torch_dtype") else config
@@ -271,8 +270,8 @@ def _precision(
     unquantized = Precision.FP16 if dtype == "float16" else Precision.BF16
     expert_dtype = next((c["expert_dtype"] for c in (text, config) if c.get("expert_dtype") is not None), None)
     if expert_dtype is None and isinstance(quantization, Mapping):
-        expert_dtype = quantization.get("expert_dtype") or family.expert_dtype
-    modules = ExpertModules((*dict.fromkeys((*family.experts, "mlp.experts")),), _layers(text, quantization))
+        expert_dtype = quantization.get("expert_dtype") or kind.expert_dtype
+    modules = ExpertModules((*dict.fromkeys((*kind.experts, "mlp.experts")),), _layers(text, quantization))
     stored = stored_experts(quantization, modules, unquantized, where, expert_dtype)
     return stored.precision, [
         f"{where}: the experts of {count} of {len(modules.layers)} layers are {other.value}, those of most are "

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import settings_file
-from moetune.inputs.dispatcher import trtllm_word
+from moetune.inputs.dispatcher import trtllm_name
 from moetune.inputs.launch_line import TRUE, Line, number
 from moetune.inputs.launch_model import Deployed
 from moetune.inputs.settings_file import setting
@@ -43,7 +43,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     word = "none"
     if own_tokens:
         forced = line.variable("TRTLLM_FORCE_COMM_METHOD") or line.variable("TRTLLM_FORCE_ALLTOALL_METHOD")
-        word = trtllm_word(forced) if forced else "attention_dp"
+        word = trtllm_name(forced) if forced else "attention_dp"
     elif line.variable("TRTLLM_FORCE_COMM_METHOD"):
         deployed.warn("TRTLLM_FORCE_COMM_METHOD does nothing without enable_attention_dp: every rank holds all rows.")
     rows = _number(settings, "max_num_tokens") or line.number("max-num-tokens")

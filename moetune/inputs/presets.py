@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from moetune.errors import UsageError
 from moetune.inputs import repositories
 from moetune.inputs.hf import Reading, read_config
+from moetune.inputs.suggestions import did_you_mean
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 
@@ -156,13 +156,10 @@ def _key(name: str) -> str:
     key = name.strip().lower()
     if key in names():
         return key
-    related = [known for known in names() if key and key in known]
-    similar = difflib.get_close_matches(key, names(), n=4, cutoff=0.45)
-    nearest = list(dict.fromkeys([*related, *similar]))[:6]
+    near = did_you_mean(key, names(), cutoff=0.45)
     raise UsageError(
         f"Unknown model {name!r}.",
-        (f"Nearest: {', '.join(nearest)}; all" if nearest else "All names")
-        + ": moetune models. A path to a config.json works too.",
+        f"{near} `moetune models` lists all names. A path to a config.json works too.".lstrip(),
     )
 
 

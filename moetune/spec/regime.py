@@ -38,12 +38,12 @@ def parse_distribution(spelled: object, source: str = "distribution") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The experts of one rank: physical slots `first … first + num_local − 1` of `num_slots` in all."""
+    """The experts of one rank: the physical experts `first` … `first + num_local − 1` of `num_physical`."""
 
     rank: int
     first: int
     num_local: int
-    num_slots: int
+    num_physical: int
 
 
 class Regime(FrozenModel):
@@ -193,17 +193,17 @@ class Regime(FrozenModel):
         Raises:
             UsageError: this regime does not fit the layer, or there is no such rank.
         """
-        slots = layer.num_experts + self.redundant_experts
+        physical = layer.num_experts + self.redundant_experts
         rank = self.rank if rank is None else rank
         if not 0 <= rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {rank}.")
-        if self.ep_size > slots:
-            raise UsageError(f"ep_size = {self.ep_size} exceeds the {slots} experts of {layer.name}.")
-        each, extra = divmod(slots, self.ep_size)
+        if self.ep_size > physical:
+            raise UsageError(f"ep_size = {self.ep_size} exceeds the {physical} experts of {layer.name}.")
+        each, extra = divmod(physical, self.ep_size)
         if extra and not self.uneven_shards:
             raise UsageError(
-                f"ep_size = {self.ep_size} does not divide the {slots} experts of {layer.name}.",
-                f"Allowed: {', '.join(str(n) for n in range(1, slots + 1) if slots % n == 0)}; "
+                f"ep_size = {self.ep_size} does not divide the {physical} experts of {layer.name}.",
+                f"Allowed: {', '.join(str(n) for n in range(1, physical + 1) if physical % n == 0)}; "
                 "or add redundant experts.",
             )
         if layer.intermediate_size % self.tp_size:
@@ -211,7 +211,7 @@ class Regime(FrozenModel):
                 f"tp_size = {self.tp_size} does not divide the intermediate size {layer.intermediate_size} "
                 f"of {layer.name}."
             )
-        return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), slots)
+        return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), physical)
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:

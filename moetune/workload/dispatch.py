@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
-from moetune.workload.law import Chances, LocalSlotLaw, local_slot_law, slot_shares
-from moetune.workload.ranks import replicas, slot_chances
+from moetune.workload.law import Chances, LocalSlotLaw, expert_shares, local_slot_law
+from moetune.workload.ranks import expert_chances, num_copies
 from moetune.workload.router import representative_shard
 from moetune.workload.routing import Routing, padded, realize
 
@@ -101,7 +101,7 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
         case "deduplicated":
             return regime.ep_size * _law(layer, regime, rank).hit_fraction
         case "slot":
-            return regime.ep_size * sum(slot_chances(layer, shard))
+            return regime.ep_size * sum(expert_chances(layer, shard))
         case _:
             return 1
 
@@ -150,7 +150,7 @@ def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None 
     fraction in deduplicated ones. The slot layout cuts rows into slots: see `_idle_chance_of_slots`.
     """
     if regime.layout == "slot":
-        law, kinds = _law(layer, regime, rank), slot_shares(layer, *_of_law(layer, regime, rank))
+        law, kinds = _law(layer, regime, rank), expert_shares(layer, *_of_law(layer, regime, rank))
         return sum(slots * (1.0 - _idle_chance_of_slots(law, shares, rows)) for slots, shares in kinds)
     return sum(1.0 - (1.0 - min(chance, 1.0)) ** rows for chance in _row_chances(layer, regime, rank))
 
@@ -163,14 +163,14 @@ def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[floa
             distinct = min(shard.num_local, layer.num_experts)
             within = Shard(0, 0, shard.num_local, shard.num_local)
             share = min(layer.top_k, distinct) / distinct
-            return [share / replicas(distinct, within, slot) for slot in range(shard.num_local)]
+            return [share / num_copies(distinct, within, slot) for slot in range(shard.num_local)]
         case "slot":
             return [1.0 / shard.num_local] * shard.num_local
         case "deduplicated":
             hit = _law(layer, regime, rank).hit_fraction
-            return [chance / hit for chance in slot_chances(layer, shard)]
+            return [chance / hit for chance in expert_chances(layer, shard)]
         case _:
-            return slot_chances(layer, shard)
+            return expert_chances(layer, shard)
 
 
 def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> float:

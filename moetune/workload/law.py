@@ -20,8 +20,8 @@ import torch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Shard
 from moetune.workload.distribution import seeded_generator
-from moetune.workload.ranks import replicas, straddles
-from moetune.workload.router import has_closed_form, random_slots
+from moetune.workload.ranks import num_copies, straddles
+from moetune.workload.router import has_closed_form, random_top_k
 
 LAW_TOKENS = 16384
 
@@ -31,6 +31,19 @@ Chances = tuple[float, ...]
 """Entry c: the chance of c local slots."""
 Group = tuple[tuple[tuple[int, int], int], ...]
 """What a shard has of one group: ((local replicas, all replicas), how many experts have these) …"""
+
+
+@dataclass(frozen=True)
+class _ShardInSeed:
+    """A shard as it enters a seed. Its representation must not change, because figures depend on the seed."""
+
+    rank: int
+    first: int
+    num_local: int
+    num_physical: int
+
+    def __repr__(self) -> str:
+        return f"Shard(rank={self.rank}, first={self.first}, num_local={self.num_local}, num_slots={self.num_physical})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,7 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
     if has_closed_form(layer, shard):
         ways = [math.comb(local, c) * math.comb(experts - local, top_k - c) for c in range(top_k + 1)]
         return LocalSlotLaw(tuple(way / math.comb(experts, top_k) for way in ways), simulated=False)
-    if _slots_are_alike(layer, shard):
+    if _experts_are_alike(layer, shard):
         return LocalSlotLaw(_average_over_shards(layer, local, shard, seed), simulated=True)
     counts = group_counts(layer, seed)
     tables = [_table(group, top_k) for group in _groups(layer, shard)]
@@ -67,14 +80,14 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
 
 
 @lru_cache(maxsize=1024)
-def slot_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[int, Chances], ...]:
+def expert_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[int, Chances], ...]:
     """The local slots by kind: how many there are, and for each c the chance that one is among c local slots.
 
     Slots are of one kind where their experts have as many replicas and lie in groups of which the shard has the same
     part. The chance is c/L where all are of one kind.
     """
     top_k, local = layer.top_k, shard.num_local
-    if has_closed_form(layer, shard) or _slots_are_alike(layer, shard):
+    if has_closed_form(layer, shard) or _experts_are_alike(layer, shard):
         return ((local, tuple(count / local for count in range(top_k + 1))),)
     law = local_slot_law(layer, shard, seed).probabilities
     counts, groups = group_counts(layer, seed), _groups(layer, shard)
@@ -106,7 +119,7 @@ def group_counts(layer: MoELayer, seed: int = 0) -> tuple[tuple[Counts, float], 
     if not _counts_are_simulated(layer):
         return _counts_by_best(layer)
     generator = seeded_generator("group counts", layer.num_experts, layer.top_k, repr(layer.routing), seed)
-    experts, _ = random_slots(generator, layer, 0, layer.num_experts, LAW_TOKENS, layer.top_k)
+    experts, _ = random_top_k(generator, layer, 0, layer.num_experts, LAW_TOKENS, layer.top_k)
     group_size = layer.num_experts // layer.routing.num_groups
     found = torch.zeros(LAW_TOKENS, layer.routing.num_groups, dtype=torch.int64)
     found.scatter_add_(1, experts // group_size, torch.ones_like(experts))
@@ -151,7 +164,7 @@ def _groups(layer: MoELayer, shard: Shard) -> list[Group]:
     for first in range(0, layer.num_experts, group_size):
         experts = range(first, first + group_size)
         if any(local[expert] for expert in experts):
-            kinds = Counter((local[expert], replicas(layer.num_experts, shard, expert)) for expert in experts)
+            kinds = Counter((local[expert], num_copies(layer.num_experts, shard, expert)) for expert in experts)
             groups.append(tuple(sorted(kinds.items())))
     return groups
 
@@ -232,16 +245,17 @@ def _times(one: Sequence[float], other: Sequence[float]) -> list[float]:
     return product
 
 
-def _slots_are_alike(layer: MoELayer, shard: Shard) -> bool:
+def _experts_are_alike(layer: MoELayer, shard: Shard) -> bool:
     """Whether every shard of `shard`'s size is whole router groups, or each lies in one, and none is redundant."""
     local = shard.num_local
-    equal = shard.num_slots == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
+    equal = shard.num_physical == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
     return equal and not straddles(layer, local)
 
 
 def _average_over_shards(layer: MoELayer, local: int, shard: Shard, seed: int) -> Chances:
-    generator = seeded_generator("local slot law", layer.num_experts, layer.top_k, repr(layer.routing), shard, seed)
-    slots, _ = random_slots(generator, layer, 0, shard.num_slots, LAW_TOKENS, layer.top_k)
+    key = _ShardInSeed(shard.rank, shard.first, shard.num_local, shard.num_physical)
+    generator = seeded_generator("local slot law", layer.num_experts, layer.top_k, repr(layer.routing), key, seed)
+    slots, _ = random_top_k(generator, layer, 0, shard.num_physical, LAW_TOKENS, layer.top_k)
     received = torch.zeros(LAW_TOKENS, layer.num_experts // local, dtype=torch.int64)
     received.scatter_add_(1, slots // local, torch.ones_like(slots))
     counts = torch.bincount(received.flatten(), minlength=layer.top_k + 1).tolist()

@@ -79,25 +79,25 @@ def straddles(layer: MoELayer, num_local: int) -> bool:
     return layer.routing.grouped and num_local % group_size != 0 and group_size % num_local != 0
 
 
-def replicas(num_experts: int, shard: Shard, slot: int) -> int:
+def num_copies(num_experts: int, shard: Shard, slot: int) -> int:
     """How many of all slots hold the expert of `slot`: slot s holds expert s mod E."""
-    return (shard.num_slots - 1 - slot % num_experts) // num_experts + 1
+    return (shard.num_physical - 1 - slot % num_experts) // num_experts + 1
 
 
-def slot_chances(layer: MoELayer, shard: Shard) -> list[float]:
+def expert_chances(layer: MoELayer, shard: Shard) -> list[float]:
     """For each local slot, the chance that a token of the global router has it: k/E over the expert's replicas.
 
     By symmetry of the experts it holds for grouped routers too.
     """
     share = layer.top_k / layer.num_experts
     slots = range(shard.first, shard.first + shard.num_local)
-    return [share / replicas(layer.num_experts, shard, slot) for slot in slots]
+    return [share / num_copies(layer.num_experts, shard, slot) for slot in slots]
 
 
 def _weights(num_experts: int, shard: Shard) -> list[tuple[int, Fraction]]:
     """Each local slot's expert, and the part of its load that the slot gets."""
     slots = range(shard.first, shard.first + shard.num_local)
-    return [(slot % num_experts, Fraction(1, replicas(num_experts, shard, slot))) for slot in slots]
+    return [(slot % num_experts, Fraction(1, num_copies(num_experts, shard, slot))) for slot in slots]
 
 
 def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:

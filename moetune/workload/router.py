@@ -48,7 +48,7 @@ def _limit_to_best_groups(method: RoutingMethod, ranked: torch.Tensor) -> torch.
     return grouped.masked_fill(excluded.unsqueeze(2), -math.inf).flatten(1)
 
 
-def random_slots(
+def random_top_k(
     generator: torch.Generator, layer: MoELayer, first: int, count: int, rows: int, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's routing on random logits of the experts that slots `first … first + count − 1` hold.
@@ -73,10 +73,10 @@ def random_slots(
     return experts + first, weights
 
 
-def arriving_slots(
+def arriving_top_k(
     generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `rows` tokens of the global router that have a slot in `shard`; returns as `random_slots`."""
+    """The first `rows` tokens of the global router that have a slot in `shard`; returns as `random_top_k`."""
     found = 0
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for slots, weights in _global_chunks(generator, layer, shard, rows):
@@ -94,7 +94,7 @@ def _global_chunks(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     size = min(max(64, 2 * rows), max(1, _CHUNK_LOGITS // layer.num_experts))
     while True:
-        yield random_slots(generator, layer, 0, shard.num_slots, size, layer.top_k)
+        yield random_top_k(generator, layer, 0, shard.num_physical, size, layer.top_k)
 
 
 def is_local(slots: torch.Tensor, shard: Shard) -> torch.Tensor:
@@ -111,14 +111,14 @@ def representative_shard(layer: MoELayer, regime: Regime, rank: int | None = Non
         UsageError: the regime does not fit the layer, or there is no such rank.
     """
     shard = regime.shard(layer, rank)
-    if shard.num_slots > layer.num_experts or not alike(layer, regime):
+    if shard.num_physical > layer.num_experts or not alike(layer, regime):
         return shard
     return regime.shard(layer, 0)
 
 
 def has_closed_form(layer: MoELayer, shard: Shard) -> bool:
     """Whether the router chooses a uniform k-subset of the slots: no group limit and no redundant experts."""
-    return not layer.routing.grouped and shard.num_slots == layer.num_experts
+    return not layer.routing.grouped and shard.num_physical == layer.num_experts
 
 
 def _method_within(layer: MoELayer, first: int, num_experts: int) -> RoutingMethod:

@@ -21,10 +21,10 @@ from moetune.workload.distribution import (
 )
 from moetune.workload.law import local_slot_law
 from moetune.workload.router import (
-    arriving_slots,
+    arriving_top_k,
     has_closed_form,
     is_local,
-    random_slots,
+    random_top_k,
     representative_shard,
 )
 
@@ -54,7 +54,7 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
     Balanced counts of the slots in scope (all of them for dispatch none and allgather, else the local ones)
     differ by at most one. With redundant experts that can be impossible, because no row holds two replicas of one
     expert; then the rows stay valid and the counts are as even as `saturated_rows` makes them, and in the layouts
-    deduplicated and pool a row that lacks foreign experts takes further local ones.
+    deduplicated and pool a row that lacks non-local experts takes further local ones.
 
     Weights come from the layer's router where it chose the ids; elsewhere they are random, add up to the routing's
     scaling in each row, and repeat after 1021 rows.
@@ -77,7 +77,7 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
     dummy = _Dummy(layer, regime, rows, drawn_for, draw)
     ids, weights = dummy.balanced() if regime.distribution == "balanced" else dummy.random()
     if shard != drawn_for:
-        ids = torch.where(ids < 0, ids, (ids + shard.first) % shard.num_slots)
+        ids = torch.where(ids < 0, ids, (ids + shard.first) % shard.num_physical)
     ids = ids.int()
     if weights is None:
         weights = _random_weights(dummy.generator, ids, layer.routing.scaling)
@@ -89,7 +89,7 @@ def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, 
 
     `rank` is the regime's when None.
 
-    The slots are taken from the other local experts, and from foreign ones only when those do not suffice; so the
+    The slots are taken from the other local experts, and from non-local ones only when those do not suffice; so the
     sum of `load` is unchanged where it can be. Non-negative ids in a row stay distinct, with redundant experts
     their experts too; rows of −1 stay as they are.
 
@@ -130,7 +130,7 @@ def padded(routing: Routing, rows: int) -> Routing:
 
 
 def _load(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
-    counts = torch.zeros(shard.num_slots + 1, dtype=torch.int64)
+    counts = torch.zeros(shard.num_physical + 1, dtype=torch.int64)
     for part in torch.split(ids.flatten(), _SERIAL_ELEMENTS):
         counts += torch.bincount(part + 1, minlength=len(counts))
     return counts[1 + shard.first : 1 + shard.first + shard.num_local].clone()
@@ -155,12 +155,12 @@ class _Dummy:
         self.layer, self.regime, self.rows, self.shard = layer, regime, rows, shard
         self.num_distinct = min(shard.num_local, layer.num_experts)
         self.local_k = min(layer.top_k, self.num_distinct)
-        self.replicated = shard.num_slots > layer.num_experts
+        self.replicated = shard.num_physical > layer.num_experts
         self.generator = seeded_generator(
             layer.num_experts,
             layer.top_k,
             repr(layer.routing),
-            (shard.first, shard.num_local, shard.num_slots, regime.ep_size),
+            (shard.first, shard.num_local, shard.num_physical, regime.ep_size),
             regime.dispatch,
             regime.layout,
             regime.distribution,
@@ -197,12 +197,12 @@ class _Dummy:
                 return self._balanced_global(), None
 
     def _random_global(self) -> Ids:
-        return random_slots(self.generator, self.layer, 0, self.shard.num_slots, self.rows, self.layer.top_k)
+        return random_top_k(self.generator, self.layer, 0, self.shard.num_physical, self.rows, self.layer.top_k)
 
     def _random_packed(self) -> Ids:
         if self.local_k == self.layer.top_k:
             first, count = self.shard.first, self.shard.num_local
-            return random_slots(self.generator, self.layer, first, count, self.rows, self.local_k)
+            return random_top_k(self.generator, self.layer, first, count, self.rows, self.local_k)
         counts = torch.full((self.rows,), self.local_k)
         if self.replicated:
             return self._completed(self._uniform_local(counts)), None
@@ -210,7 +210,7 @@ class _Dummy:
 
     def _random_deduplicated(self) -> Ids:
         if not has_closed_form(self.layer, self.shard):
-            return arriving_slots(self.generator, self.layer, self.shard, self.rows)
+            return arriving_top_k(self.generator, self.layer, self.shard, self.rows)
         law = torch.tensor(self._law(arrived_only=True), dtype=torch.float64)
         chance = torch.rand(self.rows, dtype=torch.float64, generator=self.generator) * law.sum()
         counts = torch.bucketize(chance, law.cumsum(0)[:-1], right=True)
@@ -239,9 +239,9 @@ class _Dummy:
         if not self.replicated:
             sizes = [self.regime.shard(layer, rank).num_local for rank in range(self.regime.ep_size)]
             return deal(interleaved_order(self.generator, sizes, shard.rank), self.rows, layer.top_k)
-        order = spaced_order(self.generator, shard.num_slots, layer.num_experts, layer.top_k)
+        order = spaced_order(self.generator, shard.num_physical, layer.num_experts, layer.top_k)
         if order is None:
-            return saturated_rows(self.generator, self.rows, layer.top_k, shard.num_slots, layer.num_experts)
+            return saturated_rows(self.generator, self.rows, layer.top_k, shard.num_physical, layer.num_experts)
         start = int(is_local(order, shard).int().argmax())
         return deal(order.roll(-start), self.rows, layer.top_k)
 
@@ -267,7 +267,7 @@ class _Dummy:
         return torch.arange(len(law)).repeat_interleave(law)
 
     def _balanced_with(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows with `counts[t]` local ids, dealt cyclically, and foreign ones (none where the count is 0)."""
+        """Rows with `counts[t]` local ids, dealt cyclically, and non-local ones (none where the count is 0)."""
         top_k = self.layer.top_k
         order = spaced_order(self.generator, self.shard.num_local, self.num_distinct, self.local_k)
         if order is None:
@@ -278,22 +278,22 @@ class _Dummy:
             local = deal_counts(order + self.shard.first, counts, top_k)
         if self.replicated:
             return self._completed(local)
-        foreign = torch.arange(self.shard.num_slots - self.shard.num_local, dtype=torch.int32)
-        if not len(foreign):
+        non_local = torch.arange(self.shard.num_physical - self.shard.num_local, dtype=torch.int32)
+        if not len(non_local):
             return local
-        foreign = foreign[torch.randperm(len(foreign), generator=self.generator)]
-        foreign += self.shard.num_local * (foreign >= self.shard.first)
+        non_local = non_local[torch.randperm(len(non_local), generator=self.generator)]
+        non_local += self.shard.num_local * (non_local >= self.shard.first)
         missing = torch.where(counts > 0, top_k - counts, 0)
-        return _join(local, deal_counts(foreign, missing, top_k), counts)
+        return _join(local, deal_counts(non_local, missing, top_k), counts)
 
     def _uniform_with(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows of a uniform `counts[t]`-subset of the local slots, then one of the foreign slots; none redundant."""
+        """Rows of a uniform `counts[t]`-subset of the local slots, then one of the non-local slots; none redundant."""
         local = self._uniform_local(counts)
-        num_foreign = self.shard.num_slots - self.shard.num_local
-        size = min(self.layer.top_k, num_foreign)
-        foreign = uniform_subsets(self.generator, self.rows, num_foreign, size)
-        foreign += self.shard.num_local * (foreign >= self.shard.first)
-        return _join(local, foreign, counts)
+        num_non_local = self.shard.num_physical - self.shard.num_local
+        size = min(self.layer.top_k, num_non_local)
+        non_local = uniform_subsets(self.generator, self.rows, num_non_local, size)
+        non_local += self.shard.num_local * (non_local >= self.shard.first)
+        return _join(local, non_local, counts)
 
     def _uniform_local(self, counts: torch.Tensor) -> torch.Tensor:
         """A uniform `counts[t]`-subset of the local slots in each row, the rest −1: int64 `[M, k]`."""
@@ -302,13 +302,13 @@ class _Dummy:
         return ids.masked_fill_(torch.arange(self.layer.top_k) >= counts.unsqueeze(1), -1)
 
     def _completed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Every −1 of `ids` replaced by a random foreign slot whose expert is not yet in the row.
+        """Every −1 of `ids` replaced by a random non-local one whose expert is not yet in the row.
 
-        A row that would need more experts than have a foreign slot takes random local ones.
+        A row that would need more experts than have a non-local slot takes random local ones.
         """
         num_experts, top_k, shard = self.layer.num_experts, self.layer.top_k, self.shard
-        slots = torch.arange(shard.num_slots)
-        slots = slots[torch.randperm(shard.num_slots, generator=self.generator)]
+        slots = torch.arange(shard.num_physical)
+        slots = slots[torch.randperm(shard.num_physical, generator=self.generator)]
         slots = slots[is_local(slots, shard).int().argsort(stable=True, descending=True)]
         holder = torch.empty(num_experts, dtype=torch.int64)
         for slot in slots.tolist():

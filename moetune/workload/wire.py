@@ -11,7 +11,7 @@ from moetune.spec.enums import Dispatch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.law import local_slot_law
-from moetune.workload.ranks import slot_chances
+from moetune.workload.ranks import expert_chances
 from moetune.workload.router import representative_shard
 
 WireActivation = Literal["bf16", "fp8", "fp4"]
@@ -118,7 +118,7 @@ def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int) -> tuple[float,
 
     def copies_of_a_token(receiver: int) -> float:
         if regime.layout == "slot":
-            return sum(slot_chances(layer, regime.shard(layer, receiver)))
+            return sum(expert_chances(layer, regime.shard(layer, receiver)))
         return local_slot_law(layer, representative_shard(layer, regime, receiver), regime.seed).hit_fraction
 
     returning = sum(copies_of_a_token(other) for other in range(regime.ep_size) if other != rank)

@@ -68,13 +68,13 @@ ALLTOALL_METHODS = {
     "DeepEPLowLatency": "deepep_low_latency",
 }
 """`AlltoallMethodType` of TensorRT-LLM, which `TRTLLM_FORCE_ALLTOALL_METHOD` named before."""
-TUNABLE = [str(known) for known in dispatcher.words() if known.tunable]
-UNTUNABLE = [str(known) for known in dispatcher.words() if not known.tunable]
+TUNABLE = [str(known) for known in dispatcher.dispatchers() if known.tunable]
+UNTUNABLE = [str(known) for known in dispatcher.dispatchers() if not known.tunable]
 
 
 @pytest.mark.parametrize("engine", WORDS)
 def test_every_value_of_an_engines_option_is_known(engine):
-    assert {known.word for known in dispatcher.words() if known.engine == engine} == WORDS[engine]
+    assert {known.name for known in dispatcher.dispatchers() if known.engine == engine} == WORDS[engine]
 
 
 @pytest.mark.parametrize(
@@ -145,19 +145,19 @@ def test_tensorrt_llms_low_latency_deepep_names_its_buffer():
 
 @pytest.mark.parametrize(("value", "word"), [*COMM_METHODS.items(), *ALLTOALL_METHODS.items()])
 def test_tensorrt_llms_spelling_of_a_method_is_its_word(value, word):
-    assert dispatcher.trtllm_word(value) == word
-    assert dispatcher.trtllm_word(f" {value.lower()}") == word  # the engine folds the case
+    assert dispatcher.trtllm_name(value) == word
+    assert dispatcher.trtllm_name(f" {value.lower()}") == word  # the engine folds the case
 
 
 def test_every_method_of_tensorrt_llm_has_a_spelling():
-    spelled = {dispatcher.trtllm_word(value) for value in COMM_METHODS}
+    spelled = {dispatcher.trtllm_name(value) for value in COMM_METHODS}
     assert spelled == WORDS["trtllm"] - {"none", "tp", "attention_dp"}
 
 
 @pytest.mark.parametrize("value", ["", "none", "attention_dp", "DEEPEP_LOW_LATENCY", "AUTO"])
 def test_what_is_no_method_of_tensorrt_llm_lists_those_that_are(value):
     with pytest.raises(UsageError, match="DEEPEPLOWLATENCY") as error:
-        dispatcher.trtllm_word(value)
+        dispatcher.trtllm_name(value)
     assert all(known in str(error.value) for known in COMM_METHODS)
 
 
@@ -239,12 +239,12 @@ def test_an_unknown_engine_lists_the_engines(spelled):
 
 
 def test_the_bringers_of_a_load_are_found():
-    assert dispatcher.bringing("alltoall", "packed") == ("trtllm:attention_dp",)
-    assert dispatcher.bringing("alltoall", "deduplicated") == ("vllm:deepep_high_throughput",)
-    assert "vllm:allgather_reducescatter" in dispatcher.bringing("allgather")
-    assert set(dispatcher.bringing("alltoall", "pool")) < set(dispatcher.bringing("alltoall"))
+    assert dispatcher.matching("alltoall", "packed") == ("trtllm:attention_dp",)
+    assert dispatcher.matching("alltoall", "deduplicated") == ("vllm:deepep_high_throughput",)
+    assert "vllm:allgather_reducescatter" in dispatcher.matching("allgather")
+    assert set(dispatcher.matching("alltoall", "pool")) < set(dispatcher.matching("alltoall"))
     assert not set(UNTUNABLE) & {
-        word for load in ("none", "allgather", "alltoall") for word in dispatcher.bringing(load)
+        word for load in ("none", "allgather", "alltoall") for word in dispatcher.matching(load)
     }
 
 

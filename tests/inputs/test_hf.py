@@ -1,4 +1,4 @@
-"""Each family's own field names and defaults; every bad config is a one-line error that names file and field."""
+"""Each model_type's own field names and defaults; every bad config is a one-line error that names file and field."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
-from moetune.inputs.hf import FAMILIES, layer_from_config
+from moetune.inputs.hf import MODEL_TYPES, layer_from_config
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation
 
@@ -160,8 +160,8 @@ def test_gpt_oss_has_its_own_activation_whatever_hidden_act_says():
 @pytest.mark.parametrize("model", ["deepseek-v3", "mixtral-8x7b", "gpt-oss-20b", "ernie-4.5-21b-a3b", "glm-4.5-air"])
 def test_a_missing_size_is_named_with_its_file(model, tmp_path):
     full = config(model)
-    family = FAMILIES[full["model_type"]]
-    for names in (family.num_experts, family.top_k, ("hidden_size",), family.intermediate_size):
+    model_type = MODEL_TYPES[full["model_type"]]
+    for names in (model_type.num_experts, model_type.top_k, ("hidden_size",), model_type.intermediate_size):
         path = tmp_path / "config.json"
         path.write_text(json.dumps({key: value for key, value in full.items() if key not in names}))
         with pytest.raises(UsageError) as error:

@@ -28,7 +28,7 @@ def test_the_owner_and_the_suffix_count():
     assert repositories.find("moonshotai/Kimi-K2-Thinking").precision == "mxint4"
     assert repositories.find("moonshotai/Kimi-K2-Instruct").precision is None
     for stranger in ("someone/Kimi-K2-Instruct", "Kimi-K2-Instruct"):
-        with pytest.raises(UsageError, match="no repository that moetune knows"):
+        with pytest.raises(UsageError, match="nor a repository that moetune knows"):
             repositories.find(stranger)
 
 

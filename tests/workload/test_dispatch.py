@@ -18,7 +18,7 @@ from moetune.workload.dispatch import (
 )
 from moetune.workload.distribution import seeded_generator
 from moetune.workload.law import local_slot_law
-from moetune.workload.router import random_slots
+from moetune.workload.router import random_top_k
 from moetune.workload.routing import realize
 
 SMALL = [(4, 2, 2), (6, 3, 3), (6, 2, 2), (5, 4, 5), (8, 3, 2), (6, 6, 2)]
@@ -103,7 +103,7 @@ def test_deepseek_r1_brings_just_under_half_of_its_tokens_to_a_rank_at_ep_8():
     expected = expect(layer, regime, 64)
     assert expected.simulated
     assert 0.45 <= expected.hit_fraction <= 0.50
-    slots, _ = random_slots(seeded_generator("another"), layer, 0, 256, 8192, 8)
+    slots, _ = random_top_k(seeded_generator("another"), layer, 0, 256, 8192, 8)
     arrived = float((slots < 32).any(1).double().mean())
     assert abs(arrived - expected.hit_fraction) < 4 * math.sqrt(0.25 / 8192)
     ungrouped = expect(moe(256, 8), regime, 64)

@@ -6,7 +6,7 @@ from questions import deepseek_r1, moe
 
 from moetune.spec.layer import RoutingMethod
 from moetune.workload.distribution import random_logits, seeded_generator
-from moetune.workload.router import random_slots, route
+from moetune.workload.router import random_top_k, route
 
 
 def logits(*row: float) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_grouped_choice_agrees_with_a_plain_loop():
 
 @pytest.mark.parametrize(("first", "count", "groups"), [(0, 32, 1), (64, 64, 2), (0, 256, 4), (128, 128, 4)])
 def test_a_shard_of_whole_groups_keeps_the_group_limit(first: int, count: int, groups: int):
-    slots, _ = random_slots(seeded_generator("shard"), deepseek_r1(), first, count, 200, 8)
+    slots, _ = random_top_k(seeded_generator("shard"), deepseek_r1(), first, count, 200, 8)
     assert int(slots.min()) >= first
     assert int(slots.max()) < first + count
     used = [len(set((row // 32).tolist())) for row in slots]
@@ -61,12 +61,12 @@ def test_a_shard_of_whole_groups_keeps_the_group_limit(first: int, count: int, g
 
 def test_a_shard_that_cuts_a_group_is_chosen_from_without_groups():
     layer = moe(64, 4, RoutingMethod(num_groups=4, top_k_groups=1))
-    slots, _ = random_slots(seeded_generator("cut"), layer, 0, 24, 200, 4)
+    slots, _ = random_top_k(seeded_generator("cut"), layer, 0, 24, 200, 4)
     assert any(len(set((row // 16).tolist())) == 2 for row in slots)
 
 
 def test_replicas_of_an_expert_are_chosen_evenly():
-    slots, _ = random_slots(seeded_generator("replicas"), moe(4, 2), 0, 10, 6000, 2)
+    slots, _ = random_top_k(seeded_generator("replicas"), moe(4, 2), 0, 10, 6000, 2)
     counts = torch.bincount(slots.flatten(), minlength=10)
     for expert, replicas in ((0, 3), (1, 3), (2, 2), (3, 2)):
         share = 0.5 * 6000 / replicas

@@ -53,7 +53,7 @@ def test_shapes_ranges_and_load_fit_the_question(question: Question):
     width = 1 if regime.layout == "slot" else layer.top_k
     assert routing.topk_ids.shape == routing.topk_weights.shape == (question.rows, width)
     assert (routing.topk_ids.dtype, routing.topk_weights.dtype) == (torch.int32, torch.float32)
-    assert -1 <= int(routing.topk_ids.min()) <= int(routing.topk_ids.max()) < shard.num_slots
+    assert -1 <= int(routing.topk_ids.min()) <= int(routing.topk_ids.max()) < shard.num_physical
     assert routing.load.dtype == torch.int64
     expected = [int((routing.topk_ids == slot).sum()) for slot in range(shard.first, shard.first + shard.num_local)]
     assert routing.load.tolist() == expected
@@ -103,12 +103,12 @@ def test_balanced_counts_in_scope_differ_by_at_most_one(question: Question):
 def test_balance_counts_slots_where_replicas_can_be_kept_apart(question: Question):
     layer, regime = question.layer, question.regime
     shard = regime.shard(layer, question.rank)
-    slots = shard.num_slots if regime.layout is None else shard.num_local
+    slots = shard.num_physical if regime.layout is None else shard.num_local
     copies = math.ceil(slots / min(layer.num_experts, slots))
     width = 1 if regime.layout == "slot" else min(layer.top_k, slots)
     assume(copies * width <= slots)
     routing = realize(*question.arguments)
-    counts = routing.load if regime.layout else counts_of(routing.topk_ids, shard.num_slots)
+    counts = routing.load if regime.layout else counts_of(routing.topk_ids, shard.num_physical)
     assert spread(counts) <= 1
 
 
@@ -147,7 +147,7 @@ def test_packed_has_exactly_min_k_l_local_slots_in_every_row(question: Question)
 
 @pytest.mark.parametrize("distribution", ["balanced", "random"])
 @pytest.mark.parametrize("rows", [1, 64, 333])
-def test_gpt_oss_120b_at_ep_64_has_two_local_and_two_foreign_ids_a_row(distribution: str, rows: int):
+def test_gpt_oss_120b_at_ep_64_has_two_local_and_two_non_local_ids_a_row(distribution: str, rows: int):
     layer, regime = moe(128, 4), regime_of("packed", 64, distribution)
     for rank in (0, 17, 63):
         question = Question(layer, regime, rows, rank)

@@ -194,7 +194,7 @@ class CutlassRunner:
             problem.rows,
             problem.layer.hidden_size,
             problem.intermediate_size,
-            problem.shard.num_slots,
+            problem.shard.num_physical,
             problem.row_top_k,
             x_dtype=dtype,
             weight_dtype=dtype,

@@ -72,7 +72,7 @@ def op_arguments(
     hidden_states, scale = activations
     arguments: dict[str, Any] = {
         "hidden_states": hidden_states,
-        "num_experts": shard.num_slots,
+        "num_experts": shard.num_physical,
         "top_k": top_k,
         "intermediate_size": sizes.padded_intermediate,
         "local_expert_offset": shard.first,

@@ -186,7 +186,7 @@ class TrtllmBackend:
             "mxfp8": (meta(hidden, e4m3), meta(hidden // 32, e4m3)),
         }
         if self.ids == "logits":
-            how = arguments.from_logits(kernel_routing(layer), meta(shard.num_slots, torch.float32), None)
+            how = arguments.from_logits(kernel_routing(layer), meta(shard.num_physical, torch.float32), None)
         else:
             ids = meta(top_k, torch.int32)
             how = arguments.routed(layer, ids if self.ids == "packed" else (ids, meta(top_k, torch.float32)))

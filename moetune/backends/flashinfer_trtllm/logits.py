@@ -88,9 +88,9 @@ def complete_rows(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
     empty = ids < 0
     if not bool(empty.any()):
         return ids
-    is_foreign = torch.ones(shard.num_slots, dtype=torch.bool)
+    is_foreign = torch.ones(shard.num_physical, dtype=torch.bool)
     is_foreign[shard.first : shard.first + shard.num_local] = False
-    foreign = torch.arange(shard.num_slots)[is_foreign]
+    foreign = torch.arange(shard.num_physical)[is_foreign]
     rows = empty.any(1)
     free = (ids[rows].unsqueeze(2) != foreign).all(1)
     if int((free.sum(1) - empty[rows].sum(1)).min()) < 0:

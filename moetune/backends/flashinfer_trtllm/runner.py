@@ -111,9 +111,9 @@ class TrtllmRunner:
         problem, device = self._problem, self._problem.device
         if self._ids == "logits":
             ids = complete_rows(routing.topk_ids, problem.shard)
-            method = kernel_routing(problem.layer).within_groups(problem.shard.num_slots, ids)
-            logits = random_logits(ids, problem.shard.num_slots, method, problem.regime.seed + draw)
-            bias = correction_bias(problem.shard.num_slots, method, problem.regime.seed)
+            method = kernel_routing(problem.layer).within_groups(problem.shard.num_physical, ids)
+            logits = random_logits(ids, problem.shard.num_physical, method, problem.regime.seed + draw)
+            bias = correction_bias(problem.shard.num_physical, method, problem.regime.seed)
             chosen, weights = kernel_choice(logits, method, problem.row_top_k, bias)
             self._choices.append((chosen.to(device), weights.to(device)))
             return arguments.from_logits(method, logits.to(device), None if bias is None else bias.to(device))

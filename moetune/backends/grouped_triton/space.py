@@ -64,7 +64,7 @@ class Shapes:
             layer.hidden_size,
             regime.intermediate_size(layer),
             shard.num_local,
-            shard.num_slots,
+            shard.num_physical,
             layer.precision is Precision.FP8_BLOCK,
             sglang=kernel == "sglang",
         )

@@ -64,7 +64,8 @@ def problem_of(
     shard = regime.shard(layer, rank if regime.ep_size > 1 else 0)
     top_k = 1 if regime.layout == "slot" else layer.top_k
     routings = tuple(
-        routing_of(load, rows, top_k, shard.first, shard.num_local, shard.num_slots, seed + draw) for draw in range(2)
+        routing_of(load, rows, top_k, shard.first, shard.num_local, shard.num_physical, seed + draw)
+        for draw in range(2)
     )
     return Problem(layer, regime, rows, shard, routings, device)  # type: ignore[arg-type]
 

@@ -1,6 +1,6 @@
-"""How each family of models spells its mixture-of-experts layer in `config.json`.
+"""How each model_type of models spells its mixture-of-experts layer in `config.json`.
 
-`Family.source` says where the fields and the routing stand: a config class or a model's code. `tf` is transformers
+`ModelType.source` says where the fields and the routing stand: a config class or a model's code. `tf` is transformers
 5.24.0, `vllm` is vLLM 0.33.0, `sglang` is SGLang 0.5.23; paths are below the package, and `NAME/` of tf is its folder
 `models/NAME`. The four sizes have no default here: a config that lacks one is refused by name.
 """
@@ -24,7 +24,7 @@ SCORES: Mapping[str, str] = {"softmax": "softmax", "sigmoid": "sigmoid"}
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelType:
     """How one `model_type` spells its MoE layer. The tuples list alternative field names, `a.b` is a field of `a`.
 
     `shared` counts the shared experts; where a name ends in `_size`, `_dim` or `_dims` it is their joint intermediate
@@ -64,9 +64,9 @@ class Family:
     fixed: Config = field(default_factory=dict)
 
 
-def _deepseek(source: str, scaling: float, groups: tuple[int, int], shared: int, bias: bool | str = True) -> Family:
+def _deepseek(source: str, scaling: float, groups: tuple[int, int], shared: int, bias: bool | str = True) -> ModelType:
     """DeepSeek-V3's router: a sigmoid with a bias, in groups."""
-    return Family(
+    return ModelType(
         source,
         num_experts=("n_routed_experts", "num_local_experts", "num_experts"),
         shared=("n_shared_experts", "num_shared_experts"),
@@ -86,16 +86,16 @@ _CLAMPED = ("swiglu_limit",)
 _BLOCK = ("block_sparse_moe.experts", "mlp.experts")
 _SMALL = ("intermediate_size",)
 _DEEPSEEK_V3 = _deepseek("tf deepseek_v3/, vllm model_executor/models/deepseek_v2.py", 2.5, (8, 4), 1, "topk_method")
-_QWEN_SHARED = Family(
+_QWEN_SHARED = ModelType(
     "tf qwen3_next/, qwen3_5_moe/, qwen4_exp/",
     num_experts=("num_experts",),
     shared=("shared_expert_intermediate_size",),
     defaults={"shared_expert_intermediate_size": 512},
 )
-_MIXTRAL = Family("tf mixtral/", num_experts=("num_local_experts",), intermediate_size=_SMALL, experts=_BLOCK)
-_SIGMOID = Family("", num_experts=("num_experts",), scoring="sigmoid", score_field=None, bias=True)
+_MIXTRAL = ModelType("tf mixtral/", num_experts=("num_local_experts",), intermediate_size=_SMALL, experts=_BLOCK)
+_SIGMOID = ModelType("", num_experts=("num_experts",), scoring="sigmoid", score_field=None, bias=True)
 _GRANITE = replace(_MIXTRAL, source="tf granitemoe/, granitemoeshared/, granitemoehybrid/ (softmax over the chosen)")
-_ERNIE = Family(
+_ERNIE = ModelType(
     "tf ernie4_5_moe/, vllm model_executor/models/ernie45_moe.py",
     num_experts=("moe_num_experts",),
     top_k=("moe_k", "num_experts_per_tok"),
@@ -108,7 +108,7 @@ _ERNIE_VL = replace(
     source="tf ernie4_5_vl_moe/, vllm model_executor/models/ernie45_vl_moe.py (the text's experts; images have others)",
     first_of_list=True,
 )
-_MINIMAX_M3 = Family(
+_MINIMAX_M3 = ModelType(
     "tf minimax_m3_vl/, vllm transformers_utils/configs/minimax_m3.py and models/minimax_m3/nvidia/model.py",
     num_experts=("num_local_experts",),
     intermediate_size=_SMALL,
@@ -119,7 +119,7 @@ _MINIMAX_M3 = Family(
     defaults={"n_shared_experts": 1, "use_routing_bias": True, "routed_scaling_factor": 2.0},
     fixed={"activation": Activation.SWIGLU_CLAMPED},
 )
-_STEP3P5 = Family(
+_STEP3P5 = ModelType(
     "tf step3p7/, vllm model_executor/models/step3p5.py, sglang srt/configs/step3p5.py",
     num_experts=("moe_num_experts", "n_routed_experts"),
     top_k=("moe_top_k", "num_experts_per_tok"),
@@ -133,14 +133,14 @@ _STEP3P5 = Family(
     experts=("moe.experts", "moe", "mlp.experts"),
     defaults={"use_moe_router_bias": True, "share_expert_dim": 1280},
 )
-_BAILING = Family(
+_BAILING = ModelType(
     "vllm model_executor/models/bailing_moe.py and bailing_moe_linear.py (Ling, Ring)",
     num_experts=("num_experts",),
     shared=("num_shared_experts",),
     score_field="score_function",
     bias="moe_router_enable_expert_bias",
 )
-_KIMI_LINEAR = Family(
+_KIMI_LINEAR = ModelType(
     "tf kimi_linear/, vllm transformers_utils/configs/kimi_linear.py and models/kimi_k3/nvidia/model.py",
     num_experts=("num_experts", "num_local_experts"),
     top_k=("num_experts_per_token", "num_experts_per_tok"),
@@ -154,7 +154,7 @@ _KIMI_LINEAR = Family(
     groups=("num_expert_group", "n_group"),
     experts=_BLOCK,
 )
-_LONGCAT = Family(
+_LONGCAT = ModelType(
     "tf longcat_flash/, vllm model_executor/models/longcat_flash.py (zero_experts return their input)",
     num_experts=("n_routed_experts", "num_experts"),
     top_k=("moe_topk", "num_experts_per_tok"),
@@ -165,7 +165,7 @@ _LONGCAT = Family(
     zero_experts=("zero_expert_num",),
     defaults={"zero_expert_num": 256, "routed_scaling_factor": 6.0},
 )
-_HUNYUAN = Family(
+_HUNYUAN = ModelType(
     "tf hunyuan_v1_moe/, sglang srt/models/hunyuan.py (lists: one entry a layer)",
     num_experts=("num_experts",),
     top_k=("moe_topk", "num_experts_per_tok"),
@@ -173,7 +173,7 @@ _HUNYUAN = Family(
     shared=("num_shared_expert",),
     score_field=None,
 )
-_MISTRAL_PARAMS = Family(
+_MISTRAL_PARAMS = ModelType(
     "vllm transformers_utils/configs/mistral.py (Mistral's params.json)",
     num_experts=("moe.num_experts",),
     top_k=("moe.num_experts_per_tok",),
@@ -189,15 +189,15 @@ _MISTRAL_PARAMS = Family(
     experts=_BLOCK,
 )
 
-FAMILIES: Mapping[str, Family] = {
-    "deepseek": Family(
+MODEL_TYPES: Mapping[str, ModelType] = {
+    "deepseek": ModelType(
         "sglang srt/models/deepseek.py (DeepSeek-MoE)",
         num_experts=("n_routed_experts",),
         shared=("n_shared_experts",),
         renormalize=False,
         defaults={"n_shared_experts": 2},
     ),
-    "deepseek_v2": Family(
+    "deepseek_v2": ModelType(
         "tf deepseek_v2/",
         num_experts=("n_routed_experts",),
         shared=("n_shared_experts",),
@@ -239,23 +239,23 @@ FAMILIES: Mapping[str, Family] = {
         experts=("mixer.experts",),
         defaults={"n_shared_experts": 1, "mlp_hidden_act": "relu2"},
     ),
-    "qwen2_moe": Family(
+    "qwen2_moe": ModelType(
         "tf qwen2_moe/",
         num_experts=("num_experts",),
         shared=("shared_expert_intermediate_size",),
         renormalize=False,
         defaults={"shared_expert_intermediate_size": 5632},
     ),
-    "qwen3_moe": Family("tf qwen3_moe/", num_experts=("num_experts", "num_local_experts"), renormalize=False),
-    "qwen3_vl_moe_text": Family("tf qwen3_vl_moe/", num_experts=("num_experts",)),
-    "qwen3_omni_moe_text": Family("tf qwen3_omni_moe/ (the thinker)", num_experts=("num_experts",)),
+    "qwen3_moe": ModelType("tf qwen3_moe/", num_experts=("num_experts", "num_local_experts"), renormalize=False),
+    "qwen3_vl_moe_text": ModelType("tf qwen3_vl_moe/", num_experts=("num_experts",)),
+    "qwen3_omni_moe_text": ModelType("tf qwen3_omni_moe/ (the thinker)", num_experts=("num_experts",)),
     "qwen3_next": _QWEN_SHARED,
     "qwen3_5_moe_text": _QWEN_SHARED,
     "qwen4_exp_text": _QWEN_SHARED,
     "mixtral": _MIXTRAL,
     "minimax": replace(_MIXTRAL, source="tf minimax/ (MiniMax-Text-01)"),
     "minimax_text_01": replace(_MIXTRAL, source="tf minimax/ (MiniMax-Text-01)", shared=("shared_intermediate_size",)),
-    "minimax_m2": Family(
+    "minimax_m2": ModelType(
         "tf minimax_m2/, vllm model_executor/models/minimax_m2.py",
         num_experts=("num_local_experts",),
         intermediate_size=_SMALL,
@@ -268,14 +268,14 @@ FAMILIES: Mapping[str, Family] = {
     "minimax_m3": _MINIMAX_M3,
     "minimax_m3_text": _MINIMAX_M3,
     "minimax_m3_vl_text": _MINIMAX_M3,
-    "gpt_oss": Family(
+    "gpt_oss": ModelType(
         "tf gpt_oss/",
         num_experts=("num_local_experts",),
         top_k=("num_experts_per_tok", "experts_per_token"),
         intermediate_size=_SMALL,
         fixed={"activation": Activation.SWIGLU_CLAMPED, "expert_bias": True},
     ),
-    "llama4_text": Family(
+    "llama4_text": ModelType(
         "tf llama4/",
         num_experts=("num_local_experts",),
         intermediate_size=_SMALL,
@@ -287,7 +287,7 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5_moe": _ERNIE,
     "ernie4_5_moe_vl": _ERNIE_VL,
     "ernie4_5_vl_moe_text": _ERNIE_VL,
-    "step3_text": Family(
+    "step3_text": ModelType(
         "vllm transformers_utils/configs/step3_vl.py and model_executor/models/step3_text.py",
         num_experts=("moe_num_experts",),
         top_k=("moe_top_k",),
@@ -336,7 +336,7 @@ FAMILIES: Mapping[str, Family] = {
         experts=("feed_forward.experts",),
         defaults={"use_expert_bias": True},
     ),
-    "gemma4_text": Family(
+    "gemma4_text": ModelType(
         "tf gemma4/, vllm model_executor/models/gemma4.py",
         num_experts=("num_experts",),
         top_k=("top_k_experts",),
@@ -347,21 +347,21 @@ FAMILIES: Mapping[str, Family] = {
         experts=("experts", "moe.experts", "moe"),
         defaults={"hidden_activation": "gelu_pytorch_tanh", "enable_moe_block": False},
     ),
-    "olmoe": Family("tf olmoe/", num_experts=("num_experts",), intermediate_size=_SMALL, renormalize=False),
+    "olmoe": ModelType("tf olmoe/", num_experts=("num_experts",), intermediate_size=_SMALL, renormalize=False),
     "phimoe": replace(_MIXTRAL, source="tf phimoe/ (two draws of top-1, weights as they are)", renormalize=False),
     "granitemoe": _GRANITE,
     "granitemoeshared": replace(_GRANITE, shared=("shared_intermediate_size",)),
     "granitemoehybrid": replace(
         _GRANITE, shared=("shared_intermediate_size",), defaults={"shared_intermediate_size": 1024}
     ),
-    "jamba": Family(
+    "jamba": ModelType(
         "tf jamba/",
         num_experts=("num_experts",),
         intermediate_size=_SMALL,
         renormalize=False,
         experts=("feed_forward.experts",),
     ),
-    "dbrx": Family(
+    "dbrx": ModelType(
         "tf dbrx/, vllm model_executor/models/dbrx.py",
         num_experts=("ffn_config.moe_num_experts",),
         top_k=("ffn_config.moe_top_k",),
@@ -372,7 +372,7 @@ FAMILIES: Mapping[str, Family] = {
         experts=("ffn.experts",),
     ),
     "arctic": replace(_MIXTRAL, source="Snowflake's ArcticConfig, vLLM 0.10 model_executor/models/arctic.py"),
-    "grok-1": Family(
+    "grok-1": ModelType(
         "sglang srt/models/grok.py",
         num_experts=("num_local_experts", "num_experts"),
         intermediate_size=("moe_intermediate_size", "intermediate_size"),
@@ -384,4 +384,4 @@ FAMILIES: Mapping[str, Family] = {
     "mistral params.json": _MISTRAL_PARAMS,
 }
 PARAMS_JSON = "mistral params.json"
-"""The name under which Mistral's params.json, which has no `model_type`, stands in `FAMILIES`."""
+"""The name under which Mistral's params.json, which has no `model_type`, stands in `MODEL_TYPES`."""
