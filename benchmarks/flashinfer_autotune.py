@@ -36,7 +36,7 @@ from flashinfer_common import (
     warm_flashinfer,
 )
 
-from moetune.backends.flashinfer_cutlass.backend import UNTUNED, FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
 from moetune.inputs.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -87,7 +87,7 @@ def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any],
     own, chosen = pair(tuned["own"][str(bucket)]), pair(tuned["moetune"][str(bucket)])
     runner = _backend().prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
     own_us, moetune_us, again_us = tactics_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
-    (untuned_us,) = tactics_us(runner, [UNTUNED], range(DRAWS), rounds=1)
+    (untuned_us,) = tactics_us(runner, [DEFAULT_TACTIC], range(DRAWS), rounds=1)
     return {
         "own": ids(own), "moetune": ids(chosen), "own_us": own_us, "moetune_us": moetune_us,
         "untuned_us": untuned_us, "noise": abs(again_us / own_us - 1),

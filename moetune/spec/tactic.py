@@ -11,6 +11,10 @@ from pydantic_core import core_schema
 Value = int | bool | str
 
 
+UNTUNED = -1
+"""FlashInfer's number of no tactic: the kernel chooses by itself."""
+
+
 class Tactic(Mapping[str, Value]):
     """A small frozen, hashable mapping of names to ints, bools or strings; JSON as it is.
 

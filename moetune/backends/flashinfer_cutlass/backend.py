@@ -23,12 +23,12 @@ from moetune.search.coordinate import coordinate, promising
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.tactic import Tactic
+from moetune.spec.tactic import UNTUNED, Tactic
 
 if TYPE_CHECKING:
     from moetune.backends.flashinfer_cutlass.runner import CutlassExperts, CutlassRunner
 
-UNTUNED = Tactic(gemm1=-1, gemm2=-1)
+DEFAULT_TACTIC = Tactic(gemm1=UNTUNED, gemm2=UNTUNED)
 """The op's own fallback: it takes the first tactic of each GEMM."""
 ROUNDS = (1, 4, 8)
 """How often the search times a tactic, in each of its passes (see `coordinate`)."""
@@ -102,7 +102,7 @@ class FlashInferCutlassBackend:
         return {"flashinfer": version()}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """Every pair of the two GEMMs' tactics that the device can run, `UNTUNED` first.
+        """Every pair of the two GEMMs' tactics that the device can run, `DEFAULT_TACTIC` first.
 
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
@@ -110,18 +110,18 @@ class FlashInferCutlassBackend:
         self._require(layer, regime)
         key = layer.precision, device
         if key not in self._candidates:
-            from moetune.backends.flashinfer_cutlass.runner import stages
+            from moetune.backends.flashinfer_cutlass.runner import gemm_tactics
 
-            first, second = stages(layer, regime, device)
+            first, second = gemm_tactics(layer, regime, device)
             pairs = (Tactic(gemm1=a, gemm2=b) for a in first.runnable for b in second.runnable)
             excluded = {Tactic(gemm1=a): _TOO_BIG for a in first.too_big}
             excluded |= {Tactic(gemm2=b): _TOO_BIG for b in second.too_big}
-            self._candidates[key] = Candidates((UNTUNED, *pairs), excluded)
+            self._candidates[key] = Candidates((DEFAULT_TACTIC, *pairs), excluded)
         return self._candidates[key]
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """`UNTUNED`: what the op runs where FlashInfer's autotuner has no entry."""
-        return UNTUNED
+        """`DEFAULT_TACTIC`: what the op runs where FlashInfer's autotuner has no entry."""
+        return DEFAULT_TACTIC
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
         """Coordinate descent: GEMM1's tactics with one good GEMM2, then GEMM2's with the best GEMM1; see `coordinate`.

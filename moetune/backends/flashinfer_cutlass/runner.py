@@ -23,14 +23,14 @@ MIDDLE_MAX = 32.0
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class GemmTactics:
     """One GEMM's tactics by their positions in the runner's combined list."""
 
     runnable: tuple[int, ...]
     too_big: tuple[int, ...]
 
 
-def stages(layer: MoELayer, regime: Regime, device: str) -> tuple[Stage, Stage]:
+def gemm_tactics(layer: MoELayer, regime: Regime, device: str) -> tuple[GemmTactics, GemmTactics]:
     """The tactics of GEMM1 (from 0) and GEMM2 (after GEMM1's), told by FlashInfer's own runner for this device."""
     core = importlib.import_module("flashinfer.fused_moe.core")
     module = core.get_cutlass_fused_moe_module(MODULES[torch.cuda.get_device_capability(device)])
@@ -41,7 +41,7 @@ def stages(layer: MoELayer, regime: Regime, device: str) -> tuple[Stage, Stage]:
     for number, everything in ((1, range(first)), (2, range(first, both))):
         runner.gemm_idx_for_tuning = number
         runnable = tuple(runner.get_valid_tactics([], None))
-        found.append(Stage(runnable, tuple(sorted(set(everything) - set(runnable)))))
+        found.append(GemmTactics(runnable, tuple(sorted(set(everything) - set(runnable)))))
     return found[0], found[1]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moetune.backends.flashinfer_trtllm.formats import FORMATS, Fp8BlockLayout, Sizes
+from moetune.backends.flashinfer_trtllm.formats import FORMATS, ExpertSizes, Fp8BlockLayout
 from moetune.backends.flashinfer_trtllm.logits import KernelRouting
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
@@ -53,7 +53,7 @@ def from_logits(routing: KernelRouting, logits: torch.Tensor, bias: torch.Tensor
 def op_arguments(
     layer: MoELayer,
     shard: Shard,
-    sizes: Sizes,
+    sizes: ExpertSizes,
     *,
     top_k: int,
     tune_max_num_tokens: int,
@@ -108,7 +108,7 @@ def op_arguments(
     return {**dict.fromkeys(optional), **arguments}
 
 
-def meta_weights(layer: MoELayer, sizes: Sizes) -> dict[str, torch.Tensor]:
+def meta_weights(layer: MoELayer, sizes: ExpertSizes) -> dict[str, torch.Tensor]:
     """Weights without storage, enough for the ops' Python: it reads no more than fp4's values a scale."""
     fp4 = {Precision.NVFP4: 16, Precision.MXFP4: 32}.get(layer.precision)
     names = {

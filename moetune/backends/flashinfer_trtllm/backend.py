@@ -12,9 +12,9 @@ from moetune.backends.flashinfer_trtllm.formats import (
     FORMATS,
     INTERMEDIATE_TOLERANCES,
     Activations,
+    ExpertSizes,
     Format,
     Fp8BlockLayout,
-    Sizes,
 )
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
@@ -209,7 +209,9 @@ class TrtllmBackend:
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """`[-1, -1]`: the launcher's own choice."""
-        return Tactic(tile_n=-1, config=-1)
+        from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT_TACTIC
+
+        return DEFAULT_TACTIC
 
     def tolerance(self, layer: MoELayer) -> float:
         """2e-2 where activations are bf16, 8e-2 where they are e4m3, 0.2 where they are e2m1."""
@@ -246,10 +248,10 @@ class TrtllmBackend:
         return FORMATS[layer.precision].activations[0]
 
     @staticmethod
-    def _sizes(layer: MoELayer, regime: Regime, num_local: int | None = None) -> Sizes:
+    def _sizes(layer: MoELayer, regime: Regime, num_local: int | None = None) -> ExpertSizes:
         count = regime.shard(layer).num_local if num_local is None else num_local
         intermediate = regime.intermediate_size(layer)
-        return Sizes.of(FORMATS[layer.precision], count, layer.hidden_size, intermediate)
+        return ExpertSizes.of(FORMATS[layer.precision], count, layer.hidden_size, intermediate)
 
 
 class TrtllmRoutedBackend(TrtllmBackend):

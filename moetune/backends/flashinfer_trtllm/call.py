@@ -17,7 +17,7 @@ from moetune.errors import UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class OpCall:
     """What an op hands to FlashInfer's tuner: the op's name, its runner, and what the runner is run with."""
 
     custom_op: str
@@ -30,7 +30,7 @@ class Call:
         result: torch.Tensor = self.runner.forward(list(self.inputs), tactic=tactic, **self.arguments)[0]
         return result
 
-    def with_activations(self, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> Call:
+    def with_activations(self, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> OpCall:
         """The same call on other activations of the same shapes."""
         from flashinfer.fused_moe.shared.inputs import MoeRunnerInputs
 
@@ -54,7 +54,7 @@ class Call:
 class _Recorded(Exception):  # noqa: N818 - it tells of no error
     """Ends an op where it would launch."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OpCall) -> None:
         self.call = call
 
 
@@ -64,10 +64,10 @@ class _Recorder:
     def choose_one(
         self, custom_op: str, runners: list[Any], tuning_config: Any, inputs: list[torch.Tensor | None], **kwargs: Any
     ) -> tuple[Any, Any]:
-        raise _Recorded(Call(custom_op, runners[0], tuple(inputs), kwargs))
+        raise _Recorded(OpCall(custom_op, runners[0], tuple(inputs), kwargs))
 
 
-def record_call(op: str, arguments: Mapping[str, Any]) -> Call:
+def record_call(op: str, arguments: Mapping[str, Any]) -> OpCall:
     """The call that `flashinfer.fused_moe.<op>(**arguments)` makes; nothing is launched.
 
     Tensors may lie on the meta device. FlashInfer's tuner is replaced in the whole process for the moment of the call.

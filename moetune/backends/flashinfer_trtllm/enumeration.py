@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from moetune.spec.tactic import Tactic
+from moetune.spec.tactic import UNTUNED, Tactic
 from moetune.workload.routing import Routing
 
-DEFAULT = Tactic(tile_n=-1, config=-1)
+DEFAULT_TACTIC = Tactic(tile_n=UNTUNED, config=UNTUNED)
 """The launcher's own choice, which is what runs where nothing is tuned."""
 
 Enumerate = Callable[[int], Iterable[Sequence[int]]]
@@ -35,4 +35,4 @@ def equivalent_rows(routing: Routing, num_local: int) -> tuple[int, ...]:
 def enumerate_tactics(valid: Enumerate, rows: Iterable[int]) -> tuple[Tactic, ...]:
     """The default, then each tactic that is valid at one of `rows`, in the order of the enumeration."""
     pairs = dict.fromkeys((int(tile_n), int(config)) for m in rows for tile_n, config in valid(m))
-    return (DEFAULT, *(Tactic(tile_n=tile_n, config=config) for tile_n, config in pairs))
+    return (DEFAULT_TACTIC, *(Tactic(tile_n=tile_n, config=config) for tile_n, config in pairs))

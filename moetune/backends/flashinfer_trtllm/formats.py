@@ -105,7 +105,7 @@ FORMATS: Mapping[Precision, Format] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ExpertSizes:
     """L experts of H × I as the layer has them, and padded as the kernel gets them."""
 
     num_local: int
@@ -115,6 +115,6 @@ class Sizes:
     padded_intermediate: int
 
     @classmethod
-    def of(cls, fmt: Format, num_local: int, hidden: int, intermediate: int) -> Sizes:
+    def of(cls, fmt: Format, num_local: int, hidden: int, intermediate: int) -> ExpertSizes:
         """The sizes of one rank's experts in `fmt`."""
         return cls(num_local, hidden, intermediate, fmt.aligned(hidden), fmt.aligned(intermediate))

@@ -8,7 +8,7 @@ import torch
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_trtllm import arguments
-from moetune.backends.flashinfer_trtllm.call import Call, record_call
+from moetune.backends.flashinfer_trtllm.call import OpCall, record_call
 from moetune.backends.flashinfer_trtllm.enumeration import to_kernel
 from moetune.backends.flashinfer_trtllm.formats import FORMATS
 from moetune.backends.flashinfer_trtllm.logits import (
@@ -88,7 +88,7 @@ class TrtllmRunner:
         products = activated @ expert.w2.float().T
         return products if expert.b2 is None else products + expert.b2
 
-    def _call(self, draw: int, routing: Routing) -> Call:
+    def _call(self, draw: int, routing: Routing) -> OpCall:
         problem = self._problem
         fmt = FORMATS[problem.layer.precision]
         return record_call(

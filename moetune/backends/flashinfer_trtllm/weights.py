@@ -17,9 +17,9 @@ from moetune.backends.flashinfer_trtllm.formats import (
     ACTIVATION_GRIDS,
     FORMATS,
     Activations,
+    ExpertSizes,
     Fp8BlockLayout,
     Grid,
-    Sizes,
 )
 from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
@@ -83,7 +83,7 @@ class Weights:
         self,
         layer: MoELayer,
         activations: Activations,
-        sizes: Sizes,
+        sizes: ExpertSizes,
         seed: int,
         device: str,
         fp8_block_layout: Fp8BlockLayout = "blocked",

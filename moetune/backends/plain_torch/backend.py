@@ -35,7 +35,7 @@ BIAS_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ScratchSizes:
     """What scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp and the bytes of a value."""
 
     rows: int
@@ -46,7 +46,7 @@ class Sizes:
     value_bytes: int
 
     @classmethod
-    def of(cls, layer: MoELayer, regime: Regime, rows: int) -> Sizes:
+    def of(cls, layer: MoELayer, regime: Regime, rows: int) -> ScratchSizes:
         """The sizes of rank 0, which has as many experts as any."""
         return cls(
             rows,
@@ -72,7 +72,7 @@ class Sizes:
         return slots * ((2 * self.hidden_size + 6 * self.intermediate_size) * self.value_bytes + 4 * self.hidden_size)
 
 
-SCRATCH_BYTES: Mapping[str, Callable[[Sizes], int]] = {
+SCRATCH_BYTES: Mapping[str, Callable[[ScratchSizes], int]] = {
     "eager": lambda s: s.flight_bytes(s.rows) + 16 * s.most_slots * (s.num_local + 1),
     "batched_mm": lambda s: (
         s.flight_bytes(s.most_slots) + 3 * s.most_slots * s.intermediate_size * s.hidden_size * s.value_bytes
@@ -125,7 +125,7 @@ class TorchBackend:
         Raises:
             UnsupportedError: a precision that does not run here.
         """
-        sizes = Sizes.of(layer, regime, rows)
+        sizes = ScratchSizes.of(layer, regime, rows)
         dtype = self._dtype(layer, regime)
         limit = self._scratch_limit(sizes, device)
         tactics: list[Tactic] = []
@@ -172,7 +172,7 @@ class TorchBackend:
         dtype: torch.dtype = getattr(torch, DTYPES[layer.precision])
         return dtype
 
-    def _scratch_limit(self, sizes: Sizes, device: str) -> int:
+    def _scratch_limit(self, sizes: ScratchSizes, device: str) -> int:
         if self._scratch_limit_bytes is not None:
             return self._scratch_limit_bytes
         still_to_load = 0 if self._weights.filled else sizes.weight_bytes
@@ -259,7 +259,7 @@ def _random_experts(problem: Problem, dtype: torch.dtype) -> TorchExperts:
     )
 
 
-def _grouped_mm_missing(sizes: Sizes, dtype: torch.dtype, device: str) -> str | None:
+def _grouped_mm_missing(sizes: ScratchSizes, dtype: torch.dtype, device: str) -> str | None:
     from moetune.backends.plain_torch.algorithms import grouped_mm_missing
 
     return grouped_mm_missing(sizes.hidden_size, sizes.intermediate_size, dtype, device)

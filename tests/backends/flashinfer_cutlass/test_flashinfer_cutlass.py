@@ -19,8 +19,8 @@ from moetune.backends.base import Backend, Candidates, Problem  # noqa: E402
 from moetune.backends.flashinfer_cutlass import backend as backend_module  # noqa: E402
 from moetune.backends.flashinfer_cutlass import op as op_module  # noqa: E402
 from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
+    DEFAULT_TACTIC,
     ROUNDS,
-    UNTUNED,
     FlashInferCutlassBackend,
 )
 from moetune.backends.flashinfer_cutlass.op import unbuilt  # noqa: E402
@@ -170,7 +170,7 @@ def test_unequal_shards_are_refused_and_equal_ones_of_redundant_experts_are_not(
 @pytest.mark.parametrize("gemm", [1, 2])
 def test_candidates_are_all_pairs_that_fit_the_device_the_untuned_one_first(op, gemm):
     found = FlashInferCutlassBackend().candidates(small(), Regime(ep_size=4), 16, "cuda")
-    assert found.tactics[0] == UNTUNED
+    assert found.tactics[0] == DEFAULT_TACTIC
     assert len(found.tactics) == 1 + 44 * 80 == len(set(found.tactics))
     assert set(found.excluded) == {Tactic(gemm1=7), Tactic(gemm2=50)}
     assert {t[f"gemm{gemm}"] for t in found.tactics[1:]} == set(
@@ -249,7 +249,7 @@ def test_the_op_is_given_what_the_reference_computes(op, regime, fields, toleran
 def test_ids_reach_the_op_global_with_nothing_remapped(op):
     regime = Regime(ep_size=4, layout="pool")
     asked = problem(small(), regime, 12, rank=2)
-    FlashInferCutlassBackend().prepare(asked).run(UNTUNED, 1)
+    FlashInferCutlassBackend().prepare(asked).run(DEFAULT_TACTIC, 1)
     assert torch.equal(op.calls[-1].token_selected_experts, asked.routings[1].topk_ids)
     assert (op.calls[-1].token_selected_experts == -1).any()
     assert op.calls[-1].profile_ids == [-1, -1]
@@ -257,9 +257,9 @@ def test_ids_reach_the_op_global_with_nothing_remapped(op):
 
 def test_draws_differ_in_inputs_and_the_output_buffer_is_one(op):
     runner = FlashInferCutlassBackend().prepare(problem(small(), Regime(), 4))
-    first = runner.run(UNTUNED, 0)
+    first = runner.run(DEFAULT_TACTIC, 0)
     kept = first.clone()
-    second = runner.run(UNTUNED, 1)
+    second = runner.run(DEFAULT_TACTIC, 1)
     assert first.data_ptr() == second.data_ptr()
     assert not torch.equal(kept, second)
     assert not torch.equal(op.calls[0].input, op.calls[1].input)
@@ -291,7 +291,7 @@ def test_a_search_sweeps_less_once_it_has_starts(op):
             while True:
                 count += len(batch.tactics)
                 times = {t: 100.0 + 5 * (t["gemm1"] - 9) ** 2 + 4 * (t["gemm2"] - 77) ** 2
-                         if t != UNTUNED else 1e4 for t in batch.tactics}  # fmt: skip
+                         if t != DEFAULT_TACTIC else 1e4 for t in batch.tactics}  # fmt: skip
                 measured |= times
                 batch = search.send(times)
         except StopIteration as stop:
@@ -329,7 +329,9 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
     best = min(first[t["gemm1"]] + second[t["gemm2"]] for t in found.tactics[1:])
 
     def us(tactic):
-        return 5 * t_us if tactic == UNTUNED else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
+        return (
+            5 * t_us if tactic == DEFAULT_TACTIC else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
+        )
 
     starts, promising, warm = (), (), set()
     for rows in (128, 256):
@@ -346,9 +348,9 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
                 batch = search.send(dict(zip(batch.tactics, means, strict=True)))
         except StopIteration as stop:
             starts, promising = stop.value, backend.promising(measured)
-        searched = bench.spent[UNTUNED]
-        played = play(bench, UNTUNED, [t for t in starts if t != UNTUNED], range(16), backend.final_s)
-        assert bench.spent[UNTUNED] - searched <= 8 * 5 * t_us
+        searched = bench.spent[DEFAULT_TACTIC]
+        played = play(bench, DEFAULT_TACTIC, [t for t in starts if t != DEFAULT_TACTIC], range(16), backend.final_s)
+        assert bench.spent[DEFAULT_TACTIC] - searched <= 8 * 5 * t_us
         verdict = decide(played, bench, {"2": 0, "3": 1, "4": 2})
         assert us(verdict.tactic) < 1.01 * t_us
     assert sum(bench.spent.values()) < most_t * t_us
@@ -375,7 +377,9 @@ def test_a_tactic_runs_untimed_once_for_all_buckets(op):
     backend, clock = FlashInferCutlassBackend(), Mock(spec=CpuClock, eager={})
     clock.paired_samples.side_effect = lambda calls, draws, before: [[1.0] * len(draws) for _ in calls]
     for rows in (16, 32):
-        Bench(backend, problem(small(), Regime(), rows), clock).samples([UNTUNED, Tactic(gemm1=1, gemm2=50)], [0])
+        Bench(backend, problem(small(), Regime(), rows), clock).samples(
+            [DEFAULT_TACTIC, Tactic(gemm1=1, gemm2=50)], [0]
+        )
     assert clock.warm_up.call_count == 2
 
 
@@ -384,13 +388,13 @@ def test_a_first_run_that_fails_is_tried_again_in_another_bucket(op):
     clock.warm_up.side_effect = RuntimeError("planted")
     for rows in (16, 32):
         bench = Bench(backend, problem(small(), Regime(), rows), clock)
-        assert bench.samples([UNTUNED], [0]) == [None]
+        assert bench.samples([DEFAULT_TACTIC], [0]) == [None]
     assert clock.warm_up.call_count == 2
 
 
 def test_nothing_of_a_search_is_left_out_of_the_candidates(op):
     backend = FlashInferCutlassBackend()
-    tactics = (UNTUNED, Tactic(gemm1=0, gemm2=45))
+    tactics = (DEFAULT_TACTIC, Tactic(gemm1=0, gemm2=45))
     search = backend.search(problem(small(), Regime(), 4, draws=1), Candidates(tactics), ())
     assert set(next(search).tactics) <= set(tactics)
 
@@ -484,7 +488,7 @@ def test_tune_goes_through_the_search_and_answers_each_bucket(op, monkeypatch, t
     profile = tune(layer, regime, FlashInferCutlassBackend(), tmp_path, device="cpu", isolate=False)
     assert [choice.rows for choice in profile.choices] == [1, 2]
     for choice in profile.choices:
-        assert choice.default_tactic == UNTUNED
+        assert choice.default_tactic == DEFAULT_TACTIC
         assert abs(choice.tactic["gemm1"] - 11) + abs(choice.tactic["gemm2"] - 99) / 2 < 12
         assert choice.tried < 44 + 80 + 30
         assert choice.gain > 1.5

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moetune.backends.base import Problem
-from moetune.backends.flashinfer_cutlass.backend import UNTUNED, FlashInferCutlassBackend
+from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.routing import realize
@@ -44,7 +44,7 @@ def prepared(backend, precision, regime, rows, draws=1):
 
 def spread(backend, precision, count):
     tactics = backend.candidates(layer_of(precision), Regime(ep_size=4), 16, "cuda").tactics
-    return [UNTUNED, *tactics[1 :: len(tactics) // count]]
+    return [DEFAULT_TACTIC, *tactics[1 :: len(tactics) // count]]
 
 
 def relative_error(result, reference):
@@ -109,7 +109,7 @@ def test_a_cuda_graph_replays_what_ran_eagerly(backend, precision):
 
 def test_a_run_keeps_no_memory(backend):
     runner = prepared(backend, "bf16", Regime(ep_size=4), 1024)
-    runner.run(UNTUNED)
+    runner.run(DEFAULT_TACTIC)
     before = torch.cuda.memory_allocated()
     for tactic in spread(backend, "bf16", 4):
         runner.run(tactic)

@@ -12,7 +12,7 @@ from trtllm_questions import SIZES, backend, layer
 
 from moetune.backends import registry
 from moetune.backends.base import Backend
-from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT, equivalent_rows
+from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT_TACTIC, equivalent_rows
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.presets import preset
 from moetune.spec.enums import Precision
@@ -26,7 +26,7 @@ NAMES = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
 def tiles(tactics: tuple[Tactic, ...]) -> set[int]:
-    return {int(tactic["tile_n"]) for tactic in tactics if tactic != DEFAULT}
+    return {int(tactic["tile_n"]) for tactic in tactics if tactic != DEFAULT_TACTIC}
 
 
 @pytest.mark.parametrize("how", ["logits", "packed", "unpacked"])
@@ -38,7 +38,7 @@ def test_candidates_are_the_runners_own_and_the_default(
         return
     made, asked = backend(how), layer(precision)
     candidates = made.candidates(asked, EP, 64, "cpu")
-    assert candidates.tactics[0] == made.default(asked, EP, 64) == DEFAULT
+    assert candidates.tactics[0] == made.default(asked, EP, 64) == DEFAULT_TACTIC
     assert len(set(candidates.tactics)) == len(candidates.tactics) > 4
     assert not compiled.calls, "enumerating launches nothing"
     sizes = made._sizes(asked, EP)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moetune.backends.base import Backend, Problem
 from moetune.backends.plain_torch import algorithms as torch_algorithms
 from moetune.backends.plain_torch import backend as torch_ops
-from moetune.backends.plain_torch.backend import ACTIVATIONS, SCRATCH_BYTES, Sizes, TorchBackend
+from moetune.backends.plain_torch.backend import ACTIVATIONS, SCRATCH_BYTES, ScratchSizes, TorchBackend
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
@@ -257,7 +257,7 @@ def test_the_default_stays_however_little_memory_there_is() -> None:
 def test_the_scratch_limit_is_a_share_of_what_is_free_after_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = small_layer()
     weight_bytes = 3 * 4 * 48 * 32 * 4
-    needed = SCRATCH_BYTES["dense"](Sizes.of(layer, PACKED, 8))
+    needed = SCRATCH_BYTES["dense"](ScratchSizes.of(layer, PACKED, 8))
     dense = Tactic(algorithm="dense")
     monkeypatch.setattr(torch_ops, "available_bytes", lambda device: weight_bytes + 4 * needed)
     assert dense in TorchBackend().candidates(layer, PACKED, 8, "cpu").tactics
@@ -283,7 +283,7 @@ def test_scratch_bound_holds_on_the_gpu(algorithm: str, load: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     runner.run(Tactic(algorithm=algorithm))
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= SCRATCH_BYTES[algorithm](Sizes.of(layer, regime, 512))
+    assert torch.cuda.max_memory_allocated() - before <= SCRATCH_BYTES[algorithm](ScratchSizes.of(layer, regime, 512))
 
 
 @pytest.mark.parametrize("precision", [p for p in Precision if p not in torch_ops.DTYPES])
