@@ -51,16 +51,16 @@ def dispatcher_of(profile: Profile) -> str:
     """Returns the first engine's dispatcher that produces the profile's load, as `ENGINE:NAME`; empty if none does."""
     layer, regime = profile.layer, profile.regime
     ladder = {"ladder", "tune_max_num_tokens"}
-    for word in map(str, dispatcher.words()):
+    for name in map(str, dispatcher.dispatchers()):
         try:
             produced = dispatcher.resolve(
-                word, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
+                name, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
             )
             same = Regime(**{**regime.model_dump(exclude=ladder | {"uneven_shards"}), **produced})
         except MoetuneError:
             continue
         if regime.dispatch != "none" and same == regime:
-            return word
+            return name
     return ""
 
 
