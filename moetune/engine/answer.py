@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moetune.engine import offline
 from moetune.engine import session as sessions
 from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
 from moetune.engine.op_bench import EngineBench, choose
@@ -19,10 +18,12 @@ from moetune.engine.stored import (
     Answers,
     environment_of,
     native_of,
+    offline_choices,
     regime_of_buckets,
     tactic_of,
     tolerance_of,
 )
+from moetune.engine.tuner_call import TunerCall
 from moetune.errors import MoetuneError
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
@@ -38,62 +39,7 @@ DRAWS = 8
 """The most draws of a final."""
 
 
-@dataclass(eq=False)
-class Call:
-    """A call of `AutoTuner.choose_one`. `tuner` is moetune's subclass of it."""
-
-    tuner: Any
-    op: str
-    runner: Any
-    config: Any
-    inputs: Sequence[Any]
-    arguments: Mapping[str, Any]
-
-    @cached_property
-    def effective_config(self) -> Any:
-        """With the overrides of the contexts around."""
-        return self.tuner.effective(self.config)
-
-    @cached_property
-    def identity(self) -> Any:
-        """FlashInfer's key of this call with the rows taken out: a weaker key, equal for all rows."""
-        shapes = [list(shape) for shape in self.tuner._get_input_sizes(self.inputs)]
-        for spec in self.effective_config.dynamic_tensor_specs:
-            for at, dim in zip(spec.input_idx, spec.dim_idx, strict=True):
-                shapes[at][dim] = 0
-        for spec in self.effective_config.constraint_specs:
-            shapes[spec.input_idx][spec.dim_idx] = -1
-        extras = self.runner.get_cache_key_extras(self.inputs)
-        return (self.op, type(self.runner).__name__, tuple(map(tuple, shapes)), extras)
-
-    @cached_property
-    def profiles(self) -> dict[int, Any]:
-        """FlashInfer's optimization profile of each bucket, by rows."""
-        (spec,) = self.effective_config.dynamic_tensor_specs
-        at, dim = spec.input_idx[0], spec.dim_idx[0]
-        made = self.tuner._generate_optimization_profiles(self.effective_config, self.inputs)
-        return {profile.get_opt_shapes()[at][dim]: profile for profile in made}
-
-    def rows_of(self, inputs: Sequence[Any]) -> int:
-        """The rows of these inputs."""
-        spec = self.effective_config.dynamic_tensor_specs[0]
-        return int(inputs[spec.input_idx[0]].shape[spec.dim_idx[0]])
-
-    def key(self, rows: int) -> Any:
-        """FlashInfer's `ProfilingCacheKey` of a bucket."""
-        shapes, extras = self.profiles[rows].get_opt_shapes(), self.runner.get_cache_key_extras(self.inputs)
-        return self.tuner._get_cache_key(self.op, self.runner, shapes, self.effective_config, extras)
-
-    def device(self) -> str:
-        """The torch device of the inputs."""
-        return next(str(tensor.device) for tensor in self.inputs if hasattr(tensor, "device"))
-
-    def run(self, draws: Sequence[Sequence[Any]], tactic: Any, draw: int) -> object:
-        """The op on one draw's inputs."""
-        return self.runner(list(draws[draw]), tactic=tactic, **self.arguments)
-
-
-def answer(session: Session, call: Call) -> None:
+def answer(session: Session, call: TunerCall) -> None:
     """Sees to it that FlashInfer's cache holds the session's answer for the buckets of `call`, if it is ours.
 
     Outside tuning mode only the store is asked, once. Nothing that goes wrong here stops the engine: it is logged once,
@@ -122,7 +68,7 @@ def answer(session: Session, call: Call) -> None:
             session.announce()
 
 
-def _is_placed(session: Session, call: Call, rows: int) -> bool:
+def _is_placed(session: Session, call: TunerCall, rows: int) -> bool:
     key = call.key(rows)
     return key in session.placed and bool(call.tuner.holds(key, session.placed[key]))
 
@@ -137,7 +83,7 @@ def _passing_through() -> Iterator[None]:
         sessions.leave(token)
 
 
-def _fill(session: Session, call: Call, op: MoEOp, fresh: Sequence[int]) -> None:
+def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int]) -> None:
     """Places the stored choices of the fresh buckets, and, in tuning mode, measures the others."""
     regime = regime_of_buckets(session.regime, list(call.profiles))
     possible = [rows for rows in fresh if rows in regime.buckets]
@@ -150,7 +96,7 @@ def _fill(session: Session, call: Call, op: MoEOp, fresh: Sequence[int]) -> None
         session.announce()
 
 
-def _place(session: Session, call: Call, rows: int, tactic: Any) -> None:
+def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
     key = call.key(rows)
     call.tuner.place(key, tactic, call.profiles[rows], call.effective_config)
     session.placed[key] = tactic
@@ -162,16 +108,16 @@ def _group(session: Session) -> Any:
     return session.group if session.group is not None else get_autotune_process_group()
 
 
-def _fill_by_hook(session: Session, call: Call, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
+def _fill_by_hook(session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
     """trtllm-gen and CuteDSL ops: FlashInfer sweeps the tactics on the regime's dummies, a final decides."""
-    from moetune.engine.flashinfer_version import version
+    from moetune.inputs.flashinfer_versions import version
 
     group = _group(session)
     environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
     answers = Answers(session.store, session.layer, regime, op.backend, environment)
     stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
     if unknown := [bucket for bucket in rows if bucket not in stored]:
-        stored |= offline.load(answers, {bucket: call.key(bucket).file_key for bucket in unknown})
+        stored |= offline_choices(answers, {bucket: call.key(bucket).file_key for bucket in unknown})
     everywhere = gather({bucket: choice.tactic for bucket, choice in stored.items()}, group)
     served = [bucket for bucket in stored if all(theirs.get(bucket) == stored[bucket].tactic for theirs in everywhere)]
     for bucket in served:
@@ -197,7 +143,7 @@ class Dummies:
     session: Session
     op: MoEOp
     regime: Regime
-    call: Call
+    call: TunerCall
 
     def hook(self, tensors: list[Any]) -> list[Any]:
         """FlashInfer's `inputs_pre_hook`: the first draw; other rows than the regime's are left as they are."""
@@ -230,7 +176,7 @@ class Dummies:
 
 
 def _final(
-    session: Session, call: Call, dummies: Dummies, rows: int, swept: Sequence[tuple[Any, float]], group: Any
+    session: Session, call: TunerCall, dummies: Dummies, rows: int, swept: Sequence[tuple[Any, float]], group: Any
 ) -> Choice:
     """FlashInfer's fastest against its default, on draws that its sweep has not seen."""
     from moetune.measure.clock import clock_for
@@ -259,7 +205,7 @@ def _stressed_or_same(dummies: Dummies, routing: Routing, factor: int, tensors: 
         return dummies.placed(tensors, routing)
 
 
-def _fill_cutlass(session: Session, call: Call, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
+def _fill_cutlass(session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
     """`cutlass_fused_moe`: the tuner is shown no routing, so moetune times the op itself; the first rank for all."""
     if regime.digest not in session.profiles:
         group = _group(session)
@@ -275,7 +221,7 @@ def _fill_cutlass(session: Session, call: Call, op: MoEOp, regime: Regime, rows:
             _place(session, call, choice.rows, int(choice.tactic[which]))
 
 
-def _cutlass_profile(session: Session, call: Call, op: MoEOp, regime: Regime) -> str | None:
+def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> str | None:
     from moetune.tuning.events import BucketChosen
     from moetune.tuning.tune import load, tune
 

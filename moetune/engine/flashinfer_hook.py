@@ -1,7 +1,7 @@
 """FlashInfer's own tuner, asked moetune's question: a subclass of its `AutoTuner`, put over the living instance.
 
 Ops that are not the question's, contexts without a question and everything outside tuning pass through untouched.
-Written against flashinfer-python's `autotuner` of the versions in `flashinfer_version`; of any other nothing is
+Written against flashinfer-python's `autotuner` of the versions in `flashinfer_versions`; of any other nothing is
 touched.
 """
 
@@ -16,7 +16,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from moetune.engine import session as sessions
-from moetune.engine.answer import Call, answer
+from moetune.engine.answer import answer
+from moetune.engine.tuner_call import TunerCall
 
 _recording: ContextVar[Recording | None] = ContextVar("moetune_recording", default=None)
 _lock = threading.Lock()
@@ -44,7 +45,7 @@ def tuner_class() -> Any:
             """See `AutoTuner`."""
             asked = sessions.current()
             if asked is not None and len(runners) == 1 and custom_op not in self._effective_skip_ops:
-                call = Call(self, custom_op, runners[0], tuning_config, inputs, kwargs)
+                call = TunerCall(self, custom_op, runners[0], tuning_config, inputs, kwargs)
                 with self._lock:
                     answer(asked, call)
             return super().choose_one(custom_op, runners, tuning_config, inputs, **kwargs)
@@ -69,7 +70,7 @@ def tuner_class() -> Any:
             return time_ms
 
         def profiled(
-            self, call: Call, missing: frozenset[Any], hook: Callable[[list[Any]], list[Any]]
+            self, call: TunerCall, missing: frozenset[Any], hook: Callable[[list[Any]], list[Any]]
         ) -> dict[int, list[tuple[Any, float]]]:
             """FlashInfer's own sweep over the missing keys with `hook`'s inputs: (tactic, time in ms) by rows."""
             recording = Recording(missing, call.rows_of)

@@ -58,8 +58,9 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
-    from moetune.engine import flashinfer_hook, flashinfer_version, session
+    from moetune.engine import flashinfer_hook, session
     from moetune.engine.warmup import session_for
+    from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
 
     asked = parse(spelled)
@@ -70,7 +71,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             f"--rank {asked.rank} in {VARIABLE}: an engine's process is one rank.", "Give its number, or leave it out."
         )
     question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
-    if obstacle := flashinfer_version.obstacle():
+    if obstacle := flashinfer_versions.obstacle():
         logger.warning("moetune: %s", obstacle)
         return
     session.set_for_process(question)

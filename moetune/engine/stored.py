@@ -1,13 +1,15 @@
-"""What the moetune store knows of one op of the engine, bucket by bucket."""
+"""Stored choices for one op of the engine, from an earlier engine run or from `moetune tune`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from moetune.errors import MissError, StoreError
+from moetune.errors import MissError, StoreError, UnsupportedError
+from moetune.export.flashinfer_keys import trtllm_keys
+from moetune.inputs.flashinfer_versions import VERSIONS
 from moetune.spec.environment import Environment
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
@@ -20,6 +22,9 @@ from moetune.store.store import Store
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
 
+OF_A_CALL = ("op", "call")
+"""Strict fields that only profiles measured in an engine have."""
+OFFLINE_BACKENDS = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 DEFAULT_CONFIG = -1
 """FlashInfer's own tactic of every runner: its built-in heuristic."""
 
@@ -35,7 +40,7 @@ class Answers:
     environment: Environment
 
     def load(self) -> dict[int, Choice]:
-        """The choices by rows; empty where the store has none."""
+        """Returns the choices by rows; none if the store has no profile."""
         try:
             profile = self.store.load(self.layer, self.regime, self.backend, self.environment)
         except MissError:
@@ -43,7 +48,7 @@ class Answers:
         return {choice.rows: choice for choice in profile.choices}
 
     def save(self, choices: Sequence[Choice]) -> str | None:
-        """Adds the choices; why they could not be kept, or None."""
+        """Saves the choices. Returns why they could not be saved, or None."""
         profile = Profile(
             layer=self.layer,
             regime=self.regime,
@@ -56,6 +61,59 @@ class Answers:
         except StoreError as error:
             return str(error)
         return None
+
+
+def offline_choices(asked: Answers, file_keys: Mapping[int, str]) -> dict[int, Choice]:
+    """Returns the choices, by rows, that `moetune tune` measured on this machine for the same calls.
+
+    Two calls are the same if FlashInfer's key of the engine's call is one under which the profile would be exported.
+    Then shapes, weight formats and layouts agree. Costs that are equal for every tactic may differ: quantizing the
+    activations, a cast of the output.
+
+    Args:
+        asked: the stored answers of the engine's op.
+        file_keys: FlashInfer's `ProfilingCacheKey.file_key` of the engine's call, by rows.
+    """
+    if asked.backend not in OFFLINE_BACKENDS:
+        return {}
+    return {
+        choice.rows: choice
+        for _, profile in asked.store.profiles()
+        if isinstance(profile, Profile) and _is_asked(asked, profile)
+        for choice in profile.choices
+        if file_keys.get(choice.rows) in _keys(profile, choice.rows)
+    }
+
+
+def _is_asked(asked: Answers, profile: Profile) -> bool:
+    return (
+        profile.backend == asked.backend
+        and not asked.regime.differing(profile.regime)
+        and profile.layer.shape == asked.layer.shape
+        and _same_machine(asked.environment, profile.environment)
+    )
+
+
+def _same_machine(engine: Environment, offline: Environment) -> bool:
+    wanted = {name: value for name, value in engine.strict.items() if name not in OF_A_CALL}
+    return (
+        offline.device == engine.device
+        and wanted.items() <= offline.strict.items()
+        and not offline.strict.keys() & set(OF_A_CALL)
+    )
+
+
+def _keys(profile: Profile, rows: int) -> frozenset[str]:
+    strict = profile.environment.strict
+    version = VERSIONS.get(strict["flashinfer"].partition("+")[0])
+    options = {name: strict[name] for name in ("mxfp4_activations", "fp8_block_layout") if name in strict}
+    if version is None:
+        return frozenset()
+    routed = profile.backend.endswith("-routed")
+    try:
+        return frozenset(trtllm_keys(version, profile.layer, profile.regime, rows, routed, **options))
+    except UnsupportedError:
+        return frozenset()
 
 
 def regime_of_buckets(regime: Regime, buckets: Sequence[int]) -> Regime:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.engine import flashinfer_hook, flashinfer_version, session
+from moetune.engine import flashinfer_hook, session
 from moetune.engine.session import Session
 from moetune.errors import UnsupportedError
+from moetune.inputs import flashinfer_versions
 from moetune.inputs.presets import layer as layer_of
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.layer import MoELayer
@@ -76,8 +77,8 @@ def warmup(
         UnsupportedError: FlashInfer is not installed.
     """
     asked = session_for(layer, regime, rank, group, store)
-    obstacle = flashinfer_version.obstacle()
-    if obstacle and flashinfer_version.version() is None:
+    obstacle = flashinfer_versions.obstacle()
+    if obstacle and flashinfer_versions.version() is None:
         raise UnsupportedError(f"A warm-up needs FlashInfer: {obstacle}", "pip install flashinfer-python")
     from flashinfer.autotuner import autotune
 

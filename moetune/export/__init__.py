@@ -1,12 +1,14 @@
-"""Profiles as the files that engines load. Each exporter is a pure function; nothing here writes or imports torch."""
+"""Exports profiles as the files that engines load. Exporters are pure functions. No torch."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 
 from moetune.errors import UsageError
 from moetune.export.base import Export, Exporter, bundle
+from moetune.export.write import State, write
 from moetune.store.profile import Profile
 
 _HOMES: Mapping[str, str] = {
@@ -18,12 +20,12 @@ _HOMES: Mapping[str, str] = {
 
 
 def targets() -> tuple[str, ...]:
-    """The engines that `--to` names."""
+    """Returns the engines that `--to` accepts."""
     return tuple(_HOMES)
 
 
 def exporter(target: str) -> Exporter:
-    """The exporter of an engine, imported now.
+    """Imports and returns the exporter of an engine.
 
     Raises:
         UsageError: no such engine.
@@ -36,7 +38,7 @@ def exporter(target: str) -> Exporter:
 
 
 def export(profile: Profile, target: str, *, version: str | None = None, source: str = "", command: str = "") -> Export:
-    """Everything that goes into the output folder for one profile, in a folder of the regime's slug.
+    """Returns all files for one profile, below a folder named by the regime's slug.
 
     Args:
         profile: what was measured.
@@ -51,3 +53,26 @@ def export(profile: Profile, target: str, *, version: str | None = None, source:
         NoResultError: the profile is empty.
     """
     return bundle(profile, target, exporter(target)(profile, version), source, command)
+
+
+def export_profile(
+    profile: Profile, target: str, folder: Path | str, *, version: str | None = None, force: bool = False
+) -> dict[Path, State]:
+    """Writes the files that an engine reads for one profile.
+
+    Args:
+        profile: the profile.
+        target: one of `targets()`.
+        folder: the output folder. The files go into a folder below it, named by the regime's slug.
+        version: the engine's (or FlashInfer's) version. [default: the newest that the exporter knows]
+        force: replace files that have other content.
+
+    Returns:
+        Each file's path, `written` or `unchanged`.
+
+    Raises:
+        UsageError: an unknown engine or version, or a file with other content exists.
+        UnsupportedError: the engine cannot use a profile of this backend.
+        NoResultError: the profile is empty.
+    """
+    return write(export(profile, target, version=version).files, Path(folder), force=force)

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
-from moetune.export.flashinfer_keys import RUNNER, VERSIONS, Version, cutlass_keys, trtllm_keys
+from moetune.export.flashinfer_keys import RUNNER, cutlass_keys, trtllm_keys
+from moetune.inputs.flashinfer_versions import VERSIONS, Version
 from moetune.spec.ladder import Ladder
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile

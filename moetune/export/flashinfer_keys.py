@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moetune.errors import UnsupportedError
+from moetune.inputs.flashinfer_versions import Version
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
@@ -27,33 +28,6 @@ DEEPSEEK_FP8: Final = 1
 Shape = tuple[int, ...]
 ABSENT: Final[Shape] = (0,)
 """The shape that FlashInfer gives an input that is None."""
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """What differs between the versions of FlashInfer's cache files.
-
-    `cutlass_ranks`: the cutlass key holds the ranks. `trtllm_extras`: the trtllm key holds the layer. `flat_scales`:
-    activation scales may be one-dimensional. `policies`: an entry may say how it was measured.
-    """
-
-    name: str
-    cutlass_ranks: bool
-    trtllm_extras: bool
-    flat_scales: bool
-    policies: bool
-
-
-VERSIONS: Final = {
-    version.name: version
-    for version in (
-        Version("0.6.18", cutlass_ranks=True, trtllm_extras=False, flat_scales=False, policies=False),
-        Version("0.7.0", cutlass_ranks=True, trtllm_extras=True, flat_scales=True, policies=False),
-        Version("0.7.1", cutlass_ranks=True, trtllm_extras=True, flat_scales=True, policies=True),
-        Version("0.7.2", cutlass_ranks=False, trtllm_extras=True, flat_scales=True, policies=True),
-        Version("0.7.2.post1", cutlass_ranks=False, trtllm_extras=True, flat_scales=True, policies=True),
-    )
-}
 
 
 class _Dtype(str):

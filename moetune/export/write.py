@@ -1,23 +1,21 @@
-"""Writes an `Export`: each file as a whole, and none over another one's content unless that is asked for."""
+"""Writes exported files: each as a whole, and over other content only with `force`."""
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from moetune.errors import UsageError
+from moetune.store.files import replace
 
 State = Literal["written", "unchanged"]
 
 
 def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dict[Path, State]:
-    """Writes files below `folder`, which is made where it is missing.
+    """Writes files below `folder`, which is made if it is missing.
 
-    All paths are looked at before the first is written. A file is replaced by a rename, so that a reader sees its old
-    content or its new one.
+    All paths are checked before the first file is written. A reader sees a file's old content or its new one.
 
     Args:
         files: relative POSIX path → text.
@@ -25,10 +23,10 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
         force: replaces files of other content.
 
     Returns:
-        Each path, and whether it was written or held this text already.
+        Each path, `written` or `unchanged`.
 
     Raises:
-        UsageError: files of other content are there and `force` was not given, or the folder cannot be written.
+        UsageError: a file with other content exists and `force` was not given, or the folder cannot be written.
     """
     try:
         present = {path: _held(path) for path in (folder / name for name in files)}
@@ -41,7 +39,7 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
             )
         for path, content in texts.items():
             if present[path] != content:
-                _replace(path, content)
+                replace(path, content)
     except OSError as error:
         where = error.filename or folder
         raise UsageError(f"{where} cannot be written: {error.strerror or error}.", "Give another --out.") from None
@@ -53,16 +51,3 @@ def _held(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

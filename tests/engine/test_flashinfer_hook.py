@@ -8,8 +8,8 @@ from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, FROM_LOGITS, MIDDLING, PACKED, TIMES_US, UNPACKED, Trtllm
 
 import moetune
-from moetune.engine import flashinfer_version
 from moetune.engine.answer import Dummies
+from moetune.inputs import flashinfer_versions
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 
@@ -220,11 +220,11 @@ def test_buckets_that_the_engine_overrides_are_the_ones_tuned(trtllm, layer, reg
 
 
 def test_an_unknown_version_warns_and_is_left_alone(trtllm, layer, regime, monkeypatch, caplog):
-    monkeypatch.setattr(flashinfer_version, "version", lambda: "0.9.0")
+    monkeypatch.setattr(flashinfer_versions, "version", lambda: "0.9.0")
     with moetune.warmup(layer, regime):
         assert type(AutoTuner.get()) is Stock
         assert trtllm() == FAST
-    assert "0.9.0 is not among the versions" in caplog.text
+    assert "does not know the tuner of flashinfer-python 0.9.0" in caplog.text
     assert all((inputs[2] == 7).all() for _, inputs in trtllm.runner.seen)
 
 

@@ -14,7 +14,8 @@ from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, Trtllm
 
 import moetune
-from moetune.engine import flashinfer_hook, flashinfer_version, plugins, session
+from moetune.engine import flashinfer_hook, plugins, session
+from moetune.inputs import flashinfer_versions
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_with_the_variable_the_engines_own_warmup_is_tuned(process, group, model
         ("--model no-such-model --ep 4", "no-such-model"),
         ("--ep 4", "--model is missing"),
         ("--model {model} --ep 3", "does not divide"),
-        ("nonsense", "nrecognized arguments"),
+        ("nonsense", "unexpected extra argument"),
     ],
 )
 @pytest.mark.parametrize("group", GROUPS)
@@ -124,9 +125,9 @@ def test_a_wrong_value_of_tensorrt_llms_variable_is_logged_and_the_engine_starts
 
 def test_an_unknown_version_is_logged_and_left_alone(process, model, monkeypatch, caplog):
     monkeypatch.setenv(plugins.VARIABLE, spelled(model))
-    monkeypatch.setattr(flashinfer_version, "version", lambda: "1.0.0")
+    monkeypatch.setattr(flashinfer_versions, "version", lambda: "1.0.0")
     plugins.vllm()
-    assert "1.0.0 is not among the versions" in caplog.text
+    assert "does not know the tuner of flashinfer-python 1.0.0" in caplog.text
     assert type(AutoTuner.get()) is Stock
 
 

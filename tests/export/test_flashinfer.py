@@ -10,7 +10,7 @@ from flashinfer_spy import SHAPE
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export import export as exported
 from moetune.export.flashinfer import BACKENDS, TRTLLM_POLICY, buckets, export
-from moetune.export.flashinfer_keys import VERSIONS
+from moetune.inputs.flashinfer_versions import VERSIONS
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 

@@ -8,7 +8,8 @@ import pytest
 from flashinfer_spy import LaunchedError, flashinfer, recorded
 
 from moetune.errors import UnsupportedError
-from moetune.export.flashinfer_keys import TRTLLM_OPS, VERSIONS, cutlass_keys, trtllm_keys
+from moetune.export.flashinfer_keys import TRTLLM_OPS, cutlass_keys, trtllm_keys
+from moetune.inputs.flashinfer_versions import VERSIONS
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 

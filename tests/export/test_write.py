@@ -1,4 +1,5 @@
 import pytest
+from triton_profiles import profile
 
 from moetune.errors import UsageError
 from moetune.export.write import write
@@ -44,3 +45,13 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
         write(FILES, tmp_path, force=True)
     assert path.read_text() == "old"
     assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["a.json"]
+
+
+def test_a_profile_is_exported_in_one_call(tmp_path):
+    from moetune.export import export_profile
+
+    made = export_profile(profile(), "vllm", tmp_path)
+    assert made
+    assert set(made.values()) == {"written"}
+    assert all(path.is_relative_to(tmp_path) and path.is_file() for path in made)
+    assert set(export_profile(profile(), "vllm", str(tmp_path)).values()) == {"unchanged"}

@@ -1,0 +1,63 @@
+"""`TunerCall`: one call of FlashInfer's `AutoTuner.choose_one`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(eq=False)
+class TunerCall:
+    """A call of `AutoTuner.choose_one`. `tuner` is moetune's subclass of `AutoTuner`."""
+
+    tuner: Any
+    op: str
+    runner: Any
+    config: Any
+    inputs: Sequence[Any]
+    arguments: Mapping[str, Any]
+
+    @cached_property
+    def effective_config(self) -> Any:
+        """The tuning configuration with the overrides of the enclosing contexts."""
+        return self.tuner.effective(self.config)
+
+    @cached_property
+    def identity(self) -> Any:
+        """FlashInfer's key of this call without the rows, so that it is equal for all buckets."""
+        shapes = [list(shape) for shape in self.tuner._get_input_sizes(self.inputs)]
+        for spec in self.effective_config.dynamic_tensor_specs:
+            for at, dim in zip(spec.input_idx, spec.dim_idx, strict=True):
+                shapes[at][dim] = 0
+        for spec in self.effective_config.constraint_specs:
+            shapes[spec.input_idx][spec.dim_idx] = -1
+        extras = self.runner.get_cache_key_extras(self.inputs)
+        return (self.op, type(self.runner).__name__, tuple(map(tuple, shapes)), extras)
+
+    @cached_property
+    def profiles(self) -> dict[int, Any]:
+        """FlashInfer's optimization profile of each bucket, by rows."""
+        (spec,) = self.effective_config.dynamic_tensor_specs
+        at, dim = spec.input_idx[0], spec.dim_idx[0]
+        made = self.tuner._generate_optimization_profiles(self.effective_config, self.inputs)
+        return {profile.get_opt_shapes()[at][dim]: profile for profile in made}
+
+    def rows_of(self, inputs: Sequence[Any]) -> int:
+        """Returns the number of rows of these inputs."""
+        spec = self.effective_config.dynamic_tensor_specs[0]
+        return int(inputs[spec.input_idx[0]].shape[spec.dim_idx[0]])
+
+    def key(self, rows: int) -> Any:
+        """Returns FlashInfer's `ProfilingCacheKey` of a bucket."""
+        shapes, extras = self.profiles[rows].get_opt_shapes(), self.runner.get_cache_key_extras(self.inputs)
+        return self.tuner._get_cache_key(self.op, self.runner, shapes, self.effective_config, extras)
+
+    def device(self) -> str:
+        """Returns the torch device of the inputs."""
+        return next(str(tensor.device) for tensor in self.inputs if hasattr(tensor, "device"))
+
+    def run(self, draws: Sequence[Sequence[Any]], tactic: Any, draw: int) -> object:
+        """Runs the op on the inputs of one draw and returns its output."""
+        return self.runner(list(draws[draw]), tactic=tactic, **self.arguments)
