@@ -1,4 +1,4 @@
-"""Which flag of which engine selects a family of kernels.
+"""Maps backends to the flags by which engines select them.
 
 vLLM 0.33: `--moe-backend`, the values of `MoEBackend` in its `config/kernel.py`. SGLang 0.5.23: `--moe-runner-backend`,
 `MOE_RUNNER_BACKEND_CHOICES` in its `srt/server_args.py`. TensorRT-LLM: `MoeConfig.backend` in its `llmapi/llm_args.py`,
@@ -20,7 +20,7 @@ _VLLM: Final = {
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
 }
-"""One word for both trtllm ops: vLLM itself takes the routed one where tokens are dispatched with their ids."""
+"""One value for both TensorRT-LLM ops. vLLM itself uses the routed one if tokens travel with their ids."""
 _SGLANG: Final = {
     "triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",
@@ -33,7 +33,7 @@ _TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
 def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
-    """What to give each engine so that it runs the kernels of `backend`, by `ENGINES`; without those that cannot.
+    """Returns, by engine, the flag that selects `backend`. Engines that cannot run it are left out.
 
     >>> engine_flags("flashinfer-cutlass", Precision.BF16)
     {'vllm': '--moe-backend flashinfer_cutlass', 'sglang': '--moe-runner-backend flashinfer_cutlass'}
@@ -50,7 +50,7 @@ def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
 
 
 def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capability: int) -> str | None:
-    """The kernels that the engine takes before Triton's unless it is told otherwise; None where it takes Triton's.
+    """Returns the kernels that the engine prefers to Triton's by default, or None.
 
     vLLM: `_get_priority_backends` in `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33). SGLang:
     `arg_groups/overrides.py` of 0.5.23.
@@ -68,18 +68,18 @@ def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capabil
 
 
 def backend_of(named: str, flag: str) -> str:
-    """moetune's backend for the value of vLLM's `--moe-backend` or SGLang's `--moe-runner-backend`.
+    """Returns moetune's backend for the value of vLLM's `--moe-backend` or SGLang's `--moe-runner-backend`.
 
     >>> backend_of("flashinfer_cutlass", "--moe-backend")
     'flashinfer-cutlass'
 
     Raises:
-        UnsupportedError: kernels that moetune does not tune; the message names them by `flag`.
+        UnsupportedError: moetune does not tune these kernels.
     """
     backend = {**_VALUES, _SGLANG_MXFP4: "flashinfer-trtllm"}.get(named.lower().replace("-", "_"))
     if backend is None:
         raise UnsupportedError(
-            f"{flag} {named} asks for MoE kernels that moetune does not tune.",
-            f"It tunes {', '.join(_VALUES)}; or give --backend beside --launch.",
+            f"{flag} {named} selects MoE kernels that moetune does not tune.",
+            f"Pass --backend to override it. Tunable: {', '.join(_VALUES)}.",
         )
     return backend

@@ -1,4 +1,4 @@
-"""What an engine's own launch line says of the deployment, as the options of moetune's command line."""
+"""Reads an engine's launch line as options of moetune's command line."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _OTHER_DEVICE_VARIABLES: Final = ("TPU_BACKEND_TYPE", "HIP_VISIBLE_DEVICES")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a launch line stands for: options as `moetune.inputs.options.resolve` takes them, and what to say of it.
+    """The options of a launch line, for `moetune.inputs.options.resolve`, and warnings.
 
-    `options` also holds `backend` where the line names the kernels.
+    `options` also has `backend` if the line selects the kernels.
     """
 
     options: dict[str, Any]
@@ -44,16 +44,16 @@ class Launch:
 
 
 def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
-    """The options that a launch line stands for.
+    """Returns the options of a launch line.
 
     Args:
-        spelled: the line as a shell, a container or a Dockerfile has it.
-        given: options given beside it; they win, and what they replace is not looked at.
+        spelled: the line as written in a shell, a container command or a Dockerfile.
+        given: options that override the line. What they override is not read.
 
     Raises:
-        UsageError: no server or several, a value that cannot be used, a flag close to one that decides, an unknown
-            model, or a word that only the user's own shell could expand.
-        UnsupportedError: kernels, a dispatcher or a quantization that moetune does not tune.
+        UsageError: no server or several, an invalid value, a misspelled flag that matters, an unknown model, or a
+            word that needs the user's shell.
+        UnsupportedError: the kernels, the dispatcher or the quantization are not supported.
     """
     beside = {name: value for name, value in (given or {}).items() if value is not None}
     server = find(spelled)
@@ -85,17 +85,17 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
 
 
 def _other_devices(server: ServerCommand) -> list[str]:
-    """What to say where the line names a device whose MoE kernels moetune has not."""
+    """Returns a warning if the line names a device that moetune has no kernels for."""
     named = [word for word in server.launcher if _OTHER_DEVICE.search(word)]
     named += [name for name in _OTHER_DEVICE_VARIABLES if name in server.variables]
-    return [f"{word} means a device without CUDA: nothing that moetune tunes is read there." for word in named[:1]]
+    return [f"{word} means a device without CUDA, for which moetune tunes nothing." for word in named[:1]]
 
 
 def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
-    """What to say of flags that the engine does not have.
+    """Returns warnings about flags that the engine does not have.
 
     Raises:
-        UsageError: one is nearly the name of a flag that decides which kernels see which load.
+        UsageError: a flag looks like a misspelling of one that decides the kernels or their load.
     """
     said = []
     for flag in dict.fromkeys(line.unknown):
@@ -104,7 +104,7 @@ def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
         message = f"{program} has no flag {flag} ({engine} {line.table.version})."
         if nearest in DECIDING:
             raise UsageError(f"{message}{hint}", "Correct the line, or leave the flag out.")
-        said.append(f"{message}{hint} It is left out.")
+        said.append(f"{message}{hint} It is ignored.")
     return said
 
 
@@ -115,6 +115,6 @@ def _require_no_more_words(line: Line, program: str) -> None:
         shown = " ".join(word.text for word in extra[:4])
         known_text(extra[0], "The launch line")
         raise UsageError(
-            f"{program} does not know what to do with {shown!r}: it belongs to no flag.",
+            f"{program} has no use for {shown!r}: it belongs to no flag.",
             "A switch takes no value; a comment begins with #.",
         )

@@ -1,9 +1,10 @@
-"""Reads a server's arguments as its own parser does: flags by their table, one model, nothing else."""
+"""Parses a server's arguments as the engine's own parser does."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,20 +12,20 @@ from typing import Any, Final
 
 from moetune.errors import UsageError
 from moetune.inputs import settings_file
-from moetune.inputs.flag_table import FlagTable
+from moetune.inputs.flag_table import Flag, FlagTable
 from moetune.inputs.shell import Word
 
 TRUE: Final = ("true", "1", "yes", "on")
 _FLAG: Final = re.compile(r"--?[A-Za-z]")
 _NUMBER: Final = re.compile(r"(-?\d+)(\.\d+)?([kKmMgG]?)")
 _MODEL: Final = re.compile(r"\$\{?\w*(MODEL|PATH|CHECKPOINT|CKPT|REPO|HF)\w*\}?$", re.IGNORECASE)
-"""A variable that stands where the model is named is taken for a model by its own name; any other may hold flags."""
+"""Variables whose name says that they hold a model. Any other variable may hold flags."""
 _FACTORS: Final = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a flag was given: its words, none for a switch, and the dotted keys beside them (`--x.key VALUE`)."""
+    """The words given to a flag (none for a switch), and its dotted keys (`--x.key VALUE`)."""
 
     words: tuple[Word, ...] = ()
     keys: Mapping[str, Word] = field(default_factory=dict)
@@ -32,10 +33,15 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The arguments of one server.
+    """The parsed arguments of one server.
 
-    `flags` by their canonical names; `positional` are words that belong to no flag; `unknown` the flags that the
-    engine's version in `table` does not have, as they were written; `notes` say what became of flags of older versions.
+    Attributes:
+        table: the flags of the engine.
+        variables: the environment variables that the line sets.
+        flags: the given flags by canonical name.
+        positional: words that belong to no flag.
+        unknown: flags, as written, that the engine's version in `table` does not have.
+        notes: what replaced given flags of older versions.
     """
 
     table: FlagTable
@@ -46,14 +52,14 @@ class Line:
     notes: tuple[str, ...] = ()
 
     def given(self, *names: str) -> Value | None:
-        """The value of the first of these flags that is given."""
+        """Returns the value of the first of these flags that is given."""
         return next((self.flags[name] for name in names if name in self.flags), None)
 
     def text(self, *names: str) -> str | None:
-        """The one word of the first of these flags that is given.
+        """Returns the single word of the first of these flags that is given.
 
         Raises:
-            UsageError: the flag has no value or several, or its value is left to the user's shell.
+            UsageError: the flag has no value or several, or its value needs the user's shell.
         """
         value = self.given(*names)
         if value is None:
@@ -64,23 +70,23 @@ class Line:
         return known_text(value.words[0], shown)
 
     def number(self, *names: str, default: int | None = None, least: int = 1) -> int | None:
-        """As `text`, an integer; `8k` is 8000, `8K` 8192 and `25.6k` 25600, as vLLM's `human_readable_int` has it.
+        """Returns `text` as an integer: `8k` is 8000, `8K` is 8192, `25.6k` is 25600 (vLLM's `human_readable_int`).
 
         Raises:
-            UsageError: no integer, or one below `least`.
+            UsageError: not an integer, or below `least`.
         """
         text = self.text(*names)
         return default if text is None else number(text, f"--{names[0]}", least)
 
     def switch(self, *names: str) -> bool:
-        """Whether one of these switches is given and not taken back later (`--no-NAME`)."""
+        """Returns whether one of these switches is given and not negated later (`--no-NAME`)."""
         return any(name in self.flags for name in names)
 
     def object(self, *names: str) -> dict[str, Any] | None:
-        """The JSON object of the first of these flags that is given, with its dotted keys.
+        """Returns the JSON object of the first of these flags that is given, with its dotted keys.
 
         Raises:
-            UsageError: no JSON object, or left to the user's shell.
+            UsageError: not a JSON object, or it needs the user's shell.
         """
         value = self.given(*names)
         if value is None:
@@ -98,40 +104,40 @@ class Line:
         return {**found, **{key: known_text(word, f"{shown}.{key}") for key, word in value.keys.items()}}
 
     def variable(self, name: str) -> str | None:
-        """An environment variable that the line sets; an empty one is not set.
+        """Returns an environment variable that the line sets; an empty one counts as unset.
 
         Raises:
-            UsageError: its value is left to the user's shell.
+            UsageError: its value needs the user's shell.
         """
         word = self.variables.get(name)
         return (known_text(word, name) or None) if word is not None else None
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """Expansions that were taken by the defaults which they name."""
+        """Returns the shell expansions that were replaced by their own defaults."""
         words = [*self.positional, *(word for value in self.flags.values() for word in value.words)]
         return tuple(dict.fromkeys(one for word in words for one in word.assumed))
 
 
 def known_text(word: Word, what: str) -> str:
-    """The word's text.
+    """Returns the word's text.
 
     Raises:
-        UsageError: part of it is an expansion that the line does not determine.
+        UsageError: it contains an expansion without a known value.
     """
     if word.unexpanded:
         raise UsageError(
             f"{what}: {word.unexpanded[0]} has no value in the launch line.",
-            "Write its value, set the variable in the line, or give the option beside --launch.",
+            "Write its value, set the variable in the line, or pass the option to moetune.",
         )
     return word.text
 
 
 def number(text: str, shown: str, least: int = 1) -> int:
-    """An integer that may end in k, K, m, M, g or G.
+    """Returns an integer that may end in k, K, m, M, g or G.
 
     Raises:
-        UsageError: no integer, or one below `least`.
+        UsageError: not an integer, or below `least`.
     """
     match = _NUMBER.fullmatch(text.replace("_", ""))
     scaled = Fraction(match[1] + (match[2] or "")) * _FACTORS[match[3]] if match else None
@@ -145,18 +151,18 @@ def number(text: str, shown: str, least: int = 1) -> int:
 def parse(
     words: Iterable[Word], table: FlagTable, variables: Mapping[str, Word], settings_flag: str | None = None
 ) -> Line:
-    """The arguments of a server by its flags' table.
+    """Returns the parsed arguments of a server.
 
     Args:
         words: what follows the program.
-        table: the engine's flags; what takes no value takes none here, whatever follows.
+        table: the engine's flags.
         variables: the environment that the line sets.
-        settings_flag: the flag that names a file of further flags; those of the line win over the file's.
+        settings_flag: the flag that names a file of further flags. Flags of the line override the file's.
 
     Raises:
-        UsageError: a switch with a value, or a word that only the user's shell could turn into flags.
+        UsageError: a switch has a value, or a word needs the user's shell.
     """
-    line = _parse(list(words), table, variables)
+    line = _parse(words, table, variables)
     value = line.given(settings_flag) if settings_flag else None
     if value is None:
         return line
@@ -174,44 +180,71 @@ def parse(
     )
 
 
-def _parse(rest: list[Word], table: FlagTable, variables: Mapping[str, Word]) -> Line:
-    flags: dict[str, Value] = {}
-    positional: list[Word] = []
-    unknown: list[str] = []
-    notes: list[str] = []
-    while rest:
-        word = rest.pop(0)
+def _parse(words: Iterable[Word], table: FlagTable, variables: Mapping[str, Word]) -> Line:
+    reader = _Reader(table, deque(words))
+    while reader.rest:
+        reader.read_next()
+    return Line(table, variables, reader.flags, tuple(reader.positional), tuple(reader.unknown), tuple(reader.notes))
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Sorts the words in `rest` into flags, positional words, unknown flags and notes."""
+
+    table: FlagTable
+    rest: deque[Word]
+    flags: dict[str, Value] = field(default_factory=dict)
+    positional: list[Word] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def read_next(self) -> None:
+        """Reads one positional word, or one flag with its values."""
+        word = self.rest.popleft()
         if not _FLAG.match(word.text):
-            if word.unexpanded == (word.text,) and (positional or not _MODEL.search(word.text)):
-                known_text(word, "The launch line")
-            if word.text:
-                positional.append(word)
-            continue
-        name, equals, attached = word.text.partition("=")
-        flag = table.find(name)
-        values = [Word(attached, word.unexpanded, word.assumed)] if equals else []
+            self._read_positional(word)
+            return
+        name, equals, text = word.text.partition("=")
+        attached = Word(text, word.unexpanded, word.assumed) if equals else None
+        flag = self.table.find(name)
         if flag is None:
-            unknown.append(name)
-            if not equals and rest and not _FLAG.match(rest[0].text):
-                rest.pop(0)
-            continue
+            self.unknown.append(name)
+            if attached is None:
+                self._following(1)
+            return
         if flag.is_removed:
-            notes.append(f"{table.engine} {table.version} has no {name}: {flag.note}")
+            self.notes.append(f"{self.table.engine} {self.table.version} has no {name}: {flag.note}")
         if flag.value == "none":
-            if equals:
-                raise UsageError(f"{name} is a switch and takes no value, given {word.text}.", f"Write {name} alone.")
-            flags.pop(flag.name, None)
-            if not flag.negates(name):
-                flags[flag.name] = Value()
-            continue
-        if not values:
-            most = {"one": 1, "optional": 1, "json": 1, "many": len(rest)}[flag.value]
-            while rest and len(values) < most and not _FLAG.match(rest[0].text):
-                values.append(rest.pop(0))
-        _, dot, dotted = name.partition(".")
-        if dot and values:
-            before = flags.get(flag.name, Value())
-            flags[flag.name] = Value(before.words, {**before.keys, dotted.replace("-", "_"): values[0]})
+            self._read_switch(flag, name, attached)
         else:
-            flags[flag.name] = Value(tuple(values), flags[flag.name].keys if flag.name in flags else {})
-    return Line(table, variables, flags, tuple(positional), tuple(unknown), tuple(notes))
+            self._read_values(flag, name, attached)
+
+    def _read_positional(self, word: Word) -> None:
+        if word.unexpanded == (word.text,) and (self.positional or not _MODEL.search(word.text)):
+            known_text(word, "The launch line")
+        if word.text:
+            self.positional.append(word)
+
+    def _read_switch(self, flag: Flag, name: str, attached: Word | None) -> None:
+        if attached is not None:
+            given = f"{name}={attached.text}"
+            raise UsageError(f"{name} is a switch and takes no value, given {given}.", f"Write {name} alone.")
+        self.flags.pop(flag.name, None)
+        if not flag.negates(name):
+            self.flags[flag.name] = Value()
+
+    def _read_values(self, flag: Flag, name: str, attached: Word | None) -> None:
+        values = [attached] if attached is not None else self._following(len(self.rest) if flag.value == "many" else 1)
+        before = self.flags.get(flag.name, Value())
+        _, dot, key = name.partition(".")
+        if dot and values:
+            self.flags[flag.name] = Value(before.words, {**before.keys, key.replace("-", "_"): values[0]})
+        else:
+            self.flags[flag.name] = Value(tuple(values), before.keys)
+
+    def _following(self, most: int) -> list[Word]:
+        """Removes and returns up to `most` of the next words, ending at a flag."""
+        values: list[Word] = []
+        while self.rest and len(values) < most and not _FLAG.match(self.rest[0].text):
+            values.append(self.rest.popleft())
+        return values

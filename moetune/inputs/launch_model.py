@@ -1,4 +1,4 @@
-"""Which layer a launch line serves: its model's name, and the precision that its flags make of the weights."""
+"""Finds the model of a launch line, and the precision that its flags give the experts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _QUANTIZATIONS: Final[Mapping[str, Precision | None]] = {
     "mxfp4": Precision.MXFP4,
     "compressed-tensors": None,
 }
-"""`--quantization` → the experts' precision; None where the checkpoint says it, as a quantized one does under `fp8`."""
+"""`--quantization` → the experts' precision; None means the checkpoint's own."""
 _DTYPES: Final = {"float16": Precision.FP16, "half": Precision.FP16, "float32": Precision.FP32, "float": Precision.FP32}
 _HARMLESS_OVERRIDES: Final = (
     "architectures", "rope", "max_position", "max_model", "sliding", "index_", "use_index", "vision", "audio", "dtype",
     "torch_dtype", "bos_", "eos_", "pad_", "tie_word", "auto_map", "num_nextn", "is_matryoshka", "matryoshka",
 )  # fmt: skip
-"""How the fields begin that say nothing of the experts."""
+"""Prefixes of config fields that do not concern the experts."""
 
 
 class Model(NamedTuple):
-    """A model as `moetune.inputs.presets.layer` takes it, the precision where it is not the preset's, and warnings."""
+    """A model for `presets.layer`, its precision if it is not the preset's, and warnings."""
 
     model: str
     precision: str | None
@@ -40,25 +40,25 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """What an engine's reader is given beside the line: the layer, the user's own options, and where to warn."""
+    """The layer, the options that the user gave to moetune (`beside`), and the warnings collected so far."""
 
     layer: MoELayer
     beside: Mapping[str, Any]
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, message: str) -> None:
-        """Adds a warning, a whole sentence."""
+        """Adds a warning of one sentence."""
         self.warnings.append(message)
 
 
 def model_named(line: Line, *, precise: bool) -> Model:
-    """The model that the line serves: a path here, or a repository that moetune knows.
+    """Returns the model that the line serves: an existing path, or a known repository.
 
     Args:
-        precise: whether the precision is given beside the line, so that the repository need not say it.
+        precise: whether the user gave the precision, so that the repository's need not be known.
 
     Raises:
-        UsageError: none is named, or neither a path here nor a repository whose experts moetune knows.
+        UsageError: no model is named, or it is not known.
     """
     value = line.given("model-path", "model")
     word = value.words[0] if value and value.words else (line.positional[0] if line.positional else None)
@@ -66,7 +66,7 @@ def model_named(line: Line, *, precise: bool) -> Model:
         swallowed = (
             f" The engine has no flag {', '.join(line.unknown)}; it may have taken the name." if line.unknown else ""
         )
-        raise UsageError(f"The launch line names no model.{swallowed}", "Give --model beside --launch.")
+        raise UsageError(f"The launch line names no model.{swallowed}", "Pass --model as well.")
     name = known_text(word, "The model")
     if Path(name).exists():
         return Model(name, None)
@@ -77,18 +77,16 @@ def model_named(line: Line, *, precise: bool) -> Model:
         raise UsageError(
             f"The launch line's model {name} has the shape of {found.preset}, but moetune does not know how its "
             "experts are quantized.",
-            "Give --precision beside --launch, or --model with the path of its config.json.",
+            "Pass --precision, or --model with the path of its config.json.",
         )
     return Model(found.preset, None if found.precision == repositories.UNKNOWN else found.precision)
 
 
 def precision_asked(line: Line, own: Precision) -> Precision | None:
-    """The precision that `--quantization` and `--dtype` make of experts that are `own` in the checkpoint.
-
-    None where the checkpoint's stays.
+    """Returns the precision that `--quantization` and `--dtype` give experts stored as `own`, or None if unchanged.
 
     Raises:
-        UnsupportedError: a quantization whose experts moetune does not know.
+        UnsupportedError: the quantization is not supported.
         UsageError: `--hf-overrides` changes the experts.
     """
     _require_no_overrides(line)
@@ -97,8 +95,8 @@ def precision_asked(line: Line, own: Precision) -> Precision | None:
         key = asked.lower().replace("_", "-")
         if key not in _QUANTIZATIONS:
             raise UnsupportedError(
-                f"--quantization {asked} makes experts that moetune does not know.",
-                f"It knows {', '.join(_QUANTIZATIONS)}; or give --precision beside --launch.",
+                f"--quantization {asked} is not supported.",
+                f"Pass --precision to override it. Supported: {', '.join(_QUANTIZATIONS)}.",
             )
         return None if key == "fp8" and own is not Precision.BF16 else _QUANTIZATIONS[key]
     dtype = line.text("dtype")
@@ -115,6 +113,6 @@ def _require_no_overrides(line: Line) -> None:
         deep = {key: value for key, value in changed.items() if not key.startswith(_HARMLESS_OVERRIDES)}
         if deep:
             raise UsageError(
-                f"--{flag} changes {', '.join(deep)}, which moetune does not read into the layer.",
-                "Give --model with a config.json that has these values, beside --launch.",
+                f"--{flag} changes {', '.join(deep)}, which moetune does not apply to the layer.",
+                "Pass --model with a config.json that has these values.",
             )

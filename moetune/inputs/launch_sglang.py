@@ -30,11 +30,11 @@ _OLD_KERNELS: Final = {
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
-    """The options that the line of SGLang's server stands for.
+    """Returns the options for a line of SGLang's server.
 
     Raises:
-        UsageError: a value that cannot be used.
-        UnsupportedError: kernels that moetune does not tune.
+        UsageError: a value is invalid.
+        UnsupportedError: moetune does not tune the selected kernels.
     """
     tp = line.number("tp-size", default=1) or 1
     ep = line.number("ep-size", default=1) or 1
@@ -63,7 +63,7 @@ def _attention_dp(line: Line) -> int:
 
 
 def _kernels(line: Line, deployed: Deployed, word: str) -> dict[str, Any]:
-    """The backend that the line names, and FlashInfer's ladder with FlashInfer's kernels."""
+    """Returns the backend that the line names, and FlashInfer's ladder for its kernels."""
     backend = _backend(line, deployed)
     if word == "flashinfer" and backend == "flashinfer-trtllm" and "backend" not in deployed.beside:
         backend = "flashinfer-trtllm-routed"
@@ -75,8 +75,8 @@ def _backend(line: Line, deployed: Deployed) -> str | None:
         return str(deployed.beside["backend"])
     if (line.variable("SGLANG_USE_AITER") or "").lower() in TRUE:
         raise UnsupportedError(
-            "SGLANG_USE_AITER asks for AITER's MoE kernels, which moetune does not tune.",
-            "Give --backend beside --launch for another GPU's kernels.",
+            "SGLANG_USE_AITER selects AITER's MoE kernels, which moetune does not tune.",
+            "Pass --backend to tune other kernels.",
         )
     named = line.text("moe-runner-backend")
     flag = "--moe-runner-backend"

@@ -22,17 +22,17 @@ DECIDING: Final = (
 _FILES: Final = ("extra-llm-api-options", "config", "extra-engine-args")
 _KERNELS: Final = {"cutlass": "flashinfer-cutlass", "wideep": "flashinfer-cutlass", "trtllm": "flashinfer-trtllm"}
 _ROWS_OF_ALL_RANKS: Final = ("allgather", "nvlink_one_sided", "nvlink_two_sided", "deepep")
-"""The dispatchers behind which a bucket counts the rows of all ranks; `max_num_tokens` is a rank's."""
+"""Dispatchers whose buckets count the rows of all ranks, while `max_num_tokens` counts those of one."""
 _DEFAULT_TOKENS: Final = 8192
 """`TorchLlmArgs.max_num_tokens`."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
-    """The options that a line of TensorRT-LLM stands for.
+    """Returns the options for a line of TensorRT-LLM.
 
     Raises:
-        UsageError: a value that cannot be used.
-        UnsupportedError: kernels that moetune does not tune.
+        UsageError: a value is invalid.
+        UnsupportedError: moetune does not tune the selected kernels.
     """
     path = line.text(*_FILES)
     settings = settings_file.read(path, "--extra_llm_api_options") if path else {}
@@ -60,7 +60,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
 
 
 def _experts_over(line: Line, settings: Mapping[str, Any], tp: int) -> int:
-    """The ranks that share the experts: what is given, else what the ranks that share one expert leave."""
+    """Returns the number of ranks that share the experts, from the EP size or the MoE TP size."""
     ep = _number(settings, "moe_expert_parallel_size") or line.number(
         "ep-size", "moe-expert-parallel-size", "expert-parallel-size", "ep"
     )
@@ -82,7 +82,7 @@ def _number(settings: Mapping[str, Any], name: str) -> int | None:
 
 
 def _replicas(settings: Mapping[str, Any], deployed: Deployed) -> int | None:
-    """The slots of `moe_config.load_balancer` beyond the experts; it is an object or the path of a file with one."""
+    """Returns the number of redundant experts. `moe_config.load_balancer` is an object or the path of a file."""
     balancer = setting(settings, "moe_config", "load_balancer")
     if isinstance(balancer, str):
         balancer = settings_file.read(balancer, "moe_config.load_balancer")
@@ -107,7 +107,7 @@ def _backend(settings: Mapping[str, Any], deployed: Deployed, *, own_tokens: boo
     backend = _KERNELS.get(str(named).lower())
     if backend is None:
         raise UnsupportedError(
-            f"moe_config.backend {named} names MoE kernels that moetune does not tune.",
-            f"It tunes {', '.join(_KERNELS).upper()}; or give --backend beside --launch.",
+            f"moe_config.backend {named} selects MoE kernels that moetune does not tune.",
+            f"Pass --backend to override it. Tunable: {', '.join(_KERNELS).upper()}.",
         )
     return f"{backend}-routed" if own_tokens and backend == "flashinfer-trtllm" else backend

@@ -19,7 +19,7 @@ DECIDING: Final = (
     "all2all-backend", "enable-eplb", "eplb-config", "moe-backend", "max-num-batched-tokens", "quantization", "dtype",
     "hf-overrides", "expert-placement-strategy", "performance-mode",
 )  # fmt: skip
-_FAMILIES: Final = {
+_FLASHINFER_SWITCHES: Final = {
     "FP16": (Precision.BF16, Precision.FP16),
     "FP8": (Precision.FP8_BLOCK, Precision.FP8_TENSOR),
     "FP4": (Precision.NVFP4,),
@@ -27,18 +27,18 @@ _FAMILIES: Final = {
     "MXFP4_BF16": (Precision.MXFP4,),
     "MXFP4_MXFP8_CUTLASS": (Precision.MXFP4,),
 }
-"""`VLLM_USE_FLASHINFER_MOE_…` of vLLM up to 0.2x → the experts that it speaks of."""
+"""`VLLM_USE_FLASHINFER_MOE_…` of vLLM up to 0.2x → the precisions that it applies to."""
 _FLASHINFER: Final = {"latency": "flashinfer-trtllm", "throughput": "flashinfer-cutlass"}
 _DEFAULT_TOKENS: Final = {"flashinfer-trtllm": 16384, "flashinfer-trtllm-routed": 16384}
 """`EngineArgs.get_batch_defaults`: 16384 from 160 GiB of GPU memory (B200, B300), 8192 on an H100 or H200."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
-    """The options that the line of `vllm serve` stands for.
+    """Returns the options for a `vllm serve` line.
 
     Raises:
-        UsageError: a value that cannot be used.
-        UnsupportedError: kernels or a placement of the experts that moetune does not tune.
+        UsageError: a value is invalid.
+        UnsupportedError: moetune does not support the selected kernels or expert placement.
     """
     tp = line.number("tensor-parallel-size", default=1) or 1
     dp = line.number("data-parallel-size", default=1) or 1
@@ -65,7 +65,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
 
 
 def _largest_bucket(line: Line, dp: int, backend: str | None, *, on_flashinfer: bool) -> int | None:
-    """The rows up to which the engine's own tuner goes; a Triton file ends with its last key whatever the rows."""
+    """Returns the largest row count that the engine's own tuner covers."""
     tokens = line.number("max-num-batched-tokens")
     if not on_flashinfer:
         return None if tokens is None else tokens * dp
@@ -107,8 +107,8 @@ def _require_linear_placement(line: Line, deployed: Deployed, *, experts: bool, 
         return
     if deployed.layer.routing.num_groups > 1 and not replicas and not line.switch("enable-eplb"):
         raise UnsupportedError(
-            "--expert-placement-strategy round_robin: which experts a rank then holds hangs on vLLM's version and "
-            "dispatcher, and moetune knows whole shards only.",
+            "--expert-placement-strategy round_robin: which experts a rank then holds depends on vLLM's version and "
+            "dispatcher, and moetune supports contiguous shards only.",
             "Launch with --expert-placement-strategy linear.",
         )
 
@@ -118,8 +118,8 @@ def _backend(line: Line, deployed: Deployed) -> str | None:
         return str(deployed.beside["backend"])
     if _true(line.variable("VLLM_ROCM_USE_AITER")) and _true(line.variable("VLLM_ROCM_USE_AITER_MOE") or "1"):
         raise UnsupportedError(
-            "VLLM_ROCM_USE_AITER asks for AITER's MoE kernels, which moetune does not tune.",
-            "Give --backend beside --launch for another GPU's kernels.",
+            "VLLM_ROCM_USE_AITER selects AITER's MoE kernels, which moetune does not tune.",
+            "Pass --backend to tune other kernels.",
         )
     named = line.text("moe-backend")
     if named not in (None, "auto"):
@@ -128,20 +128,20 @@ def _backend(line: Line, deployed: Deployed) -> str | None:
 
 
 def _backend_of_variables(line: Line, deployed: Deployed) -> str | None:
-    """What `VLLM_USE_FLASHINFER_MOE_…` and `VLLM_FLASHINFER_MOE_BACKEND` ask for (read by vLLM up to 0.2x)."""
-    for family, precisions in _FAMILIES.items():
-        name = f"VLLM_USE_FLASHINFER_MOE_{family}"
+    """Returns the backend that `VLLM_USE_FLASHINFER_MOE_…` selects (vLLM up to 0.2x)."""
+    for switch, precisions in _FLASHINFER_SWITCHES.items():
+        name = f"VLLM_USE_FLASHINFER_MOE_{switch}"
         if not _true(line.variable(name)) or deployed.layer.precision not in precisions:
             continue
         deployed.warn(f"vLLM 0.33 does not read {name}; there it is --moe-backend.")
-        if family.startswith("MXFP4"):
-            return "flashinfer-cutlass" if family.endswith("CUTLASS") else "flashinfer-trtllm"
+        if switch.startswith("MXFP4"):
+            return "flashinfer-cutlass" if switch.endswith("CUTLASS") else "flashinfer-trtllm"
         chosen = line.variable("VLLM_FLASHINFER_MOE_BACKEND")
         if chosen is None or chosen.lower() not in _FLASHINFER:
             raise UsageError(
                 f"{name} with VLLM_FLASHINFER_MOE_BACKEND={chosen or 'unset'} does not say which kernels run; "
                 f"its default changed between versions.",
-                f"Set it to {' or '.join(_FLASHINFER)}, or give --backend beside --launch.",
+                f"Set it to {' or '.join(_FLASHINFER)}, or pass --backend.",
             )
         return _FLASHINFER[chosen.lower()]
     return None

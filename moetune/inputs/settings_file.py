@@ -14,22 +14,22 @@ from moetune.inputs.shell import Word
 
 
 def read(path: str, flag: str) -> dict[str, Any]:
-    """The settings of the file at `path`, an object; keys are as they stand there.
+    """Returns the settings in the file at `path`, with its keys unchanged.
 
     Args:
-        path: from the working folder.
+        path: relative to the working directory.
         flag: the flag that names it, for the error.
 
     Raises:
-        UsageError: the file cannot be read, is no YAML, or holds no object.
+        UsageError: the file cannot be read, is not YAML, or is not an object.
     """
-    hint = "Give its path as it is on this machine, or leave the flag out and give --dp, --ep … beside --launch."
+    hint = "Pass a path that exists on this machine, or leave the flag out and pass --dp, --ep … to moetune."
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path}: the file cannot be read: {error}.", hint) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{flag} {path}: the file is no YAML: {' '.join(str(error).split())}.") from None
+        raise UsageError(f"{flag} {path}: the file is not YAML: {' '.join(str(error).split())}.") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -38,7 +38,7 @@ def read(path: str, flag: str) -> dict[str, Any]:
 
 
 def setting(settings: Mapping[str, Any], *names: str) -> Any:
-    """The value under the nested `names`; `-` and `_` are one. None where one of them is missing."""
+    """Returns the value under the nested `names`, or None if one is missing. `-` and `_` are equal."""
     found: Any = settings
     for name in names:
         if not isinstance(found, Mapping):
@@ -48,7 +48,7 @@ def setting(settings: Mapping[str, Any], *names: str) -> Any:
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[Word]:
-    """The settings as the words of a command line, as vLLM's and SGLang's own readers make them.
+    """Returns the settings as words of a command line, as vLLM's and SGLang's own readers do.
 
     True is a switch, False and null are left out, a list gives one word an element, an object is JSON
     (`FlexibleArgumentParser.load_config_file` of vLLM, `ConfigArgumentMerger` of SGLang).

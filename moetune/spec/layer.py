@@ -1,4 +1,4 @@
-"""`MoELayer`: the mixture-of-experts layer as the model card gives it."""
+"""`MoELayer`, one mixture-of-experts layer, with its activation and routing method."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetune.spec.model import FrozenModel, digest_of
 
 
 class Activation(StrEnum):
-    """What stands between the two GEMMs. Where it is `gated` it reads gate and up halves of the first GEMM's output."""
+    """The function between the two GEMMs. A gated one reads the gate and up halves of the first GEMM's output."""
 
     SILU = "silu"  # silu(gate) · up
     GELU = "gelu"  # gelu_tanh(gate) · up
@@ -24,12 +24,12 @@ class Activation(StrEnum):
 
     @property
     def gated(self) -> bool:
-        """Whether the first GEMM has 2·I outputs, a gate and an up half; else it has I."""
+        """Returns whether the first GEMM has 2·I outputs, a gate and an up half, instead of I."""
         return self is not Activation.RELU2
 
     @property
     def halves(self) -> int:
-        """The first GEMM's outputs, in units of I: 2 with a gate, 1 without."""
+        """Returns the first GEMM's outputs in units of I: 2 with a gate, 1 without."""
         return 2 if self.gated else 1
 
 
@@ -67,12 +67,12 @@ class RoutingMethod(FrozenModel):
 
     @property
     def grouped(self) -> bool:
-        """Whether the group limit excludes anything."""
+        """Returns whether the group limit can exclude an expert."""
         return self.top_k_groups < self.num_groups
 
 
 class MoELayer(FrozenModel):
-    """One MoE layer. Sizes are of one whole expert, before any sharding; `precision` is that of its weights."""
+    """One MoE layer. Sizes are those of one whole expert, before any sharding."""
 
     name: str = "custom"
     num_experts: int
@@ -107,23 +107,27 @@ class MoELayer(FrozenModel):
 
     @property
     def weights_per_expert(self) -> int:
-        """How many weights one expert's GEMMs have: 3·H·I with a gate, 2·H·I without."""
+        """Returns the number of weights of one expert: 3·H·I with a gate, 2·H·I without."""
         return (self.activation.halves + 1) * self.hidden_size * self.intermediate_size
 
     @property
     def shape(self) -> dict[str, Any]:
-        """All fields but the name: what a kernel's speed can depend on."""
+        """Returns all fields but the name: those that a kernel's speed can depend on."""
         return self.model_dump(mode="json", exclude={"name"})
 
     @property
     def digest(self) -> str:
-        """16 hex digits over `shape`; two names of one shape have one digest."""
+        """Returns 16 hex digits over `shape`, so layers of equal shape have equal digests."""
         return digest_of(self.shape)
 
     @property
     def slug(self) -> str:
-        """Readable folder name, equal for equal shapes: `e128-k8-h2048-i768-bf16-<digest>`."""
+        """Returns a readable folder name, equal for equal shapes: `e128-k8-h2048-i768-bf16-<digest>`."""
         return (
             f"e{self.num_experts}-k{self.top_k}-h{self.hidden_size}-i{self.intermediate_size}"
             f"-{self.precision.value}-{self.digest}"
         )
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_experts} experts, top-{self.top_k}, {self.hidden_size}x{self.intermediate_size}"
+        return f"MoELayer({self.name}: {sizes}, {self.precision.value})"

@@ -1,4 +1,4 @@
-"""`Regime`: one deployment's view of a layer, the key of everything stored; and the shard of a rank."""
+"""`Regime`, which decides what a rank's kernel receives and is part of every stored key, and `Shard`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANDOM_DRAWS = 16
 
 
 def parse_distribution(spelled: object, source: str = "distribution") -> str:
-    """The canonical spelling of a distribution; case is folded.
+    """Returns the canonical spelling of a distribution; case is ignored.
 
     Raises:
         UsageError: not a distribution; the message names `source` and lists the values.
@@ -47,7 +47,7 @@ class Shard:
 
 
 class Regime(FrozenModel):
-    """How one rank of a deployment meets the layer. Frozen; every default is resolved at construction.
+    """Everything of one deployment that decides what a rank's kernel receives. Defaults are resolved at construction.
 
     `ep_size` ranks share the experts, `tp_size` ranks share each expert's intermediate size. `attention_dp`:
     every rank has tokens of its own. `dispatch`: how they travel to the experts; it follows `attention_dp` when not
@@ -132,12 +132,12 @@ class Regime(FrozenModel):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """The row counts to tune, ascending; a pool has ep equal blocks, so only multiples of ep."""
+        """Returns the row counts to tune, ascending. A pool has ep equal blocks, so its are multiples of ep."""
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if self._fits(size))
 
     @property
     def skipped_buckets(self) -> tuple[int, ...]:
-        """The ladder's buckets that a pool cannot have, because ep does not divide them."""
+        """Returns the ladder's buckets that a pool cannot have, because ep does not divide them."""
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._fits(size))
 
     def _fits(self, rows: int) -> bool:
@@ -153,25 +153,28 @@ class Regime(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every field; rank 0 is left out."""
+        """Returns 16 hex digits over every field; rank 0 is left out."""
         return digest_of(self.model_dump(mode="json"))
 
     @property
     def slug(self) -> str:
-        """Readable summary: `ep8-tp1-dp-alltoall-packed-random`."""
+        """Returns a readable summary: `ep8-tp1-dp-alltoall-packed-random`."""
         parts = [f"ep{self.ep_size}", f"tp{self.tp_size}", "dp" if self.attention_dp else "nodp", self.dispatch]
         parts += [self.layout] if self.layout else []
         parts += [f"r{self.redundant_experts}"] if self.redundant_experts else []
         parts += [self.distribution.replace(":", "")]
         return "-".join([*parts, f"rank{self.rank}"] if self.rank else parts)
 
+    def __repr__(self) -> str:
+        return f"Regime({self.slug})"
+
     def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
-        """Python names of the fields in which `other` differs, as name → (this one's, the other's)."""
+        """Returns the fields in which `other` differs, as name → (this one's, the other's)."""
         mine, theirs = ({"rank": 0, **regime.model_dump(mode="json")} for regime in (self, other))
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     def with_default_distribution(self, spelled: str | None) -> Regime:
-        """This regime, its distribution replaced by `spelled` unless one was given at construction.
+        """Returns this regime with the distribution `spelled`, unless one was given at construction.
 
         `spelled` is the value of `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` (TensorRT-LLM #13667); None or an
         empty string changes nothing.
@@ -188,7 +191,7 @@ class Regime(FrozenModel):
         return Regime(**{**given, "distribution": distribution})
 
     def shard(self, layer: MoELayer, rank: int | None = None) -> Shard:
-        """The contiguous expert slots of `rank`, of the regime's own rank when None.
+        """Returns the contiguous physical experts of `rank`; None means the regime's own rank.
 
         Raises:
             UsageError: this regime does not fit the layer, or there is no such rank.
@@ -215,7 +218,7 @@ class Regime(FrozenModel):
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on other fields, filled in."""
+    """Returns the fields with the defaults that depend on other fields."""
     data = dict(given)
     if "attention_dp" not in data:
         data["attention_dp"] = data.get("dispatch", "none") != "none" or "layout" in data
@@ -234,7 +237,7 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
-    """The default maximum where `maximum` asks the same question: equal buckets, each looked up by equal rows.
+    """Returns the default maximum if `maximum` gives the same buckets and look-ups, so that both have one key.
 
     vLLM's list ends with its last key, whatever the rows are.
     """

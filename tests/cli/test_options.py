@@ -295,7 +295,7 @@ def test_an_engines_launch_line_stands_for_the_options(moetune):
 
 def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
     _refused(moetune("plan", "--launch", "make coffee"), "finds no server in 'make coffee'", "vllm serve")
-    _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Give --model")
+    _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Pass --model")
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_kernels_that_the_engine_prefers_are_said_before_anything_runs(moetune):
 def test_warnings_of_a_launch_line_are_said(moetune):
     result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --gremlins 3")
     assert result.exit_code == 0
-    assert "warning: vllm serve has no flag --gremlins (vllm 0.33.0). It is left out." in result.stderr
+    assert "warning: vllm serve has no flag --gremlins (vllm 0.33.0). It is ignored." in result.stderr
 
 
 @pytest.mark.parametrize(

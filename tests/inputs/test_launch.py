@@ -152,7 +152,7 @@ def test_tensorrt_llm_s_documented_line_and_settings(tmp_path):
 
 
 def test_tensorrt_llm_s_documented_kernels_are_not_tuned(tmp_path):
-    with pytest.raises(UnsupportedError, match="DEEPGEMM names MoE kernels that moetune does not tune"):
+    with pytest.raises(UnsupportedError, match="DEEPGEMM selects MoE kernels that moetune does not tune"):
         trtllm(tmp_path, DOCUMENTED_SETTINGS + "moe_config:\n    backend: DEEPGEMM\n")
 
 

@@ -29,13 +29,13 @@ def test_every_spelling_of_yaml_is_one_setting(tmp_path, spelled):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"a: [1", "is no YAML"),
-        (b"a: b: c", "is no YAML"),
-        (b"\tx: 1", "is no YAML"),
+        (b"a: [1", "is not YAML"),
+        (b"a: b: c", "is not YAML"),
+        (b"\tx: 1", "is not YAML"),
         (b"- 1\n- 2\n", "must hold settings by name, found list"),
         (b"\xff\xfe\x00", "cannot be read"),
-        (b"a: !!python/object/apply:os.getcwd []", "is no YAML"),
-        (b"[" * 20_000, "is no YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not YAML"),
+        (b"[" * 20_000, "is not YAML"),
     ],
 )
 def test_a_file_that_is_no_settings_file_is_a_one_line_error_that_names_it(tmp_path, content, said):
