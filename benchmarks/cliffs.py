@@ -38,6 +38,7 @@ from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
 from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize, stress
 
 FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -71,7 +72,7 @@ def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     backend = _backend()
     routing = realize(layer, regime, rows)
     draws = tuple(stress(layer, regime, routing, 0, factor) for factor in FACTORS)
-    runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), draws, "cuda"))
+    runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), as_draws(draws), "cuda"))
     tactics = backend.candidates(layer, regime, rows, "cuda").tactics[1:]
     last = len(FACTORS) - 1
     robust = searched(coordinate(tactics, rounds=(1, 1, 1)), runner, (last,))[0]

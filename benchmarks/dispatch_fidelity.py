@@ -6,7 +6,7 @@
 Real traffic: ep ranks send T tokens each through a simulated global router, and this rank gets what the dispatch
 brings, on draws that no tuner saw. Five choices for FlashInfer's bucket of those rows: of FlashInfer's own autotune, of
 moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has alone and
-as `moetune tune` takes them (`workload.dispatch.dummies`), and the best known, of a longer search on the very traffic.
+as `moetune tune` takes them (`workload.draws.sampled`), and the best known, of a longer search on the very traffic.
 OUT is a journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's
 geomean or 3 % in a cell.
 """
@@ -48,8 +48,9 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
 from moetune.tuning.bucket import Bucket, BucketTuner
-from moetune.workload.dispatch import met_rows, rows_for_tokens
+from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.distribution import seeded_generator
+from moetune.workload.draws import as_draws, typical_rows
 from moetune.workload.router import is_local, random_top_k
 from moetune.workload.routing import Routing
 
@@ -134,10 +135,10 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
     regime, backend = regime_of(ep, kind), _backend()
     _own_tunes(cell["model"], ep, kind == "slot")
     of_bucket = tuned(layer, regime_of(ep, kind, bucket), bucket)
-    ours = of_bucket if met_rows(layer, regime, bucket) == bucket else tuned(layer, regime, bucket)
+    ours = of_bucket if typical_rows(layer, regime, bucket) == bucket else tuned(layer, regime, bucket)
     of_packed = pair(packed) if packed else tuned(_of_rows(layer, kind), regime_of(ep, "packed"), bucket)
     draws = tuple(traffic(layer, regime, cell["rows"], draw) for draw in range(DRAWS))
-    runner = backend.prepare(Problem(layer, regime, cell["rows"], regime.shard(layer), draws, "cuda"))
+    runner = backend.prepare(Problem(layer, regime, cell["rows"], regime.shard(layer), as_draws(draws), "cuda"))
     candidates = backend.candidates(layer, regime, cell["rows"], "cuda").tactics
     choices = dict(zip(CHOICES, (own_pick(runner), of_packed, of_bucket, ours), strict=True))
     starts = [tactic for tactic in choices.values() if tactic in candidates]

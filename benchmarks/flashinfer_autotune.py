@@ -41,7 +41,7 @@ from moetune.inputs.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.stats import geomean
-from moetune.workload.dispatch import met_rows
+from moetune.workload.draws import typical_rows
 
 COMPARED_DRAWS = 32
 WITHIN = 0.01
@@ -167,7 +167,7 @@ def main() -> int:
         late = time.perf_counter() - begin > options.seconds
         if options.record and not late and not journal.find(**key, kind="table", rows=rows):
             journal.add(**key, kind="table", rows=rows, **record(layer, regime, rows, tuned))
-        for at in sorted({rows, met_rows(layer, regime, rows)}, reverse=True):
+        for at in sorted({rows, typical_rows(layer, regime, rows)}, reverse=True):
             line = journal.find(**key, kind="bucket", rows=rows, at=at)
             if line is None and late:
                 continue

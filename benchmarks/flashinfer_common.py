@@ -18,6 +18,7 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 UNSEEN = 100_000
@@ -40,7 +41,7 @@ def ids(tactic: Mapping[str, Any]) -> list[int]:
 
 def unseen_problem(layer: MoELayer, regime: Regime, rows: int, draws: int = DRAWS) -> Problem:
     routings = tuple(realize(layer, regime, rows, draw=UNSEEN + draw) for draw in range(draws))
-    return Problem(layer, regime, rows, regime.shard(layer), routings, "cuda")
+    return Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), "cuda")
 
 
 def warm_flashinfer() -> None:

@@ -34,6 +34,7 @@ from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 ROWS = (1, 3, 16, 257, 4096)
@@ -80,7 +81,7 @@ def problem_of(layer: MoELayer, regime: Regime, rows: int, draws: int) -> Proble
     """The last rank's problem, so that ids do not start at 0."""
     rank = regime.ep_size - 1
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
-    return Problem(layer, regime, rows, regime.shard(layer, rank), routings, "cuda")
+    return Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings), "cuda")
 
 
 def captured(call: Callable[[int], object], draws: Sequence[int]) -> torch.cuda.CUDAGraph:

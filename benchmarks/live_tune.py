@@ -93,7 +93,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     """Compares each choice that the table covers with the exhaustive winners, on draws that no search used."""
     from moetune.backends.base import Problem
     from moetune.backends.registry import backend as backend_of
-    from moetune.tuning.bucket import untouched_draws
+    from moetune.workload.draws import as_draws, untouched
     from moetune.workload.routing import realize
 
     table, profile = json.loads(table_path.read_text()), Profile.model_validate_json(profile_path.read_text())
@@ -107,9 +107,9 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
         rows = cell["rows"]
         ranked = sorted(cell["finalists"], key=lambda number: stats.median(cell["finalists"][number]))
         rivals = [tactics[int(number)] for number in ranked[:RIVALS]]
-        draws = untouched_draws(regime.draws)
+        draws = untouched(regime.draws)
         routings = tuple(realize(layer, regime, rows, draw=draw) for draw in draws)
-        runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), routings, "cuda"))
+        runner = backend.prepare(Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), "cuda"))
         calls = [partial(runner.run, tactic) for tactic in dict.fromkeys((chosen[rows], *rivals))]
         turns = [turn % len(routings) for turn in range(SAMPLES if rows < 4096 else 2 * len(routings))]
         means = [fmean(series) for series in series_us(calls, turns)]

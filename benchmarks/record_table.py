@@ -32,6 +32,7 @@ from moetune.measure.clock import CudaClock
 from moetune.measure.probe import environment
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 LOADS = {
@@ -135,7 +136,7 @@ def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: Tactic) 
 def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> dict:
     """One cell: single timings of all, interleaved timings of the best."""
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in range(regime.draws))
-    problem = Problem(layer, regime, rows, regime.shard(layer), routings, _DEVICE)
+    problem = Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), _DEVICE)
     runner, clock = backend.prepare(problem), CudaClock(_DEVICE)
     tactics = list(backend.candidates(layer, regime, rows, _DEVICE).tactics[: options.limit])
     default = backend.default(layer, regime, rows)

@@ -43,8 +43,8 @@ from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.tuning.bucket import untouched_draws
 from moetune.tuning.events import BucketStarted, Event
+from moetune.workload.draws import as_draws, untouched
 from moetune.workload.routing import realize
 
 MODELS = ("qwen3-235b-a22b", "deepseek-r1")
@@ -321,10 +321,10 @@ def compare(
         `entries`: a distinct tactic each, with its `us`, and the `ratio` to the own tactic with its 95 % bounds, or
         the reason why it `failed`; `ratio` is None where the own tactic failed.
     """
-    draws = untouched_draws(regime.draws)
+    draws = untouched(regime.draws)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
         routings = tuple(threads.map(lambda draw: realize(layer, regime, rows, draw=draw), draws))
-    problem = Problem(layer, regime, rows, regime.shard(layer), routings, device)
+    problem = Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), device)
     clock = clock or (CudaClock(device) if device.startswith("cuda") else CpuClock())
     bench = Bench(backend, problem, clock)
     own = tactics[own_load]

@@ -13,7 +13,6 @@ from moetune.backends.base import Candidates, Problem
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.tuning.verdict import STRESS_FACTORS
 
 LAYER = MoELayer(name="tiny", num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, precision="fp32")
 
@@ -68,8 +67,7 @@ class PlantedRunner:
             raise RuntimeError("planted failure\nwith a second line")
         if name in self.backend.killing:
             os.kill(os.getpid(), signal.SIGKILL)
-        stressed = draw >= len(self.problem.routings) - len(STRESS_FACTORS) > self.problem.regime.draws
-        slower = 10 if stressed and name in self.backend.cliff else 1
+        slower = 10 if self.problem.draws[draw].kind == "stress" and name in self.backend.cliff else 1
         time.sleep(self.backend.milliseconds[name] * slower / 1e3)
         return self.reference(draw) * (2.0 if name in self.backend.wrong else 1.0)
 

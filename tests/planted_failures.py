@@ -1,4 +1,4 @@
-"""A backend whose tactics fail in every way in which a kernel can. Without torch: its processes start quickly."""
+"""A backend whose tactics fail in every way in which a kernel can."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
 from moetune.measure import bench, clock
@@ -19,28 +21,6 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 LAYER = MoELayer(name="tiny", num_experts=8, top_k=2, hidden_size=4, intermediate_size=4, precision="fp32")
-
-
-@dataclass(frozen=True)
-class Number:
-    """As much of a tensor as a bench needs."""
-
-    value: float
-
-    def norm(self) -> Number:
-        return Number(abs(self.value))
-
-    def __sub__(self, other: Number) -> Number:
-        return Number(self.value - other.value)
-
-    def __truediv__(self, other: Number) -> Number:
-        return Number(self.value / other.value)
-
-    def __float__(self) -> float:
-        return self.value
-
-    def float(self) -> Number:
-        return self
 
 
 def _raise() -> None:
@@ -133,17 +113,17 @@ class FailingRunner:
     bad_reference: str | None
     runs: Counter[Tactic] = field(default_factory=Counter)
 
-    def run(self, tactic: Tactic, draw: int = 0) -> Number:
+    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
         self.runs[tactic] += 1
         if self.runs[tactic] >= tactic["from_run"] and (way := WAYS.get(str(tactic["name"]))):
             way()
         time.sleep(0.001)
-        return Number(0.0 if tactic["name"] == "zeros" else 1.0)
+        return torch.full((1,), 0.0 if tactic["name"] == "zeros" else 1.0)
 
-    def reference(self, draw: int = 0) -> Number:
+    def reference(self, draw: int = 0) -> torch.Tensor:
         if self.bad_reference:
             WAYS[self.bad_reference]()
-        return Number(1.0)
+        return torch.ones(1)
 
 
 def problem(rows: int = 4) -> Problem:

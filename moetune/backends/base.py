@@ -14,18 +14,18 @@ from moetune.spec.tactic import Tactic
 if TYPE_CHECKING:
     import torch
 
-    from moetune.workload.routing import Routing
+    from moetune.workload.draws import Draw, DrawKind
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a kernel is given for one bucket. `routings` are the draws that are timed, each of `rows` rows."""
+    """What a kernel is given for one bucket: `draws` are timed, each of `rows` rows with its padding."""
 
     layer: MoELayer
     regime: Regime
     rows: int
     shard: Shard
-    routings: tuple[Routing, ...]
+    draws: tuple[Draw, ...]
     device: str = "cpu"
 
     @property
@@ -37,6 +37,10 @@ class Problem:
     def row_top_k(self) -> int:
         """Ids in a row: k, or 1 in the slot layout."""
         return self.regime.row_top_k(self.layer)
+
+    def numbers(self, kind: DrawKind) -> tuple[int, ...]:
+        """Returns the positions of the draws of one kind."""
+        return tuple(number for number, draw in enumerate(self.draws) if draw.kind == kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ class Searches(Protocol):
         """A new search of one bucket.
 
         Args:
-            problem: the bucket; its first `regime.draws` routings are the search's.
+            problem: the bucket; its draws of kind `search` are the search's.
             candidates: what `Backend.candidates` gave for it.
             starts: tactics that were good in neighboring buckets, the best first; maybe none.
         """

@@ -19,7 +19,7 @@ W = TypeVar("W")
 
 def num_inputs(problem: Problem) -> int:
     """Returns how many different bf16 inputs `[M, H]` a problem gets: one a draw, as long as `INPUT_BYTES` suffice."""
-    return min(len(problem.routings), max(1, INPUT_BYTES // (2 * problem.rows * problem.layer.hidden_size)))
+    return min(len(problem.draws), max(1, INPUT_BYTES // (2 * problem.rows * problem.layer.hidden_size)))
 
 
 class WeightCache(Generic[W]):

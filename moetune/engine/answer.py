@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,16 +27,18 @@ from moetune.engine.tuner_call import TunerCall
 from moetune.errors import MoetuneError
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
-from moetune.tuning.verdict import STRESS_FACTORS
 
 if TYPE_CHECKING:
+    from moetune.workload.draws import Draw, DrawKind
     from moetune.workload.routing import Routing
 
 
 OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
 """How the tuner's names of the ops begin that can be ours; all others pass at the cost of this comparison."""
 DRAWS = 8
-"""The most draws of a final."""
+"""The most draws of a final comparison."""
+FIRST_DRAW = 2
+"""The number of the first draw of a final comparison; FlashInfer's sweep has used draw 0."""
 
 
 def answer(session: Session, call: TunerCall) -> None:
@@ -148,26 +150,28 @@ class Dummies:
     def hook(self, tensors: list[Any]) -> list[Any]:
         """FlashInfer's `inputs_pre_hook`: the first draw; other rows than the regime's are left as they are."""
         rows = self.call.rows_of(tensors)
-        return self.placed(tensors, self.routing(rows, 0)) if rows in self.regime.buckets else tensors
+        if rows not in self.regime.buckets:
+            return tensors
+        (draw,) = self.draws(rows, [0], "search")
+        return self.placed(tensors, draw.routing)
 
-    def routing(self, rows: int, draw: int) -> Routing:
-        """A draw of a bucket's dummies, of as many rows as the op's tensors have."""
-        from moetune.workload.dispatch import dummies
+    def draws(self, rows: int, numbers: Iterable[int], kind: DrawKind) -> tuple[Draw, ...]:
+        """Returns the bucket's draws of these numbers, each with as many rows as the op's tensors have."""
+        from moetune.workload.draws import sampled
 
-        (routing,) = dummies(self.session.layer, self.regime, rows, self.met_rows(rows), [draw], self.op.rank)
-        return routing
+        return sampled(self.session.layer, self.regime, rows, self.typical_rows(rows), numbers, kind, self.op.rank)
 
-    def met_rows(self, rows: int) -> int:
-        """The rows that are met in a bucket, no more than it has."""
-        from moetune.workload.dispatch import met_rows
+    def typical_rows(self, rows: int) -> int:
+        """Returns the bucket's typical rows, at most `rows`: the op's tensors hold no more."""
+        from moetune.workload.draws import typical_rows
 
-        return min(rows, met_rows(self.session.layer, self.regime, rows, self.op.rank))
+        return min(rows, typical_rows(self.session.layer, self.regime, rows, self.op.rank))
 
-    def stressed(self, routing: Routing, factor: int) -> Routing:
-        """The busiest expert at `factor` times its load."""
-        from moetune.workload.routing import stress
+    def stressed(self, draw: Draw, factor: int) -> Draw:
+        """Returns a stress draw of `draw`."""
+        from moetune.workload.draws import stressed
 
-        return stress(self.session.layer, self.regime, routing, self.op.rank, factor)
+        return stressed(self.session.layer, self.regime, draw, factor, self.op.rank)
 
     def placed(self, tensors: Sequence[Any], routing: Routing) -> list[Any]:
         """The tensors with the routing in them."""
@@ -180,27 +184,30 @@ def _final(
 ) -> Choice:
     """FlashInfer's fastest against its default, on draws that its sweep has not seen."""
     from moetune.measure.clock import clock_for
+    from moetune.workload.draws import STRESS_FACTORS
 
     tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
     if call.config.inputs_pre_hook is not None:
         tensors = list(call.config.inputs_pre_hook(tensors))
-    # the sweep has seen draw 0; an even draw comes first, as in the bench
-    unseen = [dummies.routing(rows, 2 + draw) for draw in range(min(session.regime.draws, DRAWS))]
-    stressed = [_stressed_or_same(dummies, unseen[0], factor, tensors) for factor in STRESS_FACTORS]
-    draws = [*(dummies.placed(tensors, routing) for routing in unseen), *stressed]
+    unseen = dummies.draws(rows, range(FIRST_DRAW, FIRST_DRAW + min(session.regime.draws, DRAWS)), "final")
+    stressed = [dummies.stressed(unseen[0], factor) for factor in STRESS_FACTORS]
+    draws = (*unseen, *stressed)
+    inputs = [
+        *(dummies.placed(tensors, draw.routing) for draw in unseen),
+        *(_placed_or_same(dummies, draw.routing, unseen[0].routing, tensors) for draw in stressed),
+    ]
     order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)
     others = broadcast([swept[at][0] for _, at in order], group)  # each rank has times of its own
-    calls = {tactic_of(native): partial(call.run, draws, native) for native in (DEFAULT_CONFIG, *others)}
+    calls = {tactic_of(native): partial(call.run, inputs, native) for native in (DEFAULT_CONFIG, *others)}
     default = tactic_of(DEFAULT_CONFIG)
     bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
-    stress_draws = {str(factor): len(unseen) + at for at, factor in enumerate(STRESS_FACTORS)}
-    return choose(bench, tuple(calls), stress_draws, unseen, rows, dummies.met_rows(rows), len(swept))
+    return choose(bench, tuple(calls), draws, rows, dummies.typical_rows(rows), len(swept))
 
 
-def _stressed_or_same(dummies: Dummies, routing: Routing, factor: int, tensors: Sequence[Any]) -> list[Any]:
-    """Inputs under stress; the routing as it is where the router's logits cannot bring the stress about."""
+def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tensors: Sequence[Any]) -> list[Any]:
+    """Returns inputs under stress, or those of `routing` if no router logits produce the stressed ids."""
     try:
-        return dummies.placed(tensors, dummies.stressed(routing, factor))
+        return dummies.placed(tensors, stressed)
     except MoetuneError:
         return dummies.placed(tensors, routing)
 

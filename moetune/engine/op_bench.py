@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from moetune.measure.bench import Series
     from moetune.measure.clock import Call, Clock
-    from moetune.workload.routing import Routing
+    from moetune.workload.draws import Draw
 
 MARGIN = 0.03
 """How much faster than the default a tactic must be, however quiet the machine (flashinfer #3537 asks for as much)."""
@@ -163,10 +163,9 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None
 def choose(
     bench: EngineBench,
     tactics: Sequence[Tactic],
-    stress_draws: Mapping[str, int],
-    routings: Sequence[Routing],
+    draws: Sequence[Draw],
     rows: int,
-    met_rows: int,
+    typical_rows: int,
     tried: int,
 ) -> Choice:
     """The final of one bucket: the first of `tactics`, the default, stays unless another beats it beyond the margin.
@@ -174,12 +173,11 @@ def choose(
     The first `FINALISTS` that agree with the default play.
 
     Args:
-        bench: its draws 0 … `len(routings)` − 1 are the regime's; odd ones of the rows that are met in the bucket.
+        bench: where tactics are timed, on `draws` by their positions.
         tactics: the default, then the others from the fastest on; the same on every rank.
-        stress_draws: further draws of the bench, by the factor on the busiest expert's load.
-        routings: what the draws are.
-        rows: of the bucket.
-        met_rows: that are met in it.
+        draws: of the kinds `final` and `stress`.
+        rows: the bucket.
+        typical_rows: its typical rows.
         tried: how many tactics the search timed.
 
     Raises:
@@ -187,7 +185,8 @@ def choose(
     """
     default, *others = tactics
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
-    final = play(bench, default, finalists, range(len(routings)), most_s=SECONDS, alternate=met_rows != rows)
+    final = play(bench, default, finalists, draws, most_s=SECONDS)
     within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
-    verdict = decide(within, bench, stress_draws)
-    return choice(final, verdict, bench, routings, rows=rows, met_rows=met_rows, tried=tried, candidates=tried)
+    verdict = decide(within, bench, draws, rows)
+    routings = [draw.routing for draw in draws if draw.kind == "final"]
+    return choice(final, verdict, bench, routings, rows=rows, typical_rows=typical_rows, tried=tried, candidates=tried)

@@ -85,7 +85,7 @@ class Bench:
 
     Args:
         backend: the family of kernels.
-        problem: what they are given; its routings are what `draws` below number.
+        problem: what they are given; `draws` below are positions in its draws.
         clock: how time is taken; the device's own by default.
         watch: is told what happens.
 

@@ -33,7 +33,7 @@ class Rejection(FrozenModel):
 class Choice(FrozenModel):
     """The answer for one bucket: `rows`, by which it is looked up.
 
-    `met_rows`: where they are others, the rows of half the draws that it was timed on (see `workload.dispatch`).
+    `met_rows`: where they are others, the rows of half the draws that it was timed on (see `workload.draws`).
 
     `time_us` is the mean over interleaved rounds, each on one of the regime's draws that the search has not seen.
     `gain` is the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its

@@ -17,7 +17,7 @@ from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
 from moetune.tuning import final_comparison as final
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
-from moetune.tuning.verdict import STRESS_FACTORS, choice, decide
+from moetune.tuning.verdict import choice, decide
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
@@ -25,30 +25,24 @@ if TYPE_CHECKING:
     from moetune.measure.compiling import Compilers
     from moetune.search.base import Batch, Search, Times
     from moetune.store.journal import Journaled
-    from moetune.workload.routing import Routing
 
 STARTS = 4
 """How many finalists of the bucket before start the search of the next."""
 SEARCH_SHARE = 0.6
 """Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
 FINAL_SHARE = 0.25
-FINAL_ROWS, FINAL_EXPERTS = (4096, 65536), 512
-"""A final's unseen draws have at least so many rows and so many local experts in all: the fewer there are in one draw,
-the more it differs from the next. But they have no more rows than the second, which take long to draw …"""
-FINAL_DRAWS = 4
-"""… and are no more than this many times the search's; they are never fewer than those."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket to be tuned: `rows`, by which it is looked up, and a problem with its dummies (see `dummies`).
+    """One bucket to be tuned: its row count `rows`, its typical rows, and the problem with all draws.
 
-    The problem's draws: those of the search, the unseen ones of the final, the stressed ones. Of an interrupted run:
-    `hints`, the best tactics that it knew, and `failed`, which are no candidates any more.
+    `hints` and `failed` come from an interrupted run: the best tactics that it knew, and the tactics that failed, which
+    are no candidates any more.
     """
 
     rows: int
-    met_rows: int
+    typical_rows: int
     candidates: Candidates
     default: Tactic
     problem: Problem
@@ -59,20 +53,17 @@ class Bucket:
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
         """Realizes all draws of one bucket, for the regime's rank."""
         from moetune.backends.base import Problem
-        from moetune.workload.dispatch import dummies, met_rows
-        from moetune.workload.routing import stress
+        from moetune.workload.draws import bucket_draws, typical_rows
 
-        shard, met = regime.shard(layer), met_rows(layer, regime, rows)
-        count = regime.draws + num_unseen(regime.draws, rows, shard.num_local)
-        draws = dummies(layer, regime, rows, met, range(count))
-        stressed = [stress(layer, regime, draws[0], None, factor) for factor in STRESS_FACTORS]
-        entering = len(draws[0].topk_ids)
+        typical = typical_rows(layer, regime, rows)
+        draws = bucket_draws(layer, regime, rows, typical)
+        kernel_rows = len(draws[0].routing.topk_ids)
         return cls(
             rows,
-            met,
-            backend.candidates(layer, regime, entering, device),
+            typical,
+            backend.candidates(layer, regime, kernel_rows, device),
             backend.default(layer, regime, rows),
-            Problem(layer, regime, entering, shard, (*draws, *stressed), device),
+            Problem(layer, regime, kernel_rows, regime.shard(layer), draws, device),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
@@ -88,24 +79,8 @@ class Bucket:
 
     @property
     def num_row_counts(self) -> int:
-        """Of the draws: 2 where they alternate between the bucket's own rows and others that are met in it."""
-        return 1 if self.met_rows == self.rows else 2
-
-    @property
-    def seen(self) -> Sequence[Routing]:
-        """The draws of the search."""
-        return self.problem.routings[: self.problem.regime.draws]
-
-    @property
-    def unseen_draws(self) -> range:
-        """The numbers of the draws of the final."""
-        return range(self.problem.regime.draws, len(self.problem.routings) - len(STRESS_FACTORS))
-
-    @property
-    def stress_draws(self) -> dict[str, int]:
-        """The number of each stressed draw, by its factor."""
-        first = self.unseen_draws.stop
-        return {str(factor): first + at for at, factor in enumerate(STRESS_FACTORS)}
+        """2 if the search's draws have two row counts (see `draws.sampled`), else 1."""
+        return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
 
     def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
         """The backend's own search, or the exhaustive one where it has none or it is asked for.
@@ -118,18 +93,6 @@ class Bucket:
             starts = tuple(dict.fromkeys((*self.hints, *starts))) if starts else ()
             return backend.search(self.problem, self.candidates, starts)
         return exhaustive(self.candidates.tactics)
-
-
-def num_unseen(draws: int, rows: int, num_local: int) -> int:
-    """How many draws the final of a bucket has, where its search has `draws`."""
-    least, most = (limit // rows for limit in FINAL_ROWS)
-    return max(draws, min(max(least, FINAL_EXPERTS // num_local), most, FINAL_DRAWS * draws))
-
-
-def untouched_draws(draws: int) -> range:
-    """As many more draws as a search has, which neither a search nor a final has seen."""
-    first = (1 + FINAL_DRAWS) * draws
-    return range(first, first + draws)
 
 
 class BucketTuner:
@@ -201,18 +164,16 @@ class BucketTuner:
                 f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
             )
         most_s = final.SECONDS if self._share_s is None else min(final.SECONDS, FINAL_SHARE * self._share_s)
-        alternate = bucket.num_row_counts > 1
-        played = final.play(
-            bench, default, right, bucket.unseen_draws, self._final_s, most_s=most_s, alternate=alternate
-        )
-        verdict = decide(played, bench, bucket.stress_draws)
+        draws = bucket.problem.draws
+        played = final.play(bench, default, right, draws, self._final_s, most_s=most_s)
+        verdict = decide(played, bench, draws, bucket.rows)
         return choice(
             played,
             verdict,
             bench,
-            bucket.seen,
+            [draw.routing for draw in draws if draw.kind == "search"],
             rows=bucket.rows,
-            met_rows=bucket.met_rows,
+            typical_rows=bucket.typical_rows,
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
             failed={**bucket.failed, **self._uncompiled},
@@ -226,7 +187,7 @@ class BucketTuner:
         uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
         self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
-        draws = list(islice(cycle(range(problem.regime.draws)), rounds))
+        draws = list(islice(cycle(problem.numbers("search")), rounds))
         times: dict[Tactic, float] = {}
         try:
             series = self._bench.samples(compiled, draws)

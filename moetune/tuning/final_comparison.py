@@ -13,6 +13,7 @@ from moetune.stats import median, noise_floor, paired_ratio
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
+    from moetune.workload.draws import Draw
 
 Sample = TypeVar("Sample")
 
@@ -45,8 +46,8 @@ class Final:
     """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
 
     Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
-    rounds. `noise` is that of the default; where that is far behind, of who led. `alternate`: even draws have the
-    bucket's own rows, odd ones those that are met in it. `opening`: how many rounds say nothing about who is the
+    rounds. `noise` is that of the default; where that is far behind, of who led. `rows`: the rows
+    of each round's draw. `opening`: how many rounds say nothing about who is the
     fastest of those who went on, see `OPENING`.
     """
 
@@ -55,7 +56,7 @@ class Final:
     noise: float
     finalists: Mapping[Tactic, tuple[float, ...]]
     draws: tuple[int, ...]
-    alternate: bool = False
+    rows: tuple[int, ...]
     opening: int = 0
 
     def counted(self, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -67,13 +68,13 @@ def play(
     bench: BenchLike,
     default: Tactic,
     finalists: Sequence[Tactic],
-    draws: Sequence[int],
+    draws: Sequence[Draw],
     seconds: float | None = None,
     *,
     most_s: float | None = None,
-    alternate: bool = False,
+    pooled: bool = False,
 ) -> Final:
-    """Interleaves the default, the finalists and the default again (A/A), on `draws` in turn.
+    """Interleaves the default, the finalists and the default again (A/A), on the final's draws in turn.
 
     After a few opening rounds those leave that are behind; where the default does, the leader is timed twice, and for
     those who go on only what follows counts. As long as it is not settled who is the fastest, who may be it goes on.
@@ -85,15 +86,17 @@ def play(
         bench: where they are timed.
         default: what must be beaten.
         finalists: who may beat it, the likeliest first.
-        draws: numbers of the bench's draws.
+        draws: the bench's draws; those of kind `final` are used.
         seconds: about how long it may take before it is prolonged; `most_s` by default.
         most_s: about how long in all, where the least rounds do not take longer; `SECONDS` by default.
-        alternate: whether even draws have the bucket's own rows, odd ones those that are met in it.
+        pooled: whether the mean over all rounds decides, even if the draws have two row counts.
 
     Raises:
         NoResultError: the default failed.
     """
-    race = _Race(bench, default, finalists, draws)
+    numbers = [number for number, draw in enumerate(draws) if draw.kind == "final"]
+    several = not pooled and len({draws[number].rows for number in numbers}) > 1
+    race = _Race(bench, default, finalists, numbers)
     everyone = (*finalists, default)
     race.run(everyone, 1, 1)  # who is timed twice must be known
     race.run(everyone, OPENING - 1, OPENING - 1)
@@ -102,18 +105,19 @@ def play(
     opening_us, round_us = race.round_us(race.series), race.round_us(players)
     most_us = 1e6 * (SECONDS if most_s is None else most_s)
     first_us = most_us if seconds is None else min(1e6 * seconds, most_us)
-    least = SAMPLES[0] * (2 if alternate else 1)
+    least = SAMPLES[0] * (2 if several else 1)
     rounds = _num_rounds(round_us, first_us - OPENING * (opening_us - round_us), least)
     race.run(players, rounds - OPENING, least - OPENING)
     most = min(SAMPLES[1], int(most_us / max(round_us, 1.0)))
-    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(alternate)):
+    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(several)):
         race.run(players, rounds, 1)
     if not race.stayed():  # all who went on have failed
         left = [tactic for tactic in race.series if tactic != default]
-        return play(bench, default, left, draws, seconds, most_s=most_s, alternate=alternate)
+        return play(bench, default, left, draws, seconds, most_s=most_s, pooled=pooled)
     noise = noise_floor(*zip(*race.pairs[race.opening :], strict=True))
     default_us = race.series.pop(default)
-    return Final(default, default_us, noise, race.series, tuple(race.draws), alternate, race.opening)
+    rows = tuple(draws[number].rows for number in race.draws)
+    return Final(default, default_us, noise, race.series, tuple(race.draws), rows, race.opening)
 
 
 class _Race:
@@ -179,12 +183,12 @@ class _Race:
         """The samples in µs of who has played every round."""
         return {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
 
-    def unsettled(self, alternate: bool) -> tuple[Tactic, ...]:
+    def unsettled(self, several: bool) -> tuple[Tactic, ...]:
         """Who may be the fastest; nobody where at most `SETTLED` is left to be gained."""
         stayed = self.stayed()
         if len(stayed) < 2:
             return ()
-        if alternate:
+        if several:
             return tuple(stayed)
         counted = {tactic: series[self.opening :] for tactic, series in stayed.items()}
         leader = min(counted, key=lambda tactic: sum(counted[tactic]))

@@ -157,7 +157,8 @@ def plan(
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
     from moetune.backends.registry import chosen
-    from moetune.workload.dispatch import expect, met_rows
+    from moetune.workload.dispatch import expect
+    from moetune.workload.draws import typical_rows
     from moetune.workload.ranks import of_rank
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
@@ -166,8 +167,9 @@ def plan(
     shard = regime.shard(layer, rank if isinstance(rank, int) else None)
     rank = shard.rank
     kernels = chosen(backend, layer, regime)
-    met = {rows: met_rows(layer, regime, rows, rank) for rows in regime.buckets}
-    expectations = {rows: expect(layer, regime, met[rows], rank) for rows in regime.buckets}
+    expectations = {
+        rows: expect(layer, regime, typical_rows(layer, regime, rows, rank), rank) for rows in regime.buckets
+    }
     candidates, unknown = _candidates(layer, regime, kernels, device)
     typical = next(iter(expectations.values()))
     return Plan(

@@ -20,7 +20,6 @@ from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 from moetune.tuning import final_comparison as final
-from moetune.tuning.bucket import untouched_draws
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
 from moetune.tuning.tune import benches, require_sense
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
     from moetune.measure.bench import BenchLike
     from moetune.spec.tactic import Tactic
+    from moetune.workload.draws import Draw
 
 SECONDS = 0.5
 """About how long the final among the families may take in one bucket."""
@@ -224,8 +224,8 @@ def _side_by_side(
                 yield _apart(rows, times_us)
                 continue
             try:
-                bench = bench_of(_unseen(layer, regime, rows, device))
-                yield _played(bench, rivals, regime.draws, seconds, rows, times_us)
+                problem = _unseen(layer, regime, rows, device)
+                yield _played(bench_of(problem), rivals, problem.draws, seconds, rows, times_us)
             except NoResultError as error:  # the process that was to hold all of them fails
                 yield _apart(rows, times_us, dict.fromkeys(times_us, error.message))
 
@@ -233,16 +233,16 @@ def _side_by_side(
 def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
     """A bucket on draws after those of the searches and the finals."""
     from moetune.backends.base import Problem
-    from moetune.workload.dispatch import dummies, met_rows
+    from moetune.workload.draws import side_by_side_draws
 
-    routings = dummies(layer, regime, rows, met_rows(layer, regime, rows), untouched_draws(regime.draws))
-    return Problem(layer, regime, len(routings[0].topk_ids), regime.shard(layer), routings, device)
+    draws = side_by_side_draws(layer, regime, rows)
+    return Problem(layer, regime, len(draws[0].routing.topk_ids), regime.shard(layer), draws, device)
 
 
 def _played(
     bench: BenchLike,
     rivals: Mapping[Tactic, str],
-    draws: int,
+    draws: Sequence[Draw],
     seconds: float,
     rows: int,
     times_us: dict[str, float],
@@ -252,7 +252,7 @@ def _played(
     while len(players) > 1:
         leader, *others = players
         try:
-            played = final.play(bench, leader, others, range(draws), most_s=seconds)
+            played = final.play(bench, leader, others, draws, most_s=seconds, pooled=True)
         except NoResultError:
             if leader not in bench.failures:  # the process fails, whatever it runs
                 raise

@@ -15,10 +15,9 @@ from moetune.tuning.final_comparison import Final
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
+    from moetune.workload.draws import Draw
     from moetune.workload.routing import Routing
 
-STRESS_FACTORS = (2, 3, 4)
-"""A finalist is also timed with the busiest expert at these times its load."""
 CLIFF = 2.0
 """A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
 STRESS_SAMPLES = 5
@@ -42,7 +41,7 @@ class Verdict:
     cliffs: Mapping[Tactic, str]
 
 
-def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> Verdict:
+def decide(final: Final, bench: BenchLike, draws: Sequence[Draw], rows: int) -> Verdict:
     """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
 
     Where there is none it is the default. Where draws alternate between two row counts, the fastest is who is the least
@@ -51,11 +50,13 @@ def decide(final: Final, bench: BenchLike, stress_draws: Mapping[str, int]) -> V
     Args:
         final: who played.
         bench: where finalists are timed under stress.
-        stress_draws: the bench's draws on which the busiest expert has a factor of its load, by that factor.
+        draws: the bench's draws; finalists are timed on those of kind `stress`.
+        rows: the bucket.
     """
+    stress_draws = {str(draw.stress_factor): at for at, draw in enumerate(draws) if draw.kind == "stress"}
     better = [
         tactic
-        for tactic, series in _ranked(final)
+        for tactic, series in _ranked(final, rows)
         if common_ratio(series, final.default_us).high < 1 - final.noise
         and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
     ]
@@ -86,7 +87,7 @@ def choice(
     rows: int,
     tried: int,
     candidates: int,
-    met_rows: int | None = None,
+    typical_rows: int | None = None,
     failed: Mapping[Tactic, str] | None = None,
 ) -> Choice:
     """The record of a bucket that is decided.
@@ -99,7 +100,7 @@ def choice(
         rows: the bucket.
         tried: how many tactics the search timed or saw fail.
         candidates: how many there are, excluded ones too.
-        met_rows: the rows that are met in it; the bucket's own by default.
+        typical_rows: the bucket's typical rows; its own by default.
         failed: tactics that failed before they came to the bench, each with the reason.
     """
     reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
@@ -107,7 +108,7 @@ def choice(
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
-        met_rows=None if met_rows == rows else met_rows,
+        met_rows=None if typical_rows == rows else typical_rows,
         tactic=verdict.tactic,
         time_us=time_us,
         default_tactic=final.default,
@@ -134,25 +135,26 @@ def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ra
     return paired_ratio(numerator[:rounds], denominator[:rounds])
 
 
-def _ranked(final: Final) -> list[tuple[Tactic, tuple[float, ...]]]:
-    """The finalists and their samples, those that stayed to the end first, then by how far behind they are at worst."""
-    kinds = [draw % 2 if final.alternate else 0 for draw in final.draws]
+def _ranked(final: Final, rows: int) -> list[tuple[Tactic, tuple[float, ...]]]:
+    """Returns the finalists and their samples: first those that stayed to the end, then by their worst slowdown."""
+    row_counts = sorted(set(final.rows))
+    weights = [OWN_ROWS_WEIGHT if count == rows else 1.0 for count in row_counts]
 
     def means_us(series: Sequence[float]) -> list[float]:
-        counted = final.counted(list(zip(series, kinds, strict=False)))
-        by_kind = ([time for time, of in counted if of == kind] for kind in sorted(set(kinds)))
-        return [fmean(of_kind or series) for of_kind in by_kind]
+        counted = final.counted(list(zip(series, final.rows, strict=False)))
+        by_count = ([time for time, of in counted if of == count] for count in row_counts)
+        return [fmean(of_count or series) for of_count in by_count]
 
     stayed = max(map(len, final.finalists.values()), default=0)
     best: list[float] = [
         min(column) for column in zip(*(means_us(s) for s in final.finalists.values() if len(s) == stayed), strict=True)
     ]
 
-    def behind(series: Sequence[float]) -> float:
-        columns = zip(means_us(series), best, (OWN_ROWS_WEIGHT, 1.0), strict=False)
+    def slowdown(series: Sequence[float]) -> float:
+        columns = zip(means_us(series), best, weights, strict=True)
         return max(weight * (time / least - 1) for time, least, weight in columns)
 
-    return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), behind(item[1])))
+    return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), slowdown(item[1])))
 
 
 def _stress(

@@ -7,8 +7,6 @@ from the seeded router. Where a function takes no rank, it is the regime's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moetune.spec.layer import MoELayer
@@ -16,7 +14,7 @@ from moetune.spec.regime import Regime, Shard
 from moetune.workload.law import Chances, LocalSlotLaw, expert_shares, local_slot_law
 from moetune.workload.ranks import expert_chances, num_copies
 from moetune.workload.router import representative_shard
-from moetune.workload.routing import Routing, padded, realize
+from moetune.workload.routing import realize
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,47 +43,6 @@ def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int | 
 def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int | None = None) -> float:
     """Tokens a rank for which `rank`'s kernel sees `rows` rows: the inverse of `rows_for_tokens`."""
     return rows / _rows_per_token(layer, regime, rank)
-
-
-def met_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> int:
-    """The rows that are likely to look `bucket` up: its own where some number of tokens a rank brings just those.
-
-    Elsewhere those that the roundest number of tokens brings, of all that look it up. Engines run batches of round
-    sizes (vLLM and SGLang capture CUDA graphs for multiples of 8): 64 tokens on each of 32 ranks bring 471 deduplicated
-    rows of Qwen3-235B, which look 512 up. The buckets of a list are taken at their word.
-    """
-    per_token = _rows_per_token(layer, regime, rank)
-    served = regime.ladder.served(bucket, regime.tune_max_num_tokens)
-    if regime.ladder.name == "list" or not served or (bucket / per_token).is_integer():
-        return bucket
-    tokens = _roundest(math.ceil(served[0] / per_token), math.floor(served[-1] / per_token))
-    return round(tokens * per_token) if tokens else bucket
-
-
-def dummies(
-    layer: MoELayer, regime: Regime, bucket: int, met: int, draws: Iterable[int], rank: int | None = None
-) -> tuple[Routing, ...]:
-    """A bucket's draws: even ones of as many rows as the bucket has, odd ones of the `met` rows (see `met_rows`).
-
-    A kernel's time jumps where an expert's rows begin another tile, so a tactic that is best for the one can be far
-    behind for the other: with 512 and 471 rows, as above, by 4 % (H200, FlashInfer's CUTLASS kernels), and by 9 % with
-    4096 and 3768. All draws have the rows of the larger; what a draw lacks are rows of nothing (−1).
-
-    Raises:
-        UsageError: as `routing.realize`.
-    """
-    most = max(bucket, met)
-    return tuple(padded(realize(layer, regime, met if draw % 2 else bucket, rank, draw), most) for draw in draws)
-
-
-def _roundest(first: int, last: int) -> int:
-    """The one of `first` … `last` that the highest power of two divides; 0 where there is none."""
-    if first > last:
-        return 0
-    step = 1 << last.bit_length() - 1
-    while last // step * step < first:
-        step //= 2
-    return last // step * step
 
 
 def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:

@@ -10,6 +10,7 @@ from moetune.backends.base import Problem
 from moetune.backends.prepared import WeightCache, num_inputs
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 LAYER = MoELayer(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
@@ -18,7 +19,7 @@ LAYER = MoELayer(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32)
 def problem(rows: int = 4, rank: int = 0, draws: int = 1, **fields: int) -> Problem:
     regime = Regime(ep_size=2, **fields)  # type: ignore[arg-type]
     routings = tuple(realize(LAYER, regime, rows, rank, draw) for draw in range(draws))
-    return Problem(LAYER, regime, rows, regime.shard(LAYER, rank), routings)
+    return Problem(LAYER, regime, rows, regime.shard(LAYER, rank), as_draws(routings))
 
 
 def test_weights_are_made_once_for_all_buckets_of_a_rank() -> None:

@@ -50,12 +50,13 @@ def test_odd_draws_have_the_rows_that_are_met_in_a_bucket_where_they_fit_the_ops
     asked = MoELayer(num_experts=128, top_k=8, hidden_size=64, intermediate_size=64)
     regime = Regime(ep_size=32, layout="deduplicated", ladder=ladder)
     dummies = Dummies(SimpleNamespace(layer=asked), SimpleNamespace(rank=1), regime, None)
-    assert dummies.met_rows(512) == met
-    for draw, rows in ((0, 512), (1, met), (2, 512), (3, met)):
-        routing = dummies.routing(512, draw)
+    assert dummies.typical_rows(512) == met
+    for number, draw in enumerate(dummies.draws(512, range(4), "final")):
+        rows, routing = (met if number % 2 else 512), draw.routing
+        assert draw.rows == rows
         assert int((routing.topk_ids >= 0).any(1).sum()) == rows
         assert routing.topk_ids.shape == (512, 8)
-        assert torch.equal(routing.load, moetune.realize(asked, regime, rows, rank=1, draw=draw).load)
+        assert torch.equal(routing.load, moetune.realize(asked, regime, rows, rank=1, draw=number).load)
 
 
 @pytest.mark.parametrize("mode", [FROM_LOGITS, PACKED, UNPACKED])

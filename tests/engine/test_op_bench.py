@@ -12,6 +12,7 @@ from moetune.engine.op_bench import CHECKED_ROWS, EngineBench, choose, mean_of_r
 from moetune.engine.stored import regime_of_buckets
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import Draw
 
 TWO_RANKS = """
 import os, sys, torch.distributed as dist
@@ -146,9 +147,10 @@ def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
             timed.extend(tactics)
             return [[times_us.get(tactic, 100.0)] * len(draws) for tactic in tactics]
 
-    routings = [moetune.realize(layer, Regime(ep_size=8), 64)]
+    routing = moetune.realize(layer, Regime(ep_size=8), 64)
+    draws = (Draw(routing, 64, "final"), Draw(routing, 64, "stress", 2))
     bench = EngineBench(calls, Planted(), DEFAULT, 2e-2)
-    choice = choose(bench, (DEFAULT, *ranked), {"2": 1}, routings, 64, 64, 6)
+    choice = choose(bench, (DEFAULT, *ranked), draws, 64, 64, 6)
     assert choice.tactic == ranked[1]
     assert set(timed) == {DEFAULT, *ranked[1:4]}
     (rejection,) = choice.rejected

@@ -19,6 +19,7 @@ from moetune.measure.bench import Stage
 from moetune.measure.worker import Timeouts, Worker
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 QUICK = Timeouts(prepare_s=20, first_run_s=1, timing_s=1, run_s=0.25)
@@ -204,7 +205,7 @@ def test_a_real_backend_is_measured_and_checked_in_a_worker():
     backend = TorchBackend()
     tactics = backend.candidates(layer, regime, 4, "cpu").tactics
     with Worker(backend, "cpu") as worker:
-        bench = worker.bench(Problem(layer, regime, 4, regime.shard(layer), routings))
+        bench = worker.bench(Problem(layer, regime, 4, regime.shard(layer), as_draws(routings)))
         assert all(samples and min(samples) > 0 for samples in bench.samples(tactics, [0, 1]))
         assert all(bench.check(tactic, 1) for tactic in tactics)
     assert bench.failures == {}

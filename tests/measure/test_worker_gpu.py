@@ -11,6 +11,7 @@ from moetune.measure import worker as worker_module
 from moetune.measure.worker import Timeouts, Worker
 from moetune.spec.regime import Regime
 from moetune.tuning.tune import tune
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 pytestmark = pytest.mark.gpu
@@ -45,7 +46,7 @@ def test_a_tune_survives_tactics_that_no_process_survives(monkeypatch, tmp_path)
 
 def test_a_tactic_that_fails_only_in_its_graph_is_named_in_a_joint_timing():
     routings = tuple(realize(LAYER, REGIME, 16, draw=draw) for draw in range(2))
-    problem = Problem(LAYER, REGIME, 16, REGIME.shard(LAYER), routings, "cuda")
+    problem = Problem(LAYER, REGIME, 16, REGIME.shard(LAYER), as_draws(routings), "cuda")
     illegal, hung = tactic("illegal access", from_run=2), tactic("spins", from_run=2)
     torch.cuda.synchronize()
     with Worker(KernelBackend(()), "cuda", timeouts=Timeouts(timing_s=2, run_s=0.01)) as worker:

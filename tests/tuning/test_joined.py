@@ -9,10 +9,11 @@ from moetune.errors import UnsupportedError
 from moetune.measure.bench import Bench
 from moetune.spec.regime import Regime
 from moetune.tuning.joined import JoinedBackend, family, joined
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 REGIME = Regime(draws=1)
-PROBLEM = Problem(LAYER, REGIME, 4, REGIME.shard(LAYER), (realize(LAYER, REGIME, 4),) * 2, "cpu")
+PROBLEM = Problem(LAYER, REGIME, 4, REGIME.shard(LAYER), as_draws([realize(LAYER, REGIME, 4)] * 2), "cpu")
 FAST, SLOW = joined("one", tactic("default")), joined("two", tactic("default"))
 
 

@@ -95,10 +95,10 @@ def test_side_by_side_they_run_on_draws_that_no_tune_has_seen(plant, tmp_path, m
     _all(tmp_path)
     of_four = [problem for problem in problems if problem.rows == 4]
     assert len(of_four) == 2 * len(families)
-    seen = {draw.topk_ids.numpy().tobytes() for problem in of_four[:2] for draw in problem.routings}
-    last = of_four[-1].routings
+    seen = {draw.routing.topk_ids.numpy().tobytes() for problem in of_four[:2] for draw in problem.draws}
+    last = of_four[-1].draws
     assert len(last) == REGIME.draws
-    assert not seen & {draw.topk_ids.numpy().tobytes() for draw in last}
+    assert not seen & {draw.routing.topk_ids.numpy().tobytes() for draw in last}
 
 
 def test_a_family_that_fails_midway_costs_only_itself_and_keeps_what_it_had(plant, tmp_path):

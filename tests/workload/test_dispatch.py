@@ -9,10 +9,8 @@ from questions import VIEWS, deepseek_r1, moe, regime_of
 
 from moetune.workload.dispatch import (
     active_experts,
-    dummies,
     expect,
     local_slots,
-    met_rows,
     rows_for_tokens,
     tokens_for_rows,
 )
@@ -123,70 +121,6 @@ def test_deduplicated_rows_for_tokens_are_the_hits_of_all_ranks_tokens():
     layer, regime = moe(256, 8), regime_of("deduplicated", 8)
     miss = math.comb(224, 8) / math.comb(256, 8)
     assert rows_for_tokens(layer, regime, 100) == pytest.approx(800 * (1 - miss))
-
-
-@pytest.mark.parametrize(
-    ("bucket", "met", "tokens"),
-    [(1, 1, None), (4, 4, None), (8, 7, 1), (128, 118, 16), (512, 471, 64), (2048, 1884, 256), (8192, 7536, 1024)],
-)
-def test_in_a_bucket_the_rows_of_the_roundest_tokens_are_met(bucket: int, met: int, tokens: int | None):
-    """Qwen3-235B on 32 ranks: a token brings 7.36 rows; 1 and 4 rows no whole token brings."""
-    layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid")
-    assert met_rows(layer, regime, bucket) == met
-    if tokens:
-        assert round(rows_for_tokens(layer, regime, tokens)) == met
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from([view for view in VIEWS if view != "deduplicated"]),
-    st.sampled_from([1, 2, 4, 8, 32]),
-    st.sampled_from(["hybrid", "pow2", "vllm"]),
-)
-def test_where_a_token_brings_a_power_of_two_rows_a_bucket_meets_its_own(view: str, ep_size: int, ladder: str):
-    layer, regime = moe(64, 4), regime_of(view, ep_size, ladder=ladder)
-    for bucket in regime.buckets:
-        if bucket % 32 == 0 or view in ("none", "packed"):
-            assert met_rows(layer, regime, bucket) == bucket
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from([view for view in VIEWS if view != "pool"]),
-    st.sampled_from([1, 2, 3, 6, 8, 32]),
-    st.sampled_from(["hybrid", "pow2", "vllm", "3,70,900"]),
-    st.integers(900, 8192),
-)
-def test_met_rows_look_their_bucket_up(view: str, ep_size: int, ladder: str, maximum: int):
-    layer, regime = moe(96, 4), regime_of(view, ep_size, ladder=ladder, tune_max_num_tokens=maximum)
-    for bucket in regime.buckets:
-        met = met_rows(layer, regime, bucket)
-        assert regime.ladder.lookup(met, maximum) == regime.ladder.lookup(bucket, maximum)
-        if ladder == "3,70,900":
-            assert met == bucket
-
-
-def test_dummies_have_by_turns_the_buckets_rows_and_those_that_are_met():
-    layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid")
-    drawn = dummies(layer, regime, 512, met_rows(layer, regime, 512), range(4))
-    assert [int((draw.topk_ids >= 0).any(1).sum()) for draw in drawn] == [512, 471, 512, 471]
-    for number, draw in enumerate(drawn):
-        rows = 471 if number % 2 else 512
-        same = realize(layer, regime, rows, draw=number)
-        assert draw.topk_ids.shape == draw.topk_weights.shape == (512, 8)
-        assert torch.equal(draw.topk_ids[:rows], same.topk_ids)
-        assert torch.equal(draw.topk_weights[:rows], same.topk_weights)
-        assert torch.equal(draw.load, same.load)
-        assert (draw.topk_ids[rows:] == -1).all()
-        assert not draw.topk_weights[rows:].any()
-
-
-def test_where_more_rows_are_met_than_the_bucket_has_its_own_are_padded():
-    """TensorRT-LLM rounds down: 64 tokens bring 471 rows, which look 256 up."""
-    layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="pow2")
-    own, met = dummies(layer, regime, 256, met_rows(layer, regime, 256), range(2))
-    assert own.topk_ids.shape == met.topk_ids.shape == (471, 8)
-    assert int((own.topk_ids >= 0).any(1).sum()) == 256
 
 
 @settings(max_examples=40, deadline=None)

@@ -126,15 +126,15 @@ class CutlassRunner:
         self._experts, self._problem = experts, problem
         device, layer, regime = problem.device, problem.layer, problem.regime
         generator = torch.Generator(device).manual_seed(regime.seed + 1)
-        shape = (problem.rows + len(problem.routings) - 1, layer.hidden_size)
+        shape = (problem.rows + len(problem.draws) - 1, layer.hidden_size)
         inputs = torch.randn(shape, generator=generator, device=device)
         self._input_scale = torch.tensor(1.0, device=device)
         if experts.scale1 is not None:
             self._input_scale = inputs.abs().max() / E4M3_MAX
             inputs /= self._input_scale
         self._inputs = inputs.to(experts.w1.dtype)
-        self._ids = [routing.topk_ids.to(device, torch.int32).contiguous() for routing in problem.routings]
-        self._weights = [routing.topk_weights.to(device, torch.float32).contiguous() for routing in problem.routings]
+        self._ids = [draw.routing.topk_ids.to(device, torch.int32).contiguous() for draw in problem.draws]
+        self._weights = [draw.routing.topk_weights.to(device, torch.float32).contiguous() for draw in problem.draws]
         self._out = torch.empty(problem.rows, layer.hidden_size, dtype=torch.bfloat16, device=device)
         self._fixed: dict[str, Any] = {
             "fc1_expert_weights": experts.w1,

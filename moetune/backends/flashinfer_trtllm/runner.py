@@ -57,7 +57,7 @@ class TrtllmRunner:
             problem.rows, weights.sizes.padded_hidden, dtype=torch.bfloat16, device=problem.device
         )
         self._choices: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._calls = [self._call(draw, routing) for draw, routing in enumerate(problem.routings)]
+        self._calls = [self._call(number, draw.routing) for number, draw in enumerate(problem.draws)]
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
         """See `Runner.run`: `[rows, H]` in the hidden dtype; bf16 in a buffer that the next call overwrites."""

@@ -144,7 +144,7 @@ class TritonBackend:
         return space.predicted_us(
             candidates.tactics,
             self._shapes(problem.layer, problem.regime, problem.rows),
-            [routing.load.tolist() for routing in problem.routings[: problem.regime.draws]],
+            [draw.routing.load.tolist() for draw in problem.draws if draw.kind == "search"],
             space.machine(problem.device),
             limits.capability,
         )

@@ -46,9 +46,9 @@ class TritonRunner:
         generator = torch.Generator(device)
         generator.set_state(experts.generator_state)
         self._inputs = [normal((shapes.rows, shapes.hidden_size), 1.0, generator) for _ in range(num_inputs(problem))]
-        self._topk_ids = [routing.topk_ids.to(device, torch.int32).contiguous() for routing in problem.routings]
+        self._topk_ids = [draw.routing.topk_ids.to(device, torch.int32).contiguous() for draw in problem.draws]
         self._topk_weights = [
-            routing.topk_weights.to(device, torch.float32).contiguous() for routing in problem.routings
+            draw.routing.topk_weights.to(device, torch.float32).contiguous() for draw in problem.draws
         ]
 
         slots, hidden, intermediate = shapes.num_slots, shapes.hidden_size, shapes.intermediate_size

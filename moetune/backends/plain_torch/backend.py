@@ -160,7 +160,7 @@ class TorchBackend:
         dtype = self._dtype(problem.layer, regime)
         experts = self._weights.get(problem, lambda: _random_experts(problem, dtype))
         generator = torch.Generator(problem.device).manual_seed(regime.seed + 1)
-        shape = (problem.rows + len(problem.routings) - 1, problem.layer.hidden_size)
+        shape = (problem.rows + len(problem.draws) - 1, problem.layer.hidden_size)
         inputs = torch.randn(shape, generator=generator, device=problem.device).to(dtype)
         return TorchRunner(experts, inputs, problem)
 
@@ -189,11 +189,11 @@ class TorchRunner:
         self._experts = experts
         self._draws = [
             (
-                inputs[draw : draw + problem.rows],
-                routing.topk_ids.to(problem.device),
-                routing.topk_weights.to(problem.device),
+                inputs[number : number + problem.rows],
+                draw.routing.topk_ids.to(problem.device),
+                draw.routing.topk_weights.to(problem.device),
             )
-            for draw, routing in enumerate(problem.routings)
+            for number, draw in enumerate(problem.draws)
         ]
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:

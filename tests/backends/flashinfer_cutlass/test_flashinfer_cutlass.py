@@ -34,6 +34,7 @@ from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
 from moetune.tuning.final_comparison import play  # noqa: E402
 from moetune.tuning.verdict import decide  # noqa: E402
+from moetune.workload.draws import Draw, as_draws  # noqa: E402
 from moetune.workload.routing import realize  # noqa: E402
 
 OP = inspect.signature(flashinfer.cutlass_fused_moe)
@@ -130,7 +131,7 @@ def small(**fields):
 
 def problem(layer, regime, rows, rank=0, draws=2):
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
-    return Problem(layer, regime, rows, regime.shard(layer, rank), routings)
+    return Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings))
 
 
 def relative_error(result, reference):
@@ -250,7 +251,7 @@ def test_ids_reach_the_op_global_with_nothing_remapped(op):
     regime = Regime(ep_size=4, layout="pool")
     asked = problem(small(), regime, 12, rank=2)
     FlashInferCutlassBackend().prepare(asked).run(DEFAULT_TACTIC, 1)
-    assert torch.equal(op.calls[-1].token_selected_experts, asked.routings[1].topk_ids)
+    assert torch.equal(op.calls[-1].token_selected_experts, asked.draws[1].routing.topk_ids)
     assert (op.calls[-1].token_selected_experts == -1).any()
     assert op.calls[-1].profile_ids == [-1, -1]
 
@@ -333,6 +334,7 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
             5 * t_us if tactic == DEFAULT_TACTIC else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
         )
 
+    draws = (*[Draw(None, 16, "final")] * 16, *(Draw(None, 16, "stress", factor) for factor in (2, 3, 4)))
     starts, promising, warm = (), (), set()
     for rows in (128, 256):
         bench, search = (
@@ -349,9 +351,9 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
         except StopIteration as stop:
             starts, promising = stop.value, backend.promising(measured)
         searched = bench.spent[DEFAULT_TACTIC]
-        played = play(bench, DEFAULT_TACTIC, [t for t in starts if t != DEFAULT_TACTIC], range(16), backend.final_s)
+        played = play(bench, DEFAULT_TACTIC, [t for t in starts if t != DEFAULT_TACTIC], draws, backend.final_s)
         assert bench.spent[DEFAULT_TACTIC] - searched <= 8 * 5 * t_us
-        verdict = decide(played, bench, {"2": 0, "3": 1, "4": 2})
+        verdict = decide(played, bench, draws, rows)
         assert us(verdict.tactic) < 1.01 * t_us
     assert sum(bench.spent.values()) < most_t * t_us
 

@@ -7,6 +7,7 @@ from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +40,7 @@ def layer_of(precision):
 def prepared(backend, precision, regime, rows, draws=1):
     layer, rank = layer_of(precision), regime.ep_size - 1
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
-    return backend.prepare(Problem(layer, regime, rows, regime.shard(layer, rank), routings, "cuda"))
+    return backend.prepare(Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings), "cuda"))
 
 
 def spread(backend, precision, count):

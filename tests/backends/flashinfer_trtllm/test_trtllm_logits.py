@@ -13,7 +13,7 @@ from moetune.errors import UnsupportedError
 from moetune.inputs.presets import names, preset
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime, Shard
-from moetune.workload.dispatch import dummies, met_rows
+from moetune.workload.draws import sampled, typical_rows
 from moetune.workload.router import route
 from moetune.workload.routing import realize
 
@@ -128,10 +128,11 @@ def test_rows_of_nothing_keep_within_the_groups_of_the_layers_router(ep_size: in
     """Of a bucket's draws some have fewer rows, the rest is −1; all draws must meet the same routing kernel."""
     asked, regime = preset("deepseek-r1"), Regime(ep_size=ep_size, layout="deduplicated", ladder="hybrid")
     shard = regime.shard(asked)
-    for draw in dummies(asked, regime, 512, met_rows(asked, regime, 512), range(2)):
-        ids = made.complete_rows(draw.topk_ids, shard)
+    for draw in sampled(asked, regime, 512, typical_rows(asked, regime, 512), range(2), "search"):
+        topk_ids = draw.routing.topk_ids
+        ids = made.complete_rows(topk_ids, shard)
         assert made.kernel_routing(asked).within_groups(256, ids).method.grouped
-        nothing = (draw.topk_ids < 0).all(1)
+        nothing = (topk_ids < 0).all(1)
         assert all(len(set(row)) == 8 for row in ids[nothing].tolist())
         assert not ((ids[nothing] >= shard.first) & (ids[nothing] < shard.first + shard.num_local)).any()
 

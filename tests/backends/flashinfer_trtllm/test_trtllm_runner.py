@@ -142,7 +142,7 @@ def test_the_ids_that_a_tactic_sees_have_the_regimes_histogram(
     regime = Regime(**REGIMES[name], distribution=distribution)
     question = problem(asked, regime, draws=2, rows=20)
     runner = backend(how).prepare(question)
-    for draw, routing in enumerate(question.routings):
+    for draw, routing in enumerate(each.routing for each in question.draws):
         runner.run(TACTIC, draw)
         _, arguments = compiled.calls.pop()
         ids, weights = native.chosen(arguments)

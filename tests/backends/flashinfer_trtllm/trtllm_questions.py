@@ -9,6 +9,7 @@ from moetune.backends.flashinfer_trtllm.backend import TrtllmBackend, TrtllmRout
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 SIZES: dict[Precision, tuple[int, int]] = {
@@ -50,7 +51,7 @@ def layer(precision: Precision = Precision.BF16, **changes: Any) -> MoELayer:
 
 def problem(asked: MoELayer, regime: Regime, rows: int = 16, rank: int = 1, draws: int = 1) -> Problem:
     routings = tuple(realize(asked, regime, rows, rank, draw) for draw in range(draws))
-    return Problem(asked, regime, rows, regime.shard(asked, rank), routings)
+    return Problem(asked, regime, rows, regime.shard(asked, rank), as_draws(routings))
 
 
 def backend(how: str, **options: Any) -> TrtllmBackend:

@@ -14,6 +14,7 @@ from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 
@@ -98,7 +99,7 @@ def test_the_likeliest_tactic_to_be_asked_for_is_the_default(monkeypatch):
     monkeypatch.setattr(space.Limits, "of", classmethod(lambda cls, device: limits))
     monkeypatch.setattr(space, "machine", lambda device: H200)
     routings = tuple(realize(layer, regime, 64, draw=draw) for draw in range(regime.draws))
-    problem = Problem(layer, regime, 64, regime.shard(layer), routings)
+    problem = Problem(layer, regime, 64, regime.shard(layer), as_draws(routings))
     candidates = backend.candidates(layer, regime, 64, "cuda")
     likely = backend.likely(problem, candidates)
     assert likely[0] == backend.default(layer, regime, 64)

@@ -11,6 +11,7 @@ from moetune.backends.reference import relative_error
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +37,7 @@ def prepared(precision, regime, rows, remote="drop", draws=1):
     rank = regime.ep_size - 1
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
     return TritonBackend(remote=remote).prepare(
-        Problem(layer, regime, rows, regime.shard(layer, rank), routings, "cuda")
+        Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings), "cuda")
     )
 
 

@@ -12,6 +12,7 @@ from moetune.backends.grouped_triton.space import VALUES
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 from moetune.workload.routing import Routing, realize
 
 REGIMES = {
@@ -45,7 +46,7 @@ def layer_of(precision, **fields):
 def runner_of(layer, regime, rows, routings=None, **options):
     rank = regime.ep_size - 1
     routings = routings or (realize(layer, regime, rows, rank),)
-    return TritonBackend(**options).prepare(Problem(layer, regime, rows, regime.shard(layer, rank), routings))
+    return TritonBackend(**options).prepare(Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings)))
 
 
 def relative_error(result, reference):
@@ -93,7 +94,9 @@ def test_weights_are_kept_for_the_next_bucket_and_its_inputs_are_the_same_as_wit
     rank = regime.ep_size - 1
     backend = TritonBackend()
     first, again = (
-        backend.prepare(Problem(layer, regime, rows, regime.shard(layer, rank), (realize(layer, regime, rows, rank),)))
+        backend.prepare(
+            Problem(layer, regime, rows, regime.shard(layer, rank), as_draws([realize(layer, regime, rows, rank)]))
+        )
         for rows in (4, 9)
     )
     assert first._experts is again._experts

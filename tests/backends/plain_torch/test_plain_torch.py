@@ -18,6 +18,7 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.workload.draws import as_draws
 
 ALGORITHMS = tuple(torch_algorithms.ALGORITHMS)
 PURE_EP = Regime(ep_size=4, draws=2)
@@ -67,7 +68,7 @@ def problem_of(
         routing_of(load, rows, top_k, shard.first, shard.num_local, shard.num_physical, seed + draw)
         for draw in range(2)
     )
-    return Problem(layer, regime, rows, shard, routings, device)  # type: ignore[arg-type]
+    return Problem(layer, regime, rows, shard, as_draws(routings), device)  # type: ignore[arg-type]
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -168,12 +169,13 @@ def test_ids_other_than_a_rows_own_change_nothing() -> None:
     """Foreign ids and -1 are the same to a rank."""
     layer = small_layer(expert_bias=True)
     problem = problem_of(layer, PURE_EP, 16, "global")
-    ids = problem.routings[0].topk_ids
+    first, second = (draw.routing for draw in problem.draws)
+    ids = first.topk_ids
     foreign = (ids < problem.shard.first) | (ids >= problem.shard.first + problem.shard.num_local)
     assert foreign.any()
     assert not foreign.all()
-    emptied = HandMadeRouting(ids.masked_fill(foreign, -1), problem.routings[0].topk_weights)
-    twin = Problem(layer, PURE_EP, 16, problem.shard, (emptied, problem.routings[1]))  # type: ignore[arg-type]
+    emptied = HandMadeRouting(ids.masked_fill(foreign, -1), first.topk_weights)
+    twin = Problem(layer, PURE_EP, 16, problem.shard, as_draws((emptied, second)))  # type: ignore[arg-type]
     backend = TorchBackend()
     for algorithm in ALGORITHMS:
         tactic = Tactic(algorithm=algorithm)

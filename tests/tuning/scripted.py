@@ -1,0 +1,118 @@
+"""Benches whose times are scripted, for tests of the final comparison and the verdict."""
+
+import random
+from collections import Counter
+from itertools import cycle, islice
+
+from planted import tactic
+
+from moetune.tuning.final_comparison import SAMPLES, Final
+from moetune.workload.draws import Draw
+
+DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
+
+
+class Scripted:
+    """A bench on which the default takes 10 µs and others 9, in disturbed rounds `slow(round)` times that.
+
+    Of who is timed twice the first time is never disturbed. `fails`: who, and from which round on.
+    """
+
+    def __init__(self, slow, fails=(None, 0)):
+        self.failures, self.rounds, self._slow, self._fails = {}, 0, slow, fails
+
+    def samples(self, tactics, draws):
+        start, self.rounds = self.rounds, self.rounds + len(draws)
+        who, since = self._fails
+        if who in tactics and self.rounds > since:
+            self.failures[who] = "planted failure"
+        slow = [self._slow(number) for number in range(start, self.rounds)]
+        series = [[(10.0 if played == tactic("default") else 9.0) * factor for factor in slow] for played in tactics]
+        if len(tactics) > 1:
+            series[0] = [9.0 if tactics[0] != tactic("default") else 10.0] * len(draws)
+        return [None if played in self.failures else of for played, of in zip(tactics, series, strict=True)]
+
+
+class Uneven:
+    """Tactics by their µs on even and on odd draws, besides that uneven by `spread`, each in its own way.
+
+    Counts the rounds of each. `fails`: who, and in which call.
+    """
+
+    def __init__(self, us, spread=0.0, fails=(None, 0)):
+        self.us, self.spread, self.failures, self.rounds, self.calls = us, spread, {}, Counter(), 0
+        self._fails = fails
+
+    def samples(self, tactics, draws):
+        self.calls += 1
+        if self._fails[0] in tactics and self.calls == self._fails[1]:
+            self.failures[self._fails[0]] = "planted"
+        for played in dict.fromkeys(tactics):
+            self.rounds[played] += len(draws)
+        return [None if t in self.failures else tuple(self.once_us(t, draw) for draw in draws) for t in tactics]
+
+    def once_us(self, played, draw):
+        return self.us[played][draw % 2] * random.Random(f"{played} {draw}").gauss(1, self.spread)
+
+
+def draws_of(num_search=16, num_final=64, typical=8):
+    """A bucket's draws as a bench numbers them; odd ones have `typical` rows, even ones the bucket's own 8."""
+    kinds = ["search"] * num_search + ["final"] * num_final
+    draws = [Draw(None, typical if number % 2 else 8, kind) for number, kind in enumerate(kinds)]
+    return (*draws, Draw(None, 8, "stress", 2))
+
+
+def final_of(finalists, default_us=(10.0,) * 20, rows=(8,)):
+    """A final comparison without noise; `rows` are those of its rounds by turns."""
+    draws = tuple(range(len(default_us)))
+    return Final(tactic("default"), default_us, 0.0, finalists, draws, tuple(islice(cycle(rows), len(draws))))
+
+
+DRAWS, TWO_ROW_COUNTS = draws_of(), draws_of(typical=7)
+UNSEEN = range(16, 80)
+
+
+TO_THE_END = (*UNSEEN, *UNSEEN)[: SAMPLES[1]]
+
+
+TIED = {GOOD: (9.0, 10.0), NEXT: (10.0, 9.0)}
+
+
+class Unsteady(Uneven):
+    """In the opening `GOOD` takes 8 % less."""
+
+    def samples(self, tactics, draws):
+        taken, factor = super().samples(tactics, draws), 0.92 if self.calls < 3 else 1.0
+        return [
+            tuple(factor * us for us in series) if played == GOOD else series
+            for played, series in zip(tactics, taken, strict=True)
+        ]
+
+
+class Drifting:
+    """Tactics by their µs, all times a factor that drifts from round to round; counts how often each was timed.
+
+    `hiccup`: who takes three times as long in the first two rounds. `apart`: by what factor the second of two series of
+    one tactic is longer. `fails`: who, and from which call on.
+    """
+
+    def __init__(self, us, *, hiccup=None, apart=1.0, fails=(None, 0)):
+        self.us, self.failures, self.timed, self.calls = us, {}, Counter(), 0
+        self._hiccup, self._apart, self._fails = hiccup, apart, fails
+        self._chance = random.Random(0)
+
+    def samples(self, tactics, draws):
+        self.calls += 1
+        if self._fails[0] in tactics and self.calls >= self._fails[1]:
+            self.failures[self._fails[0]] = "planted"
+        drift = [1 + 0.3 * self._chance.random() for _ in draws]
+        taken, seen = [], set()
+        for played in tactics:
+            self.timed[played] += len(draws)
+            factor = self._apart if played in seen else 1.0
+            seen.add(played)
+            series = [self.us[played] * factor * each * self._chance.gauss(1, 1e-3) for each in drift]
+            if played == self._hiccup and self.calls == 1:
+                series[:2] = [3 * once_us for once_us in series[:2]]
+            taken.append(None if played in self.failures else tuple(series))
+        return taken

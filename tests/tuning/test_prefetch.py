@@ -1,0 +1,81 @@
+"""Buckets are drawn and compiled ahead."""
+
+import sys
+import threading
+
+import pytest
+from planted import PlantedBackend, tactic
+from runs import tune_planted
+
+from moetune.errors import NoResultError, UsageError
+from moetune.measure.compiling import Compilers
+from moetune.search.base import Batch
+from moetune.spec.regime import Regime
+from moetune.store.profile import Rejection
+from moetune.tuning.bucket import Bucket
+from moetune.tuning.events import (
+    BucketChosen,
+)
+
+
+@pytest.mark.parametrize("raising", [(), ("default",)])
+def test_a_default_that_was_not_compiled_ahead_is_still_run(plant, monkeypatch, raising):
+    """The process that compiled it may have been killed for memory."""
+    uncompiled = {tactic("default"): "killed by SIGKILL", tactic("other"): "killed by SIGKILL"}
+    monkeypatch.setattr(Compilers, "wait", lambda self, *question: dict(uncompiled))
+    plant(milliseconds={"default": 1.0, "other": 0.1, "fast": 0.3}, raising=frozenset(raising))
+    if raising:
+        with pytest.raises(NoResultError, match="planted failure"):
+            tune_planted()
+        return
+    choice = tune_planted().choices[0]
+    assert choice.tactic == tactic("fast")
+    assert choice.rejected == (Rejection(tactic=tactic("other"), reason="killed by SIGKILL"),)
+
+
+def test_what_a_search_would_propose_next_is_compiled_meanwhile(plant, monkeypatch):
+    def search(self, problem, candidates, starts):
+        yield Batch((tactic("default"), tactic("fast")), likely_next=(tactic("slow"),))
+        return tuple((yield Batch((tactic("default"),))))
+
+    waited = []
+    monkeypatch.setattr(Compilers, "wait", lambda self, *question: waited.append(question[3:]) or {})
+    monkeypatch.setattr(PlantedBackend, "search", search, raising=False)
+    plant(milliseconds={"default": 1.0, "fast": 0.1, "slow": 2.0})
+    tune_planted(Regime(ladder="4"))
+    assert waited == [((tactic("default"), tactic("fast")), (tactic("slow"),)), ((tactic("default"),), ())]
+
+
+def test_on_a_cpu_nothing_is_drawn_while_a_bucket_is_measured(plant, monkeypatch):
+    drawn = []
+    real = Bucket.of
+
+    def of(layer, regime, backend, device, rows):
+        drawn.append(rows)
+        return real(layer, regime, backend, device, rows)
+
+    monkeypatch.setattr(Bucket, "of", of)
+    plant(milliseconds={"default": 1.0, "fast": 0.1})
+    tune_planted(on_event=lambda event: isinstance(event, BucketChosen) and event.index == 0 and drawn.append("chosen"))
+    assert drawn == [4, "chosen", 8]
+
+
+def test_on_a_gpu_later_buckets_are_drawn_meanwhile_and_what_fails_there_comes_in_its_turn(plant, monkeypatch):
+    threads, real = {}, Bucket.of
+
+    def of(layer, regime, backend, device, rows):
+        threads[rows] = threading.current_thread()
+        if rows == 8:
+            raise UsageError("No such rows.")
+        return real(layer, regime, backend, device, rows)
+
+    monkeypatch.setattr(sys.modules["moetune.tuning.tune"], "_draws_ahead", lambda device: True)
+    monkeypatch.setattr(Bucket, "of", of)
+    plant(milliseconds={"default": 1.0, "fast": 0.1})
+    events = []
+    with pytest.raises(UsageError, match="No such rows"):
+        tune_planted(on_event=events.append)
+    assert [event.choice.tactic for event in events if isinstance(event, BucketChosen)] == [tactic("fast")]
+    assert threads.keys() == {4, 8}
+    assert threading.current_thread() not in threads.values()
+    assert not any(thread.is_alive() for thread in threads.values())

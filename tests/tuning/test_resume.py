@@ -1,0 +1,205 @@
+"""A run that was interrupted goes on where it stopped."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from planted import LAYER, PlantedBackend, PlantedRunner, tactic
+from processes import children, eventually
+from runs import REGIME, tune_planted
+
+from moetune.errors import MissError, NoResultError
+from moetune.measure.probe import environment
+from moetune.search.base import Batch
+from moetune.spec.regime import Regime
+from moetune.store.profile import Rejection
+from moetune.store.store import Store
+from moetune.tuning.events import (
+    BucketChosen,
+    BucketStarted,
+    Resumed,
+    TacticMeasured,
+)
+from moetune.tuning.tune import tune
+
+
+def _interrupt_at(rows):
+    """Interrupts once something of the search of that bucket is known."""
+
+    def interrupt(event):
+        if isinstance(event, TacticMeasured) and event.rows == rows:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
+def _journals(root):
+    return list(root.glob("*/*/*/*.journal.jsonl"))
+
+
+def test_an_interrupted_run_resumes_at_the_next_bucket(plant):
+    backend = plant(milliseconds={"default": 1.0})
+
+    def interrupt(event):
+        if isinstance(event, BucketChosen):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(on_event=interrupt)
+    assert backend.prepared == [4]
+    with pytest.raises(MissError, match="buckets 8"):
+        tune_planted(frozen=True)
+    events = []
+    assert len(tune_planted(on_event=events.append).choices) == 2
+    assert backend.prepared == [4, 8]
+    assert [event.rows for event in events if isinstance(event, BucketStarted)] == [8]
+
+
+def test_what_failed_before_an_interrupt_is_not_run_again_and_keeps_its_reason(plant, tmp_path):
+    times = {"default": 4.0, "fast": 1.0, "broken": 0.1}
+    plant(milliseconds=times, raising=frozenset({"broken"}))
+    regime = Regime(ladder="8", draws=4)
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(regime, store=tmp_path, on_event=_interrupt_at(8))
+    (path,) = _journals(tmp_path)
+    interrupted = path.read_bytes()
+
+    plant(milliseconds=times)  # it works now, and would win
+    events = []
+    (choice,) = tune_planted(regime, store=tmp_path, on_event=events.append).choices
+    assert [event for event in events if isinstance(event, Resumed)] == [Resumed((8,), 1)]
+    measured = [event.tactic for event in events if isinstance(event, TacticMeasured)]
+    assert measured == [tactic("default"), tactic("fast")]
+    assert choice.tactic == tactic("fast")
+    assert choice.rejected == (Rejection(tactic=tactic("broken"), reason="RuntimeError: planted failure"),)
+    assert (choice.tried, choice.candidates) == (2, 4)
+    assert _journals(tmp_path) == []
+
+    path.write_bytes(interrupted)
+    (choice,) = tune_planted(regime, store=tmp_path, again=True).choices
+    assert choice.tactic == tactic("broken")
+    assert choice.rejected == ()
+    assert _journals(tmp_path) == []
+
+
+def test_an_interrupt_amid_a_batch_leaves_what_failed_in_it(plant, tmp_path, monkeypatch):
+    backend = plant(milliseconds={"default": 1.0, "broken": 0.1, "last": 0.1}, raising=frozenset({"broken"}))
+    real = PlantedRunner.run
+
+    def run(self, tactic, draw=0):
+        if tactic["algorithm"] == "last":
+            raise KeyboardInterrupt
+        return real(self, tactic, draw)
+
+    monkeypatch.setattr(PlantedRunner, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(store=tmp_path)
+    journal = Store(tmp_path).journal(LAYER, REGIME, "planted", environment(backend, "cpu"))
+    (left,) = journal.read().measurements
+    assert (left.rows, left.tactic, left.reason) == (4, tactic("broken"), "RuntimeError: planted failure")
+
+
+def test_what_an_interrupted_search_found_best_starts_the_next_one_where_searches_are_warm_started(plant):
+    backend = plant(milliseconds={"default": 8.0, "slow": 4.0, "fast": 0.1})
+    told = []
+
+    def search(problem, candidates, starts):
+        told.append((problem.rows, tuple(starts)))
+        times = yield Batch(tuple(map(tactic, ("default", "slow") if problem.rows == 4 else ("slow", "fast"))))
+        return tuple(sorted(times, key=times.__getitem__))
+
+    backend.search = search
+    for rows in (4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            tune_planted(on_event=_interrupt_at(rows))
+    assert told[-1] == (8, (tactic("slow"), tactic("default")))
+    assert {starts for rows, starts in told if rows == 4} == {()}
+    tune_planted()
+    assert told[-1] == (8, (tactic("fast"), tactic("slow")))
+
+
+def test_where_the_default_itself_failed_everything_is_tried_again(plant):
+    times = {"default": 4.0, "fast": 0.1}
+    plant(milliseconds=times, raising=frozenset(times))
+    with pytest.raises(NoResultError):
+        tune_planted()
+    plant(milliseconds=times)
+    events = []
+    profile = tune_planted(on_event=events.append)
+    assert {choice.tactic for choice in profile.choices} == {tactic("fast")}
+    assert profile.choices[0].rejected == ()
+    assert not [event for event in events if isinstance(event, Resumed)]
+
+
+def test_a_damaged_line_of_the_journal_is_told_and_does_not_stop_the_run(plant, tmp_path):
+    plant(milliseconds={"default": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(store=tmp_path, on_event=_interrupt_at(4))
+    (path,) = _journals(tmp_path)
+    path.write_bytes(b"damage\n" + path.read_bytes())
+    events = []
+    assert len(tune_planted(store=tmp_path, on_event=events.append).choices) == 2
+    (resumed,) = (event for event in events if isinstance(event, Resumed))
+    assert resumed.rows == (4,)
+    assert [reason.startswith(f"{path}, line 1, is no measurement") for reason in resumed.unread] == [True]
+
+
+def test_an_interrupt_between_two_buckets_ends_the_worker_at_once():
+    """Also while somebody holds the traceback, and with it the generator."""
+    strangers = children()
+
+    def interrupt(event):
+        if isinstance(event, BucketChosen):
+            assert children() > strangers
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        tune(LAYER, REGIME, PlantedBackend({"default": 0.1}), device="cpu", on_event=interrupt)
+    assert raised.tb
+    assert children() == strangers
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Of torch, here and in processes that are started: two on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(one_thread, tmp_path):
+    """The command line, really killed; the library goes on."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 128,'
+        ' "moe_intermediate_size": 128, "hidden_act": "silu", "norm_topk_prob": true, "torch_dtype": "float32"}'
+    )
+    store = tmp_path / "store"
+    words = ["--model", config, "--ladder", "1,128", "--draws", "1", "--backend", "torch", "--store", store]
+    with subprocess.Popen([sys.executable, "-m", "moetune", "tune", *words], stderr=subprocess.PIPE, text=True) as run:
+        try:
+            assert eventually(lambda: any('"rows":128' in path.read_text() for path in _journals(store)), 60)
+            run.send_signal(signal.SIGINT)
+            _, said = run.communicate(timeout=30)
+        finally:
+            run.kill()
+    assert run.returncode == 130
+    assert "Finished buckets are saved: 1. The same command goes on from there.\n" in said
+    assert said.endswith("\nerror: interrupted.\n")
+
+    ((_, profile),) = Store(store).profiles()
+    journal = Store(store).journal(profile.layer, profile.regime, "torch", profile.environment)
+    measured = [measurement for measurement in journal.read().measurements if measurement.rows == 128]
+    assert [choice.rows for choice in profile.choices] == [1]
+    assert tactic("eager") in {measurement.tactic for measurement in measured if measurement.time_us}
+
+    events = []
+    whole = tune(profile.layer, profile.regime, "torch", store, device="cpu", isolate=False, on_event=events.append)
+    assert whole.choices[:-1] == profile.choices
+    assert [choice.rows for choice in whole.choices] == [1, 128]
+    assert [event.rows for event in events if isinstance(event, Resumed | BucketStarted)] == [(128,), 128]
+    assert _journals(store) == []
