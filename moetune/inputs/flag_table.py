@@ -1,4 +1,4 @@
-"""The flags that each engine's command line takes, by its newest version: names, aliases, how many values.
+"""The flags of each engine's command line: names, aliases and number of values.
 
 The tables are recorded from the engines' own parsers by `benchmarks/record_flags.py`; each names its version and
 source.
@@ -75,7 +75,7 @@ class FlagTable:
     _short: Mapping[str, Flag] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> Flag | None:
-        """The flag that a user wrote, or none where the engine has none of that name.
+        """Returns the flag that a user wrote, or None if the engine has no such flag.
 
         Args:
             name: with its dashes or without, `_` or `-`, without `=value`: a canonical name, an alias, a form that
@@ -100,7 +100,7 @@ class FlagTable:
         return self._abbreviated(name, plain) or self.removed.get(plain)
 
     def attached(self, name: str) -> str | None:
-        """The value that is written into a one-letter flag: `3` for `-O3`."""
+        """Returns the value written into a one-letter flag: `3` for `-O3`."""
         match = _ATTACHED.fullmatch(name)
         if match is None or _plain(name) in self._names or _plain(name) in self._short:
             return None
@@ -110,7 +110,7 @@ class FlagTable:
         return match[2].removeprefix("=")
 
     def nearest(self, name: str) -> str | None:
-        """The canonical name of the flag whose spelling is nearest, or none where nothing is near."""
+        """Returns the canonical name of the flag with the most similar spelling, or None."""
         names = {
             **{removed: removed for removed in self.removed},
             **{one: self._names[one].name for one in self._names},
@@ -128,9 +128,9 @@ class FlagTable:
 
 @functools.cache
 def table(engine: str, program: str | None = None) -> FlagTable:
-    """The flags of an engine's server, or of another program of it (`dynamo.vllm`, `trtllm-bench`).
+    """Returns the flags of an engine's server, or of another of its programs (`dynamo.vllm`, `trtllm-bench`).
 
-    A program without a table of its own has its engine's.
+    A program without its own table uses its engine's.
 
     Raises:
         UsageError: no such engine.

@@ -1,4 +1,4 @@
-"""How each model_type of models spells its mixture-of-experts layer in `config.json`.
+"""The names of the mixture-of-experts fields in each model type's `config.json`.
 
 `ModelType.source` says where the fields and the routing stand: a config class or a model's code. `tf` is transformers
 5.24.0, `vllm` is vLLM 0.33.0, `sglang` is SGLang 0.5.23; paths are below the package, and `NAME/` of tf is its folder
@@ -384,4 +384,4 @@ MODEL_TYPES: Mapping[str, ModelType] = {
     "mistral params.json": _MISTRAL_PARAMS,
 }
 PARAMS_JSON = "mistral params.json"
-"""The name under which Mistral's params.json, which has no `model_type`, stands in `MODEL_TYPES`."""
+"""The key in `MODEL_TYPES` of Mistral's params.json, which has no `model_type`."""

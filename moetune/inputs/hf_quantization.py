@@ -1,4 +1,4 @@
-"""The precision of a model's experts: what `quantization_config` says, less the modules that it leaves out.
+"""Reads the precision of a model's experts from `quantization_config`.
 
 Sources: vLLM 0.33.0, `model_executor/layers/quantization/`, `models/deepseek_v4/quant_config.py` (`expert_dtype`);
 SGLang 0.5.23, `srt/configs/model_config.py` (`moe_quant_algo`).
@@ -51,7 +51,7 @@ class Stored:
 def stored_experts(
     quantization: Any, modules: ExpertModules, unquantized: Precision, where: str, expert_dtype: Any = None
 ) -> Stored:
-    """What the experts of a quantized checkpoint are stored as.
+    """Returns the precision of the experts of a quantized checkpoint.
 
     Args:
         quantization: `quantization_config`.
@@ -77,7 +77,7 @@ def stored_experts(
 
 
 def stored_dtype(config: Config, where: str) -> Precision:
-    """The precision of weights that are not quantized; bf16 where nothing is said.
+    """Returns the precision of weights that are not quantized; bf16 by default.
 
     Raises:
         UsageError: no weight has such a dtype.
@@ -90,7 +90,7 @@ def stored_dtype(config: Config, where: str) -> Precision:
 
 
 def named_modules(quantization: Any) -> list[str]:
-    """Every module name or pattern in a `quantization_config`: what tells how many layers it speaks of."""
+    """Returns every module name or pattern in a `quantization_config`."""
     if not isinstance(quantization, Mapping):
         return []
     lists = [quantization.get(key) for key in LEFT_OUT]

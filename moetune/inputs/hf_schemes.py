@@ -1,4 +1,4 @@
-"""What one quantization scheme is called here: the object that describes it → `Precision`, or None where none is known.
+"""Maps quantization schemes to `Precision`, or to None if the scheme is unknown.
 
 Sources: vLLM 0.33.0, `model_executor/layers/quantization/` (`fp8.py`, `compressed_tensors/compressed_tensors_moe/`,
 `modelopt.py`, `auto_awq.py`, `auto_gptq.py`, `quark/`, `inc/`, `fbgemm_fp8.py`); SGLang 0.5.23,

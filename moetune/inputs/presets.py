@@ -1,4 +1,4 @@
-"""Named layers: one JSON file a model in `models/`, each field with its source beside it."""
+"""Loads layers by name. `models/` has one JSON file per model, with the source of each field."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class Source(NamedTuple):
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """The presets' names, sorted."""
+    """Returns the presets' names, sorted."""
     files = resources.files("moetune.inputs").joinpath("models").iterdir()
     return tuple(sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json")))
 
 
 def preset(name: str) -> MoELayer:
-    """The layer of a preset; case is ignored, a prefix is not a name.
+    """Returns the layer of a preset; case is ignored.
 
     Raises:
-        UsageError: no such preset; the message lists the nearest names.
+        UsageError: no such preset.
     """
     key = _key(name)
     return MoELayer(name=key, **_file(key)["layer"])
 
 
 def source(name: str) -> Source:
-    """Where the values of a preset stand.
+    """Returns the sources of a preset's values.
 
     Raises:
         UsageError: no such preset.
@@ -67,7 +67,7 @@ def source(name: str) -> Source:
 
 
 def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> MoELayer:
-    """The layer that `read` finds; its notes are Python warnings.
+    """Returns the layer that `read` finds, and warns with its notes.
 
     Raises:
         UsageError, UnsupportedError: as `read`.
@@ -79,7 +79,7 @@ def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | Non
 
 
 def read(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> Reading:
-    """A preset by its name, or the layer of a listed Hugging Face repository or of a `config.json`.
+    """Reads a preset by its name, a listed Hugging Face repository, or a `config.json`.
 
     A path is what has a separator, ends in `.json` or is a folder, which then holds a `config.json`; where there is
     none, `owner/name` is a repository of `repositories.json`. `precision` replaces the weights' own.
@@ -118,7 +118,7 @@ def layer_from_sizes(
     precision: Precision | str | None = None,
     name: str = "custom",
 ) -> MoELayer:
-    """A layer by its sizes: those of one whole expert, before any sharding.
+    """Returns a layer by its sizes: those of one whole expert, before any sharding.
 
     Args:
         base: gives what is not given here, routing and activation included. Without it all sizes must be given; the

@@ -1,4 +1,4 @@
-"""The words that a layer and a regime are asked in: no pydantic here, so that the command line names them at once."""
+"""The allowed values of layer and regime fields. Does not import pydantic, so the command line starts quickly."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal
 
 
 class Precision(StrEnum):
-    """How the expert weights are stored and multiplied; activations are bf16 where nothing else is said.
+    """How the expert weights are stored and multiplied. Activations are bf16 unless noted.
 
-    Those from `FP8_BLOCK_64` on are read from a config and planned; no backend tunes them, and each says so by name.
+    From `FP8_BLOCK_64` on, precisions can be read from a config and planned, but no backend tunes them.
     """
 
     FP32 = "fp32"

@@ -1,4 +1,4 @@
-"""`Environment`: the machine and the libraries that a measurement belongs to."""
+"""`Environment`, the machine and library versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moetune.spec.model import FrozenModel, digest_of
 
 
 class Environment(FrozenModel):
-    """Where a profile was measured.
+    """The machine and library versions of a measurement.
 
     `device` is the GPU's or the CPU's name. A profile is served only where every field of `strict` is equal
     (on a CPU: model, threads, torch; on a GPU: its name, compute capability, torch, CUDA, and what the backend
@@ -21,16 +21,16 @@ class Environment(FrozenModel):
 
     @property
     def device_slug(self) -> str:
-        """The device's name as a folder name."""
+        """Returns the device's name as a folder name."""
         return re.sub(r"[^A-Za-z0-9.]+", "_", self.device).strip("_") or "unknown"
 
     @property
     def digest(self) -> str:
-        """16 hex digits over the device and the strict fields."""
+        """Returns 16 hex digits over the device and the strict fields."""
         return digest_of({"device": self.device, **self.strict})
 
     def differing(self, other: Environment) -> dict[str, tuple[object, object]]:
-        """The strict fields in which `other` differs, as name → (this one's, the other's)."""
+        """Returns the strict fields in which `other` differs, as name → (this one's, the other's)."""
         mine = {"device": self.device, **self.strict}
         theirs = {"device": other.device, **other.strict}
         return {

@@ -43,7 +43,7 @@ class Ladder(FrozenModel):
 
     @classmethod
     def parse(cls, spelled: object) -> Ladder:
-        """A `Ladder` from a spelling (`"pow2"`, `"pow2/8"`, `"1,2,4"`), a sequence of ints, or itself.
+        """Returns a `Ladder` from a spelling (`"pow2"`, `"pow2/8"`, `"1,2,4"`), a sequence of ints, or itself.
 
         Raises:
             UsageError: the spelling is none of these.
@@ -76,7 +76,7 @@ class Ladder(FrozenModel):
         return {"pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "list": "ceil"}[self.name]  # type: ignore[return-value]
 
     def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
-        """The row counts to tune, ascending, none above `tune_max_num_tokens`."""
+        """Returns the row counts to tune, ascending, none above `tune_max_num_tokens`."""
         match self.name:
             case "pow2":
                 powers = _powers_of_two(min(tune_max_num_tokens, POW2_LAST))
@@ -95,7 +95,7 @@ class Ladder(FrozenModel):
                 return tuple(size for size in self.sizes if size <= tune_max_num_tokens)
 
     def lookup(self, rows: int, tune_max_num_tokens: int) -> int:
-        """The bucket that the engine looks `rows` run-time rows up by.
+        """Returns the bucket to which the engine maps `rows` run-time rows.
 
         As in FlashInfer the result of `hybrid` can be no bucket (a miss there): with a maximum of 100, 65 … 99
         rows map to 128.
@@ -115,7 +115,7 @@ class Ladder(FrozenModel):
                 return min(buckets, key=lambda size: abs(size - rows))
 
     def served(self, bucket: int, tune_max_num_tokens: int) -> range:
-        """The rows in the kernel that look `bucket` up; none where nothing does.
+        """Returns the rows in the kernel that map to `bucket`; empty if none do.
 
         The last bucket of `nearest` ends as far above as it begins below, though all larger rows go there.
         """

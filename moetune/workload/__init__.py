@@ -1,1 +1,1 @@
-"""What one rank's kernel will see."""
+"""Computes and samples the load that one rank's kernel receives."""

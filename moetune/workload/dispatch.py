@@ -1,8 +1,7 @@
-"""What the dispatch makes of T tokens a rank: rows, local slots, active experts, bytes on the wire.
+"""Computes the expected load of a rank: rows, local slots and active experts.
 
-Loads are in closed form; each formula's derivation stands beside it. They rest on one law, how many of a token's
-slots are local (`law.local_slot_law`), which is itself in closed form except for grouped routers; of these some come
-from the seeded router. Where a function takes no rank, it is the regime's.
+All formulas rest on the distribution of a token's local slots (`law.local_slot_law`). It is in closed form, except for
+some grouped routers, for which it is simulated. If a function is given no rank, it uses the regime's.
 """
 
 from __future__ import annotations
@@ -19,11 +18,16 @@ from moetune.workload.routing import realize
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What one rank's kernel sees in a bucket of `rows` rows, on average over draws.
+    """The expected load of one rank's kernel in `rows` rows.
 
-    `tokens`: the tokens a rank that stand for `rows` rows. `local_slots`: slots of local experts, `slots_per_expert`
-    of one of them; `active_experts`: local experts with at least one. `hit_fraction`: the chance that a token has
-    something for the rank. `simulated`: whether the law behind these numbers was simulated.
+    Attributes:
+        rows: rows in the kernel.
+        tokens: tokens per rank that produce these rows.
+        local_slots: slots of local experts.
+        slots_per_expert: the same per local expert.
+        active_experts: local experts with at least one slot.
+        hit_fraction: the chance that a token has a slot on the rank.
+        simulated: whether the numbers come from simulated routing.
     """
 
     rows: int
@@ -36,20 +40,20 @@ class Expectation:
 
 
 def rows_for_tokens(layer: MoELayer, regime: Regime, tokens: float, rank: int | None = None) -> float:
-    """Expected rows that enter `rank`'s kernel when each of the ep ranks sends `tokens` tokens."""
+    """Returns the expected rows that enter `rank`'s kernel when each of the ep ranks sends `tokens` tokens."""
     return tokens * _rows_per_token(layer, regime, rank)
 
 
 def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int | None = None) -> float:
-    """Tokens a rank for which `rank`'s kernel sees `rows` rows: the inverse of `rows_for_tokens`."""
+    """Returns the tokens per rank that produce `rows` rows in `rank`'s kernel, the inverse of `rows_for_tokens`."""
     return rows / _rows_per_token(layer, regime, rank)
 
 
 def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
-    """Rows for one token a rank. All ep ranks send, so a rank meets ep tokens for each one of its own.
+    """Returns the expected rows in the kernel when each of the ep ranks sends one token.
 
-    `none`: every rank holds the same rows. `packed`: a dummy whose row stands for one token. `deduplicated`: those
-    with something for the rank. `slot`: every local slot a row of its own, ep·k·L/E of them (k where ep divides E).
+    `none`: every rank holds the same rows. `packed`: one row. `deduplicated`: the tokens with a slot on the rank.
+    `slot`: one row for each local slot, ep·k·L/E in all (k if ep divides E).
     """
     shard = regime.shard(layer, rank)
     match regime.layout or regime.dispatch:
@@ -64,9 +68,9 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
 
 
 def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> Expectation:
-    """What `rank`'s kernel sees in `rows` rows on average.
+    """Returns the expected load of `rank`'s kernel in `rows` rows.
 
-    A balanced dummy has one load but for its names, so its numbers are counted from draw 0.
+    Balanced draws differ only in which expert has which count, so their numbers are counted from draw 0.
 
     Raises:
         UsageError: as `routing.realize`.
@@ -91,7 +95,7 @@ def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) 
 
 
 def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
-    """Expected slots of `rank`'s experts in `rows` rows of random routing.
+    """Returns the expected slots of `rank`'s experts in `rows` rows of random routing.
 
     A row of the global router has Σ P(slot) over the local slots, k·L/E without redundant experts. Of deduplicated
     rows only those that have one remain, so the same slots lie in `hit_fraction` of the rows.
@@ -100,7 +104,7 @@ def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = N
 
 
 def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
-    """Expected local experts (slots, where redundant) that have at least one of `rows` rows of random routing.
+    """Returns the expected local physical experts with at least one slot in `rows` rows of random routing.
 
     Rows are independent, so a slot that a row holds with chance p is active with 1 − (1 − p)^M. By symmetry p is
     k/E over the replicas of the expert, for grouped routers too; min(k, L)/L in packed rows; divided by the hit
@@ -113,7 +117,7 @@ def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None 
 
 
 def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[float]:
-    """For each local slot, the chance that a row of random routing holds it."""
+    """Returns, for each local physical expert, the chance that a row of random routing has it."""
     shard = regime.shard(layer, rank)
     match regime.layout:
         case "packed":
@@ -131,9 +135,9 @@ def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[floa
 
 
 def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> float:
-    """The chance that a given local expert has none of the first `slots` local slots of arriving rows.
+    """Returns the chance that a given local expert has none of the first `slots` local slots of arriving rows.
 
-    An arriving row brings c slots with the law's chance given c ≥ 1, in random order; the expert is among them with
+    An arriving row has c local slots with the law's chance given c ≥ 1, in random order; the expert is among them with
     chance `shares[c]`, c/L where the local ones are alike. The last row is cut to the m slots that are left, in which
     it is with chance `shares[c]`·m/c. Hence the recursion over the slots that are left,
     f(m) = Σ_c p(c)·(c ≤ m: (1 − shares[c])·f(m − c); c > m: 1 − shares[c]·m/c), f(0) = 1.

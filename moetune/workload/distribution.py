@@ -1,7 +1,7 @@
-"""How popular the experts of a dummy are: independent random logits, or exact balance.
+"""Makes random logits and exactly balanced orders of experts.
 
-Everything random comes from a CPU generator seeded by SHA-256 of what was asked, in float64, where ties vanish; so
-ids do not depend on device, process or thread count.
+All randomness comes from a CPU generator, seeded by SHA-256 of the arguments, in float64, where ties are negligible.
+So ids do not depend on device, process or thread count.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 
 
 def seeded_generator(*key: object) -> torch.Generator:
-    """A CPU generator whose state depends on the representation of `key` alone."""
+    """Returns a CPU generator whose state depends on the representation of `key` alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def random_logits(generator: torch.Generator, rows: int, num_experts: int) -> torch.Tensor:
-    """Independent standard normal router logits, float64 `[rows, num_experts]`."""
+    """Returns independent standard normal router logits, float64 `[rows, num_experts]`."""
     return torch.randn(rows, num_experts, dtype=torch.float64, generator=generator)
 
 
 def uniform_subsets(generator: torch.Generator, rows: int, population: int, size: int) -> torch.Tensor:
-    """For each row `size` distinct numbers below `population` in random order, int64 `[rows, size]`.
+    """Returns, for each row, `size` distinct numbers below `population` in random order, int64 `[rows, size]`.
 
     Every ordered choice is equally likely, so the first c of a row are a uniform c-subset. Floyd's algorithm
     (Bentley and Floyd, "A sample of brilliance", CACM 30(9), 1987), one step for all rows at once, then a shuffle.
@@ -40,7 +40,7 @@ def uniform_subsets(generator: torch.Generator, rows: int, population: int, size
 
 
 def quotas(probabilities: Sequence[float], total: int) -> list[int]:
-    """Integers that add up to `total` in the proportions of `probabilities`, by largest remainders."""
+    """Returns integers that add up to `total` in the proportions of `probabilities`, by largest remainders."""
     scale = total / sum(probabilities)
     shares = [probability * scale for probability in probabilities]
     counts = [int(share) for share in shares]
@@ -51,10 +51,10 @@ def quotas(probabilities: Sequence[float], total: int) -> list[int]:
 
 
 def interleaved_order(generator: torch.Generator, shard_sizes: Sequence[int], own: int) -> torch.Tensor:
-    """A random order of all slots that visits the shards in turn, int32 `[sum(shard_sizes)]`.
+    """Returns a random order of all physical experts that visits the shards in turn, int32 `[sum(shard_sizes)]`.
 
-    Any stretch of it spreads over the shards as evenly as it can, and `own` comes first: dealt from the start,
-    that rank has its share rounded up, so no rank's dummy is idle while others have two slots.
+    Any stretch of it spreads over the shards as evenly as possible. `own` comes first, so that rank has its share
+    rounded up and is not idle while others have two slots.
     """
     ep_size, widest = len(shard_sizes), max(shard_sizes)
     sizes = torch.tensor(shard_sizes)
@@ -68,7 +68,7 @@ def interleaved_order(generator: torch.Generator, shard_sizes: Sequence[int], ow
 
 
 def spaced_order(generator: torch.Generator, num_slots: int, num_experts: int, gap: int) -> torch.Tensor | None:
-    """A random order of all slots in which, going round, the replicas of an expert stand at least `gap` apart.
+    """Returns a random cyclic order of all physical experts with the copies of an expert at least `gap` apart.
 
     Slot s holds expert s mod `num_experts`. int32 `[num_slots]`, or None where no such order exists: an expert
     with c = ⌈num_slots / num_experts⌉ replicas needs c·gap ≤ num_slots.
@@ -87,7 +87,7 @@ def spaced_order(generator: torch.Generator, num_slots: int, num_experts: int, g
 
 
 def saturated_rows(generator: torch.Generator, rows: int, top_k: int, num_slots: int, num_experts: int) -> torch.Tensor:
-    """The most even rows where no `spaced_order` of gap `top_k` exists, int32 `[rows, top_k]`.
+    """Returns the most even rows if no `spaced_order` of gap `top_k` exists, int32 `[rows, top_k]`.
 
     The experts that have a replica more cannot get their share even when they are in every row: so they are in
     every row, their replicas in turn, and the other experts' slots are dealt cyclically. Counts differ by at

@@ -1,4 +1,4 @@
-"""How many of a token's k slots are one rank's, when the layer's router works on random logits.
+"""Computes the distribution of a token's local slots on one rank under random router logits.
 
 Experts of a group are exchangeable, and so are the groups. Hence all that a grouped router adds to chance is how many
 of a token's experts lie in one group: given these numbers (`group_counts`), which groups they belong to and which of a
@@ -55,13 +55,13 @@ class LocalSlotLaw:
 
     @property
     def hit_fraction(self) -> float:
-        """The chance that a token has something for the rank."""
+        """Returns the chance that a token has a slot on the rank."""
         return 1.0 - self.probabilities[0]
 
 
 @lru_cache(maxsize=1024)
 def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw:
-    """How many of a token's k slots lie in `shard` when the layer's router works on random logits.
+    """Returns the distribution of a token's local slots in `shard` under random router logits.
 
     An ungrouped router on independent logits chooses a uniform k-subset of E experts, so the number among L
     given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). Where a group limit meets shards that are alike
@@ -81,7 +81,7 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
 
 @lru_cache(maxsize=1024)
 def expert_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[int, Chances], ...]:
-    """The local slots by kind: how many there are, and for each c the chance that one is among c local slots.
+    """Returns the local physical experts by kind: their number, and for each c the chance to be among c local slots.
 
     Slots are of one kind where their experts have as many replicas and lie in groups of which the shard has the same
     part. The chance is c/L where all are of one kind.
@@ -108,7 +108,7 @@ def expert_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[i
 
 @lru_cache(maxsize=64)
 def group_counts(layer: MoELayer, seed: int = 0) -> tuple[tuple[Counts, float], ...]:
-    """How a token's k experts split into the router's groups, each way with its chance.
+    """Returns the ways in which a token's k experts split into the router's groups, each with its chance.
 
     Without a group limit all experts are one group. Where a group is as good as its best expert, the chances follow
     from the order of the experts alone: see `_counts_by_best`. Where its two best count, scores do, so these are the
@@ -156,7 +156,7 @@ def _counts_by_best(layer: MoELayer) -> tuple[tuple[Counts, float], ...]:
 
 
 def _groups(layer: MoELayer, shard: Shard) -> list[Group]:
-    """What the shard has of each of the router's groups of which it has anything."""
+    """Returns the shard's part of each router group of which it has an expert."""
     num_groups = layer.routing.num_groups if layer.routing.grouped else 1
     group_size = layer.num_experts // num_groups
     local = Counter(slot % layer.num_experts for slot in range(shard.first, shard.first + shard.num_local))
@@ -213,7 +213,7 @@ def _mixed(law: Iterable[tuple[Counts, float]], tables: Sequence[tuple[Chances, 
 
     @cache
     def local_from(at: int, counts: Counts) -> Chances:
-        """Of the groups from the one at `at` on, among which `counts` are yet to be dealt."""
+        """Of the groups from the one at `at` on, among which `counts` are not distributed yet."""
         if at == len(tables):
             return (1.0,)
         chances = [0.0] * (top_k + 1)
@@ -236,7 +236,7 @@ def _add(total: list[float], chances: Sequence[float], factor: float) -> None:
 
 
 def _times(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """The product of two polynomials."""
+    """Returns the product of two polynomials."""
     product = [0.0] * (len(one) + len(other) - 1)
     for i, a in enumerate(one):
         if a:
@@ -246,7 +246,7 @@ def _times(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def _experts_are_alike(layer: MoELayer, shard: Shard) -> bool:
-    """Whether every shard of `shard`'s size is whole router groups, or each lies in one, and none is redundant."""
+    """Returns whether every shard of this size is whole router groups or lies in one, without redundant experts."""
     local = shard.num_local
     equal = shard.num_physical == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
     return equal and not straddles(layer, local)

@@ -1,4 +1,4 @@
-"""The packed top-k that the routed TensorRT-LLM MoE ops take: one int32 a slot, id above, bf16 weight below.
+"""Packs top-k ids and weights into one int32 per slot, as the routed TensorRT-LLM MoE ops take them.
 
 `(id << 16) | bits of the bf16 weight` (vLLM #37695). The bits are masked to 16, or the sign of a negative weight
 would overwrite the id.
@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 def pack_eager(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`pack_topk` by its definition, one kernel an operation; any shape, no checks."""
+    """Packs as `pack_topk` does, without compilation and checks, for tensors of any shape."""
     bits = weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
     if weights.dtype != torch.bfloat16:
         bits = torch.where(weights.isnan(), _BF16_NAN, bits)
@@ -29,7 +29,7 @@ def pack_eager(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 class _Fused:
-    """`pack_eager` compiled at its first use; where that fails once, eager ever after."""
+    """Compiles `pack_eager` at its first call, and runs it eagerly from then on if that fails."""
 
     def __init__(self) -> None:
         self._compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -52,7 +52,7 @@ _fused = _Fused()
 
 
 def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Ids and weights in one int32 each, by one fused kernel.
+    """Packs ids and weights into one int32 each, with one fused kernel.
 
     Args:
         ids: int32 or int64 `[M, k]`, −32768 … 32767 (not checked); −1 is nothing.
@@ -79,12 +79,12 @@ def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def compile_failure() -> Exception | None:
-    """Why `pack_topk` runs eagerly since its first use, or None."""
+    """Returns the error because of which `pack_topk` runs eagerly, or None."""
     return _fused.failure
 
 
 def unpack_topk(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `pack_topk` packed: `(ids int32, weights bf16)`, both of `packed`'s shape.
+    """Unpacks the result of `pack_topk`: returns `(ids int32, weights bf16)`, both of `packed`'s shape.
 
     Raises:
         UsageError: `packed` is not int32.

@@ -1,4 +1,4 @@
-"""Which ranks see alike loads, and which rank stands for all in a tune. Pure arithmetic, no torch."""
+"""Chooses the rank that a tune measures, and tells which ranks have equal loads. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moetune.spec.regime import Regime, Shard
 
 
 def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:
-    """The rank that a tune measures.
+    """Returns the rank that a tune measures.
 
     A rank's load is the expected number of its slots in a token (k·L/E without redundant experts); where ranks tie
     and rows arrive by hits (layouts deduplicated and pool), how its experts spread over the router's groups counts:
@@ -43,7 +43,7 @@ def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = N
 
 
 def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> Regime:
-    """`regime` with the rank that `asked` names, as `tuned_rank`: the key of what is tuned.
+    """Returns `regime` with the rank of `tuned_rank`: the regime under which results are stored.
 
     A rank that `regime` was given at its construction stays where none is asked.
 
@@ -57,7 +57,7 @@ def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None
 
 
 def alike(layer: MoELayer, regime: Regime) -> bool:
-    """Whether every rank's kernel sees the same load but for the names of its experts.
+    """Returns whether all ranks have the same load except for the ids of their experts.
 
     Ranks differ where shards are uneven; and, except in packed rows, which stay within a shard, where experts are
     redundant, or where shards cut a router's groups in different places.
@@ -69,23 +69,23 @@ def alike(layer: MoELayer, regime: Regime) -> bool:
 
 
 def equal_shards(layer: MoELayer, regime: Regime) -> bool:
-    """Whether every rank has as many slots."""
+    """Returns whether all ranks have equally many physical experts."""
     return (layer.num_experts + regime.redundant_experts) % regime.ep_size == 0
 
 
 def straddles(layer: MoELayer, num_local: int) -> bool:
-    """Whether equal shards of `num_local` experts cut the router's groups so that some shard has parts of two."""
+    """Returns whether some of the equal shards of `num_local` experts has parts of two router groups."""
     group_size = layer.num_experts // layer.routing.num_groups
     return layer.routing.grouped and num_local % group_size != 0 and group_size % num_local != 0
 
 
 def num_copies(num_experts: int, shard: Shard, slot: int) -> int:
-    """How many of all slots hold the expert of `slot`: slot s holds expert s mod E."""
+    """Returns the number of copies of the expert of physical expert `slot`: physical expert s is a copy of s mod E."""
     return (shard.num_physical - 1 - slot % num_experts) // num_experts + 1
 
 
 def expert_chances(layer: MoELayer, shard: Shard) -> list[float]:
-    """For each local slot, the chance that a token of the global router has it: k/E over the expert's replicas.
+    """Returns, for each local physical expert, the chance that a token has it: k/E over the number of copies.
 
     By symmetry of the experts it holds for grouped routers too.
     """
@@ -95,13 +95,13 @@ def expert_chances(layer: MoELayer, shard: Shard) -> list[float]:
 
 
 def _weights(num_experts: int, shard: Shard) -> list[tuple[int, Fraction]]:
-    """Each local slot's expert, and the part of its load that the slot gets."""
+    """Returns, for each local physical expert, its expert and its share of that expert's load."""
     slots = range(shard.first, shard.first + shard.num_local)
     return [(slot % num_experts, Fraction(1, num_copies(num_experts, shard, slot))) for slot in slots]
 
 
 def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
-    """What a rank has to compute for a token, in experts' shares (k/E slots each); in packed rows, in slots of a row.
+    """Returns a rank's work for a token, in units of k/E slots; in packed rows, in slots of a row.
 
     A balanced dummy counts slots, whatever they hold, except where the router's law says how many are local.
     """

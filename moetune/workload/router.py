@@ -1,4 +1,4 @@
-"""The layer's own router on dummy logits, and the slots that it sends to one rank."""
+"""Runs the layer's own router on random logits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def route(
     method: RoutingMethod, logits: torch.Tensor, top_k: int, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts and weights that `method` gives each row of `logits` `[rows, num_experts]`.
+    """Returns the experts and weights that `method` gives each row of `logits` `[rows, num_experts]`.
 
-    Returns `(experts int64, weights float32)`, both `[rows, top_k]`, the best expert first. `bias`
+    The result is `(experts int64, weights float32)`, both `[rows, top_k]`, the best expert first. `bias`
     `[num_experts]` is added to the scores for the selection only. Group limit: DeepSeek-V2 (arXiv 2405.04434, 2.2.2)
     with `group_score="max"`, DeepSeek-V3 (arXiv 2412.19437, 2.1.2) with `"top2"`.
     """
@@ -51,12 +51,12 @@ def _limit_to_best_groups(method: RoutingMethod, ranked: torch.Tensor) -> torch.
 def random_top_k(
     generator: torch.Generator, layer: MoELayer, first: int, count: int, rows: int, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's routing on random logits of the experts that slots `first … first + count − 1` hold.
+    """Returns the layer's routing on random logits among the physical experts `first … first + count − 1`.
 
-    Slot s holds expert s mod E; of several replicas one is chosen at random. The group limit holds among slots
-    that are whole groups; any others are chosen from without groups. A trained bias is there to even the load
-    out, so the dummy's is zero.
-    Returns `(slots int64, weights float32)`, both `[rows, top_k]`.
+    Physical expert s is a copy of expert s mod E; one of several copies is chosen at random. The group limit applies
+    if the experts are whole groups, otherwise they have no groups. The bias is zero, because a trained one evens the
+    load out.
+    The result is `(ids of physical experts int64, weights float32)`, both `[rows, top_k]`.
     """
     num_experts = min(layer.num_experts, count)
     method = _method_within(layer, first, num_experts)
@@ -76,7 +76,7 @@ def random_top_k(
 def arriving_top_k(
     generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `rows` tokens of the global router that have a slot in `shard`; returns as `random_top_k`."""
+    """Returns the routing of the first `rows` tokens that have a slot in `shard`, as `random_top_k`."""
     found = 0
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for slots, weights in _global_chunks(generator, layer, shard, rows):
@@ -98,12 +98,12 @@ def _global_chunks(
 
 
 def is_local(slots: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """Which of `slots` lie in `shard`: bool, of the same shape."""
+    """Returns which ids in `slots` lie in `shard`: bool, of the same shape."""
     return (slots >= shard.first) & (slots < shard.first + shard.num_local)
 
 
 def representative_shard(layer: MoELayer, regime: Regime, rank: int | None = None) -> Shard:
-    """The shard that stands for `rank`'s (the regime's when None): rank 0's where all are alike, else its own.
+    """Returns the shard that `rank`'s load is computed for: rank 0's if all ranks are alike, else its own.
 
     With redundant experts it is its own, because ids shifted by whole shards are no longer the same experts' replicas.
 
@@ -117,7 +117,7 @@ def representative_shard(layer: MoELayer, regime: Regime, rank: int | None = Non
 
 
 def has_closed_form(layer: MoELayer, shard: Shard) -> bool:
-    """Whether the router chooses a uniform k-subset of the slots: no group limit and no redundant experts."""
+    """Returns whether the router chooses a uniform k-subset: no group limit and no redundant experts."""
     return not layer.routing.grouped and shard.num_physical == layer.num_experts
 
 

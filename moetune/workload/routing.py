@@ -1,4 +1,4 @@
-"""`realize`: the ids that one rank's kernel sees. The router first, then what the dispatch brings to this rank."""
+"""Samples the routing that one rank's kernel receives."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _WEIGHT_ROWS = 1021
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """One realized draw of a dummy, on the CPU.
+    """One sampled routing, on the CPU.
 
-    `topk_ids`: int32 `[M, k]`, global slot ids, −1 for nothing; k is 1 in the slot layout. `topk_weights`:
+    `topk_ids`: int32 `[M, k]`, ids of physical experts, −1 for none; k is 1 in the slot layout. `topk_weights`:
     float32 `[M, k]`, 0 where there is no id. `load`: int64 `[L]`, the slots of each local expert, counted from the ids.
     """
 
@@ -46,7 +46,7 @@ class Routing:
 
 
 def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None, draw: int = 0) -> Routing:
-    """The routing that `rank`'s kernel (the regime's rank when None) sees in draw number `draw` of `rows` rows.
+    """Returns draw number `draw` of `rows` rows for `rank`'s kernel; None means the regime's rank.
 
     Depends on (E, k, routing method, shard, dispatch, layout, distribution, seed, rows, draw) only. Where all ranks
     are alike and no expert is redundant, another rank has rank 0's ids shifted by whole shards.
@@ -85,7 +85,7 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
 
 
 def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, factor: float) -> Routing:
-    """`routing` with `rank`'s busiest expert at `factor` times its load, or in every row that can hold it.
+    """Returns `routing` with `rank`'s busiest expert at `factor` times its load, or in every row that can hold it.
 
     `rank` is the regime's when None.
 
@@ -149,7 +149,7 @@ Ids = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Dummy:
-    """One draw in the making, for the rank of `shard`."""
+    """Samples one draw for the rank of `shard`."""
 
     def __init__(self, layer: MoELayer, regime: Regime, rows: int, shard: Shard, draw: int) -> None:
         self.layer, self.regime, self.rows, self.shard = layer, regime, rows, shard
@@ -262,12 +262,12 @@ class _Dummy:
         return self._balanced_with(counts).masked_fill_((counts == 0).unsqueeze(1), -1)
 
     def _balanced_counts(self, arrived_only: bool) -> torch.Tensor:
-        """Local slots of each row by rounded quotas of the router's law, ascending: int64 `[M]`."""
+        """Returns the local slots of each row by rounded quotas of the router's law, ascending: int64 `[M]`."""
         law = torch.tensor(quotas(self._law(arrived_only), self.rows))
         return torch.arange(len(law)).repeat_interleave(law)
 
     def _balanced_with(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows with `counts[t]` local ids, dealt cyclically, and non-local ones (none where the count is 0)."""
+        """Rows with `counts[t]` local ids, assigned cyclically, and non-local ones (none if the count is 0)."""
         top_k = self.layer.top_k
         order = spaced_order(self.generator, self.shard.num_local, self.num_distinct, self.local_k)
         if order is None:
