@@ -42,9 +42,8 @@ def layer_from_config(
     Beside a `config.json` without `quantization_config`, ModelOpt's `hf_quant_config.json` is read too.
 
     Raises:
-        UsageError: the file cannot be read, is no MoE of a known model type, lacks a field or has a value that cannot be
-            used; the message names the file and the field.
-        UnsupportedError: experts of a kind that moetune does not model.
+        UsageError: the file cannot be read, has no known model type, lacks a field or has an invalid value.
+        UnsupportedError: moetune does not model its experts.
     """
     return read_config(source, name, precision).layer
 
