@@ -15,9 +15,9 @@ def significant(value: float) -> str:
 
 def count(value: float) -> str:
     """Returns a count, or a mean of counts: `128`, `8,192`, `12.5`, `0.031`."""
-    if value == int(value):
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    if value == int(value) or value >= 100:
+        return f"{round(value):,}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def human_bytes(value: float) -> str:

@@ -41,10 +41,11 @@ def plan_report(plan: Plan) -> list[RenderableType]:
 def plan_table(plan: Plan) -> Table:
     """Returns a row for each bucket: what the kernel gets, what travels, what the GEMMs move and compute."""
     table = new_table()
+    table.padding = (0, 0)  # eleven columns fit into a terminal of 80
     same = all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
     other = any(bucket.met_rows != bucket.rows for bucket in plan.buckets)
-    typical = ["typical\nrows"] if other else []
-    add_numbers(table, *(["rows =\ntokens\nper rank"] if same else ["rows", *typical, "tokens\nper rank"]))
+    typical = ["typ-\nical\nrows"] if other else []
+    add_numbers(table, *(["rows =\ntokens\na rank"] if same else ["rows", *typical, "tokens\na rank"]))
     add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
     for title in (*(("re-\nceived", "com-\nbined") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
         table.add_column(title, justify="right", overflow="fold")

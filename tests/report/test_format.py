@@ -12,7 +12,8 @@ def test_significant_keeps_about_three_digits(value, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(8192, "8,192"), (8192.0, "8,192"), (12.34, "12.3"), (0.5, "0.50"), (0.0312, "0.031")]
+    ("value", "text"),
+    [(8192, "8,192"), (8192.0, "8,192"), (12.34, "12.3"), (1023.6, "1,024"), (0.5, "0.50"), (0.0312, "0.031")],
 )
 def test_a_count_is_whole_where_it_can_be(value, text):
     assert count(value) == text

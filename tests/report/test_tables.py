@@ -206,6 +206,15 @@ def test_a_plan_in_80_columns_cuts_no_number():
         assert "65,536" in table
 
 
+def test_a_plan_with_typical_rows_has_one_line_a_bucket_in_80_columns():
+    regime = Regime(ep_size=8, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    planned = plan("qwen3-235b-a22b", regime, device="cpu")
+    assert any(bucket.met_rows != bucket.rows for bucket in planned.buckets)
+    rows = _rows(_text(*plan_report(planned), width=80))
+    for bucket in planned.buckets:
+        assert any(re.match(rf"{bucket.rows:,} {bucket.met_rows:,} \S+ .*[MG] \d+$", row) for row in rows), bucket.rows
+
+
 def test_a_plan_without_a_dispatch_has_no_wire():
     text = _text(*plan_report(plan(LAYER, Regime(ladder="8"), device="cpu")))
     assert "before the exchange" not in text
