@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moetune.errors import StoreError as StoreError
     from moetune.errors import UnsupportedError as UnsupportedError
     from moetune.errors import UsageError as UsageError
+    from moetune.export import export_profile as export_profile
     from moetune.inputs.deployment import Deployment as Deployment
     from moetune.inputs.deployment import from_launch as from_launch
     from moetune.inputs.deployment import regime as regime
@@ -69,6 +70,7 @@ _HOMES = {
     "Tactic": "moetune.spec.tactic",
     "UnsupportedError": "moetune.errors",
     "UsageError": "moetune.errors",
+    "export_profile": "moetune.export",
     "from_launch": "moetune.inputs.deployment",
     "layer": "moetune.inputs.presets",
     "load": "moetune.tuning.tune",
