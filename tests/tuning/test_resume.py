@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(o
         finally:
             run.kill()
     assert run.returncode == 130
-    assert "Finished buckets are saved: 1. The same command goes on from there.\n" in said
+    assert "Finished buckets are saved: 1. Run the same command again" in said
     assert said.endswith("\nerror: interrupted.\n")
 
     ((_, profile),) = Store(store).profiles()
