@@ -1,4 +1,4 @@
-"""The backends by name, imported when they are asked for."""
+"""Finds backends by name. A backend's module is imported only when the backend is made."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
 AUTO = "auto"
-"""In the place of a name: the backend that is `preferred`."""
+"""May be given instead of a backend's name: the preferred backend is taken; see `preferred`."""
 
-_HOMES: Mapping[str, str] = {
+_CLASSES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
     "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
     "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }
-"""In the order of preference: `--backend auto` takes the first that can run and computes the layer."""
+"""The class of each backend, in the order of preference: `preferred` takes the first that fits."""
 
 
 class Diagnosis(NamedTuple):
-    """Whether a backend can run on this machine; if not, `reason` and `hint` say why and what to do."""
+    """Says whether a backend can run on this machine; if it cannot, `reason` says why and `hint` what to do next."""
 
     name: str
     available: bool
@@ -35,35 +35,36 @@ class Diagnosis(NamedTuple):
 
 
 def backends() -> tuple[str, ...]:
-    """The names of all backends, available here or not, the preferred first."""
-    return tuple(_HOMES)
+    """Returns the names of all backends in the order of preference, whether they can run here or not."""
+    return tuple(_CLASSES)
 
 
 def backend(name: str, **options: object) -> Backend:
-    """A new backend.
+    """Makes a backend.
 
     Args:
         name: one of `backends()`.
-        options: what its class takes, as `kernel` and `remote` of triton.
+        options: keyword arguments of the backend's class, such as `kernel` and `remote` of triton.
 
     Raises:
-        UsageError: no such name, an option that this backend has not, or a value that it refuses.
+        UsageError: the name is unknown, the backend has no such option, or the option's value is not allowed.
     """
-    if name not in _HOMES:
-        raise UsageError(f"Unknown backend {name!r}.", f"Backends: {', '.join(_HOMES)}.")
-    if foreign := options.keys() - _options(name):
-        owners = [other for other in _HOMES if foreign <= _options(other)]
+    if name not in _CLASSES:
+        raise UsageError(f"Unknown backend {name!r}.", f"Choose one of {', '.join(_CLASSES)}.")
+    if unknown := options.keys() - _options(name):
+        others = [other for other in _CLASSES if unknown <= _options(other)]
         raise UsageError(
-            f"Backend {name} has no {' and no '.join(sorted(foreign))} to choose.",
-            f"Those that have: {', '.join(owners)}." if owners else "Leave the option out.",
+            f"The backend {name} does not take {' or '.join(sorted(unknown))}.",
+            f"Leave it out or choose a backend that takes it: {', '.join(others)}." if others else "Leave it out.",
         )
-    return _home(name)(**options)
+    return _class(name)(**options)
 
 
 def preferred(layer: MoELayer, regime: Regime) -> Backend:
-    """The first backend that can run here and computes the layer.
+    """Returns the first backend that can run here and computes the layer.
 
-    Where none can run here it is the first that computes the layer elsewhere, so that what it lacks is said.
+    If no backend can do both, returns the first one that computes the layer, so that the caller can report what is
+    missing here.
     """
     computing = [name for name in backends() if _why_not(name, layer, regime) is None]
     able_here = (name for name in computing if diagnosis(name).available)
@@ -71,9 +72,10 @@ def preferred(layer: MoELayer, regime: Regime) -> Backend:
 
 
 def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:
-    """The backends that can run here and compute the layer, the preferred first; and why the others cannot.
+    """Returns the backends that can run here and compute the layer, and the reason for each other backend.
 
-    That one does not compute the layer is said before what it lacks here.
+    The backends are in the order of preference. If a backend neither computes the layer nor runs here, the reason
+    names the layer.
     """
     found: list[Backend] = []
     left_out: dict[str, str] = {}
@@ -88,7 +90,7 @@ def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]
 
 
 def _why_not(name: str, layer: MoELayer, regime: Regime) -> str | None:
-    """Why a backend does not compute this layer: it says so, or it cannot be asked; else None."""
+    """Returns why a backend does not compute this layer or cannot be imported; None if it computes the layer."""
     try:
         return backend(name).unsupported(layer, regime)
     except (ImportError, OSError) as error:
@@ -99,39 +101,39 @@ def _not_imported(error: Exception) -> str:
     return f"cannot be imported: {error}"
 
 
-def chosen(asked: str | Backend, layer: MoELayer, regime: Regime) -> Backend:
-    """The backend that is asked for: itself, by its name, or the preferred one for `AUTO`.
+def chosen(given: str | Backend, layer: MoELayer, regime: Regime) -> Backend:
+    """Returns a backend as it is given, makes it from its name, or makes the preferred one if `AUTO` is given.
 
     Raises:
-        UsageError: no such name.
+        UsageError: the name is unknown.
     """
-    if not isinstance(asked, str):
-        return asked
-    return preferred(layer, regime) if asked == AUTO else backend(asked)
+    if not isinstance(given, str):
+        return given
+    return preferred(layer, regime) if given == AUTO else backend(given)
 
 
 def diagnose() -> list[Diagnosis]:
-    """Every backend's state on this machine."""
-    return [diagnosis(name) for name in _HOMES]
+    """Returns for every backend whether it can run on this machine."""
+    return [diagnosis(name) for name in _CLASSES]
 
 
 def diagnosis(name: str, **options: object) -> Diagnosis:
-    """One backend's state on this machine; what it takes to find out is imported, and no more.
+    """Returns whether one backend can run on this machine. Imports only what this question needs.
 
     Raises:
-        UsageError: as `backend`.
+        UsageError: as in `backend`.
     """
     try:
         obstacle = backend(name, **options).unavailable()
-    except (ImportError, OSError) as error:  # OSError: a library of the system that a package loads
+    except (ImportError, OSError) as error:  # OSError: a package cannot load a system library
         return Diagnosis(name, False, _not_imported(error), "Reinstall moetune with its dependencies.")
     return Diagnosis(name, True) if obstacle is None else Diagnosis(name, False, *obstacle)
 
 
-def _home(name: str) -> Callable[..., Backend]:
-    module, _, attribute = _HOMES[name].partition(":")
+def _class(name: str) -> Callable[..., Backend]:
+    module, _, attribute = _CLASSES[name].partition(":")
     return cast(Callable[..., Backend], getattr(importlib.import_module(module), attribute))
 
 
 def _options(name: str) -> frozenset[str]:
-    return frozenset(inspect.signature(_home(name)).parameters)
+    return frozenset(inspect.signature(_class(name)).parameters)

@@ -1,1 +1,1 @@
-"""Which tactic next. Pure: yields batches, receives times, never measures. No torch."""
+"""Decides which tactics are timed next. A search yields batches and receives their times; it measures nothing."""

@@ -1,4 +1,4 @@
-"""What a search strategy is: a generator that proposes batches, is sent their times and returns its finalists."""
+"""Defines a search: a generator that yields batches, receives their times and returns its finalists."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moetune.spec.tactic import Tactic
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tactics to time together, interleaved, each `rounds` times.
+    """Names tactics to time together, in interleaved rounds, each `rounds` times.
 
-    `likely_next`: what the search would propose next if it learned nothing from these, the likeliest first; whoever
-    must prepare a tactic can begin with them.
+    `likely_next` are the tactics that the search would propose next if it learned nothing from these, the likeliest
+    first. They can be compiled meanwhile.
     """
 
     tactics: tuple[Tactic, ...]

@@ -1,4 +1,4 @@
-"""Times every tactic and lets all that are near the best into the final."""
+"""Times every tactic and returns those that are near the best as finalists."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from moetune.search.base import Batch, Search
 from moetune.spec.tactic import Tactic
 
 TOGETHER = 64
-"""The most tactics of a batch: each holds memory of the device while it is timed side by side with the others."""
+"""The most tactics of a batch. Each takes device memory while the batch is timed."""
 HOPELESS = 4.0
 """A tactic slower than this times the best one in the first pass is not timed again."""
 WITHIN = 1.5
-"""A tactic slower than this times the best one is no finalist …"""
+"""A tactic slower than this times the best one is no finalist, unless it is among the `LEAST` fastest."""
 LEAST = 4
-"""… unless it is among the first this many: the best may yet fall off a cliff."""
+"""The fastest tactics that are finalists in any case, because the best may have a cliff."""
 
 
 def exhaustive(tactics: Sequence[Tactic], *, rounds: int = 2, finalists: int = 20) -> Search:
-    """Every tactic once; then those that are not hopeless again, the best of the first pass first.
+    """Times every tactic once, then times those that are not hopeless again, the fastest of the first pass first.
 
-    So near-equals are timed side by side, and what drifts between two batches hardly matters.
+    Tactics that are about equally fast are thus in one batch, and a drift between batches hardly matters.
 
     Args:
         tactics: the candidates.
         rounds: how often a tactic that is not hopeless is timed the second time.
-        finalists: how many at most are returned.
+        finalists: the most tactics that are returned.
     """
     times: dict[Tactic, float] = {}
     for batch in _batches(tactics, 1):

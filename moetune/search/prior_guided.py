@@ -1,4 +1,4 @@
-"""Measures few of many tactics: a prior proposes, measurements correct it, the best are measured again and again."""
+"""Times few of many tactics: a prior proposes them, the measured times correct it, and the best are timed again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moetune.search.base import Batch, Search
 from moetune.spec.tactic import Tactic, Value
 
 ETA = 4
-"""Of the tactics of one rung a quarter goes on to the next."""
+"""One in this many of the tactics of the first rung is timed again in the second."""
 _NEARNESS = 0.5
 _SHARPNESS = 6
-"""A measured tactic d steps away corrects the prior with weight (0.5 + d)⁻⁶: the nearest decide."""
+"""A measured tactic d steps away corrects the prior with weight (0.5 + d)⁻⁶, so the nearest ones decide."""
 
 
 def halving(
@@ -26,20 +26,21 @@ def halving(
     more_rounds: int = 16,
     finalists: int = 6,
 ) -> Search:
-    """Successive halving over candidates that a corrected prior proposes.
+    """Times candidates in two rungs: those that a prior proposes, then the fastest quarter of them with more rounds.
 
-    The first rung holds `starts` and the best by the prior, half of what may be measured. Then, in a few batches, the
-    tactics that look best once the prior is corrected by the measurements nearby: predicted · exp(weighted mean of
-    log(measured / predicted)). A quarter of all is measured again with more rounds.
+    Half of the first rung is one batch: the default, `starts` and the best candidates by the prior. The other half
+    follows in a few batches of the best candidates by the corrected prior, which is predicted · exp(weighted mean of
+    log(measured / predicted) over the measured tactics).
 
     Args:
         tactics: the candidates; the first is the engine's default, which is always measured.
-        predicted_us: the prior, of every candidate; without it the first rung is spread evenly over the candidates.
-        starts: tactics that were good in neighboring buckets, the best first; unknown ones are ignored.
-        share: of the candidates that may be measured.
-        rounds: how often each is timed at first.
+        predicted_us: the prior, a time for every candidate. Without it the first batch is spread evenly over the
+            candidates.
+        starts: tactics that were fast in neighboring buckets, the best first; those that are no candidates are ignored.
+        share: the share of the candidates that may be measured.
+        rounds: how often a tactic of the first rung is timed.
         more_rounds: how often a tactic of the second rung is timed.
-        finalists: how many at most are returned.
+        finalists: the most tactics that are returned.
     """
     if not tactics:
         return ()
@@ -66,7 +67,7 @@ def halving(
 
 
 class _Space:
-    """The candidates as points of a grid, with what is known and expected of each."""
+    """Holds the candidates as points of a grid, with the measured and the expected time of each."""
 
     def __init__(self, tactics: Sequence[Tactic], predicted_us: Mapping[Tactic, float]) -> None:
         self._tactics = tuple(tactics)
@@ -83,11 +84,11 @@ class _Space:
         return tactic in self._number
 
     def close(self, batch: Sequence[Tactic]) -> None:
-        """These are not proposed again."""
+        """Marks the tactics of a batch, so that they are not proposed again."""
         self._open.difference_update(self._number[tactic] for tactic in batch)
 
     def learn(self, times: Mapping[Tactic, float]) -> None:
-        """What was measured corrects the expectations around it."""
+        """Corrects the expected times of the open tactics by the measured times."""
         for tactic, time_us in times.items():
             at = self._number[tactic]
             residual, here = math.log(time_us) - self._prior[at], self._points[at]
@@ -97,12 +98,12 @@ class _Space:
                 self._weights[number] += weight
 
     def promising(self, count: int) -> tuple[Tactic, ...]:
-        """The `count` open tactics that are expected to be fastest; ties in the order given."""
+        """Returns the `count` open tactics that are expected to be fastest; ties keep the order of the candidates."""
         ranked = sorted(self._open, key=lambda number: (self._expected(number), number))
         return tuple(self._tactics[number] for number in ranked[: max(count, 0)])
 
     def distinct(self, count: int) -> tuple[Tactic, ...]:
-        """As `promising` before anything is known, but one tactic only of those that the prior cannot tell apart."""
+        """Returns the `count` best tactics by the prior alone, and only the first of those with equal priors."""
         first_of = {prior: number for number, prior in reversed(list(enumerate(self._prior)))}
         return tuple(self._tactics[first_of[prior]] for prior in sorted(first_of)[:count])
 
@@ -112,7 +113,7 @@ class _Space:
 
 
 def _grid(tactics: Sequence[Tactic]) -> list[tuple[int, ...]]:
-    """Each tactic as the ranks of its values among those that its names take."""
+    """Returns for each tactic the rank of each of its values among all values of that name."""
     names = list(tactics[0])
     ranks: list[dict[Value, int]] = []
     for name in names:

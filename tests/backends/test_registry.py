@@ -39,7 +39,7 @@ def test_torch_runs_here() -> None:
 
 
 def test_a_backend_that_cannot_be_imported_is_diagnosed_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_HOMES", {"gone": "moetune.no_such_module:Gone", **registry._HOMES})
+    monkeypatch.setattr(registry, "_CLASSES", {"gone": "moetune.no_such_module:Gone", **registry._CLASSES})
     gone, *others = registry.diagnose()
     assert (gone.name, gone.available) == ("gone", False)
     assert "no_such_module" in gone.reason
@@ -76,9 +76,9 @@ def test_options_reach_the_backend() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("torch", {"kernel": "vllm"}, r"torch has no kernel.*Those that have: triton"),
-        ("torch", {"remote": "drop", "kernel": "vllm"}, r"no kernel and no remote"),
-        ("triton", {"kernels": "vllm"}, r"triton has no kernels"),
+        ("torch", {"kernel": "vllm"}, r"torch does not take kernel.*: triton"),
+        ("torch", {"remote": "drop", "kernel": "vllm"}, r"torch does not take kernel or remote.*: triton"),
+        ("triton", {"kernels": "vllm"}, r"triton does not take kernels.*Leave it out"),
         ("triton", {"kernel": "cutlass"}, r"'cutlass'.*builtin, vllm, sglang"),
     ],
 )
@@ -97,7 +97,7 @@ def test_naming_and_making_backends_imports_neither_torch_nor_triton() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-class _Family:
+class _FakeBackend:
     def __init__(self, name: str, computes: bool) -> None:
         self.name, self._computes = name, computes
 
@@ -112,15 +112,15 @@ class _Family:
 def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
     monkeypatch: pytest.MonkeyPatch, available: str, computing: str, expected: str
 ) -> None:
-    monkeypatch.setattr(registry, "_HOMES", dict.fromkeys("abc", ""))
-    monkeypatch.setattr(registry, "backend", lambda name: _Family(name, name in computing))
+    monkeypatch.setattr(registry, "_CLASSES", dict.fromkeys("abc", ""))
+    monkeypatch.setattr(registry, "backend", lambda name: _FakeBackend(name, name in computing))
     monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, name in available, "no GPU"))
     layer, regime = preset("qwen3-235b-a22b"), Regime()
     assert registry.preferred(layer, regime).name == expected
     assert registry.chosen("auto", layer, regime).name == expected
     assert registry.chosen("c", layer, regime).name == "c"
-    made = _Family("made", True)
+    made = _FakeBackend("made", True)
     assert registry.chosen(made, layer, regime) is made
     found, left_out = registry.able(layer, regime)
-    assert [family.name for family in found] == [name for name in "abc" if name in available and name in computing]
-    assert left_out.keys() == set("abc") - {family.name for family in found}
+    assert [made.name for made in found] == [name for name in "abc" if name in available and name in computing]
+    assert left_out.keys() == set("abc") - {made.name for made in found}

@@ -104,7 +104,7 @@ def abilities(monkeypatch):
     """Makes these all the backends there are, able to run here or not, whatever this machine is."""
 
     def able(**available):
-        monkeypatch.setattr(registry, "_HOMES", {name: registry._HOMES[name] for name in available})
+        monkeypatch.setattr(registry, "_CLASSES", {name: registry._CLASSES[name] for name in available})
         monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, available[name]))
 
     return able
