@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
 Value = int | bool | str
@@ -69,6 +70,10 @@ class Tactic(Mapping[str, Value]):
         return core_schema.no_info_plain_validator_function(
             cls._validated, serialization=core_schema.plain_serializer_function_ser_schema(dict)
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: core_schema.CoreSchema, handler: object) -> JsonSchemaValue:
+        return {"type": "object", "additionalProperties": {"type": ["integer", "boolean", "string"]}}
 
     @classmethod
     def _validated(cls, value: object) -> Tactic:

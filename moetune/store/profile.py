@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
 from moetune.errors import NoResultError, UsageError
 from moetune.spec.environment import Environment
@@ -21,6 +21,8 @@ from moetune.stats import geomean
 SCHEMA_VERSION: Final = 1
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+OrInfinity = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
+"""A float that JSON has as the string `Infinity` if it is infinite."""
 
 
 class Rejection(FrozenModel):
@@ -58,8 +60,8 @@ class Choice(FrozenModel):
     gain_low: Finite
     gain_high: Finite
     noise: Finite
-    stress_us: dict[str, float] = {}
-    default_stress_us: dict[str, float] = {}
+    stress_us: dict[str, OrInfinity] = {}
+    default_stress_us: dict[str, OrInfinity] = {}
     tried: int
     candidates: int
     eager: str = ""

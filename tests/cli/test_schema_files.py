@@ -1,0 +1,56 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from moetune.cli.schema_files import ExportDocument, schemas
+from moetune.spec.regime import Regime
+from moetune.store.profile import Profile
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "schemas"
+PACKAGED = sorted((ROOT / "profiles").rglob("*.json"))
+
+
+def test_the_files_are_what_the_models_say():
+    written = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
+    assert written == schemas(), "run: python -m moetune.cli.schema_files docs/schemas"
+
+
+def fields(name, model=None):
+    schema = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    found = schema["$defs"][model] if model else schema
+    return set(found["properties"]), set(found.get("required", ()))
+
+
+@pytest.mark.parametrize("path", PACKAGED[::7], ids=lambda path: path.parent.name)
+def test_a_packaged_profile_has_the_schemas_fields(path):
+    profile = json.loads(path.read_text(encoding="utf-8"))
+    for document, (known, required) in (
+        (profile, fields("profile")),
+        (profile["layer"], fields("profile", "MoELayer")),
+        (profile["regime"], fields("profile", "Regime")),
+        *((choice, fields("profile", "Choice")) for choice in profile["choices"]),
+    ):
+        assert required <= set(document) <= known
+
+
+def test_a_plan_has_the_schemas_fields(moetune, tiny):
+    plan = json.loads(moetune("plan", "--model", tiny(), "--ep", "4", "--ladder", "8", "--json").stdout)
+    known, required = fields("plan")
+    assert required <= set(plan) <= known
+    known, required = fields("plan", "BucketPlan")
+    assert required <= set(plan["buckets"][0]) <= known
+
+
+def test_an_exports_document_fits_its_model(moetune, tmp_path):
+    profile = next(path for path in PACKAGED if "ep8-tp1-dp-allgather" in str(path))
+    printed = moetune("export", profile, "--to", "vllm", "--out", tmp_path, "--json").stdout
+    assert ExportDocument.model_validate(json.loads(printed)).files[0].state == "written"
+
+
+def test_an_infinite_time_and_a_regimes_fields_are_described():
+    choice = json.loads((FOLDER / "profile.json").read_text(encoding="utf-8"))["$defs"]["Choice"]
+    assert {"const": "Infinity"} in choice["properties"]["stress_us"]["additionalProperties"]["anyOf"]
+    assert fields("profile", "Regime")[0] == set(Regime.model_fields)
+    assert fields("profile")[0] == set(Profile.model_fields)
