@@ -4,7 +4,7 @@ STORE ?= .demo-store
 JOBS ?= 2
 PYTEST_FLAGS ?=
 
-.PHONY: venv demo test network lowest lint types picture clean
+.PHONY: venv demo test network lowest lint types picture docs clean
 
 venv: .venv/.installed
 
@@ -47,6 +47,10 @@ types: venv
 # The README's picture, from a packaged profile; nothing is measured.
 picture: venv
 	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
+
+# The API pages in build/api, from the docstrings.
+docs: venv
+	$(BIN)/python -W error -m pdoc --docformat google --no-show-source -o build/api moetune '!moetune\.'
 
 clean:
 	rm -rf .venv .venv-lowest $(STORE) build dist *.egg-info

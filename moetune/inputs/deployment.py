@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from moetune.inputs import dispatcher, launch
 from moetune.inputs.options import resolve
@@ -12,7 +13,8 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
 
-class Deployment(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Deployment:
     """What a launch line deploys.
 
     `rank` and `backend` are arguments of `plan` and `tune`; `rank` is None if the line leaves it open, and `backend` is
