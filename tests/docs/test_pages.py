@@ -38,3 +38,12 @@ def test_no_long_line_is_on_two_pages():
                 twice.append((line, seen[line], page.name))
             seen[line] = page.name
     assert not twice
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_file_that_is_named_exists(page):
+    named = re.findall(
+        r"`((?:moetune|tests|benchmarks|docs|examples|profiles)/[\w./*-]*)`", page.read_text(encoding="utf-8")
+    )
+    placeholder = re.compile(r"[A-Z]{4,}[.\/]")
+    assert not [path for path in named if not placeholder.search(path) and not list(ROOT.glob(path))]
