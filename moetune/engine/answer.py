@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetune.engine import session as sessions
+from moetune.engine.dummies import Dummies
 from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
 from moetune.engine.op_bench import EngineBench, choose
 from moetune.engine.ranks import broadcast, gather, leads
 from moetune.engine.session import Session
 from moetune.engine.stored import (
-    DEFAULT_CONFIG,
     Answers,
     environment_of,
     native_of,
@@ -26,12 +25,11 @@ from moetune.engine.stored import (
 from moetune.engine.tuner_call import TunerCall
 from moetune.errors import MoetuneError
 from moetune.spec.regime import Regime
+from moetune.spec.tactic import UNTUNED
 from moetune.store.profile import Choice, Profile
 
 if TYPE_CHECKING:
-    from moetune.workload.draws import Draw, DrawKind
     from moetune.workload.routing import Routing
-
 
 OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
 """How the tuner's names of the ops begin that can be ours; all others pass at the cost of this comparison."""
@@ -86,16 +84,27 @@ def _passing_through() -> Iterator[None]:
 
 
 def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int]) -> None:
-    """Places the stored choices of the fresh buckets, and, in tuning mode, measures the others."""
+    """Places the stored choices of the buckets `fresh` and, in tuning mode, measures the others."""
     regime = regime_of_buckets(session.regime, list(call.profiles))
     possible = [rows for rows in fresh if rows in regime.buckets]
     if op.routing_input is RoutingInput.NONE:
         _fill_cutlass(session, call, op, regime, possible)
     else:
-        _fill_by_hook(session, call, op, regime, possible)
+        group = _group(session)
+        answers = _answers(session, call, op, regime)
+        missing = _served(session, call, answers, possible, group)
+        if missing and call.tuner.is_tuning_mode:
+            _measure(session, call, answers, op, missing, group)
     session.count(op.backend, missed=[rows for rows in fresh if call.key(rows) not in session.placed])
     if call.tuner.is_tuning_mode or session.served:
         session.announce()
+
+
+def _answers(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> Answers:
+    from moetune.inputs.flashinfer_versions import version
+
+    environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
+    return Answers(session.store, session.layer, regime, op.backend, environment)
 
 
 def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
@@ -110,13 +119,11 @@ def _group(session: Session) -> Any:
     return session.group if session.group is not None else get_autotune_process_group()
 
 
-def _fill_by_hook(session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
-    """trtllm-gen and CuteDSL ops: FlashInfer sweeps the tactics on the regime's dummies, a final decides."""
-    from moetune.inputs.flashinfer_versions import version
+def _served(session: Session, call: TunerCall, answers: Answers, rows: Sequence[int], group: Any) -> list[int]:
+    """Places the stored choices of the buckets `rows`. Returns the buckets without one.
 
-    group = _group(session)
-    environment = environment_of(op.backend, call.device(), str(version()), call.op, call.identity)
-    answers = Answers(session.store, session.layer, regime, op.backend, environment)
+    A bucket counts as stored only if every rank of `group` has stored the same tactic for it.
+    """
     stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
     if unknown := [bucket for bucket in rows if bucket not in stored]:
         stored |= offline_choices(answers, {bucket: call.key(bucket).file_key for bucket in unknown})
@@ -124,59 +131,23 @@ def _fill_by_hook(session: Session, call: TunerCall, op: MoEOp, regime: Regime, 
     served = [bucket for bucket in stored if all(theirs.get(bucket) == stored[bucket].tactic for theirs in everywhere)]
     for bucket in served:
         _place(session, call, bucket, native_of(stored[bucket].tactic))
-    session.count(op.backend, served=served)
-    missing = [bucket for bucket in rows if bucket not in served]
-    if not missing or not call.tuner.is_tuning_mode:
-        return
-    dummies = Dummies(session, op, regime, call)
-    swept = call.tuner.profiled(call, frozenset(map(call.key, missing)), dummies.hook)
-    choices = [_final(session, call, dummies, bucket, swept[bucket], group) for bucket in missing if bucket in swept]
+    session.count(answers.backend, served=served)
+    return [bucket for bucket in rows if bucket not in served]
+
+
+def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, rows: Sequence[int], group: Any) -> None:
+    """Measures the buckets `rows`, places their choices and stores them.
+
+    FlashInfer times every tactic on dummies of the regime; a final comparison decides.
+    """
+    dummies = Dummies(session.layer, answers.regime, op, call)
+    times = call.tuner.profiled(call, frozenset(map(call.key, rows)), dummies.hook)
+    choices = [_final(session, call, dummies, bucket, times[bucket], group) for bucket in rows if bucket in times]
     for choice in choices:
         _place(session, call, choice.rows, native_of(choice.tactic))
     session.count(op.backend, tuned=[choice.rows for choice in choices])
     if choices and (problem := answers.save(choices)):
         session.logger.warning("moetune: %s", problem)
-
-
-@dataclass(frozen=True)
-class Dummies:
-    """The regime's routings in the inputs of one op."""
-
-    session: Session
-    op: MoEOp
-    regime: Regime
-    call: TunerCall
-
-    def hook(self, tensors: list[Any]) -> list[Any]:
-        """FlashInfer's `inputs_pre_hook`: the first draw; other rows than the regime's are left as they are."""
-        rows = self.call.rows_of(tensors)
-        if rows not in self.regime.buckets:
-            return tensors
-        (draw,) = self.draws(rows, [0], "search")
-        return self.placed(tensors, draw.routing)
-
-    def draws(self, rows: int, numbers: Iterable[int], kind: DrawKind) -> tuple[Draw, ...]:
-        """Returns the bucket's draws of these numbers, each with as many rows as the op's tensors have."""
-        from moetune.workload.draws import sampled
-
-        return sampled(self.session.layer, self.regime, rows, self.typical_rows(rows), numbers, kind, self.op.rank)
-
-    def typical_rows(self, rows: int) -> int:
-        """Returns the bucket's typical rows, at most `rows`: the op's tensors hold no more."""
-        from moetune.workload.draws import typical_rows
-
-        return min(rows, typical_rows(self.session.layer, self.regime, rows, self.op.rank))
-
-    def stressed(self, draw: Draw, factor: int) -> Draw:
-        """Returns a stress draw of `draw`."""
-        from moetune.workload.draws import stressed
-
-        return stressed(self.session.layer, self.regime, draw, factor, self.op.rank)
-
-    def placed(self, tensors: Sequence[Any], routing: Routing) -> list[Any]:
-        """The tensors with the routing in them."""
-        shard = self.regime.shard(self.session.layer, self.op.rank)
-        return self.op.place(tensors, routing, self.session.layer, shard, self.call.arguments.get("routing_bias"))
 
 
 def _final(
@@ -196,10 +167,10 @@ def _final(
         *(dummies.placed(tensors, draw.routing) for draw in unseen),
         *(_placed_or_same(dummies, draw.routing, unseen[0].routing, tensors) for draw in stressed),
     ]
-    order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != DEFAULT_CONFIG)
+    order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != UNTUNED)
     others = broadcast([swept[at][0] for _, at in order], group)  # each rank has times of its own
-    calls = {tactic_of(native): partial(call.run, inputs, native) for native in (DEFAULT_CONFIG, *others)}
-    default = tactic_of(DEFAULT_CONFIG)
+    calls = {tactic_of(native): partial(call.run, inputs, native) for native in (UNTUNED, *others)}
+    default = tactic_of(UNTUNED)
     bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
     return choose(bench, tuple(calls), draws, rows, dummies.typical_rows(rows), len(swept))
 

@@ -15,7 +15,7 @@ from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import digest_of
 from moetune.spec.regime import Regime
-from moetune.spec.tactic import Tactic
+from moetune.spec.tactic import UNTUNED, Tactic
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 OF_A_CALL = ("op", "call")
 """Strict fields that only profiles measured in an engine have."""
 OFFLINE_BACKENDS = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
-DEFAULT_CONFIG = -1
-"""FlashInfer's own tactic of every runner: its built-in heuristic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +169,8 @@ def tolerance_of(layer: MoELayer) -> float:
 
 def tactic_of(native: Any) -> Tactic:
     """FlashInfer's tactic as a `Tactic`: trtllm-gen's `[tile_n, config]` by name, any other as its JSON."""
-    if native == DEFAULT_CONFIG:
-        return Tactic(tile_n=DEFAULT_CONFIG, config=DEFAULT_CONFIG)
+    if native == UNTUNED:
+        return Tactic(tile_n=UNTUNED, config=UNTUNED)
     from flashinfer.autotuner import _tactic_to_json
 
     plain = _tactic_to_json(native)
@@ -185,8 +183,8 @@ def tactic_of(native: Any) -> Tactic:
 
 def native_of(tactic: Tactic) -> Any:
     """FlashInfer's tactic that `tactic_of` read; a pair comes back as a tuple, as FlashInfer's files give it."""
-    if tactic.get("config") == DEFAULT_CONFIG:
-        return DEFAULT_CONFIG
+    if tactic.get("config") == UNTUNED:
+        return UNTUNED
     if "tile_n" in tactic:
         return (tactic["tile_n"], tactic["config"])
     from flashinfer.autotuner import _json_to_tactic

@@ -8,7 +8,7 @@ from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, FROM_LOGITS, MIDDLING, PACKED, TIMES_US, UNPACKED, Trtllm
 
 import moetune
-from moetune.engine.answer import Dummies
+from moetune.engine.dummies import Dummies
 from moetune.inputs import flashinfer_versions
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -49,7 +49,7 @@ def test_odd_draws_have_the_rows_that_are_met_in_a_bucket_where_they_fit_the_ops
     """64 tokens of each of 32 ranks bring 471 rows; TensorRT-LLM's rule looks 942 up by 512, more than its tensors."""
     asked = MoELayer(num_experts=128, top_k=8, hidden_size=64, intermediate_size=64)
     regime = Regime(ep_size=32, layout="deduplicated", ladder=ladder)
-    dummies = Dummies(SimpleNamespace(layer=asked), SimpleNamespace(rank=1), regime, None)
+    dummies = Dummies(asked, regime, SimpleNamespace(rank=1), None)
     assert dummies.typical_rows(512) == met
     for number, draw in enumerate(dummies.draws(512, range(4), "final")):
         rows, routing = (met if number % 2 else 512), draw.routing
