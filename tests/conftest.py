@@ -34,6 +34,14 @@ def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")
 
 
+@pytest.fixture(autouse=True)
+def _real_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes `planted_time.install` after each test."""
+    from moetune.measure import bench, clock
+
+    monkeypatch.setattr(bench, "clock_for", clock.clock_for)
+
+
 @pytest.fixture(scope="session")
 def engine_sources(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Returns a function from an engine's name to a folder that contains its package.

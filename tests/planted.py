@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from dataclasses import dataclass, field
 
+import planted_time
 import torch
 
 from moetune.backends.base import Candidates, Problem
@@ -52,6 +52,7 @@ class PlantedBackend:
         return 1e-5
 
     def prepare(self, problem: Problem) -> PlantedRunner:
+        planted_time.install()
         self.prepared.append(problem.rows)
         return PlantedRunner(self, problem)
 
@@ -68,7 +69,7 @@ class PlantedRunner:
         if name in self.backend.killing:
             os.kill(os.getpid(), signal.SIGKILL)
         slower = 10 if self.problem.draws[draw].kind == "stress" and name in self.backend.cliff else 1
-        time.sleep(self.backend.milliseconds[name] * slower / 1e3)
+        planted_time.spend(self.backend.milliseconds[name] * slower)
         return self.reference(draw) * (2.0 if name in self.backend.wrong else 1.0)
 
     def reference(self, draw: int = 0) -> torch.Tensor:

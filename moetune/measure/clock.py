@@ -87,9 +87,14 @@ def order(count: int, turn: int) -> list[int]:
 
 
 class CpuClock:
-    """`time.perf_counter_ns` around each call, the garbage collector paused."""
+    """Reads the time before and after each call, with the garbage collector paused.
 
-    def __init__(self) -> None:
+    Args:
+        now_ns: returns the time in ns.
+    """
+
+    def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._now_ns = now_ns
         self.eager: dict[int, str] = {}
 
     def warm_up(self, call: Call, draw: int) -> None:
@@ -106,9 +111,9 @@ class CpuClock:
                 for position in order(len(calls), turn):
                     call = calls[position]
                     before(position, 1)
-                    begin = time.perf_counter_ns()
+                    begin = self._now_ns()
                     result = call(draw)
-                    end = time.perf_counter_ns()
+                    end = self._now_ns()
                     del result  # freeing it is not the call's time
                     samples[position].append((end - begin) / 1e3)
         return samples

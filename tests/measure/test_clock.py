@@ -55,12 +55,21 @@ def test_who_runs_next_is_told_before_it_does() -> None:
 
 
 def test_times_are_microseconds_of_the_right_call_and_sample() -> None:
-    sleeps = {0: 0.002, 1: 0.008}
-    slow, quick = CpuClock().paired_samples([lambda draw: time.sleep(sleeps[draw]), lambda draw: None], [0, 1, 0])
-    assert slow[0] >= 2000
-    assert slow[1] >= 8000
-    assert slow[2] >= 2000
-    assert max(quick) < 2000
+    elapsed_ns = [0]
+
+    def take(us: float) -> None:
+        elapsed_ns[0] += int(1000 * us)
+
+    calls = [lambda draw: take((2000, 8000)[draw]), lambda draw: take(0.5)]
+    slow, quick = CpuClock(lambda: elapsed_ns[0]).paired_samples(calls, [0, 1, 0])
+    assert slow == [2000, 8000, 2000]
+    assert quick == [0.5] * 3
+
+
+def test_a_cpu_clock_reads_real_time_by_default() -> None:
+    begin = time.perf_counter_ns()
+    ((sample_us,),) = CpuClock().paired_samples([lambda draw: sum(range(10_000))], [0])
+    assert 0 < 1e3 * sample_us <= time.perf_counter_ns() - begin
 
 
 def test_warm_up_runs_the_call_once_and_lets_its_error_through() -> None:

@@ -1,3 +1,7 @@
+import sys
+from types import SimpleNamespace
+
+import planted_time
 import pytest
 from planted import PlantedBackend
 
@@ -13,3 +17,11 @@ def plant(monkeypatch):
         return backend
 
     return _plant
+
+
+@pytest.fixture
+def planted_budget(monkeypatch):
+    """A time budget is counted in planted time."""
+    clock = SimpleNamespace(monotonic=lambda: planted_time.now_ns() / 1e9)
+    for name in ("bucket", "tune"):
+        monkeypatch.setattr(sys.modules[f"moetune.tuning.{name}"], "time", clock)

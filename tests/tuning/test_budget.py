@@ -1,7 +1,6 @@
 """A time budget is split among buckets, searches and final comparisons."""
 
-import time
-
+import planted_time
 import pytest
 from planted import PlantedBackend, tactic
 from runs import tune_planted
@@ -50,7 +49,7 @@ def test_a_final_takes_no_more_than_its_share_of_the_time(plant, time_budget_s, 
         assert all(0 <= most_s <= FINAL_SHARE * time_budget_s for most_s in most)
 
 
-def test_a_time_budget_ends_searches_early_and_leaves_the_last_buckets_to_the_next_run(plant):
+def test_a_time_budget_ends_searches_early_and_leaves_the_last_buckets_to_the_next_run(plant, planted_budget):
     backend = plant(milliseconds={"default": 5.0, "slow": 5.0})
 
     def search(problem, candidates, starts):
@@ -67,12 +66,12 @@ def test_a_time_budget_ends_searches_early_and_leaves_the_last_buckets_to_the_ne
     assert [choice.rows for choice in tune_planted(strategy="exhaustive").choices] == [4, 8]
 
 
-def test_the_preparation_of_a_bucket_counts_against_its_share(plant, monkeypatch):
+def test_the_preparation_of_a_bucket_counts_against_its_share(plant, planted_budget, monkeypatch):
     backend = plant(milliseconds={"default": 5.0})
     real, batches = PlantedBackend.prepare, []
 
     def prepare(self, problem):
-        time.sleep(0.4)
+        planted_time.spend(400)
         return real(self, problem)
 
     def search(problem, candidates, starts):

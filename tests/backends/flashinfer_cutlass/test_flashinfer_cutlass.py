@@ -26,7 +26,7 @@ from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
 from moetune.backends.flashinfer_cutlass.op import unbuilt  # noqa: E402
 from moetune.errors import UnsupportedError  # noqa: E402
 from moetune.inputs.presets import layer as preset  # noqa: E402
-from moetune.measure import clock  # noqa: E402
+from moetune.measure import bench as bench_module  # noqa: E402
 from moetune.measure.bench import Bench  # noqa: E402
 from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
@@ -484,7 +484,7 @@ def test_tune_goes_through_the_search_and_answers_each_bucket(op, monkeypatch, t
         return compute(self, *args, **kwargs)
 
     monkeypatch.setattr(FakeOp, "__call__", slower)
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter_ns=lambda: now_ns[0]))
+    monkeypatch.setattr(bench_module, "clock_for", lambda device: CpuClock(lambda: now_ns[0]))
     layer = small(num_experts=4, top_k=1, hidden_size=16, intermediate_size=16)
     regime = Regime(ep_size=2, ladder=[1, 2], draws=2)
     profile = tune(layer, regime, FlashInferCutlassBackend(), tmp_path, device="cpu", isolate=False)
