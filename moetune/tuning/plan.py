@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-from moetune.inputs.presets import layer as layer_of
-from moetune.spec.enums import DISTRIBUTION_VARIABLE, Precision
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
+from moetune.tuning.question import resolved
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates
@@ -159,11 +158,8 @@ def plan(
     from moetune.backends.registry import chosen
     from moetune.workload.dispatch import expect
     from moetune.workload.draws import typical_rows
-    from moetune.workload.ranks import of_rank
 
-    layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
-    regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    regime = of_rank(layer, regime, rank)
+    layer, regime = resolved(layer, regime, rank)
     shard = regime.shard(layer, rank if isinstance(rank, int) else None)
     rank = shard.rank
     kernels = chosen(backend, layer, regime)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.errors import MissError, UnsupportedError, UsageError
-from moetune.inputs.presets import layer as layer_of
-from moetune.spec.enums import DISTRIBUTION_VARIABLE, Strategy
-from moetune.spec.environment import Environment
+from moetune.errors import MissError
+from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -26,6 +22,7 @@ from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
 from moetune.tuning.bucket import STARTS, Bucket, BucketTuner
 from moetune.tuning.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
+from moetune.tuning.question import Question, check_options
 
 REALIZERS = 4
 """Threads that draw the routings of the buckets to come while a GPU measures one."""
@@ -88,8 +85,8 @@ def tune(
         NoResultError: the default tactic of a bucket failed or is wrong, so nothing can be compared with it.
     """
     tell = on_event or (lambda event: None)
-    require_sense(frozen, again, time_budget_s)
-    question = _Question.ask(layer, regime, backend, store, device, rank)
+    check_options(frozen, again, time_budget_s)
+    question = Question.of(layer, regime, backend, store, device, rank)
     path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
     if stored and path and not missing:
@@ -131,68 +128,7 @@ def load(
     Raises:
         MissError: there is none; it names every field in which the nearest stored profile differs.
     """
-    return _Question.ask(layer, regime, backend, store, device, rank).load()
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """What is asked, with every default resolved: the key of the answer."""
-
-    layer: MoELayer
-    regime: Regime
-    backend: Backend
-    environment: Environment
-    store: Store
-    device: str
-
-    @classmethod
-    def ask(
-        cls,
-        layer: MoELayer | str,
-        regime: Regime,
-        backend: str | Backend,
-        store: Store | Path | str | None,
-        device: str | None,
-        rank: RankWord | int | None,
-    ) -> _Question:
-        from moetune.backends import registry
-        from moetune.measure.probe import device_for, environment
-        from moetune.workload.ranks import of_rank
-
-        layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
-        regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-        regime = of_rank(layer, regime, rank)
-        kernels = registry.chosen(backend, layer, regime)
-        device = device_for(device)
-        store = store if isinstance(store, Store) else Store(store)
-        return cls(layer, regime, kernels, environment(kernels, device), store, device)
-
-    def load(self) -> Profile:
-        return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
-
-    def found(self) -> tuple[Path, Profile] | tuple[None, None]:
-        try:
-            return self.store.find(self.layer, self.regime, self.backend.name, self.environment)
-        except MissError:
-            return None, None
-
-    def journal(self) -> Journal:
-        return self.store.journal(self.layer, self.regime, self.backend.name, self.environment)
-
-    def profile(self, choice: Choice) -> Profile:
-        return Profile(
-            layer=self.layer,
-            regime=self.regime,
-            backend=self.backend.name,
-            environment=self.environment,
-            choices=(choice,),
-        )
-
-    def require_support(self) -> None:
-        if reason := self.backend.unsupported(self.layer, self.regime):
-            raise UnsupportedError(f"Backend {self.backend.name} does not compute {self.layer.name}: {reason}.")
-        if missing := self.backend.unavailable():
-            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}.", missing[1])
+    return Question.of(layer, regime, backend, store, device, rank).load()
 
 
 def _has(profile: Profile | None, rows: int) -> bool:
@@ -200,7 +136,7 @@ def _has(profile: Profile | None, rows: int) -> bool:
 
 
 def _choices(
-    question: _Question,
+    question: Question,
     missing: Sequence[int],
     strategy: Strategy,
     isolate: bool,
@@ -286,18 +222,6 @@ def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: On
     known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
     if known or journaled.unread:
         tell(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))
-
-
-def require_sense(frozen: bool, again: bool, time_budget_s: float | None) -> None:
-    """Refuses options of `tune` that exclude each other, or a budget that is none.
-
-    Raises:
-        UsageError: `frozen` with `again`, or a time budget that is given and not positive.
-    """
-    if time_budget_s is not None and not time_budget_s > 0:
-        raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
-    if frozen and again:
-        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
 
 
 @contextmanager

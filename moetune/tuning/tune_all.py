@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
 from moetune.inputs.engine_flags import engine_flags
-from moetune.inputs.presets import layer as layer_of
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -22,7 +21,8 @@ from moetune.store.store import Store
 from moetune.tuning import final_comparison as final
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
-from moetune.tuning.tune import benches, require_sense
+from moetune.tuning.question import check_options, resolved
+from moetune.tuning.tune import benches
 from moetune.tuning.verdict import common_ratio
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ def tune_all(
     from moetune.tuning.tune import load, tune
 
     tell = on_event or (lambda event: None)
-    require_sense(frozen, again, time_budget_s)
-    layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
-    regime.shard(layer)
+    check_options(frozen, again, time_budget_s)
+    layer, regime = resolved(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
     backends, left_out = able(layer, regime)
     if not backends:

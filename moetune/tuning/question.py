@@ -1,0 +1,128 @@
+"""`Question`: layer, regime, backend, environment and store together, with all defaults filled in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moetune.errors import MissError, UnsupportedError, UsageError
+from moetune.inputs.presets import layer as layer_of
+from moetune.spec.enums import DISTRIBUTION_VARIABLE
+from moetune.spec.environment import Environment
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.store.journal import Journal
+from moetune.store.profile import Choice, Profile
+from moetune.store.store import Store
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend
+    from moetune.spec.enums import RankWord
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The key of a stored profile, the store that may hold it, and the device that measures it."""
+
+    layer: MoELayer
+    regime: Regime
+    backend: Backend
+    environment: Environment
+    store: Store
+    device: str
+
+    @classmethod
+    def of(
+        cls,
+        layer: MoELayer | str,
+        regime: Regime,
+        backend: str | Backend = "auto",
+        store: Store | Path | str | None = None,
+        device: str | None = None,
+        rank: RankWord | int | None = None,
+    ) -> Question:
+        """Returns the question with all defaults filled in; the arguments are those of `tune`.
+
+        Raises:
+            UsageError: the regime does not fit the layer, a name is unknown, or there is no such rank.
+        """
+        from moetune.backends import registry
+        from moetune.measure.probe import device_for, environment
+
+        layer, regime = resolved(layer, regime, rank)
+        chosen = registry.chosen(backend, layer, regime)
+        device = device_for(device)
+        store = store if isinstance(store, Store) else Store(store)
+        return cls(layer, regime, chosen, environment(chosen, device), store, device)
+
+    def load(self) -> Profile:
+        """Returns the stored profile.
+
+        Raises:
+            MissError: there is none; the error names every field in which the nearest stored profile differs.
+        """
+        return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
+
+    def found(self) -> tuple[Path, Profile] | tuple[None, None]:
+        """Returns the stored profile and its file, or a pair of None."""
+        try:
+            return self.store.find(self.layer, self.regime, self.backend.name, self.environment)
+        except MissError:
+            return None, None
+
+    def journal(self) -> Journal:
+        """Returns the journal of a tune of this question."""
+        return self.store.journal(self.layer, self.regime, self.backend.name, self.environment)
+
+    def profile(self, choice: Choice) -> Profile:
+        """Returns a profile with one bucket's choice."""
+        return Profile(
+            layer=self.layer,
+            regime=self.regime,
+            backend=self.backend.name,
+            environment=self.environment,
+            choices=(choice,),
+        )
+
+    def require_support(self) -> None:
+        """Checks that the backend can measure this question.
+
+        Raises:
+            UnsupportedError: the backend does not compute the layer or cannot run on this machine.
+        """
+        if reason := self.backend.unsupported(self.layer, self.regime):
+            raise UnsupportedError(f"Backend {self.backend.name} does not compute {self.layer.name}: {reason}.")
+        if missing := self.backend.unavailable():
+            raise UnsupportedError(f"Backend {self.backend.name} cannot run here: {missing[0]}.", missing[1])
+
+
+def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None = None) -> tuple[MoELayer, Regime]:
+    """Returns the layer that is meant, and the regime with its distribution and the rank that is measured.
+
+    Args:
+        layer: a layer, a preset's name, or a path to a Hugging Face config.json.
+        regime: takes its distribution from `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` if it was constructed without.
+        rank: as in `workload.ranks.of_rank`.
+
+    Raises:
+        UsageError: the regime does not fit the layer, a name is unknown, or there is no such rank.
+    """
+    from moetune.workload.ranks import of_rank
+
+    layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
+    regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
+    return layer, of_rank(layer, regime, rank)
+
+
+def check_options(frozen: bool, again: bool, time_budget_s: float | None) -> None:
+    """Checks the options of `tune` that may contradict each other.
+
+    Raises:
+        UsageError: `frozen` is given with `again`, or the time budget is not positive.
+    """
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
+    if frozen and again:
+        raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
