@@ -1,4 +1,4 @@
-"""Compiling a tactic without a launch and without a GPU, so that it can run ahead in other processes."""
+"""Compiles tactics without a launch and without a GPU, so that other processes can do it before the tactics run."""
 
 # mypy: allow-untyped-calls
 
@@ -33,12 +33,12 @@ def compile_gemms(
     Needs no GPU and no CUDA context. The builtin kernel's keys are the same for all buckets of a layer.
 
     Args:
-        shapes: of the bucket.
+        shapes: the bucket's shapes.
         tactic: one of `space.candidates`.
-        which: the first, the second or both, by number.
-        capability: of the device, such as (9, 0).
-        kernel: whose grouped GEMM; see `sources`.
-        zero_remote: as in the launch.
+        which: the numbers of the GEMMs to compile: 0, 1 or both.
+        capability: the device's compute capability, such as (9, 0).
+        kernel: the grouped GEMM's name; see `sources`.
+        zero_remote: whether blocks of non-local slots write zeros, as in the launch.
 
     Raises:
         Exception: whatever Triton or ptxas raises for a tactic that does not compile.
@@ -61,7 +61,7 @@ def _compile(grouped: GroupedKernel, gemm: Gemm, shapes: Shapes, tactic: Mapping
 
 
 class _HeadlessDriver:
-    """What Triton's compiler asks of a driver, answered for a device that need not be there."""
+    """Gives Triton's compiler what it needs of a driver, for a device that need not be present."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
         self._target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
@@ -70,7 +70,7 @@ class _HeadlessDriver:
         return self._target
 
     def get_current_device(self) -> str:
-        """No number that a real device could have: Triton keeps compiled kernels by it."""
+        """Returns no number of a real device, because Triton keeps compiled kernels by it."""
         return "headless"
 
     def get_current_stream(self, device: object = None) -> int:

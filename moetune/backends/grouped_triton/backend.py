@@ -1,4 +1,4 @@
-"""`TritonBackend`: the grouped GEMM that most vLLM and SGLang deployments on Hopper run."""
+"""Defines `TritonBackend`, the grouped GEMM that most vLLM and SGLang deployments on Hopper run."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
 
 
 class TritonBackend:
-    """A Triton grouped GEMM with exactly vLLM's and SGLang's tunables; one tactic serves both GEMMs.
+    """Tunes a Triton grouped GEMM with the tunables of vLLM and SGLang. Both GEMMs of a layer run the same tactic.
 
     Args:
-        kernel: whose grouped GEMM is timed: `builtin`, or that of an installed `vllm` or `sglang`.
-        remote: what becomes of slots whose expert is elsewhere: `drop` (vLLM from 0.20) or `zero`, blocks that
-            write zeros (before that, and SGLang). Follows the kernel when not given.
+        kernel: the grouped GEMM that is timed: `builtin`, or that of an installed `vllm` or `sglang`.
+        remote: how non-local slots are treated: `drop` skips them (vLLM from 0.20), `zero` runs blocks that write
+            zeros for them (earlier vLLM, SGLang). By default `zero` for the kernel `sglang`, else `drop`.
 
     Raises:
-        UsageError: no such kernel, or no such treatment.
+        UsageError: `kernel` or `remote` is none of these.
     """
 
     name = "triton"
 
     def __init__(self, kernel: str = "builtin", remote: Remote | None = None) -> None:
         if kernel not in ("builtin", "vllm", "sglang"):
-            raise UsageError(f"Unknown kernel {kernel!r}.", "Kernels: builtin, vllm, sglang.")
+            raise UsageError(f"Unknown kernel {kernel!r}.", "Choose one of builtin, vllm, sglang.")
         if remote not in (None, "drop", "zero"):
-            raise UsageError(f"Remote slots are treated by drop or zero, given {remote!r}.")
+            raise UsageError(f"Unknown treatment of non-local slots {remote!r}.", "Choose drop or zero.")
         self.kernel = kernel
         self._weights: WeightCache[TritonExperts] = WeightCache()
         self.remote: Remote = remote or ("zero" if kernel == "sglang" else "drop")
 
     def unavailable(self) -> tuple[str, str] | None:
-        """No triton, no CUDA device of compute capability 8.0, or no such engine."""
+        """Returns a reason and a hint if Triton, a CUDA device of compute capability 8.0 or the kernel is missing."""
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed", "pip install 'moetune[triton]'"
         import torch
@@ -78,7 +78,7 @@ class TritonBackend:
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Other precisions than bf16 and fp8 block; gpt-oss's clamped swiglu and biases; a weight on the input."""
+        """Returns why the layer cannot be computed: its precision, activation, biases, sizes or input weights."""
         if layer.precision not in _PRECISIONS:
             return f"computes {' and '.join(_PRECISIONS)} experts, not {layer.precision.value}"
         if layer.activation not in _ACTIVATIONS:
@@ -96,7 +96,7 @@ class TritonBackend:
         return None
 
     def environment(self) -> dict[str, str]:
-        """Triton's version, whose kernel, a digest of its source, and what becomes of remote slots."""
+        """Returns Triton's version, the kernel's name, its source digest and the treatment of non-local slots."""
         from moetune.backends.grouped_triton.sources import grouped_kernel
 
         return {
@@ -107,7 +107,7 @@ class TritonBackend:
         }
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """Of 1920 configurations those that the device can run and that differ; the default first."""
+        """Returns the default and those of 1920 configurations that the device can run and that differ."""
         return space.candidates(
             self._shapes(layer, regime, rows),
             space.Limits.of(device),
@@ -117,15 +117,15 @@ class TritonBackend:
         )
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """The engine's own choice where no file was tuned: SGLang's for its kernel, else vLLM's."""
+        """Returns what the engine runs without a tuned file: SGLang's choice for its kernel, else vLLM's."""
         return engine_default(self._shapes(layer, regime, rows))
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
-        """Successive halving over a twentieth of the candidates; see `halving` and `prior`."""
+        """Returns a search that measures a twentieth of the candidates; see `halving`."""
         return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=starts)
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
-        """The default; then by the prior, one of those that it cannot tell apart before the others (see `halving`)."""
+        """Returns the default, then the others by the prior; one of each set with equal priors precedes the rest."""
         default, *others = candidates.tactics
         predicted_us = self._predicted_us(problem, candidates) or {}
         alike: Counter[float] = Counter()
@@ -139,7 +139,7 @@ class TritonBackend:
 
     def _predicted_us(self, problem: Problem, candidates: Candidates) -> Mapping[Tactic, float] | None:
         limits = space.Limits.of(problem.device)
-        if limits is None:  # under the interpreter a prior of a GPU says nothing
+        if limits is None:  # the prior describes a GPU, so it is useless under the interpreter
             return None
         return space.predicted_us(
             candidates.tactics,
@@ -150,11 +150,11 @@ class TritonBackend:
         )
 
     def tolerance(self, layer: MoELayer) -> float:
-        """1e-2 in bf16; 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
+        """Returns 1e-2 in bf16 and 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
         return _TOLERANCES[layer.precision]
 
     def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
-        """Both GEMMs. The builtin kernel is the same for all rows of a layer; an engine's is specialized for some."""
+        """Returns one key a GEMM. The builtin kernel has equal keys for all rows of a layer; an engine's may not."""
         shapes = self._shapes(layer, regime, rows)
         code: Hashable = shapes
         if self.kernel == "builtin":
@@ -164,17 +164,17 @@ class TritonBackend:
     def compile(
         self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
     ) -> None:
-        """The first or the second GEMM, into Triton's cache; see `ahead.compile_gemms`."""
+        """Compiles the first or the second GEMM into Triton's cache; see `ahead.compile_gemms`."""
         from moetune.backends.grouped_triton.ahead import compile_gemms
 
         shapes, zero_remote = self._shapes(layer, regime, rows), self.remote == "zero"
         compile_gemms(shapes, tactic, (part,), capability=capability, kernel=self.kernel, zero_remote=zero_remote)
 
     def prepare(self, problem: Problem) -> TritonRunner:
-        """Weights, inputs, routings and all workspace on the device.
+        """Puts weights, inputs, routings and all workspace on the device.
 
         Raises:
-            UnsupportedError: this layer is not computed, or this machine cannot run it.
+            UnsupportedError: the backend does not compute this layer, or cannot run on this machine.
         """
         if reason := self.unsupported(problem.layer, problem.regime):
             raise UnsupportedError(f"The backend {self.name} {reason}.", "Use another backend.")

@@ -1,4 +1,4 @@
-"""The tactics that vLLM and SGLang run where no file was tuned."""
+"""Computes the tactics that vLLM and SGLang run without a tuned file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from moetune.spec.tactic import Tactic
 
 
 def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """What vLLM runs where no file was tuned: `get_default_config` of vLLM 0.33.0, stated anew.
+    """Returns what vLLM runs without a tuned file, as `get_default_config` of vLLM 0.33.0 does.
 
-    fp8 with block scales: one tile for few rows, one for many; narrower for up to 8 rows (not so in 0.20.2). Else the
-    tile grows with the rows, and rows are grouped only where an expert has more than 128 of them.
+    fp8 with block scales has one tile for up to 64 rows and one for more; up to 8 rows the tile is narrower (not so in
+    0.20.2). In bf16 the tile grows with the rows, and rows are grouped only if an expert has more than 128 of them.
     """
     if fp8:
         block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
@@ -28,10 +28,11 @@ def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
 
 
 def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """What SGLang runs where no file was tuned: `get_default_config` of SGLang 0.5.23, stated anew.
+    """Returns what SGLang runs without a tuned file, as `get_default_config` of SGLang 0.5.23 does.
 
-    fp8 with block scales: one tile for any rows. Else a small tile up to as many rows as local experts, and one of
-    BLOCK_SIZE_K 32 in groups of 8, which is none of the 1920, for more; warps and stages are Triton's own defaults.
+    fp8 with block scales has one tile for any rows. bf16 has a small tile for up to as many rows as local experts. For
+    more rows its tile has BLOCK_SIZE_K 32 and groups of 8, which is none of the 1920 configurations. Warps and stages
+    are Triton's own defaults.
     """
     if fp8:
         return tactic_of(64, SCALE_BLOCK, SCALE_BLOCK, 32, 4, 3)
@@ -39,6 +40,6 @@ def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
 
 
 def engine_default(shapes: Shapes) -> Tactic:
-    """The default of the engine that is stood in for: SGLang's for its kernel, else vLLM's."""
+    """Returns the default of the kernel's engine: SGLang's for its own kernel, else vLLM's."""
     default = sglang_default_config if shapes.sglang else default_config
     return default(shapes.rows, shapes.num_local, shapes.fp8)

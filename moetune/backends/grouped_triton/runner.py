@@ -1,4 +1,4 @@
-"""`TritonRunner`: one problem's weights, inputs and workspace, and the forward of one MoE layer on them."""
+"""Defines `TritonRunner`, which computes one MoE layer on the weights, inputs and workspace of one problem."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _INTERPRETED_CAPABILITY = (9, 0)
 
 
 class TritonRunner:
-    """See `Runner`. `run` allocates nothing and never waits for the GPU, so that a CUDA graph can capture it.
+    """Runs one problem. `run` allocates nothing and never waits for the GPU, so that a CUDA graph can capture it.
 
     Args:
-        problem: what is computed. Inputs are normal.
-        experts: the weights of the problem's rank, on its device.
-        kernel: whose grouped GEMM runs; see `sources`.
-        zero_remote: blocks of non-local slots write zeros.
+        problem: the problem to compute. Its inputs are drawn from a normal distribution.
+        experts: the weights of the problem's rank, on the problem's device.
+        kernel: the name of the grouped GEMM that runs; see `sources`.
+        zero_remote: whether blocks of non-local slots write zeros.
     """
 
     def __init__(self, problem: Problem, experts: TritonExperts, kernel: str, *, zero_remote: bool) -> None:
@@ -53,7 +53,7 @@ class TritonRunner:
 
         slots, hidden, intermediate = shapes.num_slots, shapes.hidden_size, shapes.intermediate_size
         bf16: Any = {"dtype": torch.bfloat16, "device": device}
-        # the first GEMM's output is dead when the second writes its own: one buffer, as in vLLM
+        # one buffer for both GEMMs, as in vLLM: the first output is no longer needed when the second is written
         shared = torch.empty(slots * max(2 * intermediate, hidden), **bf16)
         self._gate_up = shared[: slots * 2 * intermediate].view(slots, 2 * intermediate)
         self._products = shared[: slots * hidden].view(shapes.rows, shapes.top_k, hidden)
@@ -75,7 +75,7 @@ class TritonRunner:
             self._all_slots = torch.full((1,), torch.iinfo(torch.int32).max, dtype=torch.int32, device=device)
 
     def run(self, tactic: Mapping[str, Any], draw: int = 0) -> torch.Tensor:
-        """See `Runner.run`: bf16 `[rows, H]`, in a buffer that the next call overwrites."""
+        """Returns the layer's output, bf16 `[rows, H]`, in a buffer that the next call overwrites."""
         x, topk_ids = self._input(draw), self._topk_ids[draw]
         slot_weights, w1, w2 = self._topk_weights[draw], self._experts.w1, self._experts.w2
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ class TritonRunner:
         return self._out
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """See `Runner.reference`: the layer of these weights, as stored, on the unquantized inputs in fp32."""
+        """Returns the reference in fp32, from the weights as stored and the inputs before they are quantized."""
         slots = range(self._first, self._first + self._shapes.num_local)
         return moe_reference(self._input(draw), self._topk_ids[draw], self._topk_weights[draw], slots, self._expert)
 
