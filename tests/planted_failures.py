@@ -6,13 +6,13 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import planted_time
+from processes import eventually
 
 from moetune.backends.base import Candidates, Problem
 from moetune.errors import UnsupportedError
@@ -144,10 +144,15 @@ def problem(rows: int = 4) -> Problem:
 
 @dataclass
 class CompilingBackend(FailingBackend):
-    """Compiles by writing the tactic's name and where it ran into `log`; tactics that fail fail here."""
+    """Compiles by writing the tactic's name and where it ran into `log`; tactics that fail fail here.
+
+    The tactics named in `held` are not done before the file `gate` exists, and none is before `together` have begun.
+    """
 
     log: str = ""
-    seconds: float = 0.0
+    gate: str = ""
+    held: str = ""
+    together: int = 1
     parts: int = 1
     bad_parts: Mapping[int, str] = field(default_factory=dict)
 
@@ -165,4 +170,9 @@ class CompilingBackend(FailingBackend):
             log.write(f"{tactic['name']}|{rows}|{capability}|{os.nice(0)}|{seen!r}|{os.getpid()}|{part}\n")
         if way := WAYS.get(self.bad_parts.get(part, str(tactic["name"]))):
             way()
-        time.sleep(self.seconds)
+        assert eventually(lambda: self._is_free(str(tactic["name"])))
+
+    def _is_free(self, name: str) -> bool:
+        with open(self.log) as log:
+            begun = len(log.readlines())
+        return begun >= self.together and (name not in self.held or os.path.exists(self.gate))

@@ -26,7 +26,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def eventually(condition, seconds: float = 10.0) -> bool:
+def eventually(condition, seconds: float = 60.0) -> bool:
     """Whether `condition()` becomes true in that time."""
     deadline = time.monotonic() + seconds
     while not (true := condition()) and time.monotonic() < deadline:

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,12 +37,34 @@ def compiled(log: Path) -> list[str]:
     return [line.split("|")[0] for line in log.read_text().splitlines()] if log.exists() else []
 
 
+def gate(log: Path) -> Path:
+    return log.with_name("gate")
+
+
+def held(log: Path, names: str) -> CompilingBackend:
+    """These tactics are not compiled before the gate exists."""
+    return CompilingBackend(log=str(log), gate=str(gate(log)), held=names)
+
+
+@contextmanager
+def opened_once_waiting(compilers: Compilers, log: Path):
+    """Opens the gate as soon as something is waited for."""
+
+    def open_gate():
+        if eventually(lambda: compilers._awaited):
+            gate(log).touch()
+
+    thread = threading.Thread(target=open_gate)
+    thread.start()
+    yield
+    thread.join()
+
+
 def test_requests_are_compiled_once_each_in_order_without_waiting(log, before):
-    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=1) as compilers:
-        start = time.monotonic()
+    with Compilers(held(log, "a"), HOPPER, processes=1) as compilers:
         compilers.request(LAYER, REGIME, 4, NAMES[:3])
         compilers.request(LAYER, REGIME, 8, NAMES[1:4])
-        assert time.monotonic() - start < 0.1
+        gate(log).touch()
         assert compilers.wait(LAYER, REGIME, 8, NAMES[:4]) == {}
         assert compiled(log) == ["a", "b", "c", "d"]
     assert children() == before
@@ -50,29 +74,28 @@ def test_requests_are_compiled_once_each_in_order_without_waiting(log, before):
 
 
 def test_what_is_waited_for_comes_first(log):
-    with Compilers(CompilingBackend(log=str(log), seconds=0.05), HOPPER, processes=1) as compilers:
+    with Compilers(held(log, "a"), HOPPER, processes=1) as compilers:
         compilers.request(LAYER, REGIME, 4, NAMES[:5])
-        assert compilers.wait(LAYER, REGIME, 4, [NAMES[5], NAMES[3]]) == {}
-        done = compiled(log)
-        assert {"f", "d"} <= set(done)
-        assert len(done) < 6
+        assert eventually(lambda: compiled(log) == ["a"])
+        with opened_once_waiting(compilers, log):
+            assert compilers.wait(LAYER, REGIME, 4, [NAMES[5], NAMES[3]]) == {}
+        assert compiled(log)[:3] == ["a", "f", "d"]
         compilers.wait(LAYER, REGIME, 4, NAMES)
         assert sorted(compiled(log)) == list("abcdef")
 
 
 def test_what_is_likely_next_comes_after_what_is_waited_for_and_before_all_others(log):
-    with Compilers(CompilingBackend(log=str(log), seconds=0.3), HOPPER, processes=1) as compilers:
+    with Compilers(held(log, "a"), HOPPER, processes=1) as compilers:
         compilers.request(LAYER, REGIME, 4, NAMES[:4])
-        assert eventually(lambda: compiled(log))
-        assert compilers.wait(LAYER, REGIME, 4, [NAMES[2]], likely_next=[NAMES[5], NAMES[3]]) == {}
-        compilers.wait(LAYER, REGIME, 4, NAMES[1:2])
-        compilers.wait(LAYER, REGIME, 4, NAMES)
-        others = [name for name in compiled(log)[1:] if name != "b"]
-    assert others == ["c", "f", "d", "e"]
+        assert eventually(lambda: compiled(log) == ["a"])
+        with opened_once_waiting(compilers, log):
+            assert compilers.wait(LAYER, REGIME, 4, [NAMES[2]], likely_next=[NAMES[5], NAMES[3]]) == {}
+        assert eventually(lambda: len(compiled(log)) == 5)
+        assert compiled(log) == ["a", "c", "f", "d", "b"]
 
 
 def test_the_parts_of_a_tactic_are_compiled_side_by_side_each_once(log):
-    with Compilers(CompilingBackend(log=str(log), seconds=0.3, parts=2), HOPPER, processes=2) as compilers:
+    with Compilers(CompilingBackend(log=str(log), together=2, parts=2), HOPPER, processes=2) as compilers:
         assert compilers.wait(LAYER, REGIME, 4, NAMES[:2]) == {}
         compilers.wait(LAYER, REGIME, 8, NAMES[:2])
         lines = [line.split("|") for line in log.read_text().splitlines()]
@@ -88,24 +111,21 @@ def test_a_tactic_with_a_part_that_does_not_compile_fails_with_the_first_such_re
 
 
 def test_a_process_is_kept_free_for_what_is_waited_for(log):
-    with Compilers(CompilingBackend(log=str(log), seconds=0.5), HOPPER, processes=3) as compilers:
+    with Compilers(held(log, "abcde"), HOPPER, processes=3) as compilers:
         compilers.request(LAYER, REGIME, 4, NAMES[:5])
         assert eventually(lambda: set(compiled(log)) == {"a", "b"})
-        start = time.monotonic()
         compilers.wait(LAYER, REGIME, 4, [NAMES[5]])
-        assert set(compiled(log)) >= {"a", "b", "f"}
-        assert "e" not in compiled(log)
-        assert time.monotonic() - start < 5
+        assert sorted(compiled(log)) == ["a", "b", "f"]
 
 
 def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
     bad = {
         tactic("raises"): "RuntimeError: planted failure",
         tactic("segfaults"): "killed by SIGSEGV",
-        tactic("spins"): "hung: not compiled within 2 s",
+        tactic("spins"): "hung: not compiled within 4 s",
         tactic("exits"): "the process exited with status 3: free(): invalid pointer",
     }
-    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=2) as compilers:
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=4) as compilers:
         assert compilers.wait(LAYER, REGIME, 4, [NAMES[0], *bad, NAMES[1]]) == bad
         assert compilers.wait(LAYER, REGIME, 4, [tactic("raises"), NAMES[0]]) == {
             tactic("raises"): "RuntimeError: planted failure"
@@ -135,7 +155,7 @@ def test_processes_that_cannot_start_cost_the_tactics_that_wait_for_them(log, mo
 
 
 def test_several_processes_share_the_work(log):
-    with Compilers(CompilingBackend(log=str(log), seconds=0.3), HOPPER, processes=3) as compilers:
+    with Compilers(CompilingBackend(log=str(log), together=3), HOPPER, processes=3) as compilers:
         compilers.wait(LAYER, REGIME, 4, NAMES)
     assert len({line.split("|")[5] for line in log.read_text().splitlines()}) == 3
 
@@ -145,7 +165,7 @@ def test_closing_kills_what_still_compiles_at_once(log, before):
         compilers.request(LAYER, REGIME, 4, [tactic("spins"), tactic("spins", from_run=2), *NAMES])
         assert eventually(lambda: compiled(log) == ["spins", "spins"])
         start = time.monotonic()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 60  # half the time after which a tactic hangs
     assert children() == before
     assert compiled(log) == ["spins", "spins"]
 
