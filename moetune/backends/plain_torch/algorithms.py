@@ -1,4 +1,4 @@
-"""Plain PyTorch algorithms of one MoE layer on one rank, and their fp32 reference.
+"""Computes one MoE layer on one rank with plain PyTorch algorithms, and their fp32 reference.
 
 Every algorithm takes (`experts`, `x`, `topk_ids`, `topk_weights`): the rank's `TorchExperts`, `[M, H]`, `[M, k]` int32
 global expert slots (-1: nothing) and `[M, k]` float32, and returns `[M, H]` in the type of `x`. Slots of other
@@ -25,7 +25,7 @@ from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activati
 
 @dataclass(frozen=True, slots=True)
 class TorchExperts:
-    """The L experts of a rank, global slots `first … first + L − 1`.
+    """Holds the L experts of a rank, global slots `first … first + L − 1`.
 
     `w1` `[L, 2·I, H]`, the gate half before the up half (checkpoints that interleave them, such as gpt-oss's, differ in
     layout only), `w2` `[L, H, I]`, `b1` `[L, 2·I]`, `b2` `[L, H]`. `weight_on_input`: the router's weight
@@ -46,7 +46,7 @@ class TorchExperts:
         return self.w1.shape[0]
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """`[…, 2·I]` → `[…, I]`: what stands between the two GEMMs."""
+        """Applies the activation between the two GEMMs: `[…, 2·I]` → `[…, I]`."""
         gate, up = gate_up.chunk(2, dim=-1)
         match self.activation:
             case Activation.SILU:
@@ -60,70 +60,70 @@ class TorchExperts:
                 raise UnsupportedError(f"The torch backend computes no {other.value}.")
 
     def entering(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """`[S, H]` rows as they enter their experts, given their router weights `[S]`."""
+        """Returns the rows `[S, H]` as they enter their experts, given their router weights `[S]`."""
         return (rows * weights[:, None]).to(rows.dtype) if self.weight_on_input else rows
 
     def leaving(self, products: Tensor, weights: Tensor) -> Tensor:
-        """`[S, H]` outputs of the experts as they are summed: float32, a new tensor."""
+        """Returns the experts' outputs `[S, H]` as they are summed, in a new float32 tensor."""
         return products.to(torch.float32, copy=True) if self.weight_on_input else products * weights[:, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """(row, expert) pairs: `rows` and `experts` int64 `[S]`, `weights` float32 `[S]`.
+    """Holds (row, expert) pairs: `rows` and `experts` int64 `[S]`, `weights` float32 `[S]`.
 
-    An expert is local, 0 … L−1; `foreign`: some may be L, which stands for an expert that is not here.
+    Local experts are 0 … L−1. If `with_non_local` is true, some may be L, which marks a non-local expert.
     """
 
     rows: Tensor
     experts: Tensor
     weights: Tensor
-    foreign: bool = False
+    with_non_local: bool = False
 
     def sorted(self) -> Slots:
-        """The same slots, those of one expert side by side, foreign ones at the end."""
+        """Returns the same slots sorted by expert, non-local ones at the end."""
         experts, order = torch.sort(self.experts, stable=True)
-        return Slots(self.rows[order], experts, self.weights[order], self.foreign)
+        return Slots(self.rows[order], experts, self.weights[order], self.with_non_local)
 
     def ends(self, count: int) -> Tensor:
-        """Of sorted slots: where each of `count` experts' slots end, int64 `[count]`."""
+        """Returns where the slots of each of `count` experts end, int64 `[count]`. The slots must be sorted."""
         return torch.searchsorted(self.experts, torch.arange(count, device=self.experts.device), right=True)
 
 
 def _local_ids(experts: TorchExperts, topk_ids: Tensor) -> Tensor:
-    """Ids from 0 to L−1, and L for everything that is not on this rank; int64 `[M, k]`."""
+    """Returns local ids from 0 to L−1, and L for everything that is not on this rank; int64 `[M, k]`."""
     local = topk_ids.long() - experts.first
     return torch.where((local >= 0) & (local < experts.count), local, experts.count)
 
 
 def _all_slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
-    """All M·k slots, the other ranks' among them: a shape that the host knows, as a CUDA graph needs."""
+    """Returns all M·k slots, local or not. The host knows this shape, as a CUDA graph needs."""
     rows = torch.arange(topk_ids.shape[0], device=topk_ids.device).repeat_interleave(topk_ids.shape[1])
-    return Slots(rows, _local_ids(experts, topk_ids).flatten(), topk_weights.flatten(), foreign=True)
+    return Slots(rows, _local_ids(experts, topk_ids).flatten(), topk_weights.flatten(), with_non_local=True)
 
 
 def _local_slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
-    """Only the slots of this rank; on a GPU the host waits for their number."""
+    """Returns only the local slots. On a GPU the host waits for their number."""
     ids = _local_ids(experts, topk_ids)
     rows, columns = torch.where(ids < experts.count)
     return Slots(rows, ids[rows, columns], topk_weights[rows, columns])
 
 
 def _slots(experts: TorchExperts, topk_ids: Tensor, topk_weights: Tensor) -> Slots:
-    """The local slots alone where looking at them is free: on the CPU."""
+    """Returns the local slots on the CPU, where counting them is free, and all slots on a GPU."""
     return (_all_slots if topk_ids.is_cuda else _local_slots)(experts, topk_ids, topk_weights)
 
 
 def _combine(experts: TorchExperts, x: Tensor, products: Tensor, slots: Slots) -> Tensor:
-    """`[S, H]` outputs of the experts summed into their rows; what other ranks' slots hold is dropped."""
+    """Sums the experts' outputs `[S, H]` into their rows, without the non-local slots."""
     scaled = experts.leaving(products, slots.weights)
-    if slots.foreign:
+    if slots.with_non_local:
         scaled.masked_fill_((slots.experts == experts.count)[:, None], 0.0)
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, slots.rows, scaled).to(x.dtype)
 
 
 def eager(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Loops over the active experts: picks an expert's rows, two GEMMs, adds them back. What transformers runs."""
+    """Loops over the active experts: takes an expert's rows, runs two GEMMs and adds the result to the rows."""
     out = torch.zeros_like(x, dtype=torch.float32)
     chosen = functional.one_hot(_local_ids(experts, topk_ids), experts.count + 1).permute(2, 1, 0)[:-1]
     for expert in chosen.sum(dim=(1, 2)).nonzero().flatten().tolist():
@@ -136,7 +136,7 @@ def eager(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tens
 
 
 def batched_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Copies the weights of every slot's expert and multiplies all slots at once: for few slots."""
+    """Copies the weights of every slot's expert and multiplies all slots at once. Suits few slots."""
     slots = _slots(experts, topk_ids, topk_weights)
     chosen = slots.experts.clamp(max=experts.count - 1)
     rows = experts.entering(x[slots.rows], slots.weights)
@@ -167,7 +167,7 @@ def grouped_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights:
 
 
 def segment_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Sorts the slots by expert, one GEMM for each expert's contiguous segment, everything else once for all."""
+    """Sorts the slots by expert and runs one GEMM for each expert's segment, and everything else once for all."""
     slots = _local_slots(experts, topk_ids, topk_weights).sorted()
     ends = slots.ends(experts.count).tolist()
     bounds = enumerate(zip([0, *ends[:-1]], ends, strict=True))
@@ -188,7 +188,7 @@ def segment_mm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights:
 
 
 def padded_bmm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Pads every expert's rows to the busiest expert's number and multiplies all experts at once: for even loads."""
+    """Pads every expert's rows to those of the busiest and multiplies all experts at once. Suits balanced loads."""
     slots = _local_slots(experts, topk_ids, topk_weights).sorted()
     ends = slots.ends(experts.count)
     starts = functional.pad(ends, (1, 0))[:-1]
@@ -205,7 +205,7 @@ def padded_bmm(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights:
 
 
 def dense(experts: TorchExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-    """Sends every row through every local expert and weights the unwanted ones with zero: no sorting, no gathering."""
+    """Computes every row with every local expert and weights the unwanted ones with zero, without any sorting."""
     slots = _all_slots(experts, topk_ids, topk_weights)
     weights = topk_weights.new_zeros(experts.count + 1, x.shape[0])
     weights = weights.index_put_((slots.experts, slots.rows), slots.weights, accumulate=True)[:-1]
@@ -242,14 +242,14 @@ def _of(bias: Tensor | None, expert: int, dtype: torch.dtype | None = None) -> T
 
 
 def grouped_gemm() -> Callable[..., Tensor] | None:
-    """torch's grouped GEMM, or None where this build has none."""
+    """Returns torch's grouped GEMM, or None if this build has none."""
     return getattr(functional, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 def grouped_mm_missing(hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: str) -> str | None:
-    """Why `grouped_mm` cannot run these sizes on `device`, found out by a tiny trial, or None.
+    """Returns why `grouped_mm` cannot run these sizes on `device`, or None; runs a tiny trial to find out.
 
-    The trial's sizes are equal to the real ones modulo 16, since the kernels ask for aligned strides.
+    The trial's sizes are equal to the real ones modulo 16, because the kernels need aligned strides.
     """
     multiply = grouped_gemm()
     if multiply is None:

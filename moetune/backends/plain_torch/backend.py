@@ -1,4 +1,4 @@
-"""`TorchBackend`: plain PyTorch algorithms, on CPU and GPU. The embedded default, and the numerical reference."""
+"""Defines `TorchBackend`, which tunes plain PyTorch algorithms on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ DTYPES: Mapping[Precision, str] = {Precision.FP32: "float32", Precision.BF16: "b
 """torch's names of the precisions that run here. fp16 is slow on CPUs without AVX512-FP16."""
 
 ACTIVATIONS = (Activation.SILU, Activation.GELU, Activation.SWIGLU_CLAMPED)
-"""Those that `TorchExperts.gated` computes."""
+"""The activations that `TorchExperts.gated` computes."""
 
 SCRATCH_SHARE = 0.25
-"""Of the memory that is free, the share that one call's scratch may take; an engine needs the rest for its cache."""
+"""The share of the free memory that one call's scratch may take. An engine needs the rest for its cache."""
 
 BIAS_SCALE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class ScratchSizes:
-    """What scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp and the bytes of a value."""
+    """Holds what scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp bytes of a value."""
 
     rows: int
     top_k: int
@@ -47,7 +47,7 @@ class ScratchSizes:
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, rows: int) -> ScratchSizes:
-        """The sizes of rank 0, which has as many experts as any."""
+        """Returns the sizes of rank 0. No rank has more experts."""
         return cls(
             rows,
             regime.row_top_k(layer),
@@ -59,16 +59,16 @@ class ScratchSizes:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights of the rank's experts."""
+        """The bytes of all weights of the rank's experts."""
         return 3 * self.num_local * self.intermediate_size * self.hidden_size * self.value_bytes
 
     @property
     def most_slots(self) -> int:
-        """Slots that a GPU's algorithms carry, and the most that can be local."""
+        """The number of slots that a GPU's algorithms process, and the most that can be local."""
         return self.rows * self.top_k
 
     def flight_bytes(self, slots: int) -> int:
-        """`slots` rows on their way through two GEMMs: in, out and scaled (float32), gate, up and activation."""
+        """Returns the bytes of `slots` rows in two GEMMs: in, out and scaled (float32), gate, up and activation."""
         return slots * ((2 * self.hidden_size + 6 * self.intermediate_size) * self.value_bytes + 4 * self.hidden_size)
 
 
@@ -82,14 +82,14 @@ SCRATCH_BYTES: Mapping[str, Callable[[ScratchSizes], int]] = {
     "padded_bmm": lambda s: s.flight_bytes(s.num_local * s.rows) + s.flight_bytes(s.most_slots),
     "dense": lambda s: s.flight_bytes(s.num_local * s.rows),
 }
-"""Upper bounds of what one call allocates, for the worst load: every slot local, every row at the busiest expert."""
+"""Upper bounds of the bytes that one call allocates for the worst load: all slots local, all rows at one expert."""
 
 
 class TorchBackend:
-    """Six algorithms of one MoE layer in plain PyTorch; see `algorithms`.
+    """Tunes six algorithms of one MoE layer in plain PyTorch; see `algorithms`.
 
     Args:
-        scratch_limit_bytes: what one call may allocate; by default a quarter of the memory that is free.
+        scratch_limit_bytes: the bytes that one call may allocate; by default a quarter of the free memory.
     """
 
     name = "torch"
@@ -99,13 +99,13 @@ class TorchBackend:
         self._weights: WeightCache[TorchExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
-        """Only a missing torch."""
+        """Returns a reason and a hint if torch is missing."""
         if importlib.util.find_spec("torch") is None:
             return "torch is not installed", "pip install torch"
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Quantized weights, and what stands between the GEMMs where `TorchExperts.gated` does not have it."""
+        """Returns why the layer cannot be computed: its weights are quantized or its activation is unknown here."""
         if layer.activation not in ACTIVATIONS:
             return f"computes {', '.join(ACTIVATIONS)} between the GEMMs, not {layer.activation.value}"
         if layer.precision not in DTYPES:
@@ -116,14 +116,14 @@ class TorchBackend:
         return None
 
     def environment(self) -> dict[str, str]:
-        """Nothing beyond torch's version, which every environment has."""
+        """Returns nothing: the only version that matters is torch's, which every environment has."""
         return {}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """All algorithms, less those that this build of torch lacks or whose scratch would not fit.
+        """Returns all algorithms except those that this build of torch lacks or whose scratch does not fit.
 
         Raises:
-            UnsupportedError: a precision that does not run here.
+            UnsupportedError: the backend does not compute this layer.
         """
         sizes = ScratchSizes.of(layer, regime, rows)
         dtype = self._dtype(layer, regime)
@@ -141,18 +141,18 @@ class TorchBackend:
         return Candidates(tuple(tactics), excluded)
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """`eager`: what Hugging Face transformers runs where nothing is chosen."""
+        """Returns `eager`, which Hugging Face transformers runs by default."""
         return Tactic(algorithm="eager")
 
     def tolerance(self, layer: MoELayer) -> float:
-        """1e-5 in fp32, 1e-2 where values are rounded to 16 bits between the GEMMs."""
+        """Returns 1e-5 in fp32 and 1e-2 in 16 bits, where values are rounded between the GEMMs."""
         return 1e-5 if layer.precision is Precision.FP32 else 1e-2
 
     def prepare(self, problem: Problem) -> TorchRunner:
-        """Random weights, the same for the same layer, shard and seed, kept for the next bucket's problem.
+        """Draws inputs and weights. Weights depend on layer, shard and seed, and are kept for the next bucket.
 
         Raises:
-            UnsupportedError: a precision that does not run here.
+            UnsupportedError: the backend does not compute this layer.
         """
         import torch
 
@@ -168,7 +168,7 @@ class TorchBackend:
         import torch
 
         if reason := self.unsupported(layer, regime):
-            raise UnsupportedError(f"Backend torch: {reason}.")
+            raise UnsupportedError(f"The backend torch: {reason}.", "Use another backend.")
         dtype: torch.dtype = getattr(torch, DTYPES[layer.precision])
         return dtype
 
@@ -180,9 +180,9 @@ class TorchBackend:
 
 
 class TorchRunner:
-    """Weights, inputs and routings of one problem on its device.
+    """Runs one problem on its weights, inputs and routings.
 
-    Draw d has the inputs `d … d + M − 1` of one buffer, so no row meets the same input in two draws.
+    Draw d has the inputs `d … d + M − 1` of one buffer, so no row has the same input in two draws.
     """
 
     def __init__(self, experts: TorchExperts, inputs: torch.Tensor, problem: Problem) -> None:
@@ -197,20 +197,20 @@ class TorchRunner:
         ]
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
-        """`[M, H]` in the layer's precision, by the tactic's algorithm."""
+        """Computes `[M, H]` in the layer's precision by the tactic's algorithm."""
         from moetune.backends.plain_torch.algorithms import ALGORITHMS
 
         return ALGORITHMS[str(tactic["algorithm"])](self._experts, *self._draws[draw])
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """`[M, H]` float32, from the same weights and inputs."""
+        """Computes `[M, H]` in float32 from the same weights and inputs."""
         from moetune.backends.plain_torch.algorithms import reference
 
         return reference(self._experts, *self._draws[draw])
 
 
 def available_bytes(device: str) -> int:
-    """Memory that can still be allocated on `device`: on the CPU within the machine's and the container's limit."""
+    """Returns the free memory of `device`; on the CPU, within the limits of the machine and the container."""
     if device.startswith("cuda"):
         import torch
 
@@ -230,9 +230,9 @@ def available_bytes(device: str) -> int:
 
 
 def _random_experts(problem: Problem, dtype: torch.dtype) -> TorchExperts:
-    """Normal weights of variance 1/fan-in, so that values keep their size through both GEMMs; biases when asked for.
+    """Draws normal weights of variance 1/fan-in, so that values keep their size, and biases if the layer has them.
 
-    With tp every rank's `b2` is whole, as on the one rank that adds it.
+    Under tensor parallelism every rank's `b2` is whole, as on the one rank that adds it.
     """
     import torch
 

@@ -45,7 +45,7 @@ def routing_of(load: str, rows: int, top_k: int, first: int, count: int, total: 
     generator = torch.Generator().manual_seed(seed)
     everyone = torch.rand(rows, total, generator=generator)
     local = torch.arange(first, first + count)
-    if load in ("packed", "few_local"):  # local experts first, then foreign ones
+    if load in ("packed", "few_local"):  # local experts first, then non-local ones
         everyone[:, local] += 1
     elif load == "nothing_local":
         everyone[:, local] -= 1
@@ -171,10 +171,10 @@ def test_ids_other_than_a_rows_own_change_nothing() -> None:
     problem = problem_of(layer, PURE_EP, 16, "global")
     first, second = (draw.routing for draw in problem.draws)
     ids = first.topk_ids
-    foreign = (ids < problem.shard.first) | (ids >= problem.shard.first + problem.shard.num_local)
-    assert foreign.any()
-    assert not foreign.all()
-    emptied = HandMadeRouting(ids.masked_fill(foreign, -1), first.topk_weights)
+    non_local = (ids < problem.shard.first) | (ids >= problem.shard.first + problem.shard.num_local)
+    assert non_local.any()
+    assert not non_local.all()
+    emptied = HandMadeRouting(ids.masked_fill(non_local, -1), first.topk_weights)
     twin = Problem(layer, PURE_EP, 16, problem.shard, as_draws((emptied, second)))  # type: ignore[arg-type]
     backend = TorchBackend()
     for algorithm in ALGORITHMS:
