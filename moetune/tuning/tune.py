@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,17 +18,10 @@ from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
-from moetune.tuning.bucket import STARTS, Bucket, BucketTuner
+from moetune.tuning.bucket import STARTS, BucketTuner
 from moetune.tuning.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
+from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
-
-REALIZERS = 4
-"""Threads that draw the routings of the buckets to come while a GPU measures one."""
-COMPILED_FIRST, COMPILED_AHEAD = 32, 128
-"""How many of a bucket's likeliest tactics are compiled before any other's, and how many after those.
-
-What a search under way is likely to propose next precedes both (see `Batch.likely_next`).
-"""
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Problem
@@ -146,7 +137,7 @@ def _choices(
     tell: OnEvent,
 ) -> Generator[Choice]:
     """The choice of one missing bucket after the other, as long as the time lasts."""
-    from moetune.backends.base import CompilesAhead, PacesFinal, ReportsPromising
+    from moetune.backends.base import PacesFinal, ReportsPromising
     from moetune.measure.compiling import Compilers, capability_of
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
@@ -155,31 +146,10 @@ def _choices(
     layer, regime, backend = question.layer, question.regime, question.backend
     _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
     with ExitStack() as stack:
-        ahead = ThreadPoolExecutor(REALIZERS, "moetune-realize")
-        stack.callback(ahead.shutdown, cancel_futures=True)
         bench_of = stack.enter_context(benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
 
-        likely: dict[int, Sequence[Tactic]] = {}
-
-        def realized(rows: int) -> Bucket:
-            bucket = Bucket.of(layer, regime, backend, question.device, rows).resumed(journaled)
-            if isinstance(backend, CompilesAhead):
-                entering = bucket.problem.rows
-                likely[entering] = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
-                compilers.request(layer, regime, entering, likely[entering][:COMPILED_FIRST])
-            return bucket
-
-        def compile_more(drawn: Sequence[Future[Bucket]]) -> None:
-            wait(drawn)
-            for entering, tactics in sorted(likely.items()):
-                compilers.request(layer, regime, entering, tactics[COMPILED_FIRST:])
-
-        buckets: Iterator[Bucket] = map(realized, missing)
-        if _draws_ahead(question.device):
-            drawn = deque(ahead.submit(realized, rows) for rows in missing)
-            ahead.submit(compile_more, tuple(drawn))
-            buckets = _results(drawn)
+        buckets = stack.enter_context(Prefetcher(question, missing, journaled, compilers)).buckets()
         known = stored.choices if stored else ()
         good: dict[int, Sequence[Tactic]] = {choice.rows: [choice.tactic] for choice in known}
         promising: Sequence[Tactic] = ()
@@ -198,17 +168,6 @@ def _choices(
             good[rows] = tuned.search(search)
             promising = backend.promising(tuned.times_us) if isinstance(backend, ReportsPromising) else ()
             yield tuned.choose(good[rows])
-
-
-def _draws_ahead(device: str) -> bool:
-    """Whether buckets to come are drawn while one is measured; what a CPU measures, that would disturb."""
-    return device.startswith("cuda")
-
-
-def _results(drawn: deque[Future[Bucket]]) -> Iterator[Bucket]:
-    """The buckets in turn; of those handed out nothing is kept."""
-    while drawn:
-        yield drawn.popleft().result()
 
 
 def _starts(good: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tactic, ...]:

@@ -1,6 +1,5 @@
 """Buckets are drawn and compiled ahead."""
 
-import sys
 import threading
 
 import pytest
@@ -12,6 +11,7 @@ from moetune.measure.compiling import Compilers
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
 from moetune.store.profile import Rejection
+from moetune.tuning import prefetch
 from moetune.tuning.bucket import Bucket
 from moetune.tuning.events import (
     BucketChosen,
@@ -69,7 +69,7 @@ def test_on_a_gpu_later_buckets_are_drawn_meanwhile_and_what_fails_there_comes_i
             raise UsageError("No such rows.")
         return real(layer, regime, backend, device, rows)
 
-    monkeypatch.setattr(sys.modules["moetune.tuning.tune"], "_draws_ahead", lambda device: True)
+    monkeypatch.setattr(prefetch, "draws_ahead", lambda device: True)
     monkeypatch.setattr(Bucket, "of", of)
     plant(milliseconds={"default": 1.0, "fast": 0.1})
     events = []

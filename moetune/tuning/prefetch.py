@@ -1,0 +1,89 @@
+"""`Prefetcher`: draws the buckets to come, and compiles their likeliest tactics, while a GPU measures one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Self
+
+from moetune.spec.tactic import Tactic
+from moetune.store.journal import Journaled
+from moetune.tuning.bucket import Bucket
+from moetune.tuning.question import Question
+
+if TYPE_CHECKING:
+    from moetune.measure.compiling import Compilers
+
+REALIZERS = 4
+"""Number of threads that draw the routings of later buckets."""
+COMPILED_FIRST = 32
+"""Number of a bucket's likeliest tactics that are compiled before any other tactic."""
+COMPILED_AHEAD = 128
+"""Number of a bucket's likeliest tactics that are compiled in all before the bucket's turn.
+
+Tactics that a running search is likely to propose next are compiled before these (see `Batch.likely_next`).
+"""
+
+
+class Prefetcher:
+    """Makes the buckets of a tune; a context manager. On a GPU it makes later buckets while one is measured.
+
+    Args:
+        question: the question that is tuned.
+        rows: the row counts of the buckets, in the order in which they are tuned.
+        journaled: the measurements of an interrupted run.
+        compilers: compile tactics in processes of their own.
+    """
+
+    def __init__(self, question: Question, rows: Sequence[int], journaled: Journaled, compilers: Compilers) -> None:
+        self._question, self._rows = question, rows
+        self._journaled, self._compilers = journaled, compilers
+        self._likely: dict[int, Sequence[Tactic]] = {}
+        self._threads = ThreadPoolExecutor(REALIZERS, "moetune-realize")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels what has not begun and waits for the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def buckets(self) -> Iterator[Bucket]:
+        """Returns the buckets in turn. An error in making one is raised when it is its turn."""
+        if not draws_ahead(self._question.device):
+            return map(self._bucket, self._rows)
+        drawn = deque(self._threads.submit(self._bucket, rows) for rows in self._rows)
+        self._threads.submit(self._compile_more, tuple(drawn))
+        return _results(drawn)
+
+    def _bucket(self, rows: int) -> Bucket:
+        from moetune.backends.base import CompilesAhead
+
+        layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
+        bucket = Bucket.of(layer, regime, backend, self._question.device, rows).resumed(self._journaled)
+        if isinstance(backend, CompilesAhead):
+            entering = bucket.problem.rows
+            likely = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
+            self._likely[entering] = likely
+            self._compilers.request(layer, regime, entering, likely[:COMPILED_FIRST])
+        return bucket
+
+    def _compile_more(self, drawn: Sequence[Future[Bucket]]) -> None:
+        wait(drawn)
+        for entering, tactics in sorted(self._likely.items()):
+            self._compilers.request(self._question.layer, self._question.regime, entering, tactics[COMPILED_FIRST:])
+
+
+def draws_ahead(device: str) -> bool:
+    """Returns whether later buckets are drawn while one is measured. On a CPU that would disturb the measurement."""
+    return device.startswith("cuda")
+
+
+def _results(drawn: deque[Future[Bucket]]) -> Iterator[Bucket]:
+    """Yields the buckets in turn and keeps none that it has yielded, so that their memory is freed."""
+    while drawn:
+        yield drawn.popleft().result()
