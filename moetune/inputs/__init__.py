@@ -1,1 +1,1 @@
-"""What people write: model names, config.json files, launch lines, options."""
+"""Reads what people write: model names, config.json files, launch lines, options."""

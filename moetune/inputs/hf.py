@@ -20,14 +20,14 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 
 NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
-"""Where a multimodal config keeps its language model."""
+"""The fields in which a multimodal config has its language model."""
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 SWIGLU_CLAMPED = {"swiglu_alpha": SWIGLU_ALPHA, "swiglu_limit": SWIGLU_LIMIT, "swiglu_beta": SWIGLU_BETA}
-"""The names that configs give to the constants of `Activation.SWIGLU_CLAMPED`."""
+"""Maps the names that configs use for the constants of `Activation.SWIGLU_CLAMPED` to their values."""
 
 
 class Reading(NamedTuple):
-    """A layer, and what its config says beside it that a user should know: one sentence each."""
+    """A layer, and notes for the user about its config, one sentence each."""
 
     layer: MoELayer
     notes: tuple[str, ...]
@@ -36,10 +36,14 @@ class Reading(NamedTuple):
 def layer_from_config(
     source: str | os.PathLike[str] | Config, name: str | None = None, precision: Precision | str | None = None
 ) -> MoELayer:
-    """The MoE layer of a model, from its `config.json`, the folder that holds it, or the parsed object.
+    """Returns the MoE layer of a model's `config.json`.
 
-    `precision` overrides what the config says of its quantization; `name` the layer's name (the folder's else).
-    Beside a `config.json` without `quantization_config`, ModelOpt's `hf_quant_config.json` is read too.
+    If the config has no `quantization_config`, ModelOpt's `hf_quant_config.json` in the same folder is read too.
+
+    Args:
+        source: the path of a config, of the folder that contains it, or the parsed object.
+        name: the layer's name. None means the name of the folder.
+        precision: the weights' precision. None means the one that the config states.
 
     Raises:
         UsageError: the file cannot be read, has no known model type, lacks a field or has an invalid value.
@@ -54,7 +58,11 @@ def read_config(
     precision: Precision | str | None = None,
     overrides: Config | None = None,
 ) -> Reading:
-    """As `layer_from_config`, with notes; `overrides` replace fields first, objects field by field (`--hf-overrides`).
+    """Returns the same layer as `layer_from_config`, with notes.
+
+    Args:
+        source, name, precision: as in `layer_from_config`.
+        overrides: fields that replace the config's, objects field by field (vLLM's `--hf-overrides`).
 
     Raises:
         UsageError, UnsupportedError: as `layer_from_config`.
@@ -70,7 +78,9 @@ def read_config(
     if quantization is None and beside.is_file():
         found = _read(beside).get("quantization")
         if not isinstance(found, Mapping):
-            raise UsageError(f"{beside}: quantization must be an object, given {found!r}.")
+            raise UsageError(
+                f"{beside}: quantization must be an object, given {found!r}.", "Correct the file, or pass --precision."
+            )
         quantization = {"quant_method": "modelopt", **found}
     default_name = path.absolute().parent.name if path.name in ("config.json", "params.json") else path.stem
     return _reading(config, quantization, str(path), name or default_name or "custom", precision)
@@ -81,12 +91,15 @@ def _read(path: Path) -> Config:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror or error}.", "Give a config.json, its folder or a model's name."
+            f"{path} cannot be read: {error.strerror or error}.", "Pass a config.json, its folder or a model's name."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}.") from None
+        raise UsageError(f"{path} is not JSON: {error}.", "Pass a model's config.json.") from None
     if not isinstance(parsed, dict):
-        raise UsageError(f"{path} is not a config: a JSON object is expected, found {type(parsed).__name__}.")
+        raise UsageError(
+            f"{path} is not a config: a JSON object is expected, found {type(parsed).__name__}.",
+            "Pass a model's config.json.",
+        )
     return parsed
 
 
@@ -128,13 +141,13 @@ def _reading(config: Config, quantization: Any, where: str, name: str, precision
 
 
 def _text_and_type(config: Config, where: str) -> tuple[Config, ModelType]:
-    """The language model's part of a multimodal config, else the config itself, and how it is spelled."""
+    """Returns the language model's part of a config (all of it if it has one model only), and its type."""
     outer: list[Any] = []
     text = config
     while nested := next((text[key] for key in NESTED if isinstance(text.get(key), Mapping)), None):
         outer.append(text.get("model_type"))
         text = nested
-    # A part that does not say its type, or not one of its own, has the whole's.
+    # A part without a type, or with a type that is not known, has the type of the whole config.
     names = [
         str(text.get("model_type")),
         *(spelled for whole in reversed(outer) for spelled in (f"{whole}_text", str(whole))),
@@ -147,7 +160,9 @@ def _text_and_type(config: Config, where: str) -> tuple[Config, ModelType]:
     signs = sorted(_signs_of_experts(config))
     said = next((spelled for spelled in (text.get("model_type"), *reversed(outer)) if spelled is not None), None)
     if not signs:
-        raise UsageError(f"{where} is no mixture of experts: no field speaks of experts, model_type is {said!r}.")
+        raise UsageError(
+            f"{where} is no mixture of experts: no field is about experts, model_type is {said!r}.", SIZES_HINT
+        )
     raise UsageError(
         f"{where}: unknown model_type {said!r}; it has experts ({', '.join(signs[:4])}).",
         f"{SIZES_HINT} Known: {', '.join(MODEL_TYPES)}.",
@@ -155,7 +170,7 @@ def _text_and_type(config: Config, where: str) -> tuple[Config, ModelType]:
 
 
 def _signs_of_experts(config: Config) -> Iterator[str]:
-    """The fields, types and architectures that speak of experts, wherever they stand."""
+    """Yields the fields, types and architectures whose names are about experts, at any depth."""
     for key, value in config.items():
         word = str(key).lower()
         if isinstance(value, Mapping):
@@ -171,7 +186,7 @@ def _signs_of_experts(config: Config) -> Iterator[str]:
 
 
 def _is_some(value: Any) -> bool:
-    """Whether a field that speaks of experts says that there are any; one alone is a dense layer."""
+    """Returns whether the value of a field about experts means that there are any. One expert is a dense layer."""
     return isinstance(value, list | str) or (
         isinstance(value, int | float) and not isinstance(value, bool) and value > 1
     )
@@ -181,17 +196,16 @@ def _require_experts(fields: Fields, kind: ModelType) -> None:
     name, count = fields.found(*kind.num_experts)
     count = count[0] if isinstance(count, list) and count else count
     if count in (0, 1) and not isinstance(count, bool):
-        raise UsageError(f"{fields.where} is no mixture of experts: {name} is {count}.")
+        raise UsageError(f"{fields.where} is no mixture of experts: {name} is {count}.", SIZES_HINT)
     if kind.switch is not None and not fields.flag(kind.switch, default=False):
-        raise UsageError(f"{fields.where} is no mixture of experts: {kind.switch} is not set.")
+        raise UsageError(f"{fields.where} is no mixture of experts: {kind.switch} is not set.", SIZES_HINT)
     if zero := fields.integer(*kind.zero_experts) if kind.zero_experts else 0:
         real = fields.size(*kind.num_experts)
         slots = fields.size(*kind.top_k)
         raise UnsupportedError(
-            f"{fields.where}: {zero} of its {real + zero} experts compute nothing ({kind.zero_experts[0]}); moetune "
-            f"models no zero-compute experts: of a token's {slots} slots about {slots * real / (real + zero):.0f} "
-            "would be computed.",
-            "Give the sizes of a layer without them (--experts, --top-k, --hidden, --intermediate).",
+            f"{fields.where}: {zero} of its {real + zero} experts compute nothing ({kind.zero_experts[0]}), which "
+            f"moetune does not support: about {slots * real / (real + zero):.0f} of {slots} slots a token would count.",
+            "Pass the sizes of a layer without them (--experts, --top-k, --hidden, --intermediate).",
         )
 
 
@@ -209,7 +223,9 @@ def _activation(fields: Fields, kind: ModelType) -> Activation:
         for name, constant in SWIGLU_CLAMPED.items():
             if fields.get(name) is not None and fields.number(name, default=constant) != constant:
                 raise UnsupportedError(
-                    f"{fields.where}: moetune knows {fixed.value} with {name} = {constant}, given {fields.get(name)!r}."
+                    f"{fields.where}: moetune supports {fixed.value} with {name} = {constant}, "
+                    f"given {fields.get(name)!r}.",
+                    SIZES_HINT,
                 )
     if fixed is not None:
         return Activation(fixed)
@@ -241,7 +257,7 @@ def _routing(fields: Fields, kind: ModelType) -> dict[str, Any]:
 
 
 def _quantization(config: Config) -> Any:
-    """`quantization_config` of the whole or of its language model; Mistral's own object in their terms."""
+    """Returns `quantization_config` of the config or of its language model, or Mistral's `quantization` as one."""
     text: Any = config
     while isinstance(text, Mapping):
         if text.get("quantization_config") is not None:
@@ -256,15 +272,13 @@ def _quantization(config: Config) -> Any:
 def _precision(
     config: Config, text: Config, quantization: Any, kind: ModelType, where: str
 ) -> tuple[Precision, list[str]]:
-    """The precision of most layers' experts, and what is worth a note."""
+    """Returns the precision of most layers' experts, and notes for the user."""
     typed = text if text.get("dtype") or text.get("torch_dtype") else config
     if quantization is None:
         found = stored_dtype(typed, where)
         if found is not Precision.FP8_TENSOR:
             return found, []
-        return found, [
-            f"{where} has fp8 weights and no quantization_config: vLLM loads such as bf16 (--precision bf16)."
-        ]
+        return found, [f"{where} has fp8 weights and no quantization_config: vLLM loads it as bf16 (--precision bf16)."]
     dtype = str(typed.get("dtype") or typed.get("torch_dtype")).removeprefix("torch.")
     unquantized = Precision.FP16 if dtype == "float16" else Precision.BF16
     expert_dtype = next((c["expert_dtype"] for c in (text, config) if c.get("expert_dtype") is not None), None)
@@ -273,14 +287,14 @@ def _precision(
     modules = ExpertModules((*dict.fromkeys((*kind.experts, "mlp.experts")),), _layers(text, quantization))
     stored = stored_experts(quantization, modules, unquantized, where, expert_dtype)
     return stored.precision, [
-        f"{where}: the experts of {count} of {len(modules.layers)} layers are {other.value}, those of most are "
-        f"{stored.precision.value}, which is read (another: --precision)."
+        f"{where}: the experts of {count} of {len(modules.layers)} layers are {other.value}. Those of most layers are "
+        f"{stored.precision.value}, which is used; --precision changes it."
         for other, count in stored.others.items()
     ]
 
 
 def _layers(text: Config, quantization: Any) -> tuple[int, ...]:
-    """The numbers of the layers with experts; where the depth is not said, one that no list mentions."""
+    """Returns the numbers of the layers with experts; one that no list mentions if the config has no depth."""
     depth = next((text[key] for key in DEPTHS if isinstance(text.get(key), int)), 0)
     dense = text.get("first_k_dense_replace")
     first = dense if isinstance(dense, int) and 0 <= dense < depth else 0

@@ -1,4 +1,4 @@
-"""Checked access to a config's fields: every error names the file and the field."""
+"""Reads and checks the fields of a config. Every error names the file and the field."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ SIZES_HINT = "Give the layer's sizes: --experts 256 --top-k 8 --hidden 7168 --in
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields of one config. A name may lead into an object: `ffn_config.moe_top_k`.
+    """The fields of one config. A name can contain dots: `ffn_config.moe_top_k` is a field of an object.
 
-    Where several names are given they are alternatives: the first that is there and not null counts. `defaults` are
-    the config class's; sizes have none.
+    If a method gets several names, they are alternatives, and the first with a value other than null is used.
+
+    Attributes:
+        config: the parsed object.
+        defaults: the defaults of the config class. Sizes have none.
+        where: the file, for errors.
     """
 
     config: Config
@@ -28,7 +32,7 @@ class Fields:
     where: str
 
     def found(self, *names: str) -> tuple[str, Any]:
-        """The first of `names` that has a value, and the value; else the first name that is there, with None."""
+        """Returns the first of `names` with a value, and the value; or the first that is null, and None."""
         values = [(name, self._written(name)) for name in names]
         for name, value in values:
             if value is not None and value is not _ABSENT:
@@ -40,43 +44,65 @@ class Fields:
         return known, self.defaults.get(known)
 
     def get(self, *names: str) -> Any:
-        """The value as it is written, or the config class's; an explicit null is None."""
+        """Returns the value as written, or the default of the config class. None means null."""
         return self.found(*names)[1]
 
     def size(self, *names: str, first_of_list: bool = False) -> int:
-        """A required positive integer. Of a list, one entry a layer, all must be equal; or its first is taken."""
+        """Returns a positive integer, which must be given.
+
+        A list has one entry a layer, and all must be equal, unless `first_of_list`: then its first is returned.
+
+        Raises:
+            UsageError: it is missing, or invalid.
+        """
         name = next((name for name in names if self._written(name) not in (None, _ABSENT)), None)
         if name is None:
             raise UsageError(f"{self.where} lacks the field {' or '.join(names)}.", SIZES_HINT)
         return self._integer(name, self._written(name), least=1, first_of_list=first_of_list)
 
     def integer(self, *names: str, default: int = 0, least: int = 0) -> int:
-        """An integer of at least `least`, or such a list; null is `default`."""
+        """Returns an integer of at least `least`; `default` if null. The entries of a list must be equal.
+
+        Raises:
+            UsageError: it is invalid.
+        """
         name, value = self.found(*names)
         return default if value is None else self._integer(name, value, least)
 
     def number(self, *names: str, default: float) -> float:
-        """A finite positive number; null is `default`."""
+        """Returns a finite positive number; `default` if null.
+
+        Raises:
+            UsageError: it is invalid.
+        """
         name, value = self.found(*names)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UsageError(f"{self.where}: {name} must be a positive number, given {value!r}.")
+            raise UsageError(f"{self.where}: {name} must be a positive number, given {value!r}.", SIZES_HINT)
         return float(value)
 
     def flag(self, *names: str, default: bool) -> bool:
-        """A boolean; null is `default`."""
+        """Returns a boolean; `default` if null.
+
+        Raises:
+            UsageError: it is invalid.
+        """
         name, value = self.found(*names)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise UsageError(f"{self.where}: {name} must be true or false, given {value!r}.")
+            raise UsageError(f"{self.where}: {name} must be true or false, given {value!r}.", SIZES_HINT)
         return value
 
     def choice(self, *names: str, choices: Mapping[str, Meaning], default: str) -> Meaning:
-        """The meaning of one of a few strings."""
+        """Returns the value in `choices` of the string in the field; that of `default` if null.
+
+        Raises:
+            UsageError: the string is not in `choices`.
+        """
         name, value = self.found(*names)
         value = value or default
         if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{self.where}: {name} must be one of {', '.join(choices)}; given {value!r}.")
+            raise UsageError(f"{self.where}: {name} must be one of {', '.join(choices)}; given {value!r}.", SIZES_HINT)
         return choices[value]
 
     def _written(self, name: str) -> Any:
@@ -93,7 +119,9 @@ class Fields:
                 raise UsageError(f"{self.where}: {name} differs between layers: {value!r}.", SIZES_HINT)
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{self.where}: {name} must be an integer of at least {least}, given {value!r}.")
+            raise UsageError(
+                f"{self.where}: {name} must be an integer of at least {least}, given {value!r}.", SIZES_HINT
+            )
         return value
 
 

@@ -1,8 +1,8 @@
-"""The names of the mixture-of-experts fields in each model type's `config.json`.
+"""Lists the names of the mixture-of-experts fields in each model type's `config.json`.
 
-`ModelType.source` says where the fields and the routing stand: a config class or a model's code. `tf` is transformers
-5.24.0, `vllm` is vLLM 0.33.0, `sglang` is SGLang 0.5.23; paths are below the package, and `NAME/` of tf is its folder
-`models/NAME`. The four sizes have no default here: a config that lacks one is refused by name.
+`ModelType.source` names the config class or the model's code that defines the fields and the routing. `tf` is
+transformers 5.24.0, `vllm` is vLLM 0.33.0, `sglang` is SGLang 0.5.23; paths are below the package, and `NAME/` of tf is
+its folder `models/NAME`. The four sizes have no default: if a config lacks one, the error names it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ SCORES: Mapping[str, str] = {"softmax": "softmax", "sigmoid": "sigmoid"}
 
 @dataclass(frozen=True, slots=True)
 class ModelType:
-    """How one `model_type` spells its MoE layer. The tuples list alternative field names, `a.b` is a field of `a`.
+    """The field names of one `model_type`. Tuples list alternatives; `a.b` is the field b of the object a.
 
-    `shared` counts the shared experts; where a name ends in `_size`, `_dim` or `_dims` it is their joint intermediate
-    size instead. `score_field` is None where the code knows one score only. `bias`: a flag's name, or what the code
-    does. `clamp`: a positive number there makes silu the clamped one. `switch`: a flag without which the model is
-    dense. `zero_experts` counts experts that compute nothing. `experts`: the experts' module in a decoder layer.
-    `first_of_list`: lists hold one entry a modality, the text's first. `expert_dtype`: of fp8 checkpoints that do not
-    say it. `defaults` are the values of the optional fields of the config class; `fixed` sets `MoELayer` fields that
-    the model's code decides.
+    Attributes:
+        shared: the number of shared experts. A field that ends in `_size`, `_dim` or `_dims` has their joint
+            intermediate size instead.
+        score_field: None if the code has one score only, `scoring`.
+        bias: the name of a flag, or whether the code has a bias.
+        clamp: a field that makes silu the clamped one if it is positive.
+        switch: a flag without which the model is dense.
+        zero_experts: the number of experts that compute nothing.
+        experts: the experts' module in a decoder layer.
+        first_of_list: whether lists have one entry a modality, text first.
+        expert_dtype: the value for fp8 checkpoints without the field `expert_dtype`.
+        defaults: the values of the optional fields in the config class.
+        fixed: `MoELayer` fields that the model's code decides.
     """
 
     source: str
@@ -65,7 +71,7 @@ class ModelType:
 
 
 def _deepseek(source: str, scaling: float, groups: tuple[int, int], shared: int, bias: bool | str = True) -> ModelType:
-    """DeepSeek-V3's router: a sigmoid with a bias, in groups."""
+    """Returns a model type with DeepSeek-V3's router: a sigmoid with a bias, in groups."""
     return ModelType(
         source,
         num_experts=("n_routed_experts", "num_local_experts", "num_experts"),

@@ -24,14 +24,14 @@ DTYPES: Mapping[str, Precision] = {
     "float8_e4m3fn": Precision.FP8_TENSOR,
 }
 EXPERT_DTYPES = {"fp4": Precision.MXFP4, "mxfp4": Precision.MXFP4, "fp8": None}
-"""`expert_dtype` of DeepSeek-V4; None: as the other matrices."""
+"""Maps `expert_dtype` of DeepSeek-V4 to a precision. None means that of the other matrices."""
 LEFT_OUT = ("ignore", "ignored_layers", "exclude_modules", "modules_to_not_convert", "llm_int8_skip_modules", "exclude")
-"""The lists of what is not quantized: of compressed-tensors and ModelOpt, vLLM's fp8, ModelOpt, transformers,
-bitsandbytes and Quark."""
+"""The fields that list the modules that are not quantized: of compressed-tensors and ModelOpt, vLLM's fp8, ModelOpt,
+transformers, bitsandbytes and Quark."""
 LINEAR = ("linear", "routedexperts", "fusedmoe")
-"""The classes of modules by which a compressed-tensors group means the experts too (vLLM
+"""The module classes in the targets of a compressed-tensors group that include the experts (vLLM
 `compressed_tensors.py: _add_fused_moe_to_target_scheme_map`)."""
-PRECISION_HINT = f"Name one with --precision: {', '.join(Precision)}."
+PRECISION_HINT = f"Pass one with --precision: {', '.join(Precision)}."
 _SAID = (
     "quant_method", "quant_algo", "moe_quant_algo", "expert_dtype", "format", "weight_block_size", "bits", "group_size",
     "sym", "type", "num_bits", "strategy", "block_structure", "symmetric", "dtype", "qscheme",
@@ -42,7 +42,7 @@ ByLayer = dict[int, Precision | None]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The precision of most layers' experts, and in how many layers they have another one."""
+    """The precision of most layers' experts, and for each other precision the number of layers that have it."""
 
     precision: Precision
     others: Mapping[Precision, int]
@@ -56,12 +56,12 @@ def stored_experts(
     Args:
         quantization: `quantization_config`.
         modules: the experts' modules.
-        unquantized: what experts have that it leaves out.
+        unquantized: the precision of experts that are not quantized.
         where: the file, for errors.
-        expert_dtype: what a checkpoint with fp8 matrices says of its experts' (DeepSeek-V4), or None.
+        expert_dtype: the field of that name, which checkpoints with other fp8 matrices have (DeepSeek-V4), or None.
 
     Raises:
-        UsageError: no precision is known for it; the message says what it is.
+        UsageError: no precision is known for it.
     """
     if not isinstance(quantization, Mapping):
         raise UsageError(f"{where}: quantization_config must be an object, given {quantization!r}.")
@@ -71,7 +71,7 @@ def stored_experts(
         return Stored(unquantized, {})
     by_layer = said.by_layer(expert_dtype)
     counts = Counter(unquantized if layer in left_out else found or unquantized for layer, found in by_layer.items())
-    # Of two that are as frequent, the quantized one is planned.
+    # If two precisions are equally frequent, the quantized one is used.
     precision = max(counts, key=lambda known: (counts[known], known is not unquantized))
     return Stored(precision, {known: count for known, count in counts.items() if known is not precision})
 
@@ -106,14 +106,14 @@ _KEYED = ("quantized_layers", "layer_quant_config", "dynamic", "extra_config")
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """What one `quantization_config` says of the experts of each layer."""
+    """One `quantization_config`, and the modules that it is read for."""
 
     config: Config
     modules: ExpertModules
     where: str
 
     def by_layer(self, expert_dtype: Any) -> ByLayer:
-        """Each layer's precision, None where nothing is said of its experts."""
+        """Returns the precision of each layer's experts; None for layers that the config does not name."""
         config, method = self.config, str(self.config.get("quant_method") or "").lower().replace("_", "-")
         if config.get("moe_quant_algo") is not None:
             return self._everywhere(self._algorithm(config, "moe_quant_algo"))
@@ -133,7 +133,7 @@ class _Said:
         return self._everywhere(self._known(scheme and scheme(config), config))
 
     def left_out(self) -> frozenset[int]:
-        """The layers whose experts are excluded from what `by_layer` says."""
+        """Returns the layers whose experts are not quantized, whatever `by_layer` returns for them."""
         found: frozenset[int] = frozenset()
         for key in LEFT_OUT:
             found |= self.modules.meant_by(self._names(self.config.get(key), key), f"{self.where}: {key}")
@@ -141,7 +141,7 @@ class _Said:
         return found | self.modules.meant_by(wide, f"{self.where}: extra_config")
 
     def _quantized_layers(self) -> ByLayer:
-        """ModelOpt's MIXED_PRECISION."""
+        """Reads ModelOpt's MIXED_PRECISION, which has one entry for each module."""
         names: dict[str, list[str]] = {}
         for name, entry in self._object("quantized_layers").items():
             names.setdefault(str(self._entry(entry, name).get("quant_algo")), []).append(name)
@@ -152,7 +152,7 @@ class _Said:
         return found
 
     def _groups(self) -> ByLayer:
-        """compressed-tensors: a group that names the experts goes before one that means every linear layer."""
+        """Reads compressed-tensors. A group that names the experts overrides a group of all linear layers."""
         groups = [self._entry(group, name) for name, group in self._object("config_groups").items()]
         if not groups:
             self._known(None, self.config)
@@ -174,7 +174,7 @@ class _Said:
         return self._known(compressed_tensors(group), said)
 
     def _quark(self) -> ByLayer:
-        """Quark: the first entry of `layer_quant_config` that means a layer, else `global_quant_config`."""
+        """Reads Quark: the first entry of `layer_quant_config` that matches a layer, else `global_quant_config`."""
         found: ByLayer = dict.fromkeys(self.modules.layers)
         for name, entry in self._object("layer_quant_config").items():
             for layer in self.modules.meant_by([name], f"{self.where}: layer_quant_config"):
@@ -190,7 +190,10 @@ class _Said:
         return self._known(quark(entry), {"quant_method": "quark", **(weight if isinstance(weight, Mapping) else {})})
 
     def _gptq(self) -> ByLayer:
-        """GPTQ: `dynamic` patterns leave out (`-:`) or differ (`+:`); a list of modules is all that is quantized."""
+        """Reads GPTQ. Patterns in `dynamic` exclude modules (`-:`) or change their bits (`+:`).
+
+        If there is a list of modules, only these are quantized.
+        """
         overall = self._known(gptq(self.config), self.config)
         listed = self.config.get("modules_in_block_to_quantize")
         if listed:

@@ -30,11 +30,11 @@ MODELOPT: Mapping[str, Precision] = {
     "W4A8_MXFP4_MXFP8": Precision.MXFP4,
     "W8A16": Precision.INT8_W8A16,
 }
-"""ModelOpt's `quant_algo`."""
+"""Maps ModelOpt's `quant_algo` to a precision."""
 
 
 def fp8(scheme: Config) -> Precision | None:
-    """`quant_method: fp8`: one scale a tensor without `weight_block_size`."""
+    """Returns the precision of `quant_method: fp8`, which has one scale a tensor without `weight_block_size`."""
     match scheme.get("weight_block_size"):
         case None:
             return Precision.FP8_TENSOR
@@ -48,7 +48,7 @@ def fp8(scheme: Config) -> Precision | None:
 
 
 def gptq(scheme: Config) -> Precision | None:
-    """`quant_method: gptq`."""
+    """Returns the precision of `quant_method: gptq`."""
     match scheme.get("bits"):
         case 4:
             return Precision.GPTQ_INT4
@@ -58,10 +58,10 @@ def gptq(scheme: Config) -> Precision | None:
 
 
 def compressed_tensors(group: Config) -> Precision | None:
-    """One of `config_groups`.
+    """Returns the precision of one of compressed-tensors' `config_groups`.
 
-    `input_activations` count where they are written, null for activations that are not quantized; a group that does
-    not have the key is of the usual kind for its weights.
+    If `input_activations` is null, activations are not quantized. If the key is missing, they are as is usual for the
+    weights.
     """
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
@@ -90,7 +90,7 @@ def compressed_tensors(group: Config) -> Precision | None:
 
 
 def quark(scheme: Config) -> Precision | None:
-    """One entry of Quark's `layer_quant_config`, or its `global_quant_config`."""
+    """Returns the precision of an entry of Quark's `layer_quant_config`, or of its `global_quant_config`."""
     weight = scheme.get("weight")
     if isinstance(weight, list) and len(weight) == 1:
         weight = weight[0]
@@ -139,7 +139,7 @@ METHODS: Mapping[str, Callable[[Config], Precision | None]] = {
     "auto-round": _auto_round,
     "experts-int8": lambda _: Precision.INT8_W8A16,
 }
-"""By `quant_method`, with `-` for `_`, for methods that have one scheme for all that they quantize."""
+"""Maps each `quant_method` with a single scheme (`-` written for `_`) to the function that reads it."""
 
 
 def _int_weights(weights: Config, inputs: Config | None) -> Precision | None:
@@ -168,7 +168,7 @@ def _inputs(group: Config) -> Config | None:
 
 
 def _block(structure: Any) -> Any:
-    """`"128x128"` as `[128, 128]`, which newer checkpoints write."""
+    """Returns the sides of a block: `[128, 128]` for `"128x128"`, which some checkpoints have instead."""
     if isinstance(structure, str) and structure.replace("x", "").isdigit():
         return [int(side) for side in structure.split("x") if side]
     return structure if structure is not None else ()

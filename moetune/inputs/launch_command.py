@@ -29,13 +29,13 @@ PROGRAMS: Final[Mapping[tuple[str, ...], tuple[str, str]]] = {
     ("dynamo.sglang",): ("sglang", "dynamo.sglang"),
     ("dynamo.trtllm",): ("trtllm", "dynamo.trtllm"),
 }
-"""How a server is called: the words that call it → the engine, and the program whose flags follow."""
+"""Maps the words that start a server to the engine, and to the program whose flags follow."""
 _IMAGES: Final = (
     (re.compile(r"(^|/)vllm/vllm-openai([:@-]|$)"), ("vllm", "vllm serve")),
     (re.compile(r"(^|/)vllm-openai([:@-]|$)"), ("vllm", "vllm serve")),
 )
-"""Images whose entry point is a server: vLLM's `docker/Dockerfile` ends in `ENTRYPOINT ["vllm", "serve"]`; those of
-SGLang and TensorRT-LLM have none."""
+"""The images whose entry point is a server. vLLM's `docker/Dockerfile` ends in `ENTRYPOINT ["vllm", "serve"]`. The
+images of SGLang and TensorRT-LLM have no such entry point."""
 _CONTAINERS: Final = ("docker", "podman", "nerdctl")
 _SHELLS: Final = ("bash", "sh", "zsh", "dash")
 _TALK: Final = ("echo", "printf", "pip", "pip3", "git", "cd", "cat", "grep", "pkill", "curl", "watch", "sleep", "which")
@@ -51,9 +51,14 @@ _LOOKS_TYPED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """The command that serves: its engine, the program, the words after it and the variables that it sees.
+    """The command that starts a server.
 
-    `launcher` are the words before the first argument: `docker run …` and the image, or `vllm serve`.
+    Attributes:
+        engine: `vllm`, `sglang` or `trtllm`.
+        program: the program whose flags the arguments are, as in `PROGRAMS`.
+        arguments: the words after the program.
+        variables: the environment variables that the line sets for it.
+        launcher: the words before the first argument: `docker run …` and the image, or `vllm serve`.
     """
 
     engine: str
@@ -64,18 +69,19 @@ class ServerCommand:
 
     @property
     def spelled(self) -> str:
-        """The whole command."""
+        """Returns the whole command as text."""
         return " ".join((*self.launcher, *(word.text for word in self.arguments)))
 
 
 def find(text: str) -> ServerCommand:
-    """The one command of `text` that serves a model.
+    """Returns the one command of `text` that serves a model.
 
     Args:
         text: a shell's lines, or a Dockerfile's `CMD` or `ENTRYPOINT`.
 
     Raises:
-        UsageError: no server or more than one, a quote that does not close, or a typographic sign in a flag's place.
+        UsageError: no server or more than one, a quote that is not closed, or a flag that begins with a typographic
+                sign.
     """
     found = list(_servers(_commands(text, {})))
     if not found:
@@ -83,14 +89,14 @@ def find(text: str) -> ServerCommand:
         raise UsageError(f"--launch finds no server in {shown[:100]!r}.", f"It reads {FORMS}.")
     if len(found) > 1:
         listed = "; ".join(f"({number}) {one.spelled[:100]}" for number, one in enumerate(found, 1))
-        raise UsageError(f"--launch finds {len(found)} servers: {listed}.", "Give the line of one of them.")
+        raise UsageError(f"--launch finds {len(found)} servers: {listed}.", "Pass the line of one of them.")
     for word in found[0].arguments:
         _require_plain(word)
     for command in _commands(text, {}):
         if command.words[0].text.startswith("-") and command.words[0].text.strip("-"):
             raise UsageError(
-                f"A command begins with {command.words[0].text}: the line before it does not end with a backslash, and "
-                "a shell would not give it to the server.",
+                f"A command begins with {command.words[0].text}: the line before it does not end with a backslash, so "
+                "a shell would not pass it to the server.",
                 "End every line but the last with a backslash.",
             )
     return found[0]
@@ -125,7 +131,7 @@ def _servers(commands: tuple[Command, ...]) -> Iterator[ServerCommand]:
 
 
 def _nested(words: list[str]) -> int | None:
-    """The index of the text that a shell among the words is to run: `bash -lc TEXT`."""
+    """Returns the index of the text that a nested shell runs (`bash -lc TEXT`), or None."""
     for index, word in enumerate(words):
         if PurePosixPath(word).name in _SHELLS:
             for later in range(index + 1, len(words) - 1):
@@ -138,7 +144,7 @@ def _nested(words: list[str]) -> int | None:
 
 
 def _called(words: list[str]) -> tuple[tuple[str, str], int] | None:
-    """The engine and the program that the words call, and the index of its first argument."""
+    """Returns `((engine, program), index of the first argument)`, or None if the words start no server."""
     for index, word in enumerate(words):
         name = PurePosixPath(word).name if "/" in word else word
         for calling, meant in PROGRAMS.items():
@@ -153,7 +159,7 @@ def _called(words: list[str]) -> tuple[tuple[str, str], int] | None:
 
 
 def _variables(command: Command, end: int) -> dict[str, Word]:
-    """What the command sees: the shell's variables, and `NAME=value` before its program (`env`, `docker run -e`)."""
+    """Returns the shell's variables, and those set by `NAME=value` before the program (`env`, `docker run -e`)."""
     given = {}
     for word in command.words[:end]:
         spelled = _CONTAINERS_VARIABLE.sub("", word.text)

@@ -19,7 +19,7 @@ TRUE: Final = ("true", "1", "yes", "on")
 _FLAG: Final = re.compile(r"--?[A-Za-z]")
 _NUMBER: Final = re.compile(r"(-?\d+)(\.\d+)?([kKmMgG]?)")
 _MODEL: Final = re.compile(r"\$\{?\w*(MODEL|PATH|CHECKPOINT|CKPT|REPO|HF)\w*\}?$", re.IGNORECASE)
-"""Variables whose name says that they hold a model. Any other variable may hold flags."""
+"""Variables whose name says that they contain a model. Any other variable may contain flags."""
 _FACTORS: Final = {"": 1, "k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 
 

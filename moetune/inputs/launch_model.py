@@ -1,4 +1,4 @@
-"""Finds the model of a launch line, and the precision that its flags give the experts."""
+"""Finds the model of a launch line, and the precision that its flags set for the experts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _QUANTIZATIONS: Final[Mapping[str, Precision | None]] = {
     "mxfp4": Precision.MXFP4,
     "compressed-tensors": None,
 }
-"""`--quantization` → the experts' precision; None means the checkpoint's own."""
+"""Maps values of `--quantization` to the experts' precision; None means the precision of the checkpoint."""
 _DTYPES: Final = {"float16": Precision.FP16, "half": Precision.FP16, "float32": Precision.FP32, "float": Precision.FP32}
 _HARMLESS_OVERRIDES: Final = (
     "architectures", "rope", "max_position", "max_model", "sliding", "index_", "use_index", "vision", "audio", "dtype",
     "torch_dtype", "bos_", "eos_", "pad_", "tie_word", "auto_map", "num_nextn", "is_matryoshka", "matryoshka",
 )  # fmt: skip
-"""Prefixes of config fields that do not concern the experts."""
+"""The prefixes of config fields that do not concern the experts."""
 
 
 class Model(NamedTuple):
@@ -55,7 +55,7 @@ def model_named(line: Line, *, precise: bool) -> Model:
     """Returns the model that the line serves: an existing path, or a known repository.
 
     Args:
-        precise: whether the user gave the precision, so that the repository's need not be known.
+        precise: whether the user gave the precision. Then the repository's precision need not be known.
 
     Raises:
         UsageError: no model is named, or it is not known.

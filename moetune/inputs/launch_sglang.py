@@ -1,6 +1,6 @@
 """Reads SGLang's own flags and variables (SGLang 0.5.23).
 
-Every all-to-all but `ascend_tp` spreads the experts over all tp ranks (`_A2A_EP_SPANNING_BACKENDS` in
+Every all-to-all except `ascend_tp` distributes the experts over all tp ranks (`_A2A_EP_SPANNING_BACKENDS` in
 `arg_groups/overrides.py`). `--attn-dp-size N` replaces `--dp-size N --enable-dp-attention`
 (`arg_groups/parallel_hook.py`).
 """
@@ -26,7 +26,7 @@ _OLD_KERNELS: Final = {
     "enable-flashinfer-mxfp4-moe": "flashinfer_mxfp4",
     "enable-triton-kernel-moe": "triton_kernel",
 }
-"""Switches of versions before `--moe-runner-backend` → its value."""
+"""Maps the switches of versions before `--moe-runner-backend` to its values."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     if word not in ("none", "ascend_tp") or line.switch("enable-ep-moe"):
         ep = tp
     if tp % (ep * copies):
-        raise UsageError(f"SGLang's --ep-size {ep} and --moe-dp-size {copies} must divide --tp-size {tp}.")
+        raise UsageError(
+            f"SGLang's --ep-size {ep} and --moe-dp-size {copies} must divide --tp-size {tp}.", "Correct these flags."
+        )
     rows = line.number("chunked-prefill-size", least=-1)
     return {
         "ep": ep,

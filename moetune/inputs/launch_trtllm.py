@@ -22,9 +22,9 @@ DECIDING: Final = (
 _FILES: Final = ("extra-llm-api-options", "config", "extra-engine-args")
 _KERNELS: Final = {"cutlass": "flashinfer-cutlass", "wideep": "flashinfer-cutlass", "trtllm": "flashinfer-trtllm"}
 _ROWS_OF_ALL_RANKS: Final = ("allgather", "nvlink_one_sided", "nvlink_two_sided", "deepep")
-"""Dispatchers whose buckets count the rows of all ranks, while `max_num_tokens` counts those of one."""
+"""The dispatchers whose buckets count the rows of all ranks. `max_num_tokens` counts the rows of one rank."""
 _DEFAULT_TOKENS: Final = 8192
-"""`TorchLlmArgs.max_num_tokens`."""
+"""The default of `TorchLlmArgs.max_num_tokens`."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
         forced = line.variable("TRTLLM_FORCE_COMM_METHOD") or line.variable("TRTLLM_FORCE_ALLTOALL_METHOD")
         word = trtllm_name(forced) if forced else "attention_dp"
     elif line.variable("TRTLLM_FORCE_COMM_METHOD"):
-        deployed.warn("TRTLLM_FORCE_COMM_METHOD does nothing without enable_attention_dp: every rank holds all rows.")
+        deployed.warn("TRTLLM_FORCE_COMM_METHOD has no effect without enable_attention_dp: every rank holds all rows.")
     rows = _number(settings, "max_num_tokens") or line.number("max-num-tokens")
     if own_tokens and (tp > ep or word in _ROWS_OF_ALL_RANKS):
         rows = (rows or _DEFAULT_TOKENS) * tp
@@ -71,7 +71,8 @@ def _experts_over(line: Line, settings: Mapping[str, Any], tp: int) -> int:
     if tp % ep or (moe_tp is not None and ep * moe_tp != tp):
         raise UsageError(
             f"TensorRT-LLM's ep_size {ep}{f' and moe_tensor_parallel_size {moe_tp}' if moe_tp else ''} "
-            f"must divide tp_size {tp}."
+            f"must divide tp_size {tp}.",
+            "Correct these sizes.",
         )
     return ep
 
@@ -93,7 +94,8 @@ def _replicas(settings: Mapping[str, Any], deployed: Deployed) -> int | None:
     if replicas < 0:
         raise UsageError(
             f"moe_config.load_balancer.num_slots = {slots} is less than the {deployed.layer.num_experts} experts of "
-            f"{deployed.layer.name}."
+            f"{deployed.layer.name}.",
+            "Set it to the number of experts, plus the redundant ones.",
         )
     return replicas or None
 

@@ -1,6 +1,7 @@
 """Reads vLLM's own flags and variables (vLLM 0.33).
 
-ep = tp · dp · pcp with expert parallelism, else the experts are cut over as many ranks (`FusedMoEParallelConfig.make`).
+With expert parallelism ep = tp · dp · pcp; without, each expert is split over as many ranks
+(`FusedMoEParallelConfig.make`).
 The largest row count of FlashInfer's ops is that of `fi_moe_largest_bucket` (#47427, #52989).
 """
 
@@ -27,10 +28,11 @@ _FLASHINFER_SWITCHES: Final = {
     "MXFP4_BF16": (Precision.MXFP4,),
     "MXFP4_MXFP8_CUTLASS": (Precision.MXFP4,),
 }
-"""`VLLM_USE_FLASHINFER_MOE_…` of vLLM up to 0.2x → the precisions that it applies to."""
+"""Maps the switches `VLLM_USE_FLASHINFER_MOE_…` of vLLM up to 0.2x to the precisions that they apply to."""
 _FLASHINFER: Final = {"latency": "flashinfer-trtllm", "throughput": "flashinfer-cutlass"}
 _DEFAULT_TOKENS: Final = {"flashinfer-trtllm": 16384, "flashinfer-trtllm-routed": 16384}
-"""`EngineArgs.get_batch_defaults`: 16384 from 160 GiB of GPU memory (B200, B300), 8192 on an H100 or H200."""
+"""The default of `EngineArgs.get_batch_defaults`: 16384 from 160 GiB of GPU memory (B200, B300); 8192 on an H100 or
+H200."""
 
 
 def options(line: Line, deployed: Deployed) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     if not experts or dp == 1 or word is None:
         word = "allgather_reducescatter"
     replicas = _replicas(line)
-    _say_where_eplb_does_not_fit(line, deployed, replicas, world if experts else 1)
+    _warn_of_refused_eplb(line, deployed, replicas, world if experts else 1)
     _require_linear_placement(line, deployed, experts=experts, replicas=replicas)
     backend = _backend(line, deployed)
     on_flashinfer = (backend or "").startswith("flashinfer") or word.startswith("flashinfer")
@@ -80,28 +82,28 @@ def _replicas(line: Line) -> int:
     replicas = number(str(config.get("num_redundant_experts", own)), "--eplb-config.num_redundant_experts", least=0)
     if replicas and not line.switch("enable-eplb"):
         raise UsageError(
-            f"--eplb-config asks for {replicas} redundant experts without --enable-eplb, which vLLM refuses.",
+            f"--eplb-config sets {replicas} redundant experts without --enable-eplb, which vLLM refuses.",
             "Add --enable-eplb, or leave the redundant experts out.",
         )
     return replicas
 
 
-def _say_where_eplb_does_not_fit(line: Line, deployed: Deployed, replicas: int, ranks: int) -> None:
-    """vLLM's own conditions: `ParallelConfig._validate_parallel_config` and `FusedMoE`, which it checks at start."""
+def _warn_of_refused_eplb(line: Line, deployed: Deployed, replicas: int, ranks: int) -> None:
+    """Adds a warning if vLLM would refuse to start (`ParallelConfig._validate_parallel_config`, `FusedMoE`)."""
     if not line.switch("enable-eplb"):
         return
     slots = deployed.layer.num_experts + replicas
     if ranks == 1:
         deployed.warn("vLLM refuses --enable-eplb without --enable-expert-parallel over more than one GPU.")
     elif slots % ranks:
-        deployed.warn(f"vLLM refuses --enable-eplb where {slots} expert slots do not divide by {ranks} ranks.")
+        deployed.warn(f"vLLM refuses --enable-eplb if {ranks} ranks do not divide the {slots} physical experts.")
 
 
 def _require_linear_placement(line: Line, deployed: Deployed, *, experts: bool, replicas: int) -> None:
-    """vLLM places experts in turn for grouped routers without redundant experts (`expert_map_manager.py`).
+    """Raises `UnsupportedError` if vLLM may place the experts of a grouped router in turn instead of in shards.
 
-    0.33 falls back to whole shards behind most dispatchers, earlier versions did not. For an ungrouped router the load
-    is the same either way.
+    vLLM does so without redundant experts (`expert_map_manager.py`). 0.33 uses shards with most dispatchers, earlier
+    versions did not. For an ungrouped router the load is the same either way.
     """
     if line.text("expert-placement-strategy") != "round_robin" or not experts:
         return
@@ -133,13 +135,13 @@ def _backend_of_variables(line: Line, deployed: Deployed) -> str | None:
         name = f"VLLM_USE_FLASHINFER_MOE_{switch}"
         if not _true(line.variable(name)) or deployed.layer.precision not in precisions:
             continue
-        deployed.warn(f"vLLM 0.33 does not read {name}; there it is --moe-backend.")
+        deployed.warn(f"vLLM 0.33 does not read {name}; use --moe-backend instead.")
         if switch.startswith("MXFP4"):
             return "flashinfer-cutlass" if switch.endswith("CUTLASS") else "flashinfer-trtllm"
         chosen = line.variable("VLLM_FLASHINFER_MOE_BACKEND")
         if chosen is None or chosen.lower() not in _FLASHINFER:
             raise UsageError(
-                f"{name} with VLLM_FLASHINFER_MOE_BACKEND={chosen or 'unset'} does not say which kernels run; "
+                f"{name} with VLLM_FLASHINFER_MOE_BACKEND={chosen or 'unset'} does not determine which kernels run; "
                 f"its default changed between versions.",
                 f"Set it to {' or '.join(_FLASHINFER)}, or pass --backend.",
             )

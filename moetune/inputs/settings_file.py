@@ -14,11 +14,11 @@ from moetune.inputs.shell import Word
 
 
 def read(path: str, flag: str) -> dict[str, Any]:
-    """Returns the settings in the file at `path`, with its keys unchanged.
+    """Returns the settings in the file at `path`, with their keys unchanged.
 
     Args:
         path: relative to the working directory.
-        flag: the flag that names it, for the error.
+        flag: the flag that names the file, for the error.
 
     Raises:
         UsageError: the file cannot be read, is not YAML, or is not an object.
@@ -29,16 +29,21 @@ def read(path: str, flag: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{flag} {path}: the file cannot be read: {error}.", hint) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{flag} {path}: the file is not YAML: {' '.join(str(error).split())}.") from None
+        raise UsageError(
+            f"{flag} {path}: the file is not YAML: {' '.join(str(error).split())}.", "Correct it."
+        ) from None
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise UsageError(f"{flag} {path}: the file must hold settings by name, found {type(found).__name__}.")
+        raise UsageError(
+            f"{flag} {path}: the file must have settings by name, found {type(found).__name__}.",
+            "Write one `name: value` a line.",
+        )
     return {str(name): value for name, value in found.items()}
 
 
 def setting(settings: Mapping[str, Any], *names: str) -> Any:
-    """Returns the value under the nested `names`, or None if one is missing. `-` and `_` are equal."""
+    """Returns the value under the nested `names`, or None if one is missing. `-` and `_` are taken as equal."""
     found: Any = settings
     for name in names:
         if not isinstance(found, Mapping):
@@ -50,7 +55,7 @@ def setting(settings: Mapping[str, Any], *names: str) -> Any:
 def as_flags(settings: Mapping[str, Any]) -> list[Word]:
     """Returns the settings as words of a command line, as vLLM's and SGLang's own readers do.
 
-    True is a switch, False and null are left out, a list gives one word an element, an object is JSON
+    True gives a switch, False and null give nothing, a list gives one word for each element, an object gives JSON
     (`FlexibleArgumentParser.load_config_file` of vLLM, `ConfigArgumentMerger` of SGLang).
     """
     words: list[Word] = []

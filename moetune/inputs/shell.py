@@ -1,8 +1,8 @@
-"""Reads the commands of a shell text: words, variables, and what only the user's own shell could expand.
+"""Splits a shell text into commands, and marks the expansions that only the user's own shell could resolve.
 
 The rules are those of POSIX.1-2017, Shell Command Language, 2.2 (quoting), 2.3 (token recognition), 2.6 (expansions)
-and 2.7 (redirection), with bash's arrays. `shlex` does not tell a quoted `$` from an expansion nor `2>` from an
-argument; bashlex has a licence that this package cannot carry; a compiled grammar would have to be installed into every
+and 2.7 (redirection), with bash's arrays. `shlex` does not distinguish a quoted `$` from an expansion, nor `2>` from an
+argument. bashlex has a licence that this package cannot carry. A compiled grammar would have to be installed into every
 engine.
 """
 
@@ -30,8 +30,10 @@ _RESERVED: Final = ("if", "then", "else", "elif", "while", "until", "do", "{", "
 class Word:
     """One argument after expansion and removal of quotes.
 
-    `unexpanded` are the expansions that the text does not determine (`$EP`, `$(nproc)`): they stand in `text` as they
-    were written. `assumed` are those with a default of their own (`${TP:-8}`), whose default stands in `text`.
+    Attributes:
+        text: the argument.
+        unexpanded: expansions whose value the shell text does not give (`$EP`, `$(nproc)`); `text` has them as written.
+        assumed: expansions that were replaced by the default written in them (`${TP:-8}`).
     """
 
     text: str
@@ -48,24 +50,24 @@ class Command:
 
 
 def commands(text: str, variables: Mapping[str, Word] | None = None) -> tuple[Command, ...]:
-    """The simple commands of a shell text, in order; redirections and comments are left out.
+    """Returns the simple commands of a shell text, in order, without redirections and comments.
 
-    A backslash that only blanks and a comment separate from the end of its line continues the line, as documents
-    write it, although a shell would not read it so.
+    A backslash continues the line even if blanks and a comment follow it. A shell would not accept that, but documents
+    write it.
 
     Args:
         text: lines of a shell.
-        variables: what is set before the first line.
+        variables: the variables that are set before the first line.
 
     Raises:
-        UsageError: a quote or a bracket that does not close.
+        UsageError: a quote or a bracket is not closed.
     """
     return tuple(_Reader(text, dict(variables or {})).read())
 
 
 @dataclass(slots=True)
 class _Field:
-    """A word that is being read; `begun` where it exists although it may be empty (`""`)."""
+    """A word that is being read. `begun` is true once the word exists, even if it is empty (`""`)."""
 
     text: list[str] = field(default_factory=list)
     unexpanded: list[str] = field(default_factory=list)
@@ -82,7 +84,7 @@ class _Field:
 
 
 class _Reader:
-    """Walks over the text once. `variables` and `arrays` hold what it has set so far."""
+    """Reads the text once, from start to end. `variables` and `arrays` hold what the text has set so far."""
 
     def __init__(self, text: str, variables: dict[str, Word]) -> None:
         self.text, self.at = text, 0
@@ -199,7 +201,7 @@ class _Reader:
             elements.append(current.word())
 
     def _field(self, current: _Field, split: list[Word] | None = None) -> _Field:
-        """Reads on to the end of a word; an unquoted expansion's own blanks end words, which `split` takes."""
+        """Reads to the end of a word. Blanks in an unquoted expansion end words; these are added to `split`."""
         while self.at < len(self.text):
             char = self.text[self.at]
             if self.text.startswith(("<(", ">("), self.at):
@@ -252,7 +254,7 @@ class _Reader:
         return self.text[start:end]
 
     def _bracketed(self, start: int, opening: str, closing: str) -> int:
-        """The index behind the bracket that closes the one at `start`."""
+        """Returns the index after the bracket that closes the one at `start`."""
         depth = 0
         for index in range(start, len(self.text)):
             depth += (self.text[index] == opening) - (self.text[index] == closing)
@@ -287,7 +289,7 @@ class _Reader:
         self.at = end
 
     def _parameter(self, current: _Field, split: list[Word] | None, inner: str, end: int, *, quoted: bool) -> None:
-        """Replaces `${inner}`, which ends before `end`: a variable, all elements of an array, or a default."""
+        """Replaces `${inner}`, which ends before `end`, by a variable, all elements of an array, or its default."""
         written = self.text[self.at : end]
         if (elements := _ELEMENTS.fullmatch(inner)) and elements[1] in self.arrays and split is not None:
             self.at = end
@@ -326,5 +328,5 @@ def _parts(word: Word) -> list[Word]:
 
 def _unclosed(mark: str) -> UsageError:
     return UsageError(
-        f"The launch line cannot be read: {mark} does not close.", "Give the whole command, with all of its quotes."
+        f"The launch line cannot be read: {mark} is not closed.", "Give the whole command, with all of its quotes."
     )

@@ -1,1 +1,1 @@
-"""What is asked: layer, regime, ladder, tactic, environment. Pure data, no torch."""
+"""Defines layer, regime, ladder, tactic and environment: pure data. Does not import torch."""

@@ -425,7 +425,7 @@ def test_what_a_config_says_beside_its_layer_is_said(moetune, tiny, sizes):
     result = moetune("plan", "--json", "--model", tiny(torch_dtype="float8_e4m3fn"), *sizes)
     assert result.exit_code == 0
     assert result.stderr.count("warning: ") == 1
-    assert "vLLM loads such as bf16 (--precision bf16)" in result.stderr
+    assert "vLLM loads it as bf16 (--precision bf16)" in result.stderr
 
 
 def test_layers_that_differ_from_most_are_said(moetune, tiny):

@@ -129,7 +129,7 @@ def test_experts_without_a_gate_have_two_matrices():
 
 def test_weights_of_fp8_without_scales_are_read_and_said():
     reading = read_config(CONFIGS / "dtype-float8.json")
-    assert "vLLM loads such as bf16" in " ".join(reading.notes)
+    assert "vLLM loads it as bf16" in " ".join(reading.notes)
     assert read_config(CONFIGS / "arctic.json").notes == ()
 
 

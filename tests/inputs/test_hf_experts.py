@@ -94,8 +94,8 @@ def test_layer_1_is_not_layer_10():
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["re:.*(experts"], "no regular expression"),
-        (["model.encoder.blocks.5.experts"], "not as moetune knows them"),
+        (["re:.*(experts"], "not a regular expression"),
+        (["model.encoder.blocks.5.experts"], "names experts, but not as"),
         (["re:.*mlp.experts.*gate_proj"], "only some of an expert's matrices"),
         (["model.layers.5.mlp.experts.up_proj"], "only some of an expert's matrices"),
     ],

@@ -287,7 +287,7 @@ def test_quantization_makes_another_precision_only_of_bf16_weights():
     [
         ("python serve.py --model x", UsageError, "no server.*It reads vllm serve MODEL"),
         ("vllm serve", UsageError, "names no model"),
-        ("vllm serve 'unclosed", UsageError, "' does not close"),
+        ("vllm serve 'unclosed", UsageError, "' is not closed"),
         (
             "vllm serve meta-llama/Llama-3-8B",
             UsageError,

@@ -181,7 +181,7 @@ def test_a_folder_of_a_presets_name_does_not_hide_the_preset(tmp_path, monkeypat
 
 def test_what_a_config_says_beside_its_layer_is_a_warning():
     path = Path(__file__).parent.parent / "data" / "configs" / "dtype-float8.json"
-    with pytest.warns(UserWarning, match="vLLM loads such as bf16"):
+    with pytest.warns(UserWarning, match="vLLM loads it as bf16"):
         layer = presets.layer(path)
     found = presets.read(path)
     assert found.layer == layer

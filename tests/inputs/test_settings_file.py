@@ -32,7 +32,7 @@ def test_every_spelling_of_yaml_is_one_setting(tmp_path, spelled):
         (b"a: [1", "is not YAML"),
         (b"a: b: c", "is not YAML"),
         (b"\tx: 1", "is not YAML"),
-        (b"- 1\n- 2\n", "must hold settings by name, found list"),
+        (b"- 1\n- 2\n", "must have settings by name, found list"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"a: !!python/object/apply:os.getcwd []", "is not YAML"),
         (b"[" * 20_000, "is not YAML"),
