@@ -41,7 +41,7 @@ class Uneven:
 
     def __init__(self, us, spread=0.0, fails=(None, 0)):
         self.us, self.spread, self.failures, self.rounds, self.calls = us, spread, {}, Counter(), 0
-        self._fails = fails
+        self.eager, self._fails = {}, fails
 
     def samples(self, tactics, draws):
         self.calls += 1

@@ -73,7 +73,6 @@ def test_who_left_after_the_opening_never_wins_over_one_that_stayed():
 @pytest.mark.parametrize("default_us", [50.0, 10.4, 8.0])
 def test_a_choice_s_times_are_the_means_of_what_counts_and_differ_by_the_gain(default_us):
     bench = Uneven({DEFAULT: (default_us, default_us), **TIED}, spread=0.05)
-    bench.eager = {}
     final = play(bench, DEFAULT, [GOOD, NEXT], DRAWS, seconds=1e-6)
     verdict = decide(final, bench, DRAWS, 8)
     record = choice_of(final, verdict, bench, [realize(LAYER, REGIME, 4)], rows=4, tried=3, candidates=3)
