@@ -1,4 +1,4 @@
-"""Exports profiles as the files that engines load. Exporters are pure functions. No torch."""
+"""Exports profiles as the files that engines load. Exporters are pure functions and do not import torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def exporter(target: str) -> Exporter:
     """Imports and returns the exporter of an engine.
 
     Raises:
-        UsageError: no such engine.
+        UsageError: the engine is unknown.
     """
     if target not in _HOMES:
         raise UsageError(f"Cannot export to {target!r}.", f"Engines: {', '.join(_HOMES)}.")
@@ -41,15 +41,15 @@ def export(profile: Profile, target: str, *, version: str | None = None, source:
     """Returns all files for one profile, below a folder named by the regime's slug.
 
     Args:
-        profile: what was measured.
+        profile: the profile.
         target: one of `targets()`.
-        version: of the engine (or of FlashInfer) that the files are for; each exporter's newest known when not given.
-        source: the profile's path, for the provenance.
-        command: what makes these files again, for the provenance.
+        version: the engine's (or FlashInfer's) version. [default: the newest that the exporter knows]
+        source: the profile's path. The provenance file contains it.
+        command: the command that writes these files again. The provenance file contains it.
 
     Raises:
-        UsageError: no such engine, or a version that the exporter does not know.
-        UnsupportedError: the engine has no use for a profile of this backend.
+        UsageError: an unknown engine or version.
+        UnsupportedError: the engine cannot use a profile of this backend.
         NoResultError: the profile is empty.
     """
     return bundle(profile, target, exporter(target)(profile, version), source, command)
@@ -68,7 +68,7 @@ def export_profile(
         force: replace files that have other content.
 
     Returns:
-        Each file's path, `written` or `unchanged`.
+        Each file's path with its state, `written` or `unchanged`.
 
     Raises:
         UsageError: an unknown engine or version, or a file with other content exists.

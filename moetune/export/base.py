@@ -1,4 +1,4 @@
-"""What every exporter has in common: the `Export` it returns, and the README and the provenance beside its files."""
+"""Defines `Export`, which every exporter returns, and adds a README and a provenance file to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moetune.errors import NoResultError
 from moetune.store.profile import Profile
 
 FOLDER = "{folder}"
-"""In `Export.usage` this stands for the regime's folder, wherever it will lie."""
+"""The placeholder for the regime's folder in `Export.usage` and `Export.variables`."""
 SIDECAR_SCHEMA_VERSION = 1
 
 
@@ -22,10 +22,10 @@ SIDECAR_SCHEMA_VERSION = 1
 class Export:
     """The files of one profile for one engine; nothing is written yet.
 
-    `files` maps relative POSIX paths to their text. `usage` is Markdown that says how the engine is made to read them,
-    with `FOLDER` in place of the folder; equal for every layer of one regime. `variables` are the environment variables
-    to set for it, with `FOLDER` likewise; none where the engine has none. `warnings`, a sentence each, say where
-    the engine would not read the files or not bring the profile's load. `notes` say what is merely good to know.
+    `files` maps relative POSIX paths to their text. `usage` is Markdown: how to make the engine read the files. It is
+    equal for every layer of one regime. `variables` are the environment variables to set. Both contain `FOLDER` in
+    place of the regime's folder. `warnings` are sentences: each says why the engine may ignore the files, or may
+    produce another load than the one that was measured. `notes` are further sentences that need no action.
     """
 
     files: Mapping[str, str]
@@ -36,15 +36,15 @@ class Export:
 
 
 class Exporter(Protocol):
-    """A pure function of the profile and the version of the engine (None: the newest that the exporter knows)."""
+    """Returns the files of a profile for a version of the engine (None: the newest that the exporter knows)."""
 
     def __call__(self, profile: Profile, version: str | None, /) -> Export: ...
 
 
 def bundle(profile: Profile, target: str, exported: Export, source: str, command: str) -> Export:
-    """`exported` below a folder of the regime's slug, with a README and one provenance file beside it.
+    """Returns `exported` with a README and a provenance file added, below a folder named by the regime's slug.
 
-    Both have the engine in their name, so that several engines' files can share a folder.
+    Both names contain the engine's name, so that files of several engines can share the folder.
 
     Raises:
         NoResultError: the profile is empty.
@@ -62,11 +62,11 @@ def bundle(profile: Profile, target: str, exported: Export, source: str, command
 
 
 def _readme(profile: Profile, target: str, exported: Export) -> str:
-    """The same for every layer of one regime, so that their files can share a folder."""
+    """Returns the README. It is equal for every layer of one regime, because their files share the folder."""
     usage = exported.usage.replace(FOLDER, f"/path/to/{profile.regime.slug}")
     return (
         f"# {target}: tactics for {profile.regime.slug}\n{usage}\n\n"
-        f"Written by moetune; `*.{target}.moetune.json` say from which profile, and what to mind.\n"
+        f"Written by moetune. `*.{target}.moetune.json` names the profile, the warnings and the notes of each file.\n"
     )
 
 
@@ -90,11 +90,10 @@ def _provenance(profile: Profile, target: str, exported: Export, names: list[str
 
 
 def profile_digest(profile: Profile) -> str:
-    """SHA-256 of the profile as the store writes it, whatever white space its file has."""
-
+    """Returns the SHA-256 of the profile's JSON text as the store writes it."""
     return hashlib.sha256(profile.model_dump_json(indent=1).encode()).hexdigest()
 
 
 def as_json(document: object) -> str:
-    """The JSON text of a file, with a final newline."""
+    """Returns a document as indented JSON text with a final newline."""
     return json.dumps(document, indent=4, ensure_ascii=False, allow_nan=False) + "\n"

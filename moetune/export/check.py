@@ -1,4 +1,4 @@
-"""Whether a backend lists a profile's tactics on this machine; torch is imported only where it can be asked."""
+"""Checks that a backend lists a profile's tactics on this machine. Imports torch only if there is an NVIDIA device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ DEVICES = Path("/dev")
 
 
 def check(profile: Profile, device: str = "cuda") -> bool:
-    """Looks up each choice's tactic in its backend's list, where the backend runs here as the profile says.
+    """Looks up each choice's tactic in the list of its backend.
 
     Returns:
-        Whether it was looked up: not without an NVIDIA device, or where the backend cannot run or is another version.
+        True if all were found. False if nothing was looked up: there is no NVIDIA device, or the backend cannot run
+        here, or its version is not the profile's.
 
     Raises:
-        UnsupportedError: the backend lists no such tactic.
+        UnsupportedError: the backend does not list a tactic.
     """
     if not any(DEVICES.glob("nvidia[0-9]*")):
         return False
@@ -34,6 +35,6 @@ def check(profile: Profile, device: str = "cuda") -> bool:
         if choice.tactic not in listed:
             raise UnsupportedError(
                 f"{profile.backend} lists no tactic {choice.tactic} for {choice.rows} rows on this machine.",
-                "Tune again here.",
+                "Run `moetune tune` again on this machine.",
             )
     return True

@@ -1,8 +1,8 @@
-"""Cache files (v1) of FlashInfer's tuner, as `autotune(False, cache=…)` and `AutoTuner.load_configs` read them.
+"""Writes cache files (v1) that FlashInfer's tuner reads with `autotune(False, cache=…)` or `AutoTuner.load_configs`.
 
 A file is `{"_metadata": {…}, KEY: [runner, tactic] or [runner, tactic, policy], …}` (`save_configs`, `load_configs`).
-FlashInfer checks the metadata and no tactic; a tactic is a place in a list that each version builds anew. So a file is
-written only for the release of FlashInfer that the profile was measured with.
+FlashInfer checks the metadata but not the tactics. A tactic is an index into a list that differs between versions, so
+a file is written only for the release of FlashInfer that the profile was measured with.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from moetune.store.profile import Profile
 
 BACKENDS: Final = ("flashinfer-cutlass", "flashinfer-trtllm", "flashinfer-trtllm-routed")
 TRTLLM_POLICY: Final = ("cuda_graph_profile_replays", 1, "l2_cache_policy", "cold")
-"""How the trtllm ops measure; an entry that says so is a hit in tuning mode too."""
+"""The policy that the trtllm ops measure with. FlashInfer uses an entry with this policy in tuning mode too."""
 WILDCARD: Final = "*"
 
 _USAGE: Final = f"""
-One file serves every bucket and rank of this deployment, and this deployment only: FlashInfer's keys do not say how
-tokens reach the experts, so a file of another regime would be found just as well.
+One file serves every bucket and rank of this deployment. Do not use it for another deployment: FlashInfer's keys do
+not contain the dispatch, so FlashInfer would read the file there too.
 
-In your own engine, around the whole time that it serves:
+In your own engine, keep this context open as long as it serves:
 
 ```python
 from flashinfer.autotuner import autotune
@@ -37,25 +37,25 @@ with autotune(False, cache="{FOLDER}/FILE.json"):
     ...
 ```
 
-`autotune(False, …)` looks up and never measures. vLLM and SGLang read no such file (their cache paths are hashes, and
-a file with MoE entries alone would leave their other ops untuned): use moetune's plugin there.
+`autotune(False, …)` looks tactics up and never measures. vLLM and SGLang do not read this file: their cache paths are
+hashes, and a file with MoE entries alone would leave their other ops untuned. Use moetune's plugin for them.
 """
 
 
 def export(profile: Profile, version: str | None = None) -> Export:
-    """One cache file for every bucket and every rank of the profile's regime.
+    """Returns one cache file for all buckets and ranks of the profile's regime.
 
-    FlashInfer's buckets (`hybrid`) that were not measured get the tactic that the profile's own ladder looks up for
-    that many rows.
+    A bucket of FlashInfer (`hybrid`) that was not measured gets the tactic that the profile's own ladder looks up for
+    its rows.
 
     Args:
-        profile: of one of `BACKENDS`.
-        version: of FlashInfer; the one that the profile was measured with when not given.
+        profile: a profile of one of `BACKENDS`.
+        version: FlashInfer's version. [default: the one that the profile was measured with]
 
     Raises:
-        UsageError: a version that moetune does not know.
-        UnsupportedError: another backend, a layer that the op's tuner does not know, another version than was
-            measured with, or a tactic that the backend cannot have listed.
+        UsageError: moetune does not know the version.
+        UnsupportedError: the backend is not one of `BACKENDS`, the op does not tune this layer, the version is not
+            the measured one, or the backend cannot list such a tactic.
     """
     target = _version(profile, version)
     tactics = {rows: _tactic(profile, rows) for rows in buckets(profile)}
@@ -68,17 +68,18 @@ def export(profile: Profile, version: str | None = None) -> Export:
     notes = [f"{len(entries)} entries for {len(tactics)} buckets."]
     if guessed:
         notes.append(
-            f"Not measured, so taken from the ladder {profile.regime.ladder}: {', '.join(map(str, guessed))} rows; "
-            "tune with --ladder hybrid to measure FlashInfer's buckets."
+            f"Not measured, so taken from the ladder {profile.regime.ladder}: {', '.join(map(str, guessed))} rows. "
+            "Tune with --ladder hybrid to measure FlashInfer's buckets."
         )
     name = f"{profile.backend}-{target.name}-{profile.layer.slug}.json"
     return Export({name: text}, _USAGE, notes=tuple(notes))
 
 
 def buckets(profile: Profile) -> tuple[int, ...]:
-    """Every value that FlashInfer's look-up can map rows to, ascending.
+    """Returns every bucket that FlashInfer's look-up can map rows to, in ascending order.
 
-    That is one more than its own buckets where the maximum is no power of two and at most 256: it rounds up past it.
+    It has one bucket more than the ladder if the maximum is at most 256 and no power of two, because the look-up
+    rounds up past the maximum.
     """
     maximum = profile.regime.tune_max_num_tokens
     hybrid = Ladder(name="hybrid")
@@ -88,32 +89,32 @@ def buckets(profile: Profile) -> tuple[int, ...]:
 def _version(profile: Profile, version: str | None) -> Version:
     if profile.backend not in BACKENDS:
         raise UnsupportedError(
-            f"FlashInfer takes tactics of {', '.join(BACKENDS)}; the profile's are of {profile.backend}.",
+            f"FlashInfer reads tactics of {', '.join(BACKENDS)}; the profile's are of {profile.backend}.",
             f"Tune with --backend {BACKENDS[0]}.",
         )
     measured = profile.environment.strict.get("flashinfer", "")
     wanted = version or measured
     if wanted not in VERSIONS:
         raise UsageError(
-            f"moetune does not know the cache keys of FlashInfer {wanted or 'of an unknown version'}.",
+            f"moetune does not know the cache keys of FlashInfer {wanted or '(unknown version)'}.",
             f"It knows {', '.join(VERSIONS)}.",
         )
     if _release(wanted) != _release(measured):
         raise UnsupportedError(
-            f"The profile's tactics are of FlashInfer {measured or 'of an unknown version'}, and {wanted} numbers its "
-            "kernels anew.",
+            f"The profile's tactics are of FlashInfer {measured or '(unknown version)'}, and {wanted} numbers its "
+            "kernels differently.",
             f"Tune with flashinfer-python {wanted}.",
         )
     return VERSIONS[wanted]
 
 
 def _release(version: str) -> list[str]:
-    """`0.7.2.post1` → `0.7.2`: a post-release has the same kernels."""
+    """Returns the first three parts of a version (`0.7.2.post1` → `0.7.2`): a post-release has the same kernels."""
     return version.split(".")[:3]
 
 
 def _tactic(profile: Profile, rows: int) -> Tactic:
-    """The profile's tactic for `rows` rows in the kernel; FlashInfer does not divide them as some ladders do."""
+    """Returns the tactic for `rows` rows in the kernel. FlashInfer does not divide rows; some ladders do."""
     return profile.tactic(rows * profile.regime.ladder.divisor)
 
 
@@ -135,11 +136,11 @@ def _entries(profile: Profile, version: Version, rows: int, tactic: Tactic) -> I
 
 
 def cutlass_pair(profile: Profile, tactic: Tactic) -> tuple[int, int]:
-    """The numbers of both GEMMs' tactics, −1 for the op's own.
+    """Returns the numbers of both GEMMs' tactics; −1 is the op's own choice.
 
     Raises:
-        UnsupportedError: other names, no integers, or numbers that cannot stand in the op's list, in which all of
-            GEMM1's tactics come before all of GEMM2's.
+        UnsupportedError: the names differ, a value is no integer, or the op's list cannot have these numbers: it has
+            all of GEMM1's tactics first and then all of GEMM2's.
     """
     pair = _integers(profile, tactic, ("gemm1", "gemm2"))
     seen = [choice.tactic for choice in profile.choices] + [choice.default_tactic for choice in profile.choices]
@@ -149,17 +150,17 @@ def cutlass_pair(profile: Profile, tactic: Tactic) -> tuple[int, int]:
     if last_first >= first_second:
         raise UnsupportedError(
             f"GEMM1's tactic {last_first} and GEMM2's {first_second} cannot be of one list: "
-            "GEMM1's tactics all come before GEMM2's.",
+            "each of GEMM1's has a smaller number than any of GEMM2's.",
             "Tune again; the profile was not written by moetune.",
         )
     return pair
 
 
 def trtllm_pair(profile: Profile, tactic: Tactic) -> tuple[int, int]:
-    """`(tile_n, config)`, −1 for the op's own choice.
+    """Returns `(tile_n, config)`; −1 is the op's own choice.
 
     Raises:
-        UnsupportedError: other names, or no integers.
+        UnsupportedError: the names differ, or a value is no integer.
     """
     return _integers(profile, tactic, ("tile_n", "config"))
 
@@ -176,7 +177,7 @@ def _integers(profile: Profile, tactic: Tactic, names: tuple[str, str]) -> tuple
 
 
 def _metadata(profile: Profile, version: Version) -> dict[str, str]:
-    """What FlashInfer compares with its process; what does not change MoE tactics is a wildcard."""
+    """Returns the metadata that FlashInfer compares; a field that does not change MoE tactics is a wildcard."""
     cuda = profile.environment.strict.get("cuda", WILDCARD)
     return {
         "flashinfer_version": version.name,

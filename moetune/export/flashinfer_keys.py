@@ -1,8 +1,9 @@
-"""The keys by which FlashInfer's tuner finds a MoE tactic in a cache file, for each version that moetune knows.
+"""Builds the keys by which FlashInfer's tuner finds a MoE tactic in a cache file, for each version that moetune knows.
 
-A key is `str((op, runner class, nearest profile, extras))` (`ProfilingCacheKey.file_key`): the shapes of the op's
-inputs with the bucket in place of the rows, and what the runner adds (`get_cache_key_extras`). Read in FlashInfer's
-`autotuner`, `fused_moe/core.py`, `fused_moe/backends/trtllm/sm100_runner.py` and `fused_moe/shared/tuning.py`.
+A key is `str((op, runner class, nearest profile, extras))` (`ProfilingCacheKey.file_key`). The nearest profile is the
+shapes of the op's inputs with the bucket in place of the rows. The runner adds the extras (`get_cache_key_extras`).
+Source: FlashInfer's `autotuner`, `fused_moe/core.py`, `fused_moe/backends/trtllm/sm100_runner.py` and
+`fused_moe/shared/tuning.py`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from moetune.spec.regime import Regime
 RUNNER: Final = "MoERunner"
 CUTLASS_GEMMS: Final = ("trtllm::fused_moe::gemm1", "trtllm::fused_moe::gemm2")
 SWIGLU: Final = 3
+"""`ActivationType.Swiglu`, with or without clamps."""
 GEGLU_TANH: Final = 8
-"""Numbers of `ActivationType`; a swiglu with clamps is Swiglu too."""
+"""The number of the tanh GeGLU in `ActivationType`."""
 DEEPSEEK_FP8: Final = 1
 """`Fp8QuantizationType.DeepSeekFp8`."""
 
@@ -31,7 +33,7 @@ ABSENT: Final[Shape] = (0,)
 
 
 class _Dtype(str):
-    """A torch dtype as `str` of a tuple shows it."""
+    """Is shown in the `str` of a tuple as a torch dtype is."""
 
     __slots__ = ()
 
@@ -40,7 +42,7 @@ class _Dtype(str):
 
 
 def _trtllm_dtype(block_format: int, integer: int, bits: int, uid: int) -> int:
-    """The number of a `DtypeTrtllmGen`; all of these are signed."""
+    """Returns the number of a signed `DtypeTrtllmGen`."""
     return (block_format << 24) | (1 << 20) | (integer << 16) | (bits << 8) | uid
 
 
@@ -54,13 +56,13 @@ MX_INT4 = _trtllm_dtype(1, 1, 4, 14)
 
 @dataclass(frozen=True, slots=True)
 class TrtllmOp:
-    """One trtllm-gen op of the tuner.
+    """Describes one trtllm-gen op of the tuner.
 
-    `logits`, `routed`: its name where the kernel routes and where the engine does. `activation`, `weight`: numbers of
+    `logits`, `routed`: the op's name if the kernel routes, and if the engine does. `activation`, `weight`: numbers of
     `DtypeTrtllmGen`. `packed_width`: values in one element of a row. `scale_block`: values that share a scale of the
-    activation. `ids_in_logits_mode`: whether buffers for the ids are inputs where the kernel routes. `unpacked`:
-    whether ids and weights can come apart. `shuffled`, `weight_layout`: how weights lie (0 MajorK, 2 BlockMajorK), as
-    moetune's backends and the engines lay them. `multiple_of`: what H and I/tp are padded to.
+    activation. `ids_in_logits_mode`: whether the ids' buffers are inputs if the kernel routes. `unpacked`: whether ids
+    and weights can be separate tensors. `shuffled`, `weight_layout`: the weights' layout (0 MajorK, 2 BlockMajorK) in
+    moetune's backends and in the engines. `multiple_of`: H and I/tp are padded to multiples of it.
     """
 
     logits: str
@@ -77,16 +79,16 @@ class TrtllmOp:
     multiple_of: int = 1
 
     def padded(self, size: int) -> int:
-        """H or I/tp as the engines pad them for the kernel."""
+        """Returns H or I/tp, padded as the engines do it for the kernel."""
         return -(-size // self.multiple_of) * self.multiple_of
 
     def routed_weights(self, ids: Shape, empty: Shape) -> list[Shape]:
-        """The shapes of the router weights: packed with the ids, or apart from them."""
+        """Returns the possible shapes of the router weights: packed with the ids, or separate."""
         packed = ids if self.ids_in_logits_mode and self.routed == self.logits else empty
         return list(dict.fromkeys([packed, ids] if self.unpacked else [packed]))
 
     def scales(self, hidden: int, rows: int, flat: bool) -> list[Shape]:
-        """The shapes of the activation's scales; a flat buffer's only dimension is −1."""
+        """Returns the possible shapes of the activation's scales; the one dimension of a flat buffer is −1."""
         if self.scale_block is None:
             return [ABSENT]
         if self.fp8 == DEEPSEEK_FP8:
@@ -113,7 +115,7 @@ TRTLLM_OPS: Final = {
     Precision.MXFP4: _named("fp4_block_scale", BF16, MX_E2M1, ids_in_logits_mode=True, multiple_of=256),
     Precision.MXINT4: _named("mxint4_block_scale", BF16, MX_INT4, unpacked=False, weight_layout=2),
 }
-"""mxfp4 with bf16 activations, fp8 blocks as vLLM lays them."""
+"""The op of each precision: mxfp4 with bf16 activations, fp8 blocks in vLLM's layout."""
 MXFP4_MXFP8: Final = replace(TRTLLM_OPS[Precision.MXFP4], activation=MX_E4M3, scale_block=32)
 FP8_BLOCK_PLAIN: Final = replace(TRTLLM_OPS[Precision.FP8_BLOCK], shuffled=False, weight_layout=0)
 
@@ -125,22 +127,22 @@ _TRTLLM_ACTIVATIONS: Final = {Activation.SILU: SWIGLU, Activation.SWIGLU_CLAMPED
 def cutlass_keys(
     version: Version, layer: MoELayer, regime: Regime, rows: int, programmatic_launch: bool
 ) -> Iterator[tuple[str, str]]:
-    """Both GEMMs' keys of `cutlass_fused_moe` at one bucket, for every rank where the key holds it.
+    """Yields the keys of `cutlass_fused_moe`'s two GEMMs at one bucket, for every rank if the key contains the rank.
 
-    Under an all-to-all there is a key with and one without `enable_alltoall`: SGLang sets it and vLLM does not.
+    Under an all-to-all each pair is yielded with and without `enable_alltoall`: SGLang sets it and vLLM does not.
 
     Args:
-        version: of FlashInfer.
+        version: FlashInfer's version.
         layer: the whole layer.
-        regime: gives the shards and the dispatch.
+        regime: the shards and the dispatch are read from it.
         rows: the bucket.
         programmatic_launch: whether the device launches dependent kernels early (compute capability 9 and above).
 
     Yields:
-        A key for GEMM1 and the one of the same call for GEMM2.
+        The key of GEMM1 and that of GEMM2 in the same call.
 
     Raises:
-        UnsupportedError: the op's tuner does not know this layer.
+        UnsupportedError: the op does not tune this layer.
     """
     if layer.precision not in _CUTLASS_DTYPES or layer.activation not in _CUTLASS_ACTIVATIONS:
         raise _unsupported("cutlass", layer, _CUTLASS_DTYPES, _CUTLASS_ACTIVATIONS)
@@ -180,19 +182,19 @@ def trtllm_keys(
     mxfp4_activations: str = "bf16",
     fp8_block_layout: str = "blocked",
 ) -> Iterator[str]:
-    """The keys of the trtllm-gen op at one bucket, for each way in which engines pass ids, scales and the output.
+    """Yields the keys of the trtllm-gen op at one bucket, for each way in which engines pass ids, scales and output.
 
     Args:
-        version: of FlashInfer.
+        version: FlashInfer's version.
         layer: the whole layer.
-        regime: gives the shards.
+        regime: the shards are read from it.
         rows: the bucket.
-        routed: whether the engine routes, else the kernel does from the logits.
-        mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
-        fp8_block_layout: how DeepSeek's e4m3 experts lie, `blocked` as vLLM has them or `plain` as SGLang.
+        routed: True if the engine routes, False if the kernel does from the logits.
+        mxfp4_activations: the activations that mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
+        fp8_block_layout: the layout of DeepSeek's e4m3 experts, `blocked` (vLLM) or `plain` (SGLang).
 
     Raises:
-        UnsupportedError: the op's tuner does not know this layer.
+        UnsupportedError: the op does not tune this layer.
     """
     if layer.precision not in TRTLLM_OPS or layer.activation not in _TRTLLM_ACTIVATIONS:
         raise _unsupported("trtllm", layer, TRTLLM_OPS, _TRTLLM_ACTIVATIONS)
@@ -257,5 +259,5 @@ def _unsupported(
     return UnsupportedError(
         f"FlashInfer's {kernels} op has no tuned tactics for {layer.precision.value} experts with "
         f"{layer.activation.value}.",
-        f"It has for {', '.join(precisions)}, with {' or '.join(activations)}.",
+        f"It has them for {', '.join(precisions)}, with {' or '.join(activations)}.",
     )

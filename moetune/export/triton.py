@@ -1,9 +1,9 @@
-"""What vLLM's and SGLang's files for the grouped Triton GEMM have in common, and what keeps an engine from them.
+"""Reads a profile for vLLM's and SGLang's grouped Triton GEMM, and warns if the engine would run another load.
 
 Both engines name a file by E (experts on one rank), N (intermediate size on one rank), the device, the dtype and the
-scale block, and look rows M up by the nearest key; the experts per token, the hidden size, ep and the dispatch are not
-in the name (vLLM `fused_moe.py`, SGLang `fused_moe_triton_config.py`: `get_config_file_name`, `get_moe_configs`,
-`try_get_optimal_moe_config`).
+scale block, and look rows M up by the nearest key. The name contains neither top-k, H, ep nor the dispatch. Source:
+`get_config_file_name`, `get_moe_configs` and `try_get_optimal_moe_config` in vLLM's `fused_moe.py` and SGLang's
+`fused_moe_triton_config.py`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ _DTYPES = {
     Precision.FP8_BLOCK: "fp8_w8a8",
     Precision.FP8_TENSOR: "fp8_w8a8",
 }
-"""`get_config_dtype_str` of both engines; the other precisions do not reach this kernel with these names."""
+"""The result of `get_config_dtype_str` in both engines, for the precisions that run this kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonProfile:
-    """A profile as both engines need it.
+    """Contains what both engines need of a profile.
 
-    `num_experts`: E of rank 0, then of the last rank where shards are uneven. `intermediate_size`: N, I / tp.
-    `dtype`, `block_shape`: as in the file's name, None where they are left out. `configs`: rows M → the six tunables.
-    `capability`: compute capability of the device. `triton`: Triton's version; `remote`: `drop` or `zero`.
+    `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `intermediate_size`: N, I / tp.
+    `dtype`, `block_shape`: as in the file's name, None if it leaves them out. `configs`: rows M → the six tunables.
+    `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what the kernel did with
+    non-local slots, `drop` or `zero`.
     """
 
     profile: Profile
@@ -52,18 +53,19 @@ class TritonProfile:
         """Reads a profile for `engine`.
 
         Raises:
-            UnsupportedError: of another backend or precision, not measured on a GPU, or with other tunables.
+            UnsupportedError: the profile is of another backend, precision or set of tunables, or was not measured on
+                a GPU.
         """
         if profile.backend != "triton":
             raise UnsupportedError(
-                f"{engine} takes tactics of the backend triton, the profile's are of {profile.backend}.",
+                f"{engine} reads tactics of the backend triton; the profile's are of {profile.backend}.",
                 "Tune with --backend triton.",
             )
         layer, regime, strict = profile.layer, profile.regime, profile.environment.strict
         if layer.precision not in _DTYPES:
             raise UnsupportedError(
                 f"{engine}'s grouped Triton GEMM has no file for {layer.precision.value} experts.",
-                f"It has for {', '.join(_DTYPES)}.",
+                f"It has files for {', '.join(_DTYPES)}.",
             )
         if missing := ", ".join(sorted({"compute_capability", "triton", "remote"} - strict.keys())):
             raise UnsupportedError(
@@ -86,7 +88,7 @@ class TritonProfile:
 
     @property
     def has_remote_slots(self) -> bool:
-        """Whether rows that the kernel sees have slots of other ranks' experts (or none: −1)."""
+        """Whether rows in the kernel have non-local slots (or empty ones: −1)."""
         layer, regime = self.profile.layer, self.profile.regime
         shard = regime.shard(layer)
         if shard.num_local == shard.num_physical or regime.layout == "slot":
@@ -94,25 +96,25 @@ class TritonProfile:
         return regime.layout != "packed" or shard.num_local < layer.top_k
 
     def warnings(self, engine: str, remote: str) -> Iterator[str]:
-        """Where `engine`, which treats remote slots by `remote`, does not bring what was measured."""
+        """Yields a sentence for each reason why `engine`, which treats non-local slots by `remote` has another load."""
         regime = self.profile.regime
         if regime.dispatch != "none":
             found = [word for word in matching(regime.dispatch, regime.layout) if word.startswith(f"{engine}:")]
             load = regime.layout or regime.dispatch
             if not found:
                 yield (
-                    f"No dispatcher of {engine} brings the {load} load that these tactics were measured under; "
-                    f"tune with --no-dp, or with --dispatch {' or '.join(_reaching_triton(engine))}."
+                    f"No dispatcher of {engine} produces the {load} load that these tactics were measured under. "
+                    f"Tune with --no-dp, or with --dispatch {' or '.join(_reaching_triton(engine))}."
                 )
             elif regime.layout == "pool":
                 yield (
-                    f"Under {', '.join(found)} {engine} runs FlashInfer's kernels, which read no such file; "
-                    "tune with a FlashInfer backend."
+                    f"With {', '.join(found)} {engine} runs FlashInfer's kernels, which do not read this file. "
+                    "Tune with a FlashInfer backend."
                 )
         if self.has_remote_slots and remote != self.remote:
             does = {
-                "drop": "drops slots of other ranks' experts",
-                "zero": "runs blocks of zeros for other ranks' experts",
+                "drop": "skips non-local slots",
+                "zero": "runs blocks of zeros for non-local slots",
             }
             yield (
                 f"{engine} {does[remote]}; these tactics were measured with a kernel that {does[self.remote]}. "
@@ -120,28 +122,28 @@ class TritonProfile:
             )
         if regime.ladder.divisor > 1:
             yield (
-                f"The ladder {regime.ladder} divides run-time rows by {regime.ladder.divisor} and {engine} does not; "
-                "the keys are the rows that were measured."
+                f"The ladder {regime.ladder} divides run-time rows by {regime.ladder.divisor} and {engine} does not. "
+                "The file's keys are the rows that were measured."
             )
 
     def notes(self, engine: str) -> Iterator[str]:
-        """What else is good to know."""
+        """Yields a sentence for each difference that needs no action."""
         regime = self.profile.regime
         if regime.ladder.rounding != "nearest":
             rounds = {"floor": "down", "ceil": "up"}[regime.ladder.rounding]
             yield (
-                f"{engine} takes the nearest bucket (of two equally near ones the smaller), the ladder {regime.ladder} "
-                f"rounds {rounds}: rows between two buckets can run another tactic than moetune's own look-up gives."
+                f"{engine} takes the nearest bucket (the smaller of two equally near ones); the ladder {regime.ladder} "
+                f"rounds {rounds}. Rows between two buckets can run another tactic than moetune's own look-up gives."
             )
         if missing := [rows for rows in regime.buckets if rows not in self.configs]:
             yield f"Not measured, so not in the file: {', '.join(map(str, missing))} rows."
         if len(self.num_experts) > 1:
             first, last = self.num_experts
-            yield f"Shards are uneven: what was measured on {first} experts is written for {last} as well."
+            yield f"Shards are uneven: what was measured on {first} experts is written for {last} too."
 
 
 def _reaching_triton(engine: str) -> list[str]:
-    """The engine's dispatchers before its Triton kernel, one for each load that they bring."""
+    """Returns one dispatcher of the engine for each load that its Triton kernel can get."""
     by_load: dict[str, str] = {}
     for known in dispatchers():
         if known.engine == engine and known.tunable and known.regime.get("layout") != "pool":
@@ -150,10 +152,10 @@ def _reaching_triton(engine: str) -> list[str]:
 
 
 def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ...]:
-    """`0.20.2` → (0, 20, 2); `newest` where none is given.
+    """Returns a version as numbers (`0.20.2` → (0, 20, 2)), or `newest` if none is given.
 
     Raises:
-        UsageError: no version.
+        UsageError: `version` does not start with a number.
     """
     if version is None:
         return newest
@@ -163,7 +165,7 @@ def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ..
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: `3.6.0+git12ab` → (3, 6, 0)."""
+    """Returns the leading numbers of a version: `3.6.0+git12ab` → (3, 6, 0)."""
     found: list[int] = []
     for part in version.split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
@@ -176,12 +178,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def release(version: str) -> str:
-    """The leading numbers of a version, as text: `3.6.0+git12ab` → `3.6.0`."""
+    """Returns the leading numbers of a version as text: `3.6.0+git12ab` → `3.6.0`."""
     return ".".join(map(str, _numbers(version)))
 
 
 def _config(tactic: Tactic, block_scales: bool, engine: str) -> dict[str, int]:
-    """The six tunables in the engines' order, BLOCK_SIZE_K as the measured kernel clamped it to the scale block."""
+    """Returns the six tunables in the engines' order. BLOCK_SIZE_K is clamped to the scale block."""
     if set(tactic) != set(VALUES) or not all(type(value) is int and value > 0 for value in tactic.values()):
         raise UnsupportedError(
             f"{engine}'s kernel has the tunables {', '.join(VALUES)}, positive integers; the profile has {tactic}.",

@@ -1,8 +1,8 @@
-"""Cache files of TensorRT-LLM's AutoTuner, as `autotune(cache_path=…)` and `TLLM_AUTOTUNER_CACHE_PATH` read them.
+"""Writes cache files that TensorRT-LLM's AutoTuner reads (`autotune(cache_path=…)`, `TLLM_AUTOTUNER_CACHE_PATH`).
 
-A file is `{"metadata": {…}, "shared": {}, "rank_0": {KEY: {"runner_id", "tactic", "min_time"}, …}, …}`; each MoE op is
-tuned by each rank for itself, so entries stand under every rank. `tactic` is the `repr` of `[tile_n, config]`,
-`min_time` in milliseconds (`AutoTunerProfilingCache`; the metadata is written and not compared).
+A file is `{"metadata": {…}, "shared": {}, "rank_0": {KEY: {"runner_id", "tactic", "min_time"}, …}, …}`. Each rank tunes
+its MoE ops alone, so every rank has its own entries. `tactic` is the `repr` of `[tile_n, config]`, `min_time` is in
+milliseconds (`AutoTunerProfilingCache`). TensorRT-LLM does not compare the metadata.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ from moetune.store.profile import Choice, Profile
 
 BACKENDS: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 OLDEST: Final = (1, 2)
-"""The first release whose files have an object a rank."""
+"""The first release whose files have one object per rank."""
 NEWEST: Final = "1.3.0"
 _ACTIVATIONS: Final = {Precision.NVFP4: "nvfp4", Precision.FP8_BLOCK: "fp8_block"}
 
 _USAGE: Final = f"""
-Set `TLLM_AUTOTUNER_CACHE_PATH={FOLDER}/FILE.json` for every rank of `trtllm-serve`, or call `autotune(cache_path=…)`
-around your own warm-up, with MoE backend `TRTLLM`. The engine measures what the file lacks and writes it back: give it
-a copy.
+Set `TLLM_AUTOTUNER_CACHE_PATH={FOLDER}/FILE.json` for every rank of `trtllm-serve`, or use `autotune(cache_path=…)`
+around your own warm-up. The MoE backend must be `TRTLLM`. Give the engine a copy of the file: it measures the entries
+that are missing and writes them into the file.
 
-One file serves this deployment only: the keys of most versions hold neither ep nor attention DP.
+Use the file for this deployment only: the keys of most versions contain neither ep nor attention DP.
 """
 _NUMBERING: Final = (
-    "config counts the kernels of FlashInfer's trtllm-gen build, TensorRT-LLM counts its own: the file is right only "
-    "where both were built with the same kernels, and TensorRT-LLM checks no tactic that it loads."
+    "`config` is a kernel's number in FlashInfer's trtllm-gen build. The file is right only if TensorRT-LLM was built "
+    "with the same kernels in the same order. TensorRT-LLM does not check the tactics that it loads."
 )
 
 
 def export(profile: Profile, version: str | None = None) -> Export:
-    """One cache file for every bucket and every rank of the profile's regime.
+    """Returns one cache file for all buckets and ranks of the profile's regime.
 
-    TensorRT-LLM's buckets are powers of two to 8192, and the maximum where it is larger; under attention DP it divides
-    the rows by ep first. Each gets the tactic that `lookups` finds. Where moetune cannot tell how a version spells its
-    keys, the file has both spellings and a note says so.
+    TensorRT-LLM's buckets are the powers of two up to 8192, or up to the maximum if that is larger. Under attention DP
+    it divides the rows by ep first. Each bucket gets the tactic that `lookups` returns. If moetune does not know how a
+    version spells its keys, the file contains every spelling and a note says so.
 
     Args:
-        profile: of one of `BACKENDS`.
-        version: of TensorRT-LLM, which decides the keys' spelling; `1.3.0rc25` or `1.3.0`.
+        profile: a profile of one of `BACKENDS`.
+        version: TensorRT-LLM's version, which decides the keys' spelling, such as `1.3.0rc25` or `1.3.0`.
 
     Raises:
-        UsageError: no version, or one whose files have another format.
-        UnsupportedError: another backend, rows of one slot, a layer that no runner computes, or a tactic that the
-            backend cannot have listed.
+        UsageError: `version` is no version, or its files have another format.
+        UnsupportedError: the backend is not one of `BACKENDS`, the rows have one slot, no runner computes the layer,
+            or the backend cannot list such a tactic.
     """
     if profile.backend not in BACKENDS:
         raise UnsupportedError(
-            f"TensorRT-LLM takes tactics of {' and '.join(BACKENDS)}; the profile's are of {profile.backend}.",
+            f"TensorRT-LLM reads tactics of {' and '.join(BACKENDS)}; the profile's are of {profile.backend}.",
             f"Tune with --backend {BACKENDS[1]}.",
         )
     regime = profile.regime
     if regime.layout == "slot":
         raise UnsupportedError(
-            "No dispatcher of TensorRT-LLM brings rows of one slot to these kernels.",
-            "Tune with --dispatch trtllm:attention_dp, or the word of your TRTLLM_FORCE_COMM_METHOD.",
+            "No dispatcher of TensorRT-LLM gives these kernels rows of one slot.",
+            "Tune with --dispatch trtllm:attention_dp, or the name of your TRTLLM_FORCE_COMM_METHOD.",
         )
     known, wanted = _runner(profile), _version(version)
     spelled = spellings(known, None if version is None else _parsed(wanted))
@@ -79,7 +79,7 @@ def export(profile: Profile, version: str | None = None) -> Export:
     if len(spelled) > 1:
         notes.append(
             f"The keys of {known.name} are spelled in {len(spelled)} ways (#15297, #17328, #18189), and moetune does "
-            f"not know {f'that of {version}' if version else 'yours without --for-version'}: the file has them all."
+            f"not know {f'the one of {version}' if version else 'yours without --for-version'}. The file has them all."
         )
     name = f"trtllm-{known.op}-{profile.layer.slug}.json"
     return Export(
@@ -92,10 +92,11 @@ def export(profile: Profile, version: str | None = None) -> Export:
 
 
 def lookups(profile: Profile) -> dict[int, Choice]:
-    """TensorRT-LLM's buckets, each with the choice for the fewest rows that are looked up there.
+    """Returns the choice of each of TensorRT-LLM's buckets: that for the fewest rows which are looked up there.
 
-    A packed row has all its slots here, as ep rows of a real step have in the mean: the tuner's bucket, the rows
-    divided by ep, is a bucket of packed rows as it stands (#13667). Other layouts and an all-gather count real rows.
+    All slots of a packed row are local, and ep rows of a real step have as many local slots in the mean. So the
+    tuner's bucket, the rows divided by ep, is a bucket of packed rows (#13667). Other layouts and an all-gather count
+    real rows.
     """
     regime = profile.regime
     real_rows = regime.attention_dp and regime.layout != "packed"
@@ -109,9 +110,9 @@ def _runner(profile: Profile) -> Runner:
     precision, strict = profile.layer.precision, profile.environment.strict
     if precision is Precision.FP8_BLOCK and strict.get("fp8_block_layout", "blocked") != "plain":
         raise UnsupportedError(
-            "TensorRT-LLM multiplies fp8 blocks as they lie in the checkpoint; the profile's tactics are of the "
-            "kernels for shuffled and blocked ones.",
-            f'Tune with the backend registry.backend("{profile.backend}", fp8_block_layout="plain").',
+            "TensorRT-LLM multiplies fp8 blocks in the layout of the checkpoint; the profile's tactics are of the "
+            "kernels for shuffled blocks.",
+            f"Tune with --backend {profile.backend} --backend-option fp8_block_layout=plain.",
         )
     measured = strict.get("mxfp4_activations", "bf16") if precision is Precision.MXFP4 else _ACTIVATIONS.get(precision)
     return runner(precision, strict.get("activations") or measured or precision.value)
@@ -134,14 +135,14 @@ def _version(version: str | None) -> str:
         raise UsageError(f"Not a version of TensorRT-LLM: {wanted!r}.", "Write it like 1.3.0.")
     if tuple(map(int, parts[:2])) < OLDEST:
         raise UsageError(
-            f"moetune does not write the cache files of TensorRT-LLM {wanted}, whose keys hold hashes of a process.",
-            f"It writes those from {'.'.join(map(str, OLDEST))} on.",
+            f"moetune does not write cache files for TensorRT-LLM {wanted}: its keys contain hashes of a process.",
+            f"Give --for-version {'.'.join(map(str, OLDEST))} or newer.",
         )
     return wanted
 
 
 def _parsed(version: str) -> Version:
-    """`1.3.0rc25` as (1, 3, 0, 25); a release has ∞ for the candidate, a part that is not given is 0."""
+    """Returns `1.3.0rc25` as (1, 3, 0, 25). A release has ∞ for the candidate; a missing part is 0."""
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?", version)
     assert found is not None
     major, minor, patch, candidate = found.groups()

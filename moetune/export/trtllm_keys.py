@@ -1,10 +1,10 @@
-"""The keys by which TensorRT-LLM's tuner finds a tactic of its six trtllm-gen MoE runners.
+"""Builds the keys by which TensorRT-LLM's tuner finds a tactic of its six trtllm-gen MoE runners.
 
-A key is `str((op, runner class, str(unique_id), nearest profile))` (`AutoTunerProfilingCache.get_cache_key`), the
-profile being the shapes of the op's inputs with the bucket in place of the rows and −1 in each dimension that follows
-from them; an input that is None has the shape `(0,)`. Read in `tensorrt_llm/_torch/autotuner.py`,
+A key is `str((op, runner class, str(unique_id), nearest profile))` (`AutoTunerProfilingCache.get_cache_key`). The
+nearest profile is the shapes of the op's inputs, with the bucket in place of the rows and −1 for each dimension that
+follows from the rows. An input that is None has the shape `(0,)`. Source: `tensorrt_llm/_torch/autotuner.py`,
 `custom_ops/trtllm_gen_custom_ops.py` and `modules/fused_moe/fused_moe_trtllm_gen.py`, from TensorRT-LLM #13667 to
-#17328 (August 2026); of the change after it, #18189, what its review shows. `Spelling` says what differs.
+#17328 (August 2026), and the review of the next change, #18189. `Spelling` describes the differences.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ from moetune.spec.regime import Regime
 
 Shape = tuple[int, ...]
 Version = tuple[int, int, int, float]
-"""`1.3.0rc25` is (1, 3, 0, 25); a release has ∞ for the candidate."""
+"""A version as numbers: `1.3.0rc25` is (1, 3, 0, 25). A release has ∞ for the candidate."""
 FUSED: Final[tuple[Version, Version]] = ((1, 3, 0, 21), (1, 3, 0, 26))
-"""#15297 was in review in July 2026, before candidate 22; #17328 opened on 6 August, and 26 is of September."""
+"""A version after the first and before the second may have fused shared experts in its keys.
+
+#15297 was in review in July 2026, before candidate 22. #17328 opened on 6 August; candidate 26 is of September.
+"""
 DEPLOYMENT: Final[tuple[Version, Version]] = ((1, 3, 0, 24), (1, 3, 0, 27))
-"""#18189 was in review on 27 August 2026, between candidates 24 and 25; 27 is of the middle of September."""
+"""A version after the first and before the second may have attention DP and ep in its keys.
+
+#18189 was in review on 27 August 2026, between candidates 24 and 25. Candidate 27 is of the middle of September.
+"""
 ABSENT: Final[Shape] = (0,)
 FOLLOWS: Final = -1
 """A dimension that the tuner derives from the rows."""
 SWIGLU: Final = 0
 """`ActType_TrtllmGen.SwiGlu`."""
 HIDDEN_MULTIPLE: Final = 512
+"""`MXFP4WeightTRTLLMGenFusedMoEMethod` pads the first GEMM's input to a multiple of this."""
 WEIGHT_MULTIPLE: Final = 128
-"""`MXFP4WeightTRTLLMGenFusedMoEMethod` pads what the first GEMM reads, and all else, to multiples of these."""
+"""`MXFP4WeightTRTLLMGenFusedMoEMethod` pads all other sizes to multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """One of the six runners.
+    """Describes one of the six runners.
 
-    `activation`: what its weights are multiplied with. `hidden_width`, `weight_width`: values in one element.
-    `scale`: values that share a scale of the activation, where the tuner gets such scales. `weight_scale`: values
-    along K that share a weight scale (fp8 blocks: along N too). `mxfp4`: padded, with bias and swiglu parameters, and
-    a unique_id that holds the valid sizes. `biases`: whether bias and swiglu parameters are inputs. `scalars`: whether
-    three output scales are. `hashed`: whether the unique_id is a hash. `after_deployment`: the runners that follow in
-    the source the one that #18189 is known to change; whether it changes them too is not known.
+    `activation`: the activations' precision. `hidden_width`, `weight_width`: values in one element of the activations
+    and of the weights. `scale`: values that share a scale of the activation, None if the tuner gets no such scales.
+    `weight_scale`: values along K that share a weight scale (fp8 blocks: along N too). `mxfp4`: whether sizes are
+    padded and the unique_id contains the valid sizes. `biases`: whether bias and swiglu parameters are inputs.
+    `scalars`: whether three output scales are inputs. `hashed`: whether the unique_id is a hash. `after_deployment`:
+    whether the runner follows, in the source, the one that #18189 changes. It is not known if #18189 changes it too.
     """
 
     op: str
@@ -69,11 +76,10 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """What a version's unique_id holds beside the sizes.
+    """Says which fields a version's unique_id contains beside the sizes.
 
-    `fused`: the number of shared experts that are fused into the routed ones, 0 unless
-    `TLLM_MOE_ENABLE_SHARED_EXPERT_FUSION=1`; fp8 blocks alone (#15297, #17328). `deployment`: whether attention DP is
-    on, and ep (#18189).
+    `fused`: the number of fused shared experts, 0 unless `TLLM_MOE_ENABLE_SHARED_EXPERT_FUSION=1`; only with fp8
+    blocks (#15297, #17328). `deployment`: attention DP on or off, and ep (#18189).
     """
 
     fused: bool = False
@@ -132,7 +138,7 @@ RUNNERS: Final = (
 
 
 def runner(precision: Precision, activation: str) -> Runner:
-    """The runner of these weights on these activations.
+    """Returns the runner for a precision of the weights and one of the activations.
 
     Raises:
         UnsupportedError: there is none.
@@ -143,14 +149,14 @@ def runner(precision: Precision, activation: str) -> Runner:
     pairs = ", ".join(f"{known.precision.value} × {known.activation}" for known in RUNNERS)
     raise UnsupportedError(
         f"TensorRT-LLM has no tuned trtllm-gen runner for {precision.value} experts on {activation} activations.",
-        f"It has for {pairs}.",
+        f"It has runners for {pairs}.",
     )
 
 
 def spellings(known: Runner, version: Version | None) -> tuple[Spelling, ...]:
-    """How the unique_id of `known` may be spelled in `version`: one way, or several where moetune cannot tell.
+    """Returns the spellings that the unique_id of `known` may have in `version`: one, or several if it is not known.
 
-    None is a version that is not given. A file with all serves each: the engine finds the ones that it spells.
+    `version` is None if the user gave none. A file with all spellings serves every version: the engine finds its own.
     """
     fused = _may_have(version, FUSED) if known.precision is Precision.FP8_BLOCK else (False,)
     deployment: tuple[bool, ...] = (False,)
@@ -162,7 +168,7 @@ def spellings(known: Runner, version: Version | None) -> tuple[Spelling, ...]:
 
 
 def _may_have(version: Version | None, change: tuple[Version, Version]) -> tuple[bool, ...]:
-    """Whether a version has a change that came after the first of two versions and no later than the second."""
+    """Returns whether a version has a change that was made between two others: one answer, or both if not known."""
     first, last = change
     if version is None or first < version < last:
         return (False, True)
@@ -172,15 +178,15 @@ def _may_have(version: Version | None, change: tuple[Version, Version]) -> tuple
 def keys(
     known: Runner, layer: MoELayer, regime: Regime, rank: int, bucket: int, spelling: Spelling = Spelling()
 ) -> Iterator[str]:
-    """The two keys of one expert-parallel rank at one bucket: where ids are given, and where the kernel routes.
+    """Yields the two keys of one expert-parallel rank at one bucket: if ids are given, and if the kernel routes.
 
     Args:
-        known: which of the runners.
+        known: the runner.
         layer: the whole layer.
-        regime: gives the shard.
+        regime: the shard is read from it.
         rank: the expert-parallel rank.
-        bucket: the rows that TensorRT-LLM looks up, after its division by ep under attention DP.
-        spelling: of the version.
+        bucket: the rows that TensorRT-LLM looks up. Under attention DP it has divided them by ep.
+        spelling: the spelling of the version.
 
     Raises:
         UnsupportedError: the runner does not compute this layer.
@@ -212,7 +218,7 @@ def keys(
 def _inputs(
     known: Runner, layer: MoELayer, experts: int, hidden: int, hidden_out: int, inner: int
 ) -> tuple[Shape, ...]:
-    """The shapes of everything between the activations and the ids."""
+    """Returns the shapes of the inputs between the activations and the ids."""
     blocks = known.weight_scale if known.precision is Precision.FP8_BLOCK else 1
     first = (experts, 2 * inner, hidden // known.weight_width)
     first_scale = (experts, 2 * inner // blocks, hidden // known.weight_scale)
@@ -238,11 +244,11 @@ def _activation_scale(known: Runner, hidden: int) -> tuple[Shape, ...]:
 
 
 def _check(known: Runner, layer: MoELayer, inner: int) -> None:
-    hint = "Use another engine's format."
+    hint = "Export for another engine with --to."
     if layer.activation is Activation.GELU:
-        raise UnsupportedError(f"moetune knows no key of TensorRT-LLM for {layer.activation.value}.", hint)
+        raise UnsupportedError(f"moetune does not know TensorRT-LLM's keys for {layer.activation.value}.", hint)
     if not known.biases and (layer.expert_bias or layer.activation is not Activation.SILU):
-        raise UnsupportedError(f"{known.name} takes no expert bias and no clamps.", hint)
+        raise UnsupportedError(f"{known.name} supports neither expert bias nor clamps.", hint)
     if not known.mxfp4 and (layer.hidden_size % WEIGHT_MULTIPLE or inner % WEIGHT_MULTIPLE):
         raise UnsupportedError(
             f"H = {layer.hidden_size} and I/tp = {inner} must be multiples of {WEIGHT_MULTIPLE} for {known.name}.", hint

@@ -1,6 +1,6 @@
-"""Profiles as vLLM's fused-MoE configurations: one JSON file, found through `VLLM_TUNED_CONFIG_FOLDER`.
+"""Writes vLLM's fused-MoE configuration file, which it finds through `VLLM_TUNED_CONFIG_FOLDER`.
 
-Format: `get_config_file_name` and `get_moe_configs` of vLLM's `fused_moe.py`; which kernel runs: `engine_flags`.
+Format: `get_config_file_name` and `get_moe_configs` of vLLM's `fused_moe.py`. `engine_flags` knows which kernel runs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _DROPS_REMOTE_SINCE = (0, 20)
 
 
 def export(profile: Profile, version: str | None = None, /) -> Export:
-    """The configuration file of a Triton profile; two where ranks have different numbers of experts.
+    """Returns the configuration file of a Triton profile, or two if ranks have different numbers of experts.
 
     Args:
-        profile: of the backend triton.
-        version: vLLM's; before 0.20 it did not drop slots of other ranks' experts.
+        profile: a profile of the backend triton.
+        version: vLLM's version. Before 0.20 it did not skip non-local slots.
 
     Raises:
-        UsageError: no version.
-        UnsupportedError: vLLM's Triton kernel has no use for this profile.
+        UsageError: `version` is no version.
+        UnsupportedError: vLLM's Triton kernel cannot use this profile.
     """
     measured = TritonProfile.of(profile, "vllm")
     remote = "drop" if parse_version(version, NEWEST) >= _DROPS_REMOTE_SINCE else "zero"
@@ -35,9 +35,9 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     return Export(
         files={file_name(measured, num_experts): text for num_experts in measured.num_experts},
         usage=(
-            f"Start vLLM with `{FOLDER_VARIABLE}={FOLDER}`. It looks here before its own files; its log then says "
-            "`Using configuration from …`. k, H, ep and the dispatch are not in a file's name, so give each "
-            "deployment the folder of its own regime."
+            f"Start vLLM with `{FOLDER_VARIABLE}={FOLDER}`. It looks here before its own files, and its log then says "
+            "`Using configuration from …`. Use this folder for its own deployment only: k, H, ep and the dispatch are "
+            "not in a file's name."
         ),
         variables={FOLDER_VARIABLE: FOLDER},
         warnings=(*measured.warnings("vllm", remote), *_other_kernels(measured)),
@@ -46,7 +46,7 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
 
 
 def file_name(measured: TritonProfile, num_experts: int) -> str:
-    """The name under which vLLM looks for a file."""
+    """Returns the name of the file that vLLM looks for."""
     dtype = f",dtype={measured.dtype}" if measured.dtype else ""
     block = f",block_shape=[{','.join(map(str, measured.block_shape))}]" if measured.block_shape else ""
     device = device_name(measured.profile.environment.device)
@@ -54,18 +54,18 @@ def file_name(measured: TritonProfile, num_experts: int) -> str:
 
 
 def device_name(device: str) -> str:
-    """`torch.cuda.get_device_name()` as in a file's name; every H200 is the same one."""
+    """Returns the device's name as vLLM writes it in a file's name. All H200s have one name."""
     name = re.sub(r"[\s/]+", "_", device)
     return "NVIDIA_H200" if "H200" in name.split("_") else name
 
 
 def _other_kernels(measured: TritonProfile) -> Iterator[str]:
-    """A warning where vLLM's default order of kernels has another one before Triton."""
+    """Yields a warning if vLLM prefers another kernel to Triton."""
     layer, regime = measured.profile.layer, measured.profile.regime
     first = preferred_to_triton("vllm", layer.precision, regime.ep_size, measured.capability[0])
     if first is None:
         return
     yield (
         f"For {layer.precision.value} experts at EP {regime.ep_size} on this device vLLM prefers {first} to Triton, "
-        "and then reads no such file; start it with --moe-backend triton."
+        "and then does not read this file. Start it with --moe-backend triton."
     )

@@ -1,4 +1,4 @@
-"""Writes exported files: each as a whole, and over other content only with `force`."""
+"""Writes exported files. Replaces a file that has other content only with `force`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ State = Literal["written", "unchanged"]
 
 
 def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dict[Path, State]:
-    """Writes files below `folder`, which is made if it is missing.
+    """Writes files below `folder`, and creates the folder if it is missing.
 
     All paths are checked before the first file is written. A reader sees a file's old content or its new one.
 
     Args:
         files: relative POSIX path → text.
         folder: the output folder.
-        force: replaces files of other content.
+        force: replace files that have other content.
 
     Returns:
-        Each path, `written` or `unchanged`.
+        Each path with its state, `written` or `unchanged`.
 
     Raises:
         UsageError: a file with other content exists and `force` was not given, or the folder cannot be written.
@@ -34,8 +34,8 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
         others = [path for path, content in present.items() if content is not None and content != texts[path]]
         if others and not force:
             raise UsageError(
-                f"{', '.join(map(str, others))}: there already, with another content. Nothing was written.",
-                "Give another --out, or --force to replace.",
+                f"{', '.join(map(str, others))} exists with other content. Nothing was written.",
+                "Give another --out, or --force to replace it.",
             )
         for path, content in texts.items():
             if present[path] != content:

@@ -47,7 +47,7 @@ def test_a_profile_is_written_for_an_engine_and_its_variable_printed(moetune, st
     folder = tmp_path / "out" / SLUG
     assert json.loads((folder / f"{NAME}.json").read_text()) == {"triton_version": "3.6.0", "8": TACTIC}
     assert result.stdout.splitlines()[-1] == f"export VLLM_TUNED_CONFIG_FOLDER={folder}"
-    assert "warning: No dispatcher of vllm brings the packed load" in result.stderr
+    assert "warning: No dispatcher of vllm produces the packed load" in result.stderr
     sidecar = json.loads((folder / f"{NAME}.vllm.moetune.json").read_text())
     assert sidecar["command"] == f"moetune export {stored} --to vllm --out {tmp_path / 'out'}"
 
@@ -82,7 +82,7 @@ def test_another_content_needs_force(moetune, stored, tmp_path):
     tuned.write_text("{}")
     refused = moetune(*words)
     assert (refused.exit_code, tuned.read_text()) == (2, "{}")
-    assert f"{tuned}: there already" in refused.stderr
+    assert f"{tuned} exists with other content" in refused.stderr
     assert moetune(*words, "--force").exit_code == 0
     assert "triton_version" in tuned.read_text()
     assert moetune(*words).stdout.count("unchanged: ") == 3
@@ -138,7 +138,7 @@ def test_the_question_options_look_the_profile_up(moetune, stored, tiny, tmp_pat
     Store(root).save(Profile.model_validate_json(stored.read_text()).model_copy(update=answer))
     found = moetune(*words)
     assert found.exit_code == 2
-    assert "takes tactics of the backend triton, the profile's are of torch" in found.stderr
+    assert "reads tactics of the backend triton; the profile's are of torch" in found.stderr
 
 
 def test_no_torch_is_imported_for_a_file(stored, tmp_path):

@@ -136,7 +136,7 @@ def test_gpt_oss_is_padded_as_the_engines_pad_it():
     ("kernels", "changed", "said"),
     [
         ("cutlass", {"precision": "fp8_block"}, "fp8_block"),
-        ("cutlass", {"precision": "nvfp4"}, "It has for bf16, fp8_tensor"),
+        ("cutlass", {"precision": "nvfp4"}, "It has them for bf16, fp8_tensor"),
         ("trtllm", {"precision": "fp16"}, "trtllm op has no tuned tactics for fp16"),
         ("trtllm", {"activation": "gelu"}, "silu or swiglu_clamped"),
     ],

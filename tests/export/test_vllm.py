@@ -90,9 +90,9 @@ def test_every_rank_of_uneven_shards_finds_its_file():
         ({"ep_size": 8}, None),
         ({"ep_size": 8, "dispatch": "allgather"}, None),
         ({"ep_size": 8, "layout": "deduplicated"}, None),
-        ({"ep_size": 8, "layout": "packed"}, "No dispatcher of vllm brings the packed load"),
-        ({"ep_size": 8, "layout": "slot"}, "No dispatcher of vllm brings the slot load"),
-        ({"ep_size": 8, "layout": "pool"}, "runs FlashInfer's kernels, which read no such file"),
+        ({"ep_size": 8, "layout": "packed"}, "No dispatcher of vllm produces the packed load"),
+        ({"ep_size": 8, "layout": "slot"}, "No dispatcher of vllm produces the slot load"),
+        ({"ep_size": 8, "layout": "pool"}, "runs FlashInfer's kernels, which do not read this file"),
         ({"ep_size": 8, "layout": "packed", "ladder": "pow2/8"}, "divides run-time rows by 8"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_ladder_that_rounds_otherwise_and_a_missing_bucket_are_noted():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"backend": "torch"}, "takes tactics of the backend triton, the profile's are of torch"),
+        ({"backend": "torch"}, "reads tactics of the backend triton; the profile's are of torch"),
         ({"layer": "gpt-oss-20b"}, "has no file for mxfp4 experts"),
         ({"strict": {"cpu": "EPYC"}}, "does not say compute_capability, remote, triton"),
         ({"tactics": {1: Tactic(BLOCK_SIZE_M=16)}}, "has the tunables BLOCK_SIZE_M, BLOCK_SIZE_N"),

@@ -18,7 +18,7 @@ def test_another_content_is_kept_unless_forced(tmp_path):
     path = tmp_path / "regime/a.json"
     path.parent.mkdir()
     path.write_text("mine")
-    with pytest.raises(UsageError, match=r"there already, with another content. Nothing was written.*--force"):
+    with pytest.raises(UsageError, match=r"exists with other content. Nothing was written.*--force"):
         write(FILES, tmp_path)
     assert path.read_text() == "mine"
     assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == ["a.json"]
