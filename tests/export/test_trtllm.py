@@ -257,7 +257,7 @@ def test_a_layer_without_a_runner_is_refused(changed, said):
 def test_fp8_blocks_that_lie_otherwise_than_in_the_checkpoint_are_refused(strict):
     with pytest.raises(UnsupportedError, match="layout of the checkpoint") as refused:
         export(made(preset("deepseek-r1"), PURE_EP8, strict))
-    assert 'fp8_block_layout="plain"' in refused.value.hint
+    assert "fp8_block_layout=plain" in refused.value.hint
 
 
 def test_other_backends_are_refused():
