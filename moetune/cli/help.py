@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 
 import click
 
 from moetune.errors import MissError
 from moetune.inputs.option_table import OPTIONS, Group
+from moetune.inputs.suggestions import did_you_mean
 
 _GROUPS = {option.name: option.group.value for option in OPTIONS}
 _OTHER = "Options"
@@ -71,6 +71,5 @@ class Commands(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError:
             known = self.list_commands(ctx)
-            near = get_close_matches(args[0], known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Commands: {', '.join(known)}."
+            hint = did_you_mean(args[0], known) or f"Commands: {', '.join(known)}."
             raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx) from None

@@ -81,16 +81,28 @@ class CommandLine(LazyGroup):
         except (click.Abort, KeyboardInterrupt):
             code = _fail("interrupted.", code=INTERRUPTED)
         except Exception as error:
-            if os.environ.get(DEBUG_VARIABLE):
-                traceback.print_exc()
-            report = f"This is a bug in moetune. Set {DEBUG_VARIABLE}=1 to see where."
-            code = _fail(f"unexpected {type(error).__name__}: {error}. {report}", code=1)
+            code = _unexpected(error)
         sys.exit(code)
 
 
 def _fail(*lines: str, code: int) -> int:
     click.echo("\n".join([f"error: {' '.join(lines[0].split())}", *(line for line in lines[1:] if line)]), err=True)
     return code
+
+
+def _unexpected(error: Exception) -> int:
+    """Reports an error that moetune did not raise itself: a package that is not installed, or a bug."""
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exc()
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing and missing != "moetune":
+        return _fail(
+            f"The Python module {missing} is not installed.",
+            "Install what moetune needs, as README.md says: pip install -e . in a checkout.",
+            code=1,
+        )
+    report = f"This is a bug in moetune. Set {DEBUG_VARIABLE}=1 to see where."
+    return _fail(f"unexpected {type(error).__name__}: {error}. {report}", code=1)
 
 
 def _discard_stdout() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import click
 
 from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS, SIZES, flag
-from moetune.spec.enums import DISTRIBUTION_VARIABLE
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -85,8 +83,8 @@ def _question(options: dict[str, Any], required: bool) -> Question | None:
     device = options.pop("device")
     line = options.pop("launch")
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    if line is not None:
-        given |= _launch(line, given)
+    from_line = {} if line is None else _launch(line, given)
+    given |= from_line
     if not given and not required:
         return None
     if "model" not in given and not any(size in given for size in SIZES):
@@ -96,7 +94,13 @@ def _question(options: dict[str, Any], required: bool) -> Question | None:
             "Give a name from `moetune models` or the path of a config.json, or all of "
             f"{', '.join(map(flag, SIZES))}, or --launch 'vllm serve …'.",
         )
-    return ask(**given, device=device)
+    question = ask(**given, device=device)
+    if question.engine and not question.auto and "backend" not in from_line:  # else the line starts these kernels
+        from moetune.cli import notes
+
+        for note in notes.preferred_kernels(question.engine, question.backend, question.layer, question.regime):
+            click.echo(note, err=True)
+    return question
 
 
 def _launch(line: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -136,21 +140,17 @@ def ask(model: str | None = None, *, backend: str | None = None, device: str | N
     from moetune.cli import notes
     from moetune.cli.backend_choice import choose
     from moetune.inputs.options import resolve
-    from moetune.workload.ranks import of_rank
+    from moetune.tuning.question import resolved
 
     own = _backend_options(given)
     rest = {name: value for name, value in given.items() if name not in _BACKEND_FIELDS and name != "backend_option"}
     layer, regime, rank, warnings = resolve(model, **rest)
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-    regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    regime = of_rank(layer, regime, rank)
+    layer, regime = resolved(layer, regime, rank)
     dispatch = given.get("dispatch") or ""
     if given.get("dp") and not dispatch and given.get("layout") is None:
         click.echo(notes.dp_alone(regime), err=True)
     engine = dispatch.partition(":")[0] if ":" in dispatch else None
     chosen, auto = choose(backend, own, engine, layer, regime)
-    if engine is not None and not auto:
-        for note in notes.preferred_kernels(engine, chosen, layer, regime):
-            click.echo(note, err=True)
     return Question(layer, regime, chosen, rank, auto, engine, device)

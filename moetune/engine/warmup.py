@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,10 @@ from moetune.engine import flashinfer_hook, session
 from moetune.engine.session import Session
 from moetune.errors import UnsupportedError
 from moetune.inputs import flashinfer_versions
-from moetune.inputs.presets import layer as layer_of
-from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
-from moetune.workload.ranks import of_rank
+from moetune.tuning.question import resolved
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,10 +34,8 @@ def session_for(
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
     """
-    layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
-    regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
+    layer, regime = resolved(layer, regime)
     regime.shard(layer, rank or 0)
-    regime = of_rank(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
     return Session(layer, regime, rank, store, group, logger or logging.getLogger("moetune"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moetune.inputs import dispatcher, launch
-from moetune.inputs.options import resolve
+from moetune.inputs import dispatcher
+from moetune.inputs.options import launched
 from moetune.inputs.presets import layer as layer_of
 from moetune.spec.enums import RankWord
 from moetune.spec.layer import MoELayer
@@ -39,11 +39,8 @@ def from_launch(line: str, **options: Any) -> Deployment:
         UsageError: no server or several, an unknown model, or a value that cannot be used.
         UnsupportedError: kernels, a dispatcher or a quantization that moetune does not tune.
     """
-    read = launch.read(line, options)
-    given = {**options, **read.options}
-    backend = given.pop("backend", "auto")
-    found = resolve(**given)
-    return Deployment(found.layer, found.regime, found.rank, backend, (*read.warnings, *found.warnings))
+    found, backend = launched(line, options)
+    return Deployment(found.layer, found.regime, found.rank, backend or "auto", found.warnings)
 
 
 def regime(name: str, layer: MoELayer | str, ep_size: int, **fields: Any) -> Regime:

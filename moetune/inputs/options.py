@@ -48,16 +48,28 @@ def parse(text: str) -> Asked:
         given = _parsed(shlex.split(text))
     except ValueError as error:
         raise UsageError(f"{text!r} cannot be split into options: {error}.", "Close every quote.") from None
-    warnings: tuple[str, ...] = ()
-    if (line := given.pop("launch")) is not None:
-        from moetune.inputs import launch
+    line = given.pop("launch")
+    return resolve(**given) if line is None else launched(line, given)[0]
 
-        read = launch.read(line, given)
-        given |= read.options
-        given.pop("backend", None)
-        warnings = read.warnings
-    asked = resolve(**given)
-    return asked._replace(warnings=(*warnings, *asked.warnings))
+
+def launched(line: str, given: Mapping[str, Any]) -> tuple[Asked, str | None]:
+    """Returns what a launch line and the options beside it give, and the backend that they select.
+
+    Args:
+        line: the command that starts an engine's server.
+        given: options by name; they win over the line. None means not given.
+
+    Raises:
+        UsageError: as `launch.read` or `resolve`.
+        UnsupportedError: as `launch.read`.
+    """
+    from moetune.inputs import launch
+
+    read = launch.read(line, given)
+    options = {**given, **read.options}
+    backend = options.pop("backend", None)
+    asked = resolve(**options)
+    return asked._replace(warnings=(*read.warnings, *asked.warnings)), backend
 
 
 def _parsed(words: list[str]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What a profile looks like to a person. From profiles alone, no torch."""
+"""Shows profiles, plans and lists in a terminal. Does not import torch."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import geometric_mean
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -57,7 +55,7 @@ def profile_report(
     ]
     reported += [Text(line, style="dim") for line in _details(profile)]
     if profile.choices:
-        reported += [Text(gain_line(profile.choices), style="bold"), Text(_measured_line(profile))]
+        reported += [Text(gain_line(profile), style="bold"), Text(_measured_line(profile))]
     if path:
         reported.append(_where(path, served, packaged))
     if path and profile.choices and not exported:
@@ -98,12 +96,15 @@ def _gain(choice: Choice) -> tuple[Text, Text]:
     return Text(f"{choice.gain:.2f}×", style="bold green" if beyond_noise else "dim"), Text(bounds)
 
 
-def gain_line(choices: Sequence[Choice]) -> str:
-    """Returns the geometric mean of the gains, and the bucket with the smallest one."""
-    worst = min(choices, key=lambda choice: choice.gain)
-    buckets = "1 bucket" if len(choices) == 1 else f"{len(choices)} buckets"
-    mean = geometric_mean([choice.gain for choice in choices])
-    return f"geometric mean gain {mean:.2f}× over {buckets}; worst {worst.gain:.2f}× at {worst.rows:,} rows"
+def gain_line(profile: Profile) -> str:
+    """Returns the profile's gain, and the bucket with the smallest one. The profile has a choice."""
+    worst = min(profile.choices, key=lambda choice: choice.gain)
+    buckets, rows = _counted(len(profile.choices), "bucket"), _counted(worst.rows, "row")
+    return f"geometric mean gain {profile.gain:.2f}× over {buckets}; worst {worst.gain:.2f}× at {rows}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _measured_line(profile: Profile) -> str:

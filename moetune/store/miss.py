@@ -50,6 +50,6 @@ def _named(differences: tuple[Difference, ...]) -> str:
         f"{'none' if each.wanted is None else each.wanted}"
         for each in differences[:NAMED]
     ]
-    if more := len(differences) - NAMED:
-        named += [f"{more} other difference{'s' if more > 1 else ''}"] if more > 0 else []
+    if (more := len(differences) - NAMED) > 0:
+        named.append(f"{more} other difference{'s' if more > 1 else ''}")
     return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"

@@ -99,6 +99,14 @@ def test_an_unexpected_exception_shows_its_traceback_only_when_asked(monkeypatch
     assert "Traceback" in _failing(ZeroDivisionError("boom")).stderr
 
 
+def test_a_package_that_is_not_installed_is_no_bug_of_moetune():
+    result = _failing(ModuleNotFoundError("No module named 'pydantic'", name="pydantic.fields"))
+    assert result.exit_code == 1
+    assert "The Python module pydantic is not installed." in result.stderr
+    assert "pip install" in result.stderr
+    assert "bug" in _failing(ModuleNotFoundError("No module named 'moetune.gone'", name="moetune.gone")).stderr
+
+
 def test_without_a_command_the_help_is_shown_with_exit_2(moetune):
     result = moetune()
     assert result.exit_code == 2
@@ -114,8 +122,8 @@ def test_the_version_is_the_packages(moetune):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tun"], "No such command 'tun'. Did you mean 'tune'?"),
-        (["store", "lst"], "No such command 'lst'. Did you mean 'list'?"),
+        (["tun"], "No such command 'tun'. Did you mean tune?"),
+        (["store", "lst"], "No such command 'lst'. Did you mean list?"),
         (["zzz"], "Commands: models, doctor, plan"),
         (["plan", "--modle", "x"], "--model"),
     ],

@@ -387,6 +387,12 @@ def test_kernels_that_the_engine_prefers_are_said_before_anything_runs(moetune):
     assert "--moe-backend triton" in result.stderr
 
 
+def test_a_line_that_starts_these_kernels_itself_needs_no_note(moetune):
+    line = "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep"
+    assert "vllm prefers" not in moetune("plan", "--launch", f"{line} --moe-backend triton").stderr
+    assert "vllm prefers" in moetune("plan", "--launch", line, "--backend", "triton").stderr
+
+
 def test_warnings_of_a_launch_line_are_said(moetune):
     result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --gremlins 3")
     assert result.exit_code == 0

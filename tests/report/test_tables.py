@@ -340,7 +340,9 @@ def test_the_next_command_is_for_an_engine_that_reads_these_kernels(backend, str
 
 
 def test_one_bucket_has_a_gain():
-    assert gain_line([_choice(64, 60.0)]) == "geometric mean gain 1.00× over 1 bucket; worst 1.00× at 64 rows"
+    one = {rows: _profile(_choice(rows, 60.0), regime=Regime(ladder=str(rows))) for rows in (1, 64)}
+    assert gain_line(one[64]) == "geometric mean gain 1.00× over 1 bucket; worst 1.00× at 64 rows"
+    assert gain_line(one[1]).endswith("worst 1.00× at 1 row")
 
 
 @pytest.mark.parametrize(("low", "style"), [(1.043, "1;32"), (1.02, "2")], ids=["beyond the noise", "within it"])

@@ -7,7 +7,6 @@ both are timed end to end, in the real op, under the regime's routing.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import inspect
 from bisect import bisect_left
@@ -15,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Candidates, Problem
-from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, PACKAGE, unbuilt, version
+from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, unbuilt, version
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.search.base import Search
@@ -57,7 +56,7 @@ class FlashInferCutlassBackend:
     def unavailable(self) -> tuple[str, str] | None:
         """No FlashInfer, one without `profile_ids`, no GPU from SM90, or a module that is not built yet."""
         if importlib.util.find_spec("flashinfer") is None:
-            return "flashinfer is not installed", f"pip install {PACKAGE}"
+            return "flashinfer is not installed", "pip install flashinfer-python"
         import torch
 
         if not torch.cuda.is_available():
@@ -74,7 +73,7 @@ class FlashInferCutlassBackend:
         if "profile_ids" not in inspect.signature(cutlass_fused_moe).parameters:
             return (
                 f"FlashInfer {version()} has no profile_ids, the argument that names a tactic",
-                f"pip install --upgrade {PACKAGE}",
+                "pip install --upgrade flashinfer-python",
             )
         return unbuilt(MODULES[capability])
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from moetune.inputs import flashinfer_versions
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation
 
-PACKAGE = "flashinfer-python"
 ALIGNMENTS = {Precision.BF16: 8, Precision.FP8_TENSOR: 16}
 """H and I/tp must be multiples: 128 bits of values, as the op demands for TMA."""
 ACTIVATIONS = {Activation.SILU: "Swiglu", Activation.GELU: "GegluTanh"}
@@ -55,8 +54,5 @@ def _nvcc() -> bool:
 
 
 def version() -> str:
-    """The installed FlashInfer's."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    """Returns the version of the installed FlashInfer, or `not installed`."""
+    return flashinfer_versions.version() or "not installed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -18,6 +17,7 @@ from moetune.backends.flashinfer_trtllm.formats import (
 )
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs import flashinfer_versions
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
@@ -83,9 +83,9 @@ class TrtllmBackend:
         """No FlashInfer 0.7.2, or no device of compute capability 10.0 or 10.3."""
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed", "pip install flashinfer-python"
-        version = importlib.metadata.version("flashinfer-python")
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < NEEDED_VERSION:
-            return f"needs FlashInfer 0.7.2 or later, installed is {version}", "pip install -U flashinfer-python"
+        installed = flashinfer_versions.version() or "unknown"
+        if tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) < NEEDED_VERSION:
+            return f"needs FlashInfer 0.7.2 or later, installed is {installed}", "pip install -U flashinfer-python"
         import torch
 
         needed = "needs compute capability 10.0 or 10.3 (B200, GB200, B300, GB300)"
@@ -147,7 +147,7 @@ class TrtllmBackend:
         """FlashInfer's version, and the options, all of which change what is timed."""
         quantized = {None: "where tokens travel", True: "yes", False: "no"}[self.quantized]
         return {
-            "flashinfer": importlib.metadata.version("flashinfer-python"),
+            "flashinfer": flashinfer_versions.version() or "unknown",
             "ids": self.ids,
             "mxfp4_activations": self.mxfp4_activations,
             "arrives_quantized": quantized,

@@ -36,7 +36,7 @@ BIAS_SCALE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ScratchSizes:
-    """Holds what scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp bytes of a value."""
+    """Holds what scratch memory depends on: rows M, ids in a row k, local experts L, H, I/tp, bytes of a value."""
 
     rows: int
     top_k: int

@@ -14,6 +14,7 @@ from moetune.backends import registry
 from moetune.backends.base import Backend
 from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT_TACTIC, equivalent_rows
 from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs import flashinfer_versions
 from moetune.inputs.presets import preset
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, RoutingMethod
@@ -102,9 +103,7 @@ def test_the_registry_knows_both_and_says_which_chip_is_needed(name: str, monkey
 
 
 def test_an_old_flashinfer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.6.18.post2")
+    monkeypatch.setattr(flashinfer_versions, "version", lambda: "0.6.18.post2")
     reason, hint = registry.backend(NAMES[0]).unavailable() or ("", "")
     assert "0.6.18.post2" in reason
     assert "flashinfer-python" in hint
