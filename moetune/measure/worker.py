@@ -7,13 +7,14 @@ new process; the process that asked goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError, MoetuneError, NoResultError
-from moetune.measure.bench import Bench, Series, Stage
+from moetune.measure.bench import Bench, BenchLike, Series, Stage
 from moetune.measure.child import Channel, Child
 from moetune.measure.reasons import reason_of, shortened
 from moetune.spec.tactic import Tactic
@@ -147,6 +148,22 @@ class Worker:
         if self._child is None:
             self._child = Child(_serve, self._backend, self._device, note=_Touch(Stage.PREPARE))
         return self._child
+
+
+@contextmanager
+def open_benches(backend: Backend, device: str, isolate: bool) -> Iterator[Callable[[Problem], BenchLike]]:
+    """Yields a function that prepares a problem and returns its bench.
+
+    Args:
+        backend: the backend whose kernels the benches run.
+        device: the torch device of the problems.
+        isolate: True runs the kernels in a worker, which ends with the context; False runs them in this process.
+    """
+    if isolate:
+        with Worker(backend, device) as worker:
+            yield worker.bench
+    else:
+        yield lambda problem: Bench(backend, problem)
 
 
 @dataclass(eq=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,7 @@ from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
 
 if TYPE_CHECKING:
-    from moetune.backends.base import Backend, Problem
-    from moetune.measure.bench import BenchLike
+    from moetune.backends.base import Backend
     from moetune.spec.enums import RankWord
 
 
@@ -139,6 +138,7 @@ def _choices(
     """The choice of one missing bucket after the other, as long as the time lasts."""
     from moetune.backends.base import PacesFinal, ReportsPromising
     from moetune.measure.compiling import Compilers, capability_of
+    from moetune.measure.worker import open_benches
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
     final_s = question.backend.final_s if isinstance(question.backend, PacesFinal) else None
@@ -146,7 +146,7 @@ def _choices(
     layer, regime, backend = question.layer, question.regime, question.backend
     _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
     with ExitStack() as stack:
-        bench_of = stack.enter_context(benches(backend, question.device, isolate))
+        bench_of = stack.enter_context(open_benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
 
         buckets = stack.enter_context(Prefetcher(question, missing, journaled, compilers)).buckets()
@@ -181,17 +181,3 @@ def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: On
     known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
     if known or journaled.unread:
         tell(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))
-
-
-@contextmanager
-def benches(backend: Backend, device: str, isolate: bool) -> Iterator[Callable[[Problem], BenchLike]]:
-    """What prepares problems: in a worker where `isolate`, else in this process."""
-    if isolate:
-        from moetune.measure.worker import Worker
-
-        with Worker(backend, device) as worker:
-            yield worker.bench
-    else:
-        from moetune.measure.bench import Bench
-
-        yield lambda problem: Bench(backend, problem)

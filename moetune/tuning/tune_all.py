@@ -22,7 +22,6 @@ from moetune.tuning import final_comparison as final
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
 from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
 from moetune.tuning.question import check_options, resolved
-from moetune.tuning.tune import benches
 from moetune.tuning.verdict import common_ratio
 
 if TYPE_CHECKING:
@@ -210,12 +209,13 @@ def _side_by_side(
     tell: OnEvent,
 ) -> Iterator[ComparedBucket]:
     """The buckets by a final among the families' choices."""
+    from moetune.measure.worker import open_benches
     from moetune.tuning.joined import JoinedBackend, joined
 
     tactics = {(name, choice.rows): joined(name, choice.tactic) for name, p in profiles.items() for choice in p.choices}
     layer, regime = next((profile.layer, profile.regime) for profile in profiles.values())
     by_rows = _times_us(profiles)
-    with benches(JoinedBackend(backends), device, isolate) as bench_of:
+    with open_benches(JoinedBackend(backends), device, isolate) as bench_of:
         for index, (rows, times_us) in enumerate(by_rows.items()):
             tell(BucketCompared(rows, index, len(by_rows)))
             rivals = {tactics[name, rows]: name for name in sorted(times_us, key=lambda name: times_us[name])}
