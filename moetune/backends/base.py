@@ -1,4 +1,4 @@
-"""What a family of kernels has to offer to be tuned."""
+"""Defines what a backend, a set of kernels that moetune can tune, has to offer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a kernel is given for one bucket: `draws` are timed, each of `rows` rows with its padding."""
+    """Holds what a kernel gets for one bucket. Every draw in `draws` has `rows` rows, padding included."""
 
     layer: MoELayer
     regime: Regime
@@ -30,12 +30,12 @@ class Problem:
 
     @property
     def intermediate_size(self) -> int:
-        """Of one expert on this rank: I/tp."""
+        """I/tp: the intermediate size of one expert on this rank."""
         return self.regime.intermediate_size(self.layer)
 
     @property
     def row_top_k(self) -> int:
-        """Ids in a row: k, or 1 in the slot layout."""
+        """The number of ids in a row: k, or 1 in the slot layout."""
         return self.regime.row_top_k(self.layer)
 
     def numbers(self, kind: DrawKind) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """The tactics worth timing for a problem, and the ones left out, each with the reason."""
+    """Holds the tactics that may be timed for one bucket, and the excluded ones, each with the reason."""
 
     tactics: tuple[Tactic, ...]
     excluded: Mapping[Tactic, str] = field(default_factory=dict)
@@ -55,46 +55,46 @@ class Runner(Protocol):
     """A prepared problem: weights, inputs and routings lie on the device."""
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
-        """One forward of the layer on this rank: `[rows, hidden_size]`, of the draw's routing and inputs."""
+        """Computes the layer once on this rank, on the routing and inputs of one draw: `[rows, hidden_size]`."""
         ...
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """The same output computed in fp32 by the slowest and plainest way: `[rows, hidden_size]` float32."""
+        """Computes the same output in fp32 by the plainest code: `[rows, hidden_size]` float32."""
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """A family of kernels. Cheap to construct; imports torch and kernels in `candidates` and `prepare` only."""
+    """A set of kernels. It is cheap to construct and imports torch and the kernels only when a method needs them."""
 
     name: str
 
     def unavailable(self) -> tuple[str, str] | None:
-        """Why it cannot run on this machine and what to do about it, or None."""
+        """Returns why it cannot run on this machine and what to do next; None if it can run."""
         ...
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Why it does not compute this layer, or None."""
+        """Returns why it does not compute this layer; None if it computes it."""
         ...
 
     def environment(self) -> dict[str, str]:
-        """Strict environment fields of its own (versions, kernel source); may be empty."""
+        """Returns strict environment fields of its own, such as versions and a digest of the kernel; may be empty."""
         ...
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """The tactics for one bucket, the default among them."""
+        """Returns the tactics for one bucket. The default is one of them."""
         ...
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """What the engine runs where nothing is tuned."""
+        """Returns the tactic that runs where nothing is tuned."""
         ...
 
     def tolerance(self, layer: MoELayer) -> float:
-        """The largest relative Frobenius error against `Runner.reference` of a right result."""
+        """Returns the largest relative Frobenius error against `Runner.reference` that a correct result may have."""
         ...
 
     def prepare(self, problem: Problem) -> Runner:
-        """Weights, inputs and routings on the device."""
+        """Puts weights, inputs and routings on the device."""
         ...
 
 

@@ -1,1 +1,1 @@
-"""FlashInfer's `cutlass_fused_moe` on Hopper."""
+"""The backend of FlashInfer's `cutlass_fused_moe`."""

@@ -1,8 +1,8 @@
-"""`FlashInferCutlassBackend`: FlashInfer's `cutlass_fused_moe`, one of the kernels that vLLM and SGLang offer.
+"""Defines `FlashInferCutlassBackend`, which tunes FlashInfer's `cutlass_fused_moe`. vLLM and SGLang offer this kernel.
 
-A tactic is a pair, one kernel for each of the two GEMMs: `{"gemm1": a, "gemm2": b}`, exactly the op's
-`profile_ids=[a, b]`. FlashInfer's own autotune times each GEMM alone and always under routing over all experts; here
-both are timed end to end, in the real op, under the regime's routing.
+A tactic is a pair of kernels, one for each GEMM: `{"gemm1": a, "gemm2": b}`, which is the op's `profile_ids=[a, b]`.
+FlashInfer's own autotuner times each GEMM alone, always with a routing over all experts. Here the whole op is timed
+with the regime's routing.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from moetune.backends.flashinfer_cutlass.runner import CutlassExperts, CutlassRunner
 
 DEFAULT_TACTIC = Tactic(gemm1=UNTUNED, gemm2=UNTUNED)
-"""The op's own fallback: it takes the first tactic of each GEMM."""
+"""The op's own default: the first tactic of each GEMM."""
 ROUNDS = (1, 4, 8)
-"""How often the search times a tactic, in each of its passes (see `coordinate`)."""
+"""How often the search times a tactic in each of its passes; see `coordinate`."""
 FINAL_S = 0.06
-"""About how long a final takes where runs are short.
+"""About how long one bucket's final comparison takes in seconds, if the runs are short.
 
-FlashInfer's own autotune takes 16 to 36 s for the 21 buckets up to 8192 rows, 0.8 to 1.7 s each; so may this, all in.
-On an H200 it took 21.8 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.6 s (commit b96b5be).
+It is chosen so that a tune takes no longer than FlashInfer's own autotuner: 16 to 36 s for the 21 buckets up to 8192
+rows. On an H200 a tune took 21.8 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.6 s (commit b96b5be).
 """
 
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
 
 
 class FlashInferCutlassBackend:
-    """FlashInfer's CUTLASS fused MoE with explicit tactics: bf16, and fp8 with one scale a tensor; SM90 and later."""
+    """Tunes FlashInfer's CUTLASS MoE op in bf16, and in fp8 with one scale a tensor, from compute capability 9.0."""
 
     name = "flashinfer-cutlass"
     final_s = FINAL_S
@@ -54,7 +54,7 @@ class FlashInferCutlassBackend:
         self._weights: WeightCache[CutlassExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
-        """No FlashInfer, one without `profile_ids`, no GPU from SM90, or a module that is not built yet."""
+        """Returns a reason and a hint if FlashInfer, its `profile_ids`, a suitable GPU or its module is missing."""
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed", "pip install flashinfer-python"
         import torch
@@ -78,9 +78,9 @@ class FlashInferCutlassBackend:
         return unbuilt(MODULES[capability])
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Other precisions, unequal shards, biases and so on. DeepSeek's fp8 blocks run there, untunable."""
+        """Returns why the layer cannot be tuned: its precision, activation, biases, sizes, input weights or shards."""
         if layer.precision is Precision.FP8_BLOCK:
-            return "FlashInfer runs fp8_block experts by one fixed kernel and ignores profile_ids: nothing to tune"
+            return "FlashInfer has one fixed kernel for fp8_block experts and ignores profile_ids: nothing to tune"
         if layer.precision not in ALIGNMENTS:
             return f"tunes {' and '.join(ALIGNMENTS)} experts, not {layer.precision.value}"
         if layer.activation not in ACTIVATIONS:
@@ -97,11 +97,11 @@ class FlashInferCutlassBackend:
         return None
 
     def environment(self) -> dict[str, str]:
-        """FlashInfer's version: tactics are positions in a list that it compiles in."""
+        """Returns FlashInfer's version. A tactic is a position in a list that is compiled into FlashInfer."""
         return {"flashinfer": version()}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """Every pair of the two GEMMs' tactics that the device can run, `DEFAULT_TACTIC` first.
+        """Returns every pair of the two GEMMs' tactics that the device can run, with `DEFAULT_TACTIC` first.
 
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
@@ -119,13 +119,14 @@ class FlashInferCutlassBackend:
         return self._candidates[key]
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """`DEFAULT_TACTIC`: what the op runs where FlashInfer's autotuner has no entry."""
+        """Returns `DEFAULT_TACTIC`, which the op runs if FlashInfer's autotuner has no entry."""
         return DEFAULT_TACTIC
 
     def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
-        """Coordinate descent: GEMM1's tactics with one good GEMM2, then GEMM2's with the best GEMM1; see `coordinate`.
+        """Returns a coordinate descent; see `coordinate`.
 
-        With `starts` the sweeps cover the values of the starts and a few others.
+        It tries GEMM1's tactics with one good tactic of GEMM2, then GEMM2's tactics with the best tactic of GEMM1. If
+        there are `starts`, it tries only the values in them and a few others.
         """
         turn = bisect_left(problem.regime.buckets, problem.rows)
         return coordinate(candidates.tactics, starts=starts, rounds=ROUNDS, turn=turn)
@@ -135,11 +136,11 @@ class FlashInferCutlassBackend:
         return promising(times_us)
 
     def tolerance(self, layer: MoELayer) -> float:
-        """1e-2 in bf16; 5e-2 in fp8, where the intermediate is rounded to e4m3."""
+        """Returns 1e-2 in bf16 and 5e-2 in fp8, where the intermediate is rounded to e4m3."""
         return _TOLERANCES[layer.precision]
 
     def prepare(self, problem: Problem) -> CutlassRunner:
-        """Inputs, routings and workspace; the weights are kept for the next bucket's problem.
+        """Puts inputs, routings and workspace on the device. Weights are kept for the next bucket.
 
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.

@@ -1,4 +1,4 @@
-"""What FlashInfer's `cutlass_fused_moe` takes, and whether its compiled module can be had at once."""
+"""Knows what FlashInfer's `cutlass_fused_moe` takes, and whether its compiled module can be loaded at once."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation
 
 ALIGNMENTS = {Precision.BF16: 8, Precision.FP8_TENSOR: 16}
-"""H and I/tp must be multiples: 128 bits of values, as the op demands for TMA."""
+"""H and I/tp must be multiples of these: 128 bits of values, which the op needs for TMA."""
 ACTIVATIONS = {Activation.SILU: "Swiglu", Activation.GELU: "GegluTanh"}
-"""FlashInfer's names in `ActivationType`."""
+"""The names in FlashInfer's `ActivationType`."""
 MODULES = {(9, 0): "90", (10, 0): "100", (10, 3): "103", (10, 7): "100", (11, 0): "100", (12, 0): "120", (12, 1): "120"}
-"""The module that serves a compute capability, as in `get_cutlass_fused_moe_module`."""
+"""The module of each compute capability, as in FlashInfer's `get_cutlass_fused_moe_module`."""
 BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_module as build; build({!r})"'
 TOOLKIT = "/usr/local/cuda"
-"""Where FlashInfer looks for nvcc when nothing names it."""
+"""Where FlashInfer looks for nvcc if no environment variable names it."""
 
 
 def unbuilt(module: str) -> tuple[str, str] | None:
-    """Why the op's module for an architecture (`"90"` …) cannot be loaded at once and what to do, or None.
+    """Returns why the op's module for an architecture (`"90"` …) cannot be loaded at once, and a hint; else None.
 
-    FlashInfer takes it from its own wheel, from `flashinfer-jit-cache`, or from a cache that it fills at the first
-    call: 248 files for Hopper, about 25 minutes on 64 cores. That is no part of tuning, hence an obstacle.
+    FlashInfer takes the module from its own wheel, from `flashinfer-jit-cache`, or from a cache that it fills at the
+    first call. Filling it compiles 248 files for Hopper, about 25 minutes on 64 cores. Tuning must not start that.
     """
     from flashinfer.jit import env
 
@@ -38,11 +38,14 @@ def unbuilt(module: str) -> tuple[str, str] | None:
         return None
     install = f"pip install flashinfer-jit-cache=={version()} (from FlashInfer's own index)"
     if os.environ.get("FLASHINFER_DISABLE_JIT"):
-        return f"{name} is not prebuilt, and FLASHINFER_DISABLE_JIT forbids to build it", f"{install}, or unset it."
+        return (
+            f"{name} is not prebuilt, and FLASHINFER_DISABLE_JIT forbids building it",
+            f"{install}, or unset FLASHINFER_DISABLE_JIT.",
+        )
     if not _nvcc():
-        return f"{name} is not prebuilt, and there is no nvcc to build it", f"{install}, or a CUDA toolkit with nvcc."
+        return f"{name} is not prebuilt, and nvcc is missing to build it", f"{install}, or install a CUDA toolkit."
     return (
-        f"{name} is not built yet, which takes FlashInfer about half an hour",
+        f"{name} is not built yet; FlashInfer takes about half an hour to build it",
         f"{install}, or {BUILD.format(module)}",
     )
 

@@ -1,4 +1,4 @@
-"""One problem's weights, inputs and workspace for `cutlass_fused_moe`, and the op's calls on them."""
+"""Prepares one problem's weights, inputs and workspace for `cutlass_fused_moe`, and calls the op on them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
 
 MIDDLE_MAX = 32.0
-"""silu(gate) · up of normal gates and ups stays below; what does not is saturated, as in an engine."""
+"""The largest intermediate value in fp8. silu(gate) · up of normal values rarely exceeds it, and is saturated if so."""
 
 
 @dataclass(frozen=True, slots=True)
 class GemmTactics:
-    """One GEMM's tactics by their positions in the runner's combined list."""
+    """Holds the tactics of one GEMM as positions in the list of both GEMMs' tactics that FlashInfer's runner has."""
 
     runnable: tuple[int, ...]
     too_big: tuple[int, ...]
 
 
 def gemm_tactics(layer: MoELayer, regime: Regime, device: str) -> tuple[GemmTactics, GemmTactics]:
-    """The tactics of GEMM1 (from 0) and GEMM2 (after GEMM1's), told by FlashInfer's own runner for this device."""
+    """Returns the tactics of GEMM1 and GEMM2 that FlashInfer's own runner lists for this device. GEMM1's come first."""
     core = importlib.import_module("flashinfer.fused_moe.core")
     module = core.get_cutlass_fused_moe_module(MODULES[torch.cuda.get_device_capability(device)])
     runner = module.MoERunner(**_runner_arguments(module.MoERunner, layer, regime))
@@ -46,7 +46,7 @@ def gemm_tactics(layer: MoELayer, regime: Regime, device: str) -> tuple[GemmTact
 
 
 def _runner_arguments(runner: type, layer: MoELayer, regime: Regime) -> dict[str, Any]:
-    """What `cutlass_fused_moe` itself gives to its runner, as far as this version's runner takes it."""
+    """Returns what `cutlass_fused_moe` gives to its runner, without parameters that this version's runner lacks."""
     dtype = torch.float8_e4m3fn if layer.precision is Precision.FP8_TENSOR else torch.bfloat16
     given = {
         "x_dtype": dtype,
@@ -69,13 +69,13 @@ def _runner_arguments(runner: type, layer: MoELayer, regime: Regime) -> dict[str
 
 
 def activation_type(layer: MoELayer) -> Any:
-    """FlashInfer's `ActivationType` of a layer."""
+    """Returns FlashInfer's `ActivationType` of a layer."""
     return getattr(importlib.import_module("flashinfer.fused_moe").ActivationType, ACTIVATIONS[layer.activation])
 
 
 @dataclass(frozen=True, slots=True)
 class CutlassExperts:
-    """A rank's weights: `w1 [L, 2I, H]`, up before gate, and `w2 [L, H, I]`; in fp8 with one f32 scale an expert."""
+    """Holds a rank's weights: `w1` `[L, 2·I, H]`, up before gate; `w2` `[L, H, I]`; in fp8 one f32 scale an expert."""
 
     w1: torch.Tensor
     w2: torch.Tensor
@@ -83,16 +83,16 @@ class CutlassExperts:
     scale2: torch.Tensor | None
 
     def matrix1(self, expert: int) -> torch.Tensor:
-        """One expert's `[2I, H]` in fp32."""
+        """Returns `w1` of one expert in fp32: `[2·I, H]`."""
         return _dequantized(self.w1, self.scale1, expert)
 
     def matrix2(self, expert: int) -> torch.Tensor:
-        """One expert's `[H, I]` in fp32."""
+        """Returns `w2` of one expert in fp32: `[H, I]`."""
         return _dequantized(self.w2, self.scale2, expert)
 
 
 def random_experts(problem: Problem) -> CutlassExperts:
-    """Normal weights of variance 1/fan-in, the same for the same layer, shard and seed."""
+    """Draws normal weights of variance 1/fan-in, the same for the same layer, shard and seed."""
     hidden, inner, count = problem.layer.hidden_size, problem.intermediate_size, problem.shard.num_local
     fp8 = problem.layer.precision is Precision.FP8_TENSOR
     generator = torch.Generator(problem.device).manual_seed(problem.regime.seed)
@@ -101,7 +101,7 @@ def random_experts(problem: Problem) -> CutlassExperts:
         dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
         values = torch.empty(count, height, width, dtype=dtype, device=problem.device)
         scales = torch.ones(count, dtype=torch.float32, device=problem.device)
-        for expert in range(count):  # all at once would need twice the memory, in fp32
+        for expert in range(count):  # one at a time, because all experts in fp32 would need twice the memory
             made = torch.randn(height, width, generator=generator, device=problem.device).mul_(width**-0.5)
             if fp8:
                 scales[expert] = made.abs().max() / E4M3_MAX
@@ -115,10 +115,11 @@ def random_experts(problem: Problem) -> CutlassExperts:
 
 
 class CutlassRunner:
-    """See `Runner`. Draw d has the inputs `d … d + M − 1` of one buffer, so no row meets one input in two draws.
+    """Runs one problem on its weights, inputs, routings and workspace.
 
-    Output and workspace are allocated once, and the op never waits for the GPU, so a CUDA graph can capture `run`. Ids
-    reach the op as they are, global: it drops those of other ranks, and −1 with them.
+    Draw d has the inputs `d … d + M − 1` of one buffer, so no row has the same input in two draws. Output and workspace
+    are allocated once and the op never waits for the GPU, so a CUDA graph can capture `run`. The op gets global ids and
+    drops those of other ranks and −1.
     """
 
     def __init__(self, problem: Problem, experts: CutlassExperts) -> None:
@@ -153,12 +154,12 @@ class CutlassRunner:
             self._fixed["workspace_buffer"] = self._workspace()
 
     def run(self, tactic: Mapping[str, Any], draw: int = 0) -> torch.Tensor:
-        """See `Runner.run`: bf16 `[rows, H]`, in a buffer that the next call overwrites."""
+        """Returns the layer's output, bf16 `[rows, H]`, in a buffer that the next call overwrites."""
         self._op(**self.arguments(draw), profile_ids=[tactic["gemm1"], tactic["gemm2"]])
         return self._out
 
     def arguments(self, draw: int = 0) -> dict[str, Any]:
-        """The op's arguments on a draw, all but `profile_ids`: without that, FlashInfer's autotuner chooses."""
+        """Returns the op's arguments on a draw without `profile_ids`. Without them FlashInfer's autotuner chooses."""
         return {
             "input": self._inputs[draw : draw + self._problem.rows],
             "token_selected_experts": self._ids[draw],
@@ -167,7 +168,7 @@ class CutlassRunner:
         }
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """See `Runner.reference`: fp32 on the inputs and weights as stored; the intermediate is not rounded."""
+        """Returns the reference in fp32, from inputs and weights as stored. The intermediate is not rounded."""
         x = self._inputs[draw : draw + self._problem.rows].float() * self._input_scale
         first, count = self._problem.shard.first, self._problem.shard.num_local
         return moe_reference(x, self._ids[draw], self._weights[draw], range(first, first + count), self._expert)
@@ -181,7 +182,11 @@ class CutlassRunner:
         return (gated * up) @ self._experts.matrix2(index).T
 
     def _quant_scales(self) -> list[torch.Tensor]:
-        """fp8: GEMM1's dequantization `(L,)`, the middle's quantization `()`, GEMM2's `(L,)`, the input's `()`."""
+        """Returns the op's f32 scales in fp8, and nothing in bf16.
+
+        They are the scales of GEMM1's dequantization `[L]`, of the intermediate's quantization `[]`, of GEMM2's
+        dequantization `[L]` and of the input's dequantization `[]`.
+        """
         scale1, scale2 = self._experts.scale1, self._experts.scale2
         if scale1 is None or scale2 is None:
             return []

@@ -1,7 +1,7 @@
-"""An analytic guess of a grouped GEMM's time: padding waste, waves of tiles, bytes in flight.
+"""Predicts the time of a grouped GEMM from the padding, the waves of tiles and the bytes in flight.
 
-It only has to rank tactics roughly; the search corrects it by what it measures. So its constants are round numbers,
-and on the recorded tables doubling or halving any of them moves the regret by less than 0.2 percent points.
+The prediction only ranks tactics roughly. The search corrects it by measuring, so the constants are round numbers. On
+the recorded tables the regret changes by less than 0.2 percentage points if any of them is doubled or halved.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _LATENCY_US = 1.0
-"""From asking for bytes in DRAM to having them, under load."""
+"""The time of a read from DRAM under load."""
 _STEP_US = 0.25
-"""One step of a tile's K loop that waits for the one before."""
+"""The time of one step of a tile's K loop if it waits for the step before."""
 _TILE_US = 1.0
-"""A tile's prologue and epilogue."""
+"""The time of a tile's prologue and epilogue."""
 _MMA_ROWS = 16
 _BASE_REGISTERS = 60
-"""A thread's registers besides its accumulators."""
+"""The number of a thread's registers that hold no accumulators."""
 _SPILL_COST = 0.05
-"""What each register over the limit adds to the time, relative."""
+"""The share of the time that each register over the limit adds."""
 _OVERLAP = 3.0
-"""Order of the norm that joins the bounds: 1 adds them (no overlap), infinity takes the largest (perfect overlap)."""
+"""The order of the norm that joins the bounds. 1 adds them (no overlap); infinity takes the largest (full overlap)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A GPU in round numbers: rates a µs, resources of one streaming multiprocessor (SM)."""
+    """Describes a GPU: its rates per µs and the resources of one streaming multiprocessor (SM)."""
 
     num_sms: int
     shared_bytes: int
@@ -40,7 +40,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """One product of the layer: every expert's `[slots, K] @ [K, N]`, `value_bytes` an operand's value."""
+    """Describes one grouped GEMM: `[slots, K] @ [K, N]` for every expert. A value of an operand has `value_bytes`."""
 
     N: int
     K: int
@@ -49,10 +49,11 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one block of threads computes at a time, and what it holds.
+    """Describes what one block of threads computes at a time, and the resources that it uses.
 
-    `accumulators`: fp32 registers a thread. `wgmma`: Hopper's instruction reads its operands from shared memory; else
-    mma.sync, which computes at about a third of its rate. `buffers`: stages of the pipeline that may be in flight.
+    `accumulators`: a thread's fp32 registers. `buffers`: the stages of the pipeline that may be in flight. `wgmma`:
+    whether the tile uses Hopper's wgmma, which reads its operands from shared memory, or mma.sync, which has about a
+    third of its rate.
     """
 
     rows: int
@@ -66,16 +67,16 @@ class Tile:
 
 
 def predicted_us(machine: Machine, gemm: Gemm, tile: Tile, loads: Sequence[Sequence[int]]) -> float:
-    """About how long one grouped GEMM takes, in µs.
+    """Returns the predicted time of one grouped GEMM in µs.
 
-    Four bounds are joined by a norm: DRAM traffic at the rate that the bytes in flight allow (Little's law), L2
-    traffic, tensor-core work with whole waves of tiles, and the latency of the K loop.
+    A norm joins four lower bounds: DRAM traffic at the rate that the bytes in flight allow (Little's law), L2 traffic,
+    tensor-core work in whole waves of tiles, and the latency of the K loop.
 
     Args:
-        machine: the GPU.
+        machine: the GPU's rates and resources.
         gemm: the product's shape.
-        tile: the tactic's.
-        loads: slots of each local expert, a sequence a draw; the time is that of the mean draw.
+        tile: the tactic's tile.
+        loads: the number of slots of each local expert, one sequence a draw. The prediction is for their mean.
     """
     blocks = sum(-(-slots // tile.rows) for load in loads for slots in load) / len(loads)
     active = sum(slots > 0 for load in loads for slots in load) / len(loads)
@@ -106,14 +107,14 @@ def predicted_us(machine: Machine, gemm: Gemm, tile: Tile, loads: Sequence[Seque
 
 
 def _occupancy(machine: Machine, tile: Tile) -> int:
-    """Blocks of threads that fit on an SM at a time, at least one."""
+    """Returns how many blocks of threads fit on an SM at a time, at least one."""
     threads = tile.num_warps * 32
     registers = min(255, tile.accumulators + _BASE_REGISTERS)
-    by_shared = machine.shared_bytes // (tile.shared_bytes + 1024)  # the driver keeps 1 KiB of each
+    by_shared = machine.shared_bytes // (tile.shared_bytes + 1024)  # the driver reserves 1 KiB of each block
     return max(1, min(by_shared, machine.registers // (registers * threads), machine.max_threads // threads))
 
 
 def _efficiency(tile: Tile) -> float:
-    """The share of the tensor cores' peak that a tile of this shape sustains."""
+    """Returns the share of the tensor cores' peak rate that a tile of this shape sustains."""
     instruction = (0.7 if tile.rows <= 64 else 1.0) if tile.wgmma else 0.35
     return instruction * tile.columns / (tile.columns + 32) * tile.depth / (tile.depth + 16)

@@ -1,4 +1,4 @@
-"""One launch of the grouped GEMM, by our own kernel or by one of the same parametrization."""
+"""Launches the grouped GEMM, with the builtin kernel or with another that has the same tunables."""
 
 # mypy: allow-untyped-calls
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Gemm:
-    """`out[s] = a[s // slots_per_row] @ w[expert of s].T`: everything about it that is known before the tensors.
+    """Describes one GEMM without its tensors: `out[s] = a[s // slots_per_row] @ w[expert of s].T` for every slot s.
 
     `weighted`: each slot's result is multiplied by its router weight. `fp8`: e4m3 with block scales, else bf16.
     `zero_remote`: blocks of expert −1 write zeros.
@@ -39,10 +39,10 @@ class Gemm:
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The tensors of one GEMM, all contiguous; a dtype's `MockTensor` stands for each where nothing is launched.
+    """Holds the contiguous tensors of one GEMM. If nothing is launched, each is Triton's `MockTensor` of its dtype.
 
-    `a` [rows, K], `w` [L, N, K], `out` [slots, N], `slot_weights` f32 [slots]; with fp8 `a_scales`
-    [rows, K/128] and `w_scales` [L, N/128, K/128], f32.
+    `a` `[rows, K]`, `w` `[L, N, K]`, `out` `[slots, N]`, `slot_weights` f32 `[slots]`; in fp8 also `a_scales` f32
+    `[rows, K/128]` and `w_scales` f32 `[L, N/128, K/128]`.
     """
 
     a: Any
@@ -54,7 +54,7 @@ class Operands:
 
 
 def two_gemms(shapes: Shapes, zero_remote: bool, capability: tuple[int, int]) -> tuple[Gemm, Gemm]:
-    """Gate and up of every row's slots, `[slots, 2I]`, then down of every slot, `[slots, H]`, weighted."""
+    """Returns the GEMM of gate and up, `[slots, 2·I]`, and that of down, `[slots, H]`, which is weighted."""
     hidden, intermediate = shapes.hidden_size, shapes.intermediate_size
     common: Any = {
         "num_local": shapes.num_local,
@@ -69,7 +69,7 @@ def two_gemms(shapes: Shapes, zero_remote: bool, capability: tuple[int, int]) ->
 
 
 class GroupedKernel(Protocol):
-    """A Triton kernel that computes a `Gemm` with the six tunables."""
+    """A Triton kernel that computes a `Gemm` and has the six tunables of `space.VALUES`."""
 
     name: str
     function: Any
@@ -77,13 +77,13 @@ class GroupedKernel(Protocol):
 
     @property
     def digest(self) -> str:
-        """16 hex digits over the source of the kernel and of the kernels that run around it."""
+        """A digest of the source of the kernel and of the kernels that run around it: 16 hex digits."""
         ...
 
     def arguments(
         self, gemm: Gemm, operands: Operands, alignment: Alignment, tactic: Mapping[str, object]
     ) -> dict[str, Any]:
-        """The launch's arguments by name, the compiler's options `num_warps` and `num_stages` among them."""
+        """Returns the launch's arguments by name, with the compiler's options `num_warps` and `num_stages`."""
         ...
 
 
@@ -138,7 +138,7 @@ def launch(
 
 
 def source_digest(*paths: str) -> str:
-    """16 hex digits over the bytes of some files and of the kernels that run around the GEMMs."""
+    """Returns 16 hex digits of a digest over some files and over the kernels that run around the GEMMs."""
     digest = hashlib.sha256()
     for path in (*paths, align.__file__, quantize.__file__, activation.__file__):
         digest.update(Path(path).read_bytes())

@@ -1,4 +1,4 @@
-"""The 1920 configurations of vLLM's and SGLang's grouped GEMM, and which of them a device can run."""
+"""Lists the 1920 configurations of vLLM's and SGLang's grouped GEMM, and finds those that a device can run."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ VALUES: Mapping[str, tuple[int, ...]] = {
 """The search space of vLLM's `benchmark_moe.py` and SGLang's `tuning_fused_moe_triton.py`."""
 
 SCALE_BLOCK = 128
-"""Side of the tile of an fp8 weight, and length of the group of an activation, that share one scale."""
+"""In fp8, one scale is shared by a 128×128 tile of a weight, and by 128 consecutive values of an activation."""
 
 _LANES = 32
-_MMA_ROWS, _MMA_COLUMNS = 16, 8  # of one mma.sync m16n8: the least that a warp computes
+_MMA_ROWS, _MMA_COLUMNS = 16, 8  # the output of one mma.sync m16n8, which is the least that a warp computes
 _WGMMA_ROWS = 64
-_BF16_FLOPS_PER_CLOCK = {8: 2048, 9: 4096, 10: 8192}  # dense, of one SM, by major compute capability
-_L2_BYTES_PER_CLOCK = 32  # that one SM sustains
+_BF16_FLOPS_PER_CLOCK = {8: 2048, 9: 4096, 10: 8192}  # one SM, dense, by major compute capability
+_L2_BYTES_PER_CLOCK = 32  # what one SM sustains
 _REGISTERS_PER_THREAD = 255  # since compute capability 3.5 (CUDA C++ Programming Guide, technical specifications)
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Everything that the kernels' arguments depend on, in numbers.
+    """Holds the numbers that the kernels' arguments depend on.
 
-    `rows` M, `top_k` ids in a row, `hidden_size` H, `intermediate_size` I of one expert on this rank, `num_local`
-    L of `num_experts` expert slots. `fp8`: e4m3 with 128×128 block scales, else bf16. `sglang`: aligned as
-    SGLang does (0.5.23, `moe_align_block_size`): every load is sorted, and only local experts bound the grid.
+    `rows` is M, `top_k` the number of ids in a row, `hidden_size` H and `intermediate_size` I/tp. The rank has
+    `num_local` of `num_experts` physical experts. `fp8`: weights are e4m3 with 128×128 block scales, else bf16.
+    `sglang`: slots are aligned as in SGLang 0.5.23 (`moe_align_block_size`): they are always sorted, and only local
+    experts bound the grid.
     """
 
     rows: int
@@ -56,7 +57,7 @@ class Shapes:
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, rows: int, rank: int = 0, *, kernel: str = "builtin") -> Self:
-        """The shapes of one bucket, for the kernel of that name; the builtin one is launched as vLLM's is."""
+        """Returns the shapes of one bucket for a kernel. The builtin kernel is launched as vLLM launches its own."""
         shard = regime.shard(layer, rank)
         return cls(
             rows,
@@ -71,27 +72,27 @@ class Shapes:
 
     @property
     def num_slots(self) -> int:
-        """M · k."""
+        """M · k, or M in the slot layout."""
         return self.rows * self.top_k
 
     @property
     def whole_layer(self) -> bool:
-        """Whether this rank holds all experts; the engines then run without an expert map."""
+        """Whether this rank holds all experts. Then the engines run without an expert map."""
         return self.num_local == self.num_experts
 
     @property
     def sorted(self) -> bool:
-        """Whether slots are sorted by expert: not by vLLM where they are few and no expert is remote (4·M·k ≤ E)."""
+        """Whether slots are sorted by expert. vLLM does not sort if all experts are local and 4·M·k ≤ E."""
         return self.sglang or not self.whole_layer or 4 * self.num_slots > self.num_experts
 
     def num_groups(self, zero_remote: bool) -> int:
-        """The most groups of slots that are padded to blocks; it bounds the grid. vLLM counts all experts."""
+        """Returns the most groups of slots that are padded to blocks. It bounds the grid. vLLM counts all experts."""
         return max(0 if self.sglang else self.num_experts, self.num_local + zero_remote)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one block of threads may use on a device."""
+    """Holds what one block of threads may use on a device."""
 
     capability: tuple[int, int]
     shared_bytes: int
@@ -100,7 +101,7 @@ class Limits:
 
     @classmethod
     def of(cls, device: str) -> Self | None:
-        """The limits of a CUDA device, as Triton's driver reports them; None for a CPU."""
+        """Returns the limits of a CUDA device, as Triton's driver reports them; None for a CPU."""
         import torch
 
         where = torch.device(device)
@@ -119,7 +120,7 @@ class Limits:
 
 
 def machine(device: str) -> Machine:
-    """The rates and resources of a CUDA device, as Triton's driver and torch report them."""
+    """Returns the rates and resources of a CUDA device, as Triton's driver and torch report them."""
     import torch
     import triton
 
@@ -141,27 +142,30 @@ def machine(device: str) -> Machine:
 
 
 def max_padded_slots(num_slots: int, num_groups: int, block_size: int) -> int:
-    """The most slots, padding included, of `num_groups` groups padded to whole blocks; vLLM's bound of its grid."""
+    """Returns vLLM's bound of its grid: the most slots if each of `num_groups` groups is padded to whole blocks."""
     return min(num_slots * block_size, num_slots + num_groups * (block_size - 1))
 
 
 def swaps_operands(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
-    """Whether the tile's transpose is computed: fp8, BM < 64 ≤ BN, Hopper (sglang#15712, #16723; vLLM after 0.20)."""
+    """Returns whether the kernel computes the transposed tile: in fp8 on Hopper if BM < 64 ≤ BN.
+
+    Sources: sglang#15712, sglang#16723; vLLM after 0.20.
+    """
     block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
     return fp8 and capability[0] == 9 and block_m < _WGMMA_ROWS <= block_n
 
 
 def effective_block_size_k(tactic: Mapping[str, object], fp8: bool) -> int:
-    """BLOCK_SIZE_K, clamped to the scale block as vLLM does."""
+    """Returns BLOCK_SIZE_K, in fp8 limited to the scale block as in vLLM."""
     block_k = _number(tactic, "BLOCK_SIZE_K")
     return min(block_k, SCALE_BLOCK) if fp8 else block_k
 
 
 def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> int:
-    """Shared memory of the software pipeline: a tile of each operand a stage.
+    """Returns the bytes of shared memory of the software pipeline. A stage holds one tile of each operand.
 
-    One stage less where Triton uses mma.sync, whose operands go through registers; wgmma (Hopper; 64 rows or
-    more) reads them from shared memory. With fp8 Triton adds up to 4 · BLOCK_SIZE_N bytes for the scales.
+    mma.sync reads its operands from registers, so Triton keeps one stage less for it. wgmma (Hopper, 64 rows or more)
+    reads them from shared memory. The up to 4 · BLOCK_SIZE_N bytes that Triton adds for fp8 scales are not counted.
     """
     block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
     tiles = (block_m + block_n) * effective_block_size_k(tactic, fp8) * (1 if fp8 else 2)
@@ -169,13 +173,13 @@ def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int,
 
 
 def accumulator_registers(tactic: Mapping[str, object], fp8: bool) -> int:
-    """fp32 registers a thread for the accumulator; twice with block scales, which each step's product waits for."""
+    """Returns a thread's fp32 registers for accumulators. Block scales need a second one, for the unscaled product."""
     tile = _number(tactic, "BLOCK_SIZE_M") * _number(tactic, "BLOCK_SIZE_N")
     return tile // (_number(tactic, "num_warps") * _LANES) * (2 if fp8 else 1)
 
 
 def illegal(tactic: Mapping[str, object], fp8: bool, limits: Limits) -> str | None:
-    """Why a device cannot run this configuration as it is meant, or None."""
+    """Returns why a device cannot run this configuration without spilling or failing; None if it can."""
     needed = shared_bytes(tactic, fp8, limits.capability)
     if needed > limits.shared_bytes:
         return f"needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}"
@@ -187,7 +191,7 @@ def illegal(tactic: Mapping[str, object], fp8: bool, limits: Limits) -> str | No
 
 
 def idle_warps(tactic: Mapping[str, object]) -> str | None:
-    """Why some warps would only repeat others' work, or None: each needs a 16×8 MMA tile of its own."""
+    """Returns why some warps would repeat the work of others, or None. Each warp needs a 16×8 MMA tile of its own."""
     tiles = _number(tactic, "BLOCK_SIZE_M") * _number(tactic, "BLOCK_SIZE_N") // (_MMA_ROWS * _MMA_COLUMNS)
     if tiles < _number(tactic, "num_warps"):
         return f"has {tiles} MMA tiles of 16×8 for {tactic['num_warps']} warps"
@@ -197,15 +201,15 @@ def idle_warps(tactic: Mapping[str, object]) -> str | None:
 def candidates(
     shapes: Shapes, limits: Limits | None, default: Tactic, *, zero_remote: bool, clamps_k: bool = True
 ) -> Candidates:
-    """All 1920 configurations and the default: the ones worth timing, and the others with their reasons.
+    """Divides the 1920 configurations and the default into candidates and excluded tactics with their reasons.
 
     Args:
-        shapes: of the bucket.
-        limits: of the device; None leaves out only what no device could use.
-        default: what runs where nothing is tuned; the first candidate, legal or not.
-        zero_remote: non-local slots occupy blocks.
-        clamps_k: the kernel clamps BLOCK_SIZE_K to the scale block (vLLM); SGLang's does not, and would compute
-            wrong numbers.
+        shapes: the bucket's shapes.
+        limits: the device's limits. None excludes only what no device can use.
+        default: the tactic that runs where nothing is tuned. It is the first candidate even if it breaks a limit.
+        zero_remote: whether blocks of non-local slots write zeros.
+        clamps_k: whether the kernel limits BLOCK_SIZE_K to the scale block, as vLLM's does. SGLang's does not, and
+            would compute wrong numbers with a larger one.
     """
     kept: dict[tuple[int, ...], Tactic] = {_behavior(default, shapes, zero_remote): default}
     excluded: dict[Tactic, str] = {}
@@ -233,14 +237,14 @@ def predicted_us(
     machine: Machine,
     capability: tuple[int, int],
 ) -> dict[Tactic, float]:
-    """About how long both GEMMs take with each tactic, in µs; the prior of a search.
+    """Returns the predicted time of both GEMMs in µs by tactic. It is the prior of a search.
 
     Args:
-        tactics: of `candidates`.
-        shapes: of the bucket.
-        loads: slots of each local expert, a sequence a draw.
-        machine: the GPU.
-        capability: of the device.
+        tactics: tactics of `candidates`.
+        shapes: the bucket's shapes.
+        loads: the number of slots of each local expert, one sequence a draw.
+        machine: the GPU's rates and resources.
+        capability: the device's compute capability, such as (9, 0).
     """
     value_bytes = 1 if shapes.fp8 else 2
     gemms = (
@@ -272,14 +276,14 @@ def _tile(tactic: Tactic, fp8: bool, capability: tuple[int, int]) -> Tile:
 
 
 def _operands_from_shared(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
-    """Whether Triton computes with wgmma: Hopper, and 64 rows or more of the tile as it is computed."""
+    """Returns whether Triton computes with wgmma: on Hopper if the tile, as it is computed, has 64 rows or more."""
     return capability[0] >= 9 and (
         _number(tactic, "BLOCK_SIZE_M") >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability)
     )
 
 
 def _behavior(tactic: Tactic, shapes: Shapes, zero_remote: bool) -> tuple[int, ...]:
-    """Equal for configurations that compute the same tiles in the same order: clamped BK, clamped group."""
+    """Returns a key that is equal for configurations that compute the same tiles in the same order."""
     block_m = _number(tactic, "BLOCK_SIZE_M")
     if shapes.sorted:
         num_blocks = -(-max_padded_slots(shapes.num_slots, shapes.num_groups(zero_remote), block_m) // block_m)
