@@ -1,7 +1,7 @@
 """Computes the expected load of a rank: rows, local slots and active experts.
 
-All formulas rest on the distribution of a token's local slots (`law.local_slot_law`). It is in closed form, except for
-some grouped routers, for which it is simulated. If a function is given no rank, it uses the regime's.
+All formulas use the distribution of a token's local slots (`law.local_slot_law`). This distribution has a closed form,
+except for some grouped routers, for which it is simulated. Without a `rank`, a function uses the regime's rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Expectation:
         rows: rows in the kernel.
         tokens: tokens per rank that produce these rows.
         local_slots: slots of local experts.
-        slots_per_expert: the same per local expert.
+        slots_per_expert: `local_slots` over the number of local experts.
         active_experts: local experts with at least one slot.
         hit_fraction: the chance that a token has a slot on the rank.
         simulated: whether the numbers come from simulated routing.
@@ -52,8 +52,9 @@ def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int | No
 def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
     """Returns the expected rows in the kernel when each of the ep ranks sends one token.
 
-    `none`: every rank holds the same rows. `packed`: one row. `deduplicated`: the tokens with a slot on the rank.
-    `slot`: one row for each local slot, ep·k·L/E in all (k if ep divides E).
+    It is one row without a dispatch and in the packed layout, and ep rows after an all-gather and in a pool. The
+    deduplicated layout has one row for each token with a slot on the rank. The slot layout has one row for each local
+    slot, ep·k·L/E in all (k if ep divides E).
     """
     shard = regime.shard(layer, rank)
     match regime.layout or regime.dispatch:
@@ -70,7 +71,7 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
 def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> Expectation:
     """Returns the expected load of `rank`'s kernel in `rows` rows.
 
-    Balanced draws differ only in which expert has which count, so their numbers are counted from draw 0.
+    Balanced draws differ only in which expert has which count. So for them the numbers are counted from draw 0.
 
     Raises:
         UsageError: as `routing.realize`.
@@ -97,8 +98,9 @@ def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) 
 def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
     """Returns the expected slots of `rank`'s experts in `rows` rows of random routing.
 
-    A row of the global router has Σ P(slot) over the local slots, k·L/E without redundant experts. Of deduplicated
-    rows only those that have one remain, so the same slots lie in `hit_fraction` of the rows.
+    A token has on average as many local slots as the chances of the local experts add up to: k·L/E without redundant
+    experts. The deduplicated layout keeps only the tokens with a local slot. So its rows have on average that number
+    over the hit fraction.
     """
     return float(rows * sum(_row_chances(layer, regime, rank)))
 
@@ -106,9 +108,10 @@ def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = N
 def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
     """Returns the expected local physical experts with at least one slot in `rows` rows of random routing.
 
-    Rows are independent, so a slot that a row holds with chance p is active with 1 − (1 − p)^M. By symmetry p is
-    k/E over the replicas of the expert, for grouped routers too; min(k, L)/L in packed rows; divided by the hit
-    fraction in deduplicated ones. The slot layout cuts rows into slots: see `_idle_chance_of_slots`.
+    Rows are independent. So an expert that a row selects with chance p is active with chance 1 − (1 − p)^M. By symmetry
+    p is k/E over the number of copies of the expert, for grouped routers too. It is min(k, L)/L in packed rows. In
+    deduplicated rows it is divided by the hit fraction. In the slot layout a row is one slot, and rows are not
+    independent: see `_idle_chance_of_slots`.
     """
     if regime.layout == "slot":
         law, kinds = _law(layer, regime, rank), expert_shares(layer, *_of_law(layer, regime, rank))
@@ -117,7 +120,7 @@ def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None 
 
 
 def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[float]:
-    """Returns, for each local physical expert, the chance that a row of random routing has it."""
+    """Returns, for each local physical expert, the chance that a row of random routing selects it."""
     shard = regime.shard(layer, rank)
     match regime.layout:
         case "packed":
@@ -135,12 +138,13 @@ def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[floa
 
 
 def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> float:
-    """Returns the chance that a given local expert has none of the first `slots` local slots of arriving rows.
+    """Returns the chance that a given local expert has none of the first `slots` local slots of arriving tokens.
 
-    An arriving row has c local slots with the law's chance given c ≥ 1, in random order; the expert is among them with
-    chance `shares[c]`, c/L where the local ones are alike. The last row is cut to the m slots that are left, in which
-    it is with chance `shares[c]`·m/c. Hence the recursion over the slots that are left,
-    f(m) = Σ_c p(c)·(c ≤ m: (1 − shares[c])·f(m − c); c > m: 1 − shares[c]·m/c), f(0) = 1.
+    An arriving token has c local slots, in random order, with the law's chance p(c) given c ≥ 1. The expert is among
+    them with chance `shares[c]`, which is c/L where local experts are alike. If only m < c slots are left, the last
+    token is cut to m slots, and the expert is among these with chance `shares[c]`·m/c. This gives a recursion over the
+    number m of slots that are left: f(0) = 1 and f(m) = Σ_c p(c)·g(c), where g(c) is (1 − shares[c])·f(m − c) for
+    c ≤ m and 1 − shares[c]·m/c for c > m.
     """
     arriving = [
         (count, chance / law.hit_fraction, shares[count])

@@ -1,7 +1,7 @@
 """Makes random logits and exactly balanced orders of experts.
 
-All randomness comes from a CPU generator, seeded by SHA-256 of the arguments, in float64, where ties are negligible.
-So ids do not depend on device, process or thread count.
+All random numbers come from a CPU generator that the SHA-256 of the arguments seeds. So ids do not depend on device,
+process or thread count. Numbers that are sorted are float64, where ties are negligible.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def random_logits(generator: torch.Generator, rows: int, num_experts: int) -> to
 def uniform_subsets(generator: torch.Generator, rows: int, population: int, size: int) -> torch.Tensor:
     """Returns, for each row, `size` distinct numbers below `population` in random order, int64 `[rows, size]`.
 
-    Every ordered choice is equally likely, so the first c of a row are a uniform c-subset. Floyd's algorithm
-    (Bentley and Floyd, "A sample of brilliance", CACM 30(9), 1987), one step for all rows at once, then a shuffle.
+    Every ordered choice is equally likely, so the first c of a row are a uniform c-subset. This is Floyd's algorithm
+    (Bentley and Floyd, "A sample of brilliance", CACM 30(9), 1987). Each step is done for all rows at once, and each
+    row is shuffled at the end.
     """
     chosen = torch.empty(rows, size, dtype=torch.int64)
     for column in range(size):
@@ -53,8 +54,8 @@ def quotas(probabilities: Sequence[float], total: int) -> list[int]:
 def interleaved_order(generator: torch.Generator, shard_sizes: Sequence[int], own: int) -> torch.Tensor:
     """Returns a random order of all physical experts that visits the shards in turn, int32 `[sum(shard_sizes)]`.
 
-    Any stretch of it spreads over the shards as evenly as possible. `own` comes first, so that rank has its share
-    rounded up and is not idle while others have two slots.
+    Any stretch of it spreads over the shards as evenly as possible. The shard of rank `own` comes first, so its load is
+    rounded up, and it is not idle while another rank has two slots.
     """
     ep_size, widest = len(shard_sizes), max(shard_sizes)
     sizes = torch.tensor(shard_sizes)
@@ -70,12 +71,14 @@ def interleaved_order(generator: torch.Generator, shard_sizes: Sequence[int], ow
 def spaced_order(generator: torch.Generator, num_slots: int, num_experts: int, gap: int) -> torch.Tensor | None:
     """Returns a random cyclic order of all physical experts with the copies of an expert at least `gap` apart.
 
-    Slot s holds expert s mod `num_experts`. int32 `[num_slots]`, or None where no such order exists: an expert
-    with c = ⌈num_slots / num_experts⌉ replicas needs c·gap ≤ num_slots.
+    There are `num_slots` physical experts, and physical expert s is a copy of expert s mod `num_experts`. The result is
+    int32 `[num_slots]`, or None where no such order exists: an expert with c = ⌈num_slots / num_experts⌉ copies needs
+    c·gap ≤ num_slots.
 
-    With m = num_slots mod num_experts, m experts have one replica more than the others. The others' slots, copy
-    after copy in one fixed order, are cut into c equal pieces, and the m experts stand before each piece. So
-    those return after ⌊num_slots / c⌋ places, the others after num_experts or more.
+    With m = num_slots mod num_experts, m experts have one copy more than the others. First the physical experts of the
+    others are listed, copy after copy in one fixed order. This list is cut into c equal pieces, and the m experts are
+    put before each piece. So each of the m experts returns after at least ⌊num_slots / c⌋ places, and each of the
+    others after at least num_experts.
     """
     copies, more = divmod(num_slots, num_experts)
     if more and (copies + 1) * gap > num_slots:
@@ -89,9 +92,9 @@ def spaced_order(generator: torch.Generator, num_slots: int, num_experts: int, g
 def saturated_rows(generator: torch.Generator, rows: int, top_k: int, num_slots: int, num_experts: int) -> torch.Tensor:
     """Returns the most even rows if no `spaced_order` of gap `top_k` exists, int32 `[rows, top_k]`.
 
-    The experts that have a replica more cannot get their share even when they are in every row: so they are in
-    every row, their replicas in turn, and the other experts' slots are dealt cyclically. Counts differ by at
-    most one among the slots of either kind.
+    Some experts have one copy more than the others. Their copies cannot get as much load as other copies, even if every
+    row has one of them. So every row has one copy of each of these experts, in turn, and the copies of the other
+    experts are dealt cyclically. Among the copies of either kind, counts differ by at most one.
     """
     copies, more = divmod(num_slots, num_experts)
     turn = torch.arange(rows).unsqueeze(1) % (copies + 1)
@@ -102,10 +105,10 @@ def saturated_rows(generator: torch.Generator, rows: int, top_k: int, num_slots:
 
 
 def deal(order: torch.Tensor, rows: int, top_k: int) -> torch.Tensor:
-    """Slot j of row t is entry t·top_k + j of `order` (int32 or float32), going round: `[rows, top_k]`.
+    """Returns the entries of `order` (int32 or float32) dealt cyclically: `[rows, top_k]`, filled row by row.
 
-    The counts of any two entries differ by at most one. The copying is Python's: torch would wake its thread
-    pool for this, which costs many times the work on a busy host.
+    The counts of any two entries differ by at most one. The entries are copied in Python, because torch would wake its
+    thread pool for this, which costs many times the copying itself on a busy host.
     """
     code = {torch.int32: "i", torch.float32: "f"}[order.dtype]
     total = rows * top_k
@@ -114,7 +117,7 @@ def deal(order: torch.Tensor, rows: int, top_k: int) -> torch.Tensor:
 
 
 def deal_counts(order: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
-    """As `deal`, but row t takes `counts[t]` entries; the rest of its `width` is −1. `[len(counts), width]`."""
+    """Returns the entries of `order` dealt cyclically, `counts[t]` to row t and then −1: `[len(counts), width]`."""
     column = torch.arange(width)
     entry = (counts.cumsum(0) - counts).unsqueeze(1) + column
     return order[entry % len(order)].masked_fill_(column >= counts.unsqueeze(1), -1)

@@ -15,14 +15,14 @@ from moetune.workload.routing import Routing, padded, realize, stress
 DrawKind = Literal["search", "final", "stress"]
 
 STRESS_FACTORS = (2, 3, 4)
-"""On the stress draws the busiest expert has these multiples of its load."""
+"""The busiest expert of a stress draw has one of these multiples of its load."""
 FINAL_ROWS = (4096, 65536)
-"""The draws of a final comparison have at least the first number of rows in all: small draws differ much from each
-other. They have at most the second, because large draws take long to make."""
+"""The least and the most rows that all draws of a final comparison have together. The least, because small draws differ
+much from each other; the most, because large draws take long to make."""
 FINAL_EXPERTS = 512
-"""The draws of a final comparison have at least this many local experts in all."""
+"""The least number of local experts that all draws of a final comparison have together."""
 FINAL_DRAWS = 4
-"""The most draws of a final comparison, as a multiple of the search's. There are never fewer than the search has."""
+"""The most draws of a final comparison, as a multiple of the search's draws. The least is the number of the search."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,10 +47,10 @@ def as_draws(routings: Iterable[Routing], kind: DrawKind = "search") -> tuple[Dr
 def typical_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> int:
     """Returns the most likely row count that an engine maps to `bucket`.
 
-    This is the bucket itself if a whole number of tokens a rank produces it exactly, or if the ladder is a list.
-    Otherwise it is the row count of that token count, among all that map to the bucket, which the highest power of two
-    divides: engines run batches of round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8). For example,
-    64 tokens on each of 32 ranks produce 471 deduplicated rows of Qwen3-235B, and engines map 471 to the bucket 512.
+    This is the bucket itself if a whole number of tokens per rank produces it exactly, or if the ladder is a list.
+    Otherwise it comes from a token count: of all that map to the bucket, the one that the highest power of two divides.
+    Engines run batches of round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8). For example, 64 tokens
+    on each of 32 ranks produce 471 deduplicated rows of Qwen3-235B, and engines map 471 to the bucket 512.
     """
     per_token = rows_for_tokens(layer, regime, 1, rank)
     served = regime.ladder.served(bucket, regime.tune_max_num_tokens)
@@ -69,18 +69,18 @@ def sampled(
     kind: DrawKind,
     rank: int | None = None,
 ) -> tuple[Draw, ...]:
-    """Returns the bucket's draws of these numbers; even ones have `bucket` rows and odd ones `typical` rows.
+    """Returns the bucket's draws with these numbers; even ones have `bucket` rows and odd ones `typical` rows.
 
-    The two row counts need different tactics, because a kernel's time jumps where an expert's rows begin another tile.
-    The tactic that is best for 512 rows is up to 4 % slower than the best for 471 rows, and 9 % with 4096 and 3768
-    rows (H200, FlashInfer's CUTLASS kernels). All draws are padded to the larger row count.
+    The best tactic can differ between the two row counts, because a kernel's time jumps where an expert's rows begin
+    another tile. The best tactic for 512 rows is up to 4 % slower than the best for 471 rows. For 4096 and 3768 rows it
+    is 9 % (H200, FlashInfer's CUTLASS kernels). All draws are padded to the larger row count.
 
     Args:
-        layer, regime, rank: what is sampled, see `routing.realize`.
+        layer, regime, rank: the deployment, as for `routing.realize`.
         bucket: the bucket's own rows.
         typical: the bucket's typical rows, see `typical_rows`.
-        numbers: the draw numbers that `realize` gets.
-        kind: what the draws are for.
+        numbers: the draw numbers that are passed to `realize`.
+        kind: the purpose of the draws.
 
     Raises:
         UsageError: as `routing.realize`.
@@ -112,12 +112,12 @@ def bucket_draws(layer: MoELayer, regime: Regime, bucket: int, typical: int) -> 
 
 
 def side_by_side_draws(layer: MoELayer, regime: Regime, bucket: int) -> tuple[Draw, ...]:
-    """Returns draws for a comparison of backends, `regime.draws` of them, which no search and no tune's final used."""
+    """Returns `regime.draws` draws for a comparison of backends, which no search and no final comparison used."""
     return sampled(layer, regime, bucket, typical_rows(layer, regime, bucket), untouched(regime.draws), "final")
 
 
 def untouched(num_search: int) -> range:
-    """Returns as many draw numbers as a search has, which no search and no final comparison of a tune uses."""
+    """Returns `num_search` draw numbers that neither the search nor the final comparison of a tune uses."""
     first = (1 + FINAL_DRAWS) * num_search
     return range(first, first + num_search)
 
@@ -135,7 +135,7 @@ def num_final(num_search: int, rows: int, num_local: int) -> int:
 
 
 def _roundest(first: int, last: int) -> int:
-    """Returns the one of `first` … `last` that the highest power of two divides; 0 if there is none."""
+    """Returns the number among `first` … `last` that the highest power of two divides, or 0 if there is no number."""
     if first > last:
         return 0
     step = 1 << last.bit_length() - 1

@@ -1,10 +1,10 @@
 """Computes the distribution of a token's local slots on one rank under random router logits.
 
-Experts of a group are exchangeable, and so are the groups. Hence all that a grouped router adds to chance is how many
-of a token's experts lie in one group: given these numbers (`group_counts`), which groups they belong to and which of a
-group's experts are chosen is uniform, and of an expert's replicas each is as likely. So every rank's law is a sum over
-the few ways to split k into the groups, exact but for their chances; and where those are simulated, the same
-simulation serves all ranks, with and without redundant experts.
+A grouped router decides how many of a token's experts lie in one group (`group_counts`). All else is uniform, because
+groups are exchangeable, and so are the experts of a group: which groups have which numbers, which experts of a group
+are chosen, and which copy of an expert. So the law of every rank is a sum over the few ways to split k into the groups.
+The sum is exact if the chances of these ways are exact. Where they are simulated, one simulation serves all ranks, with
+and without redundant experts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from moetune.workload.router import has_closed_form, random_top_k
 LAW_TOKENS = 16384
 
 Counts = tuple[int, ...]
-"""How many of a token's experts each of the router's groups has, ascending."""
+"""How many of a token's experts lie in each of the router's groups, ascending."""
 Chances = tuple[float, ...]
-"""Entry c: the chance of c local slots."""
+"""Entry c is the chance of c local slots."""
 Group = tuple[tuple[tuple[int, int], int], ...]
-"""What a shard has of one group: ((local replicas, all replicas), how many experts have these) …"""
+"""A shard's part of one group. Each entry is ((local copies, all copies), the number of experts with these copies)."""
 
 
 @dataclass(frozen=True)
 class _ShardInSeed:
-    """A shard as it enters a seed. Its representation must not change, because figures depend on the seed."""
+    """A shard as part of a seed. Its representation must not change, because recorded numbers depend on the seed."""
 
     rank: int
     first: int
@@ -48,7 +48,12 @@ class _ShardInSeed:
 
 @dataclass(frozen=True, slots=True)
 class LocalSlotLaw:
-    """`probabilities[c]`: the chance that c of a token's k slots are one rank's; `simulated`, or in closed form."""
+    """The distribution of a token's local slots on one rank.
+
+    Attributes:
+        probabilities: entry c is the chance that c of the token's k slots are local.
+        simulated: whether these are frequencies of simulated routing.
+    """
 
     probabilities: Chances
     simulated: bool
@@ -63,10 +68,11 @@ class LocalSlotLaw:
 def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw:
     """Returns the distribution of a token's local slots in `shard` under random router logits.
 
-    An ungrouped router on independent logits chooses a uniform k-subset of E experts, so the number among L
-    given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). Where a group limit meets shards that are alike
-    (whole groups, or each in one), the law is that of `LAW_TOKENS` tokens of the router seeded by `seed`, averaged over
-    all shards of this size. Else it is the sum that the module describes.
+    An ungrouped router on independent logits chooses a uniform k-subset of E experts. So the number of chosen experts
+    among L given ones is hypergeometric: C(L, c)·C(E − L, k − c) / C(E, k). With a group limit, and shards that are
+    whole groups or lie in one group each, the law is simulated: it is the average over all shards of this size of the
+    frequencies in `LAW_TOKENS` tokens of the router, seeded by `seed`. In all other cases it is the sum that the
+    module's docstring describes.
     """
     experts, top_k, local = layer.num_experts, layer.top_k, shard.num_local
     if has_closed_form(layer, shard):
@@ -81,10 +87,11 @@ def local_slot_law(layer: MoELayer, shard: Shard, seed: int = 0) -> LocalSlotLaw
 
 @lru_cache(maxsize=1024)
 def expert_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[int, Chances], ...]:
-    """Returns the local physical experts by kind: their number, and for each c the chance to be among c local slots.
+    """Returns, for each kind of local physical experts, their number and the chances to be among c local slots.
 
-    Slots are of one kind where their experts have as many replicas and lie in groups of which the shard has the same
-    part. The chance is c/L where all are of one kind.
+    Entry c of the chances is for a token with c local slots, c/L if all local physical experts are of one kind. Two are
+    of one kind if their experts have equally many copies, equally many of them local, and lie in groups of which the
+    shard holds equal parts.
     """
     top_k, local = layer.top_k, shard.num_local
     if has_closed_form(layer, shard) or _experts_are_alike(layer, shard):
@@ -110,9 +117,9 @@ def expert_shares(layer: MoELayer, shard: Shard, seed: int = 0) -> tuple[tuple[i
 def group_counts(layer: MoELayer, seed: int = 0) -> tuple[tuple[Counts, float], ...]:
     """Returns the ways in which a token's k experts split into the router's groups, each with its chance.
 
-    Without a group limit all experts are one group. Where a group is as good as its best expert, the chances follow
-    from the order of the experts alone: see `_counts_by_best`. Where its two best count, scores do, so these are the
-    frequencies among `LAW_TOKENS` tokens of the router seeded by `seed`.
+    Without a group limit all experts are one group. If a group's score is that of its best expert, the chances follow
+    from the order of the experts alone: see `_counts_by_best`. If it is the sum of its two best, they depend on the
+    scores themselves. Then they are the frequencies in `LAW_TOKENS` tokens of the router, seeded by `seed`.
     """
     if not layer.routing.grouped:
         return (((layer.top_k,), 1.0),)
@@ -132,10 +139,11 @@ def _counts_are_simulated(layer: MoELayer) -> bool:
 
 
 def _counts_by_best(layer: MoELayer) -> tuple[tuple[Counts, float], ...]:
-    """`group_counts` where the groups of the best experts are kept.
+    """Returns `group_counts` for a router that keeps the groups of the best experts.
 
-    Take the experts from the best on. Each is any of those left with the same chance; once `top_k_groups` groups have
-    been met, experts of other groups are passed over. The first k that are not are the token's.
+    Such a router goes through the experts from the best to the worst. Each of the remaining experts is equally likely
+    to be the next. Once experts of `top_k_groups` groups are taken, experts of other groups are skipped. The first k
+    experts that are not skipped are the token's.
     """
     method, group_size = layer.routing, layer.num_experts // layer.routing.num_groups
     met: dict[Counts, float] = {(): 1.0}
@@ -156,7 +164,7 @@ def _counts_by_best(layer: MoELayer) -> tuple[tuple[Counts, float], ...]:
 
 
 def _groups(layer: MoELayer, shard: Shard) -> list[Group]:
-    """Returns the shard's part of each router group of which it has an expert."""
+    """Returns the shard's part of each router group of which it holds an expert."""
     num_groups = layer.routing.num_groups if layer.routing.grouped else 1
     group_size = layer.num_experts // num_groups
     local = Counter(slot % layer.num_experts for slot in range(shard.first, shard.first + shard.num_local))
@@ -171,10 +179,11 @@ def _groups(layer: MoELayer, shard: Shard) -> list[Group]:
 
 @cache
 def _table(group: Group, top_k: int) -> tuple[Chances, ...]:
-    """Entry j: the chances of local slots where j of the group's experts are chosen; none where it has fewer.
+    """Returns, as entry j, the chances of local slots if j of the group's experts are chosen.
 
-    Each expert's slot is local with chance q = local replicas / all replicas. Of the polynomials 1 + t·(1 − q + q·z),
-    one for each expert, the product's coefficient of t^j is C(n, j) times the generating function wanted.
+    There is no entry for more experts than the group has, or than `top_k`. The slot of a chosen expert is local with
+    chance q = local copies / all copies. Multiply the polynomials 1 + t·(1 − q + q·z) of all n experts of the group:
+    the coefficient of t^j is C(n, j) times the generating function of entry j.
     """
     size = sum(experts for _, experts in group)
     ways: list[list[float]] = [[1.0]]
@@ -193,10 +202,10 @@ def _table(group: Group, top_k: int) -> tuple[Chances, ...]:
 
 
 def _table_with(group: Group, kind: tuple[int, int], top_k: int) -> tuple[Chances, ...]:
-    """As `_table`, but entry j: the chances that besides a given local slot of that kind's experts is chosen.
+    """Returns the entries of `_table`, each chance jointly with the choice of one given physical expert.
 
-    Its expert is among j of n with chance j/n, its slot among the replicas with 1/copies; the others are as in a group
-    without it.
+    This is one of the local physical experts of `kind`. Its expert is among j chosen ones of n with chance j/n, and
+    then this copy is chosen with chance 1/copies. The other experts are as in a group without this expert.
     """
     others = Counter(dict(group))
     others[kind] -= 1
@@ -209,11 +218,14 @@ def _table_with(group: Group, kind: tuple[int, int], top_k: int) -> tuple[Chance
 
 
 def _mixed(law: Iterable[tuple[Counts, float]], tables: Sequence[tuple[Chances, ...]], top_k: int) -> Chances:
-    """The chances of local slots where the counts of `law` fall on the groups in random order, `tables` first."""
+    """Returns the chances of local slots if the counts of `law` are assigned to the groups in random order.
+
+    `tables` has one entry for each group with local experts; the other groups add no local slots.
+    """
 
     @cache
     def local_from(at: int, counts: Counts) -> Chances:
-        """Of the groups from the one at `at` on, among which `counts` are not distributed yet."""
+        """Returns the chances of local slots in the groups from index `at` on; `counts` are not yet assigned."""
         if at == len(tables):
             return (1.0,)
         chances = [0.0] * (top_k + 1)
@@ -246,7 +258,7 @@ def _times(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def _experts_are_alike(layer: MoELayer, shard: Shard) -> bool:
-    """Returns whether every shard of this size is whole router groups or lies in one, without redundant experts."""
+    """Returns whether no expert is redundant and every shard of this size is whole router groups or lies in one."""
     local = shard.num_local
     equal = shard.num_physical == layer.num_experts and layer.num_experts % local == 0 and shard.first % local == 0
     return equal and not straddles(layer, local)

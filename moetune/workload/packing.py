@@ -1,7 +1,7 @@
-"""Packs top-k ids and weights into one int32 per slot, as the routed TensorRT-LLM MoE ops take them.
+"""Packs top-k ids and weights into one int32 per slot, the input format of the routed TensorRT-LLM MoE ops.
 
-`(id << 16) | bits of the bf16 weight` (vLLM #37695). The bits are masked to 16, or the sign of a negative weight
-would overwrite the id.
+The format is `(id << 16) | bits of the bf16 weight` (vLLM #37695). The bits are masked to 16, because otherwise the
+sign of a negative weight would overwrite the id.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Packs ids and weights into one int32 each, with one fused kernel.
 
     Args:
-        ids: int32 or int64 `[M, k]`, −32768 … 32767 (not checked); −1 is nothing.
-        weights: bf16, f16 or f32 `[M, k]` on the same device. A NaN of f16 and f32 becomes 0x7fc0, one of bf16
-            keeps its bits.
+        ids: int32 or int64 `[M, k]`, −32768 … 32767 (not checked); −1 stands for no expert.
+        weights: bf16, f16 or f32 `[M, k]` on the same device. A NaN of f16 or f32 becomes 0x7fc0. A NaN of bf16 keeps
+            its bits.
 
     Returns:
         int32 `[M, k]`.
 
     Raises:
-        UsageError: shapes or devices differ, or a dtype is none of these.
+        UsageError: shapes or devices differ, or a dtype is not one of these.
     """
     if ids.shape != weights.shape or ids.device != weights.device:
         raise UsageError(

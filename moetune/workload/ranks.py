@@ -1,4 +1,4 @@
-"""Chooses the rank that a tune measures, and tells which ranks have equal loads. Does not import torch."""
+"""Chooses the rank that a tune measures, and compares the loads of ranks. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from moetune.spec.regime import Regime, Shard
 def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:
     """Returns the rank that a tune measures.
 
-    A rank's load is the expected number of its slots in a token (k·L/E without redundant experts); where ranks tie
-    and rows arrive by hits (layouts deduplicated and pool), how its experts spread over the router's groups counts:
-    the more evenly, the more tokens reach the rank. Of ranks that still tie it is the lowest; where all ranks are
-    alike it is 0, whatever is asked.
+    `mean` chooses the rank with the load nearest to the mean of all ranks, and `fullest` the one with the highest load.
+    A rank's load is the expected number of a token's slots on it (k·L/E without redundant experts). If ranks tie, the
+    router has groups and the layout is deduplicated or pool, the spread of their experts over the groups decides in
+    the same way: the more even the spread, the more tokens reach the rank. Of ranks that still tie, the lowest number
+    is returned. If all ranks are alike, the result is 0, for every value of `asked`.
 
     Args:
-        layer, regime: whose ranks.
-        asked: `mean`, `fullest` or a rank. None is `mean` where shards are equal and `fullest` where they are not.
+        layer, regime: the deployment.
+        asked: `mean`, `fullest` or the number of a rank. None means `mean` for equal shards and `fullest` for unequal
+            shards.
 
     Raises:
-        UsageError: another word, no such rank, or the regime does not fit the layer.
+        UsageError: `asked` is another word, there is no such rank, or the regime does not fit the layer.
     """
     if asked not in (None, *RANK_WORDS) and type(asked) is not int:
         raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {asked!r}.")
@@ -43,9 +45,9 @@ def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = N
 
 
 def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> Regime:
-    """Returns `regime` with the rank of `tuned_rank`: the regime under which results are stored.
+    """Returns `regime` with the rank that `tuned_rank` returns. Results are stored under this regime.
 
-    A rank that `regime` was given at its construction stays where none is asked.
+    If `asked` is None and `regime` was constructed with a rank, that rank takes the place of `asked`.
 
     Raises:
         UsageError: as `tuned_rank`.
@@ -57,10 +59,10 @@ def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None
 
 
 def alike(layer: MoELayer, regime: Regime) -> bool:
-    """Returns whether all ranks have the same load except for the ids of their experts.
+    """Returns whether the loads of all ranks differ only in the ids of their experts.
 
-    Ranks differ where shards are uneven; and, except in packed rows, which stay within a shard, where experts are
-    redundant, or where shards cut a router's groups in different places.
+    Unequal shards have different loads. So have equal shards if experts are redundant, or if shards cut the router's
+    groups in different places. These two do not matter in the packed layout, because its rows have local experts only.
     """
     if not equal_shards(layer, regime):
         return False
@@ -74,20 +76,20 @@ def equal_shards(layer: MoELayer, regime: Regime) -> bool:
 
 
 def straddles(layer: MoELayer, num_local: int) -> bool:
-    """Returns whether some of the equal shards of `num_local` experts has parts of two router groups."""
+    """Returns whether some of the equal shards of `num_local` experts are neither whole groups nor within one group."""
     group_size = layer.num_experts // layer.routing.num_groups
     return layer.routing.grouped and num_local % group_size != 0 and group_size % num_local != 0
 
 
 def num_copies(num_experts: int, shard: Shard, slot: int) -> int:
-    """Returns the number of copies of the expert of physical expert `slot`: physical expert s is a copy of s mod E."""
+    """Returns how many copies the expert of physical expert `slot` has; physical expert s is a copy of s mod E."""
     return (shard.num_physical - 1 - slot % num_experts) // num_experts + 1
 
 
 def expert_chances(layer: MoELayer, shard: Shard) -> list[float]:
-    """Returns, for each local physical expert, the chance that a token has it: k/E over the number of copies.
+    """Returns, for each local physical expert, the chance that a token selects it: k/E over the number of copies.
 
-    By symmetry of the experts it holds for grouped routers too.
+    By symmetry of the experts this holds for grouped routers too.
     """
     share = layer.top_k / layer.num_experts
     slots = range(shard.first, shard.first + shard.num_local)
@@ -95,15 +97,16 @@ def expert_chances(layer: MoELayer, shard: Shard) -> list[float]:
 
 
 def _weights(num_experts: int, shard: Shard) -> list[tuple[int, Fraction]]:
-    """Returns, for each local physical expert, its expert and its share of that expert's load."""
+    """Returns, for each local physical expert, the expert that it is a copy of and its share of that expert's load."""
     slots = range(shard.first, shard.first + shard.num_local)
     return [(slot % num_experts, Fraction(1, num_copies(num_experts, shard, slot))) for slot in slots]
 
 
 def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
-    """Returns a rank's work for a token, in units of k/E slots; in packed rows, in slots of a row.
+    """Returns a rank's load per token, in units of k/E slots; in the packed layout, in slots per row.
 
-    A balanced dummy counts slots, whatever they hold, except where the router's law says how many are local.
+    A balanced draw gives all physical experts the same load, also the copies of one expert. So a rank's load is the
+    number of its physical experts, except in the layouts in which the router's law decides how many slots are local.
     """
     shard = regime.shard(layer, rank)
     if regime.layout == "packed":
@@ -114,11 +117,11 @@ def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
 
 
 def _crowding(layer: MoELayer, shard: Shard) -> Fraction:
-    """Σ over the router's groups of the squared load of those of the group's experts that are local.
+    """Returns the sum, over the router's groups, of the squared load of the group's local experts.
 
-    Two experts of one group are chosen together more often than two of different groups, because a token's experts
-    come from few groups. So the number of local slots of a token, whose mean is given, varies the more the more
-    crowded the local experts are in few groups, and the fewer tokens have any.
+    A token's experts come from few groups. So two experts of one group are chosen together more often than two of
+    different groups. If the local experts lie in few groups, the number of a token's local slots varies more. Its mean
+    stays the same, so fewer tokens have a local slot.
     """
     group_size = layer.num_experts // layer.routing.num_groups
     loads: defaultdict[int, Fraction] = defaultdict(Fraction)
@@ -128,12 +131,14 @@ def _crowding(layer: MoELayer, shard: Shard) -> Fraction:
 
 
 def _fullest(ranks: list[int], value: Callable[[int], Fraction]) -> list[int]:
+    """Returns the ranks with the highest value."""
     values = {rank: value(rank) for rank in ranks}
     most = max(values.values())
     return [rank for rank in ranks if values[rank] == most]
 
 
 def _nearest_to_mean(ranks: list[int], value: Callable[[int], Fraction]) -> list[int]:
+    """Returns the ranks with values nearest to the mean of all `ranks`."""
     values = {rank: value(rank) for rank in ranks}
     mean = sum(values.values(), Fraction()) / len(values)
     least = min(abs(one - mean) for one in values.values())

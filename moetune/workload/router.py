@@ -23,11 +23,11 @@ _SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def route(
     method: RoutingMethod, logits: torch.Tensor, top_k: int, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the experts and weights that `method` gives each row of `logits` `[rows, num_experts]`.
+    """Returns the experts and weights that `method` chooses for each row of `logits` `[rows, num_experts]`.
 
     The result is `(experts int64, weights float32)`, both `[rows, top_k]`, the best expert first. `bias`
-    `[num_experts]` is added to the scores for the selection only. Group limit: DeepSeek-V2 (arXiv 2405.04434, 2.2.2)
-    with `group_score="max"`, DeepSeek-V3 (arXiv 2412.19437, 2.1.2) with `"top2"`.
+    `[num_experts]` is added to the scores for the selection only. The group limit with `group_score="max"` is that of
+    DeepSeek-V2 (arXiv 2405.04434, 2.2.2), and with `"top2"` that of DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
     """
     scores = _SCORES[method.scoring](logits)
     ranked = scores if bias is None else scores + bias
@@ -53,10 +53,9 @@ def random_top_k(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the layer's routing on random logits among the physical experts `first … first + count − 1`.
 
-    Physical expert s is a copy of expert s mod E; one of several copies is chosen at random. The group limit applies
-    if the experts are whole groups, otherwise they have no groups. The bias is zero, because a trained one evens the
-    load out.
-    The result is `(ids of physical experts int64, weights float32)`, both `[rows, top_k]`.
+    The result is `(ids of physical experts int64, weights float32)`, both `[rows, top_k]`. Physical expert s is a copy
+    of expert s mod E; of several copies, one is chosen at random. The group limit applies only if the experts are whole
+    groups. The bias is zero: a model's trained bias evens out its load, and random logits have an even load without it.
     """
     num_experts = min(layer.num_experts, count)
     method = _method_within(layer, first, num_experts)
@@ -76,7 +75,7 @@ def random_top_k(
 def arriving_top_k(
     generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the routing of the first `rows` tokens that have a slot in `shard`, as `random_top_k`."""
+    """Returns the routing of the first `rows` tokens that have a slot in `shard`, in the form of `random_top_k`."""
     found = 0
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     for slots, weights in _global_chunks(generator, layer, shard, rows):
@@ -103,9 +102,9 @@ def is_local(slots: torch.Tensor, shard: Shard) -> torch.Tensor:
 
 
 def representative_shard(layer: MoELayer, regime: Regime, rank: int | None = None) -> Shard:
-    """Returns the shard that `rank`'s load is computed for: rank 0's if all ranks are alike, else its own.
+    """Returns the shard for which `rank`'s load is computed: rank 0's if all ranks are alike, otherwise its own.
 
-    With redundant experts it is its own, because ids shifted by whole shards are no longer the same experts' replicas.
+    With redundant experts it is always its own: ids that are shifted by a whole shard are copies of other experts.
 
     Raises:
         UsageError: the regime does not fit the layer, or there is no such rank.

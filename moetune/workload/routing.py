@@ -36,8 +36,10 @@ _WEIGHT_ROWS = 1021
 class Routing:
     """One sampled routing, on the CPU.
 
-    `topk_ids`: int32 `[M, k]`, ids of physical experts, −1 for none; k is 1 in the slot layout. `topk_weights`:
-    float32 `[M, k]`, 0 where there is no id. `load`: int64 `[L]`, the slots of each local expert, counted from the ids.
+    Attributes:
+        topk_ids: int32 `[M, k]`, ids of physical experts, −1 for none; k is 1 in the slot layout.
+        topk_weights: float32 `[M, k]`, 0 where there is no id.
+        load: int64 `[L]`, the slots of each local expert, counted from the ids.
     """
 
     topk_ids: torch.Tensor
@@ -48,20 +50,21 @@ class Routing:
 def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None, draw: int = 0) -> Routing:
     """Returns draw number `draw` of `rows` rows for `rank`'s kernel; None means the regime's rank.
 
-    Depends on (E, k, routing method, shard, dispatch, layout, distribution, seed, rows, draw) only. Where all ranks
-    are alike and no expert is redundant, another rank has rank 0's ids shifted by whole shards.
+    The result depends only on E, k, routing method, shard, dispatch, layout, distribution, seed, rows and draw. If all
+    ranks are alike and no expert is redundant, every rank has the ids of rank 0, shifted by whole shards.
 
-    Balanced counts of the slots in scope (all of them for dispatch none and allgather, else the local ones)
-    differ by at most one. With redundant experts that can be impossible, because no row holds two replicas of one
-    expert; then the rows stay valid and the counts are as even as `saturated_rows` makes them, and in the layouts
-    deduplicated and pool a row that lacks non-local experts takes further local ones.
+    In a balanced draw the loads of any two physical experts differ by at most one: of all experts for the dispatches
+    none and allgather, and of the local experts for an all-to-all. With redundant experts this can be impossible,
+    because no row has two copies of one expert. Then the rows stay valid, and the loads are as even as in
+    `saturated_rows`. In the layouts deduplicated and pool, a row for which there are too few non-local experts has more
+    local ones.
 
-    Weights come from the layer's router where it chose the ids; elsewhere they are random, add up to the routing's
-    scaling in each row, and repeat after 1021 rows.
+    Weights come from the layer's router if it chose the ids. Otherwise they are random, add up to the routing's scaling
+    in each row, and repeat after 1021 rows.
 
     Raises:
-        UsageError: rows or draw out of range, rows of a pool that ep does not divide, a regime that does not
-            fit the layer, no such rank.
+        UsageError: `rows` is below 1, `draw` is below 0, ep does not divide the rows of a pool, the regime does not fit
+            the layer, or there is no such rank.
     """
     if rows < 1:
         raise UsageError(f"rows must be at least 1, given {rows}.")
@@ -85,13 +88,12 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
 
 
 def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, factor: float) -> Routing:
-    """Returns `routing` with `rank`'s busiest expert at `factor` times its load, or in every row that can hold it.
+    """Returns `routing` with `factor` times the load of `rank`'s busiest expert; None means the regime's rank.
 
-    `rank` is the regime's when None.
-
-    The slots are taken from the other local experts, and from non-local ones only when those do not suffice; so the
-    sum of `load` is unchanged where it can be. Non-negative ids in a row stay distinct, with redundant experts
-    their experts too; rows of −1 stay as they are.
+    If there are too few rows for this load, the expert is in every row that can have it. Its new slots replace slots of
+    other local experts, and those of non-local experts only if there are not enough. So the sum of `load` stays the
+    same where possible. The experts of a row stay distinct, and no row has two copies of one expert. Rows of −1 stay
+    as they are.
 
     Raises:
         UsageError: `factor` is below 1, or there is no such rank.
@@ -120,7 +122,7 @@ def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, 
 
 
 def padded(routing: Routing, rows: int) -> Routing:
-    """`routing` with rows of nothing behind its own, `rows` in all; `load` is the same."""
+    """Returns `routing` with rows of −1 appended until it has `rows` rows; `load` is the same."""
     missing = rows - len(routing.topk_ids)
     if not missing:
         return routing
@@ -145,7 +147,7 @@ def _random_weights(generator: torch.Generator, ids: torch.Tensor, scaling: floa
 
 
 Ids = tuple[torch.Tensor, torch.Tensor | None]
-"""Slot ids `[M, k]` and the router's weights, or None where no router chose them."""
+"""Ids of physical experts `[M, k]`, and the router's weights for them, or None if no router chose them."""
 
 
 class _Dummy:
@@ -262,12 +264,12 @@ class _Dummy:
         return self._balanced_with(counts).masked_fill_((counts == 0).unsqueeze(1), -1)
 
     def _balanced_counts(self, arrived_only: bool) -> torch.Tensor:
-        """Returns the local slots of each row by rounded quotas of the router's law, ascending: int64 `[M]`."""
+        """Returns the number of local slots of each row, ascending, from the rounded router's law: int64 `[M]`."""
         law = torch.tensor(quotas(self._law(arrived_only), self.rows))
         return torch.arange(len(law)).repeat_interleave(law)
 
     def _balanced_with(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows with `counts[t]` local ids, assigned cyclically, and non-local ones (none if the count is 0)."""
+        """Returns rows with `counts[t]` local ids, dealt cyclically, then non-local ones (−1 if the count is 0)."""
         top_k = self.layer.top_k
         order = spaced_order(self.generator, self.shard.num_local, self.num_distinct, self.local_k)
         if order is None:
@@ -287,7 +289,10 @@ class _Dummy:
         return _join(local, deal_counts(non_local, missing, top_k), counts)
 
     def _uniform_with(self, counts: torch.Tensor) -> torch.Tensor:
-        """Rows of a uniform `counts[t]`-subset of the local slots, then one of the non-local slots; none redundant."""
+        """Returns rows of a uniform `counts[t]`-subset of the local experts, then uniform non-local ones.
+
+        No expert may be redundant.
+        """
         local = self._uniform_local(counts)
         num_non_local = self.shard.num_physical - self.shard.num_local
         size = min(self.layer.top_k, num_non_local)
@@ -296,15 +301,15 @@ class _Dummy:
         return _join(local, non_local, counts)
 
     def _uniform_local(self, counts: torch.Tensor) -> torch.Tensor:
-        """A uniform `counts[t]`-subset of the local slots in each row, the rest −1: int64 `[M, k]`."""
+        """Returns a uniform `counts[t]`-subset of the local physical experts in each row, then −1: int64 `[M, k]`."""
         ids = uniform_subsets(self.generator, self.rows, self.shard.num_local, self.local_k) + self.shard.first
         ids = torch.nn.functional.pad(ids, (0, self.layer.top_k - self.local_k), value=-1)
         return ids.masked_fill_(torch.arange(self.layer.top_k) >= counts.unsqueeze(1), -1)
 
     def _completed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Every −1 of `ids` replaced by a random non-local one whose expert is not yet in the row.
+        """Returns `ids` with each −1 replaced by a random non-local id of an expert that is not yet in the row.
 
-        A row that would need more experts than have a non-local slot takes random local ones.
+        A row that needs more experts than have a non-local copy gets random local ones.
         """
         num_experts, top_k, shard = self.layer.num_experts, self.layer.top_k, self.shard
         slots = torch.arange(shard.num_physical)
@@ -329,7 +334,7 @@ class _Dummy:
 
 
 def _join(head: torch.Tensor, tail: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Row t: the first `counts[t]` entries of `head` `[M, k]`, then the first k − `counts[t]` of `tail`."""
+    """Returns, as row t, the first `counts[t]` entries of `head` `[M, k]`, then the first k − `counts[t]` of `tail`."""
     column = torch.arange(head.shape[1])
     position = column - counts.unsqueeze(1)
     filled = tail.gather(1, position.clamp(0, max(tail.shape[1] - 1, 0))) if tail.shape[1] else head

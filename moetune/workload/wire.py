@@ -38,10 +38,10 @@ class WireTensor:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """What travels when each rank sends `tokens` tokens.
+    """The data that travels when each rank sends `tokens` tokens.
 
     Attributes:
-        tensors: what travels with one token; empty without a dispatch.
+        tensors: the tensors that travel with one token; empty without a dispatch.
         payload_bytes_per_token: the bytes of `tensors`.
         dispatch_bytes: bytes that one rank receives from the others before its kernel runs.
         combine_bytes: bytes that one rank receives from the others after it: the results of its tokens.
@@ -65,23 +65,23 @@ def wire(
     routing: WireRouting | None = None,
     rank: int | None = None,
 ) -> Wire:
-    """Returns what `rank` receives when each of the ep ranks sends `tokens` tokens.
+    """Returns the data that `rank` receives when each of the ep ranks sends `tokens` tokens.
 
-    Without a dispatch the results are all-reduced. An all-gather is followed by a reduce-scatter. Their ring
-    algorithms bring each rank (ep − 1)/ep of the whole buffer, and an all-reduce is one of each (Patarasuk and Yuan,
-    JPDC 69(2), 2009). In an all-to-all a rank receives a token once if one of its experts is chosen, and in the slot
-    layout once for each local slot. Results return as bf16.
+    Without a dispatch the results are all-reduced. An all-gather is followed by a reduce-scatter. With ring algorithms
+    each of these two sends every rank (ep − 1)/ep of the whole buffer. An all-reduce is one of each (Patarasuk and
+    Yuan, JPDC 69(2), 2009). In an all-to-all a rank receives a token once if one of its experts is chosen, and in the
+    slot layout once for each local slot. Results return as bf16.
 
     Args:
         layer, regime: the deployment.
         tokens: tokens per rank.
-        activation: how hidden states travel.
-        routing: how the routing travels. The default is top-k ids and weights in an all-to-all, which needs the ids
-            to address the tokens, and logits otherwise.
+        activation: the format in which hidden states travel.
+        routing: the format in which the routing travels. The default is top-k ids and weights in an all-to-all, which
+            needs the ids to address the tokens, and logits otherwise.
         rank: the receiving rank; by default the regime's.
 
     Raises:
-        UsageError: an unknown activation or routing, negative tokens, or logits in an all-to-all.
+        UsageError: `activation` or `routing` is unknown, `tokens` is negative, or logits would travel in an all-to-all.
     """
     if tokens < 0:
         raise UsageError(f"tokens must be at least 0, given {tokens}.")
