@@ -1,5 +1,5 @@
-"""FlashInfer's trtllm-gen MoE kernels for compute capability 10.0 and 10.3: given ids, or logits that they route.
+"""The backends of FlashInfer's trtllm-gen MoE kernels, for compute capability 10.0 and 10.3.
 
-Written against the signatures and the C++ sources of FlashInfer 0.7.2.post1 and tested on CPUs through FlashInfer's own
-Python code down to the compiled module's functions. It has not run on the chip.
+They follow the signatures and the C++ sources of FlashInfer 0.7.2.post1. Tests on CPUs run FlashInfer's own Python code
+down to the functions of the compiled module. Nothing here has run on such a GPU.
 """

@@ -1,4 +1,4 @@
-"""The arguments of FlashInfer's public ops, by name."""
+"""Makes the arguments of FlashInfer's public ops, by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Shard
 
 ROUTED_METHOD = "Renormalize"
-"""Given ids need no method; engines pass this one (vLLM: trtllm_fp8_moe.py, `routing_method_type=1`)."""
+"""Engines pass this method with given ids, which need none (vLLM: trtllm_fp8_moe.py, `routing_method_type=1`)."""
 
 
 def routed(layer: MoELayer, ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> dict[str, Any]:
-    """How the op for given ids is routed: int32 `[M, k]` packed, or int32 ids and f32 or bf16 weights."""
+    """Returns the routing arguments for given ids: packed int32 `[M, k]`, or int32 ids and f32 or bf16 weights."""
     from flashinfer.tllm_enums import RoutingMethodType
 
     arguments: dict[str, Any] = {
@@ -34,11 +34,13 @@ def routed(layer: MoELayer, ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor
 
 
 def from_logits(routing: KernelRouting, logits: torch.Tensor, bias: torch.Tensor | None) -> dict[str, Any]:
-    """How the op that routes is routed: f32 or bf16 logits `[M, E]`, f32 bias `[E]`."""
+    """Returns the routing arguments for f32 or bf16 logits `[M, E]` and an f32 bias `[E]`."""
     from flashinfer.tllm_enums import RoutingMethodType
 
     method = routing.method
-    has_groups = routing.name == "DeepSeekV3"  # the launcher refuses it without, and any other method with
+    has_groups = (
+        routing.name == "DeepSeekV3"
+    )  # the launcher refuses this method without groups, and any other with groups
     return {
         "routing_logits": logits,
         "routing_bias": bias,
@@ -63,9 +65,21 @@ def op_arguments(
     routing: Mapping[str, Any],
     fp8_block_layout: Fp8BlockLayout = "blocked",
 ) -> dict[str, Any]:
-    """Every argument of the layer's op. `routing` is `routed`'s or `from_logits`', `weights` are `Weights.arguments`.
+    """Returns all arguments of the layer's op.
 
-    `enable_pdl` is what None means on every chip that these kernels run on, and needs no device to ask.
+    `enable_pdl` is True, which is what None means on every device that these kernels run on. None would need a device.
+
+    Args:
+        layer: the whole layer.
+        shard: the rank's experts.
+        sizes: the sizes of the rank's experts.
+        top_k: the number of ids in a row.
+        tune_max_num_tokens: the largest row count that FlashInfer's tuner tunes.
+        weights: `Weights.arguments` or `meta_weights`.
+        activations: the hidden states and their scales or None; see `Weights.quantize`.
+        output: bf16 `[M, H]` with the padded H.
+        routing: the arguments of `routed` or `from_logits`.
+        fp8_block_layout: the layout of DeepSeek's e4m3 experts.
     """
     from flashinfer.tllm_enums import ActivationType, Fp8QuantizationType, SfLayout, WeightLayout
 
@@ -109,7 +123,7 @@ def op_arguments(
 
 
 def meta_weights(layer: MoELayer, sizes: ExpertSizes) -> dict[str, torch.Tensor]:
-    """Weights without storage, enough for the ops' Python: it reads no more than fp4's values a scale."""
+    """Returns weights without storage. The ops' Python code reads only the number of fp4 values a scale."""
     fp4 = {Precision.NVFP4: 16, Precision.MXFP4: 32}.get(layer.precision)
     names = {
         Precision.BF16: (),

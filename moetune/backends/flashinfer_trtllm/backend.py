@@ -1,10 +1,10 @@
-"""The two backends of FlashInfer's trtllm-gen kernels: with given ids, and with logits that the kernel routes."""
+"""Defines the two backends of FlashInfer's trtllm-gen kernels. One routes from logits, the other takes given ids."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from moetune.backends.base import Candidates, Problem
 from moetune.backends.flashinfer_trtllm.formats import (
@@ -30,23 +30,21 @@ if TYPE_CHECKING:
 CAPABILITIES = ((10, 0), (10, 3))
 NEEDED_VERSION = (0, 7, 2)
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
-_HIDDEN_DTYPES = ("bfloat16", "float16", "float32")
-_FP8_BLOCK_LAYOUTS = ("blocked", "plain")
 _ROUTED_TOP_K = 32
 
 
 class TrtllmBackend:
-    """The op that routes from logits (SGLang's `flashinfer_trtllm`, vLLM's monolithic kernels).
+    """Tunes the op that routes from logits (SGLang's `flashinfer_trtllm`, vLLM's monolithic kernels).
 
     Args:
-        mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
-        quantized: whether activations arrive quantized, so that quantizing is not timed; when not given, they do
-            where tokens travel (an engine quantizes before it sends), and do not where they stay.
-        fp8_block_layout: of DeepSeek's e4m3 experts: `blocked` as vLLM has them, `plain` as SGLang.
-        hidden_dtype: the engine's; the kernels write bf16, and the cast to another dtype is timed with them.
+        mxfp4_activations: the activations that mxfp4 weights are multiplied with, `bf16` or `mxfp8`.
+        quantized: whether activations arrive quantized, so that quantizing is not timed. By default they do if the
+            dispatch is not `none`, because an engine quantizes tokens before it sends them.
+        fp8_block_layout: the layout of DeepSeek's e4m3 experts, `blocked` as in vLLM or `plain` as in SGLang.
+        hidden_dtype: the dtype of the engine's activations. The kernels write bf16; a cast to it is timed too.
 
     Raises:
-        UsageError: no such value.
+        UsageError: an option has a value that is not allowed.
     """
 
     name: ClassVar[str] = "flashinfer-trtllm"
@@ -59,15 +57,13 @@ class TrtllmBackend:
         fp8_block_layout: Fp8BlockLayout = "blocked",
         hidden_dtype: HiddenDtype = "bfloat16",
     ) -> None:
-        allowed = FORMATS[Precision.MXFP4].activations
-        if mxfp4_activations not in allowed:
-            raise UsageError(f"mxfp4_activations must be one of {', '.join(allowed)}; given {mxfp4_activations!r}.")
-        if hidden_dtype not in _HIDDEN_DTYPES:
-            raise UsageError(f"hidden_dtype must be one of {', '.join(_HIDDEN_DTYPES)}; given {hidden_dtype!r}.")
-        if fp8_block_layout not in _FP8_BLOCK_LAYOUTS:
-            raise UsageError(
-                f"fp8_block_layout must be one of {', '.join(_FP8_BLOCK_LAYOUTS)}; given {fp8_block_layout!r}."
-            )
+        for option, value, allowed in (
+            ("mxfp4_activations", mxfp4_activations, FORMATS[Precision.MXFP4].activations),
+            ("hidden_dtype", hidden_dtype, get_args(HiddenDtype)),
+            ("fp8_block_layout", fp8_block_layout, get_args(Fp8BlockLayout)),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{option} must be one of {', '.join(allowed)}; given {value!r}.")
         self.mxfp4_activations = mxfp4_activations
         self.fp8_block_layout = fp8_block_layout
         self.quantized = quantized
@@ -76,11 +72,11 @@ class TrtllmBackend:
 
     @property
     def ids(self) -> Ids:
-        """How calls are routed."""
+        """How a call is routed."""
         return "logits"
 
     def unavailable(self) -> tuple[str, str] | None:
-        """No FlashInfer 0.7.2, or no device of compute capability 10.0 or 10.3."""
+        """Returns a reason and a hint if FlashInfer 0.7.2 or a device of compute capability 10.0 or 10.3 is missing."""
         if importlib.util.find_spec("flashinfer") is None:
             return "flashinfer is not installed", "pip install flashinfer-python"
         installed = flashinfer_versions.version() or "unknown"
@@ -99,7 +95,7 @@ class TrtllmBackend:
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """fp32 and fp16; sizes that the kernels' tiles do not divide; what a format's kernels lack; its routing."""
+        """Returns why the layer cannot be computed: precision, sizes, activation, biases, input weights or routing."""
         fmt = FORMATS.get(layer.precision)
         if fmt is None:
             return f"computes {', '.join(FORMATS)} experts, not {layer.precision.value}"
@@ -121,8 +117,8 @@ class TrtllmBackend:
             return f"adds no bias to {layer.precision.value} experts"
         if layer.weight_on_input and not (fmt.weight_on_input and layer.top_k == 1):
             return (
-                f"applies the router's weight to the input of fp8_tensor experts at top_k = 1 only, "
-                f"not of {layer.precision.value} ones at {layer.top_k}"
+                f"applies the router's weight to the input of fp8_tensor experts at top_k = 1 only; "
+                f"given {layer.precision.value} experts at top_k = {layer.top_k}"
             )
         if layer.precision is Precision.FP8_BLOCK and layer.num_experts % 4:
             return f"needs a multiple of 4 experts, given {layer.num_experts}"
@@ -132,7 +128,7 @@ class TrtllmBackend:
         from moetune.backends.flashinfer_trtllm.logits import kernel_routing
 
         if regime.redundant_experts:
-            return "routes from logits of experts and knows no redundant ones; use flashinfer-trtllm-routed"
+            return "cannot route from logits to redundant experts; use flashinfer-trtllm-routed"
         top_k = regime.row_top_k(layer)
         try:
             routing = kernel_routing(layer)
@@ -144,7 +140,7 @@ class TrtllmBackend:
         return None
 
     def environment(self) -> dict[str, str]:
-        """FlashInfer's version, and the options, all of which change what is timed."""
+        """Returns FlashInfer's version and the options, because each of them changes what is timed."""
         quantized = {None: "where tokens travel", True: "yes", False: "no"}[self.quantized]
         return {
             "flashinfer": flashinfer_versions.version() or "unknown",
@@ -156,10 +152,10 @@ class TrtllmBackend:
         }
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """The default, and what FlashInfer's runner enumerates at `rows` and at the regime's real load.
+        """Returns the default and the tactics that FlashInfer's runner enumerates at `rows` and at the real load.
 
         Raises:
-            UnsupportedError: this layer is not computed.
+            UnsupportedError: the backend does not compute this layer.
         """
         import torch
 
@@ -208,20 +204,20 @@ class TrtllmBackend:
         return Candidates(enumerate_tactics(call.valid_tactics, equivalent_rows(routing, shard.num_local)))
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """`[-1, -1]`: the launcher's own choice."""
+        """Returns `[-1, -1]`, the launcher's own choice."""
         from moetune.backends.flashinfer_trtllm.enumeration import DEFAULT_TACTIC
 
         return DEFAULT_TACTIC
 
     def tolerance(self, layer: MoELayer) -> float:
-        """2e-2 where activations are bf16, 8e-2 where they are e4m3, 0.2 where they are e2m1."""
+        """Returns 2e-2 for bf16 activations, 8e-2 for e4m3 and 0.2 for e2m1."""
         return INTERMEDIATE_TOLERANCES[self._activations(layer)]
 
     def prepare(self, problem: Problem) -> TrtllmRunner:
-        """Random weights, kept for the next bucket's problem of the same rank; inputs; a recorded call for each draw.
+        """Makes inputs and records a call for each draw. Random weights are kept for the rank's next bucket.
 
         Raises:
-            UnsupportedError: this layer is not computed, or the installed FlashInfer's ops have other parameters.
+            UnsupportedError: the backend does not compute this layer, or FlashInfer's ops have other parameters.
         """
         import torch
 
@@ -255,14 +251,18 @@ class TrtllmBackend:
 
 
 class TrtllmRoutedBackend(TrtllmBackend):
-    """The op for given ids (SGLang's `flashinfer_trtllm_routed`, vLLM's modular kernels): another code path.
+    """Tunes the op that takes given ids (SGLang's `flashinfer_trtllm_routed`, vLLM's modular kernels).
 
     Args:
-        packed: ids and weights in one int32 each, or apart. mxint4 takes packed ones only.
-        options: as `TrtllmBackend`'s.
+        packed: whether an id and its weight are packed into one int32, or are in separate tensors. mxint4 experts
+            take packed ids only.
+        mxfp4_activations: see `TrtllmBackend`.
+        quantized: see `TrtllmBackend`.
+        fp8_block_layout: see `TrtllmBackend`.
+        hidden_dtype: see `TrtllmBackend`.
 
     Raises:
-        UsageError: no such value.
+        UsageError: an option has a value that is not allowed.
     """
 
     name: ClassVar[str] = "flashinfer-trtllm-routed"
@@ -286,7 +286,7 @@ class TrtllmRoutedBackend(TrtllmBackend):
 
     @property
     def ids(self) -> Ids:
-        """How calls are routed."""
+        """How a call is routed."""
         return "packed" if self.packed else "unpacked"
 
     def _routing_unsupported(self, fmt: Format, layer: MoELayer, regime: Regime) -> str | None:

@@ -1,7 +1,8 @@
-"""A call of one of FlashInfer's public ops, taken down to its tuner's runner and arguments, so that it takes a tactic.
+"""Records a call of one of FlashInfer's public ops, so that the call can be run with any tactic.
 
-The public ops take none: they ask `AutoTuner.choose_one`. Here another tuner answers, once, by writing down the runner,
-its inputs and its arguments; from then on the runner is run with each tactic, as FlashInfer's own tuner runs it.
+The public ops take no tactic. They call `AutoTuner.choose_one` with a runner, its inputs and its arguments.
+`record_call` puts a recorder in the tuner's place for one call and keeps these. `OpCall.run` then runs the runner with
+a tactic, as FlashInfer's own tuner does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moetune.errors import UnsupportedError
 
 @dataclass(frozen=True, slots=True)
 class OpCall:
-    """What an op hands to FlashInfer's tuner: the op's name, its runner, and what the runner is run with."""
+    """Holds what an op passes to FlashInfer's tuner: its name, a runner, and the runner's inputs and arguments."""
 
     custom_op: str
     runner: Any
@@ -26,12 +27,12 @@ class OpCall:
     arguments: Mapping[str, Any]
 
     def run(self, tactic: list[int]) -> torch.Tensor:
-        """The op with `[tile_n, config]`; bf16 `[M, H]`, in the output that the op was called with."""
+        """Runs the op with `[tile_n, config]`. Returns bf16 `[M, H]`, in the output that the op was called with."""
         result: torch.Tensor = self.runner.forward(list(self.inputs), tactic=tactic, **self.arguments)[0]
         return result
 
     def with_activations(self, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> OpCall:
-        """The same call on other activations of the same shapes."""
+        """Returns the same call on other activations of the same shapes."""
         from flashinfer.fused_moe.shared.inputs import MoeRunnerInputs
 
         inputs = list(self.inputs)
@@ -40,7 +41,7 @@ class OpCall:
         return replace(self, inputs=tuple(inputs))
 
     def valid_tactics(self, rows: int) -> list[list[int]]:
-        """The `[tile_n, config]` that the runner enumerates for `rows` rows."""
+        """Returns the tactics `[tile_n, config]` that the runner enumerates for `rows` rows."""
         from flashinfer.fused_moe.shared.inputs import MoeRunnerInputs
 
         inputs = list(self.inputs)
@@ -51,15 +52,15 @@ class OpCall:
         return [list(tactic) for tactic in self.runner.get_valid_tactics(inputs, None)]
 
 
-class _Recorded(Exception):  # noqa: N818 - it tells of no error
-    """Ends an op where it would launch."""
+class _Recorded(Exception):  # noqa: N818 - it reports no error
+    """Ends an op before it launches."""
 
     def __init__(self, call: OpCall) -> None:
         self.call = call
 
 
 class _Recorder:
-    """Stands where FlashInfer's tuner stands."""
+    """Replaces FlashInfer's tuner."""
 
     def choose_one(
         self, custom_op: str, runners: list[Any], tuning_config: Any, inputs: list[torch.Tensor | None], **kwargs: Any
@@ -68,12 +69,12 @@ class _Recorder:
 
 
 def record_call(op: str, arguments: Mapping[str, Any]) -> OpCall:
-    """The call that `flashinfer.fused_moe.<op>(**arguments)` makes; nothing is launched.
+    """Records the call of `flashinfer.fused_moe.<op>(**arguments)`. Launches nothing.
 
-    Tensors may lie on the meta device. FlashInfer's tuner is replaced in the whole process for the moment of the call.
+    Tensors may be on the meta device. During the call FlashInfer's tuner is replaced in the whole process.
 
     Raises:
-        UnsupportedError: the installed FlashInfer has no such op, or not with these parameters.
+        UnsupportedError: the installed FlashInfer has no such op, or the op has other parameters.
     """
     import inspect
 

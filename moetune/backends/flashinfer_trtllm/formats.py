@@ -1,4 +1,4 @@
-"""The six weight formats: which op computes them, on which activations, and which values they hold without loss."""
+"""Describes the six weight formats: their op, their activations, and the values that they hold without loss."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from moetune.backends.prepared import E4M3_MAX
 from moetune.spec.enums import Precision
 
 Activations = Literal["bf16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp8"]
-"""The MMA's activations. bf16; e4m3 with one f32 scale for 128 values, or for the tensor; e2m1 with one e4m3 scale for
-16 values; e4m3 with one e8m0 scale for 32 values."""
+"""The activations that weights are multiplied with.
+
+`fp8_block`: e4m3, one f32 scale for 128 values. `fp8_tensor`: e4m3, one f32 scale for all. `nvfp4`: e2m1, one e4m3
+scale for 16 values. `mxfp8`: e4m3, one e8m0 scale for 32 values.
+"""
 
 Fp8BlockLayout = Literal["blocked", "plain"]
-"""How DeepSeek's e4m3 experts lie: shuffled and blocked along K (vLLM), or as in the checkpoint (SGLang). Other kernels
-with other tactics: a tactic of one means nothing to the other."""
+"""The layout of DeepSeek's e4m3 experts: shuffled and blocked along K (vLLM), or as in the checkpoint (SGLang).
+
+Each layout has kernels and tactics of its own, so a tactic of one is not a tactic of the other.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Values that a quantized block can hold: `kind`'s numbers, one of magnitude `largest` in each `block` of them.
+    """Describes random values that a quantized format holds without loss.
 
-    With its largest magnitude present every quantizer finds the same scale, a power of two, and rounds nothing.
-    `deviation`: of the normal values that are rounded to the grid.
+    They are numbers of `kind`. Each block of `block` values has one of magnitude `largest`, so every quantizer finds
+    the same scale, a power of two, and rounds nothing. `deviation` is that of the normal values that are rounded to the
+    grid.
     """
 
     kind: Literal["e2m1", "e4m3", "int4"]
@@ -53,16 +59,18 @@ INTERMEDIATE_TOLERANCES: Mapping[Activations, float] = {
     "nvfp4": 0.2,
     "mxfp8": 8e-2,
 }
-"""Weights and inputs lie on their grids, so the error is that of the rounded intermediate: 2⁻⁹, 2⁻⁴ or 2⁻² at most."""
+"""Weights and inputs are on their grids, so only rounding the intermediate causes errors: 2⁻⁹, 2⁻⁴ or 2⁻² at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one weight format is computed.
+    """Describes how FlashInfer computes one weight format.
 
-    `op`: the public function that routes from logits; with `_routed_moe` in the place of `_moe`, the one for given ids.
-    `activations`: the allowed ones, the default first. `multiple_of`: H and I/tp must be multiples of it, or are
-    padded to one where `padded` (as vLLM and SGLang do for gpt-oss). `clamped`: whether it computes the clamped swiglu.
+    `op`: the public function that routes from logits. `activations`: the allowed ones, the default first.
+    `multiple_of`: H and I/tp must be multiples of it. `padded`: they are padded to multiples, as vLLM and SGLang do for
+    gpt-oss. `clamped`, `bias`: whether the op computes the clamped swiglu and adds biases. `weight_on_input`: whether
+    it can apply the router's weight to an expert's input. `unpacked_ids`: whether ids and weights can be separate
+    tensors.
     """
 
     op: str
@@ -81,7 +89,7 @@ class Format:
         return self.op.removesuffix("_moe") + "_routed_moe"
 
     def aligned(self, size: int) -> int:
-        """`size`, padded to the multiple that the kernels take."""
+        """Returns `size`, padded to the next multiple of `multiple_of` if the format is padded."""
         return -(-size // self.multiple_of) * self.multiple_of if self.padded else size
 
 
@@ -106,7 +114,7 @@ FORMATS: Mapping[Precision, Format] = {
 
 @dataclass(frozen=True, slots=True)
 class ExpertSizes:
-    """L experts of H × I as the layer has them, and padded as the kernel gets them."""
+    """Holds L, H and I/tp of one rank's experts, and H and I/tp as they are padded for the kernel."""
 
     num_local: int
     hidden: int
@@ -116,5 +124,5 @@ class ExpertSizes:
 
     @classmethod
     def of(cls, fmt: Format, num_local: int, hidden: int, intermediate: int) -> ExpertSizes:
-        """The sizes of one rank's experts in `fmt`."""
+        """Returns the sizes of one rank's experts in a format."""
         return cls(num_local, hidden, intermediate, fmt.aligned(hidden), fmt.aligned(intermediate))

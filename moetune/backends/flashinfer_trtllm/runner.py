@@ -1,4 +1,4 @@
-"""`TrtllmRunner`: one problem's weights, inputs and routings, and the op's recorded calls on them."""
+"""Defines `TrtllmRunner`, which records the op's calls on one problem's weights, inputs and routings, and runs them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from moetune.workload.packing import pack_eager
 from moetune.workload.routing import Routing
 
 Ids = Literal["packed", "unpacked", "logits"]
-"""How a call is routed: one int32 a slot, ids and weights apart, or logits that the kernel routes."""
+"""How a call is routed: by one packed int32 a slot, by separate ids and weights, or by logits."""
 
 
 class TrtllmRunner:
-    """See `Runner`. `run` waits for nothing, so that a CUDA graph can capture it.
+    """Runs one problem. `run` never waits for the GPU, so that a CUDA graph can capture it.
 
     Args:
-        problem: what is asked.
-        weights: of the problem's rank, on its device.
+        problem: the problem to compute.
+        weights: the weights of the problem's rank, on its device.
         ids: how the calls are routed.
-        quantized: whether activations arrive quantized; else `run` quantizes them.
-        hidden_dtype: what `run` returns; the op writes bf16, which is cast where that is another.
+        quantized: whether activations arrive quantized; if not, `run` quantizes them.
+        hidden_dtype: the dtype that `run` returns. The op writes bf16, which is cast to it.
 
     Raises:
-        UnsupportedError: the installed FlashInfer's ops have other parameters.
+        UnsupportedError: the installed FlashInfer's ops have other parameters, or no logits lead to the ids.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TrtllmRunner:
         self._calls = [self._call(number, draw.routing) for number, draw in enumerate(problem.draws)]
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
-        """See `Runner.run`: `[rows, H]` in the hidden dtype; bf16 in a buffer that the next call overwrites."""
+        """Returns the output, `[rows, H]` in the hidden dtype. The next call overwrites it if that is bf16."""
         call = self._calls[draw]
         if self._quantizes:
             call = call.with_activations(*self._weights.quantize(self._inputs[draw % len(self._inputs)]))
@@ -68,7 +68,7 @@ class TrtllmRunner:
         return output.to(self._hidden_dtype)
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """See `Runner.reference`: fp32 from the experts and inputs before FlashInfer's layout and quantization."""
+        """Returns the reference in fp32, from experts and inputs before FlashInfer's layout and quantization."""
         x, first = self._inputs[draw % len(self._inputs)], self._problem.shard.first
         slots = range(first, first + self._weights.sizes.num_local)
         on_input = self._problem.layer.weight_on_input

@@ -1,7 +1,7 @@
-"""Random experts on a format's grid, laid out as the kernels read them, and activations quantized by FlashInfer.
+"""Draws random experts on a format's grid, lays them out as the kernels read them, and quantizes activations.
 
-The values are drawn from those that the format holds without loss, so the reference multiplies the very numbers that
-the kernel does, and no quantizer's rounding hides a wrong layout.
+A format holds the drawn values without loss. So the reference multiplies exactly the numbers that the kernel does, and
+a quantizer's rounding cannot hide a wrong layout.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 
 EPILOGUE_ROWS = 128
+"""Rows of an epilogue tile."""
 DEEPSEEK_EPILOGUE_ROWS = 64
+"""Rows of an epilogue tile if the activation is a separate kernel."""
 BLOCK_BYTES = 128
-"""Rows of an epilogue tile, 64 where the activation is a kernel of its own; bytes of K in a block of `BlockMajorK`."""
+"""Bytes of K in a block of the layout `BlockMajorK`."""
 
 BIAS_DEVIATION = 0.1
 INTERMEDIATE_MULTIPLIER = 32.0
-"""Of the static e4m3 scale between the GEMMs: values of about 0.5, up to 14, become up to 448."""
+"""The static e4m3 scale of the intermediate, whose values are about 0.5 and at most 14; 14 · 32 = 448."""
 CLAMPED_SWIGLU = {"gemm1_alpha": SWIGLU_ALPHA, "gemm1_beta": SWIGLU_BETA, "gemm1_clamp_limit": SWIGLU_LIMIT}
-"""The op's names of the constants of `Activation.SWIGLU_CLAMPED`."""
+"""The constants of `Activation.SWIGLU_CLAMPED` by the op's names."""
 
 _E2M1_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def on_grid(grid: Grid, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Random values of the grid, float32 `[rows, columns]`; each block's first has the largest magnitude."""
+    """Draws random values of the grid, float32 `[rows, columns]`. Each block's first has the largest magnitude."""
     device = generator.device
     values = torch.randn(rows, columns, generator=generator, device=device).mul_(grid.deviation)
     match grid.kind:
@@ -51,7 +53,7 @@ def on_grid(grid: Grid, rows: int, columns: int, generator: torch.Generator) -> 
         case "int4":
             values = values.round_().clamp_(-8, 7)
     first = values[:, :: grid.block]
-    # int4 has −8 only; elsewhere signs are random, or the blocks' first columns would add up in a GEMM
+    # int4 has no 8, only −8. Elsewhere signs are random; otherwise the blocks' first columns would add up in a GEMM.
     values[:, :: grid.block] = (
         grid.largest if grid.largest < 0 else torch.copysign(first.new_tensor(grid.largest), first)
     )
@@ -59,13 +61,13 @@ def on_grid(grid: Grid, rows: int, columns: int, generator: torch.Generator) -> 
 
 
 def exponent(grid: Grid, deviation: float) -> int:
-    """The power of two that brings `on_grid`'s values near `deviation`."""
+    """Returns the exponent of the power of two that scales `on_grid`'s values to about `deviation`."""
     return round(math.log2(deviation / math.hypot(grid.deviation, grid.largest / math.sqrt(grid.block))))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Expert:
-    """One expert as the layer has it: bf16 `w1` `[2·I, H]` (up above gate), `w2` `[H, I]`, f32 `b1`, `b2` or None."""
+    """Holds one expert: bf16 `w1` `[2·I, H]`, up before gate; `w2` `[H, I]`; f32 biases `b1`, `b2` or None."""
 
     w1: torch.Tensor
     w2: torch.Tensor
@@ -74,7 +76,7 @@ class Expert:
 
 
 class Weights:
-    """One rank's random experts. `arguments` are the op's; `expert(i)` is drawn again when it is asked for.
+    """Draws one rank's random experts. `arguments` are the op's; `expert(i)` draws an expert again.
 
     Weights have a variance near 1/fan-in, so that values keep their size through both GEMMs.
     """
@@ -95,7 +97,7 @@ class Weights:
         self.arguments = self._prepare()
 
     def expert(self, index: int) -> Expert:
-        """Expert `index` of this rank, the same at every call."""
+        """Returns expert `index` of this rank, the same at every call."""
         sizes = self.sizes
         generator = torch.Generator(self._device).manual_seed(self._seed * 65537 + index)
         w1 = self._weight(2 * sizes.intermediate, sizes.hidden, generator)
@@ -109,7 +111,7 @@ class Weights:
         return Expert(w1, w2, b1, b2)
 
     def input_rows(self, rows: int, generator: torch.Generator) -> torch.Tensor:
-        """Random bf16 activations `[rows, H]` near variance 1, which the activations' quantizer keeps as they are."""
+        """Draws bf16 activations `[rows, H]` of variance about 1, which the activations' quantizer does not change."""
         grid = ACTIVATION_GRIDS[self.activations]
         if grid is None:
             values = torch.randn(rows, self.sizes.hidden, generator=generator, device=generator.device)
@@ -129,7 +131,7 @@ class Weights:
         return 2.0 ** exponent(self._grid, fan_in**-0.5)
 
     def _prepare(self) -> dict[str, torch.Tensor]:
-        """Every expert laid out by FlashInfer's preparation, one at a time so that no bf16 copy of all is needed."""
+        """Lays out every expert by FlashInfer's preparation, one at a time so that no bf16 copy of all is needed."""
         arguments: dict[str, torch.Tensor] = {}
         for index in range(self.sizes.num_local):
             for name, tensor in self._prepared(self._padded(self.expert(index))).items():
@@ -155,7 +157,7 @@ class Weights:
         return Expert(w1, w2, b1, pad(expert.b2, (0, hidden)))
 
     def _prepared(self, expert: Expert) -> Mapping[str, torch.Tensor]:
-        """One expert's arguments of the op, each with a leading dimension of 1."""
+        """Returns the op's arguments of one expert, each with a leading dimension of 1."""
         from flashinfer.fused_moe import prepare
 
         view: dict[str, torch.Tensor]
@@ -185,7 +187,7 @@ class Weights:
                 )
                 return {name: tensor for name, tensor in view.items() if not name.endswith("_global")}
             case Precision.NVFP4:
-                # its block scales are e4m3, which has few small numbers: the unit goes to the outputs' scalars
+                # the block scales are e4m3, which has few small numbers, so the outputs' scalars take the unit
                 units = self._unit(self.sizes.hidden), self._unit(self.sizes.intermediate)
                 view = prepare.prepare_trtllm_fp4_weights(w1 / units[0], w2 / units[1], quant=self._quant(), **shape)
                 del view["gemm1_alpha"]
@@ -205,10 +207,10 @@ class Weights:
         return quant_config(self.layer.precision, self.activations)
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """bf16 `[M, H]` padded and quantized for the kernel: the activations and their scales, or None.
+        """Pads and quantizes bf16 `[M, H]` for the kernel. Returns the activations and their scales or None.
 
-        bf16 as it is; fp8_block e4m3 `[M, H]`, f32 `[H/128, M]`; fp8_tensor e4m3 `[M, H]`; nvfp4 uint8 `[M, H/2]`,
-        e4m3 `[M, H/16]`; mxfp8 e4m3 `[M, H]`, `[M, H/32]` (e8m0 bytes typed e4m3).
+        They are: bf16 unchanged, None; fp8_block e4m3 `[M, H]`, f32 `[H/128, M]`; fp8_tensor e4m3 `[M, H]`, None; nvfp4
+        uint8 `[M, H/2]`, e4m3 `[M, H/16]`; mxfp8 e4m3 `[M, H]`, e8m0 bytes typed as e4m3 `[M, H/32]`.
         """
         from flashinfer.fused_moe import prepare
 
@@ -229,14 +231,14 @@ class Weights:
 
 
 def input_multiplier() -> float:
-    """The static e4m3 scale of fp8_tensor's inputs: brings `input_rows` back to its grid."""
+    """Returns the static e4m3 scale of fp8_tensor's inputs, which maps `input_rows` back to its grid."""
     grid = ACTIVATION_GRIDS["fp8_tensor"]
     assert grid is not None
     return 2.0 ** -exponent(grid, 1.0)
 
 
 def quant_config(precision: Precision, activations: Activations) -> Any:
-    """FlashInfer's name for a pair of formats, for the precisions whose preparation asks for one."""
+    """Returns FlashInfer's name for a pair of formats, for the precisions whose preparation needs one."""
     from flashinfer.fused_moe.api import QuantConfig, QuantFormat
 
     weight, activation = {
@@ -249,7 +251,7 @@ def quant_config(precision: Precision, activations: Activations) -> Any:
 
 
 def _deepseek_layout(weights: torch.Tensor) -> torch.Tensor:
-    """e4m3 `[1, N, K]` shuffled and blocked along K, `[1, K/128, N, 128]`: as vLLM lays DeepSeek's experts out."""
+    """Shuffles e4m3 `[1, N, K]` and blocks it along K, `[1, K/128, N, 128]`, as vLLM does for DeepSeek's experts."""
     import flashinfer
     from flashinfer.fused_moe import convert_to_block_layout
 
@@ -259,7 +261,7 @@ def _deepseek_layout(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _bias_layout(b1: torch.Tensor, b2: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The biases in the order of their weights' rows, f32 `[1, 2·I]` and `[1, H]`."""
+    """Returns the biases in the order of their weights' rows, f32 `[1, 2·I]` and `[1, H]`."""
     from flashinfer.fused_moe.core import (
         _maybe_get_cached_w3_w1_permute_indices,
         get_w2_permute_indices_with_cache,
@@ -277,7 +279,7 @@ def _quantize_fp8_block(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return prepare.prepare_trtllm_fp8_block_activations(  # type: ignore[no-any-return]
             x, quant=quant_config(Precision.FP8_BLOCK, "fp8_block")
         )
-    # one kernel, as an engine has it; FlashInfer's preparation is a chain of torch's
+    # one kernel, as in an engine; FlashInfer's preparation launches several torch kernels
     from moetune.backends.grouped_triton.quantize import GROUP, quantize_rows
 
     quantized = torch.empty_like(x, dtype=torch.float8_e4m3fn)
