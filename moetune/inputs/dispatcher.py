@@ -1,8 +1,8 @@
 """Maps each engine's dispatchers to `Regime` fields.
 
 vLLM's dispatchers are the values of `--all2all-backend`, SGLang's those of `--moe-a2a-backend`. TensorRT-LLM's are the
-communication methods of `TRTLLM_FORCE_COMM_METHOD`, and `attention_dp` for the routing that its own tuner uses
-(TensorRT-LLM #13667). `dispatchers.json` names the engine version and source file of each.
+communication methods of `TRTLLM_FORCE_COMM_METHOD`, and also `attention_dp`, the routing that its own tuner uses
+(TensorRT-LLM #13667). `dispatchers.json` names the engine version and source file of each dispatcher.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Dispatcher:
     Attributes:
         name: the engine's value, or moetune's own name if there are `aliases`.
         description: one line for the user.
-        regime: `Regime` fields. `{ep_size}` in the ladder is replaced by the deployment's. Empty if not tunable.
-        untunable: why moetune cannot tune its kernels, or None.
-        aliases: the engine's own spellings.
+        regime: `Regime` fields, empty if not tunable. `{ep_size}` in the ladder stands for the deployment's ep_size.
+        untunable: the reason why moetune cannot tune its kernels, or None.
+        aliases: the engine's own names.
         uneven_shards: whether the engine accepts an ep_size that does not divide the experts.
     """
 
@@ -75,7 +75,7 @@ def trtllm_name(value: str) -> str:
     accepted too. Case is ignored, as TensorRT-LLM ignores it for the former.
 
     Raises:
-        UsageError: an unknown value.
+        UsageError: the value is unknown.
     """
     spellings = {alias: known.name for known in dispatchers() if known.engine == "trtllm" for alias in known.aliases}
     for alias, name in spellings.items():
@@ -95,13 +95,13 @@ def resolve(
     attention_dp: bool | None = None,
     tp_size: int = 1,
 ) -> dict[str, Any]:
-    """Returns the `Regime` fields of the dispatcher `ENGINE:NAME`. Options given by the user replace single fields.
+    """Returns the `Regime` fields of the dispatcher `ENGINE:NAME`. Options of the user replace single fields later.
 
-    Without attention DP every rank holds all rows, so nothing is dispatched and the ladder has no divisor. If
-    `tp_size` ranks share each expert, TensorRT-LLM gathers all ranks' rows, whatever method is forced
+    Without attention DP every rank holds all rows. So nothing is dispatched, and the ladder has no divisor. If several
+    ranks share each expert (`tp_size`), TensorRT-LLM gathers all ranks' rows, even if another method is forced
     (`CommunicationFactory.create_strategy`). An ep_size that does not divide the experts sets `uneven_shards` if the
-    engine accepts it: vLLM always, TensorRT-LLM with `allgather` and `nvlink_one_sided` (#13888). Both give the first
-    ranks one expert more (TensorRT-LLM's `_compute_ep_partition`).
+    engine accepts it. vLLM always does, and TensorRT-LLM with `allgather` and `nvlink_one_sided` (#13888). In both the
+    first ranks hold one expert more (TensorRT-LLM's `_compute_ep_partition`).
 
     Args:
         spelled: `ENGINE:NAME`; case is ignored.
@@ -109,7 +109,7 @@ def resolve(
         ep_size, redundant_experts, attention_dp, tp_size: as in `Regime`. `attention_dp` None means the dispatcher's.
 
     Raises:
-        UsageError: an unknown engine or dispatcher.
+        UsageError: the engine or the dispatcher is unknown.
         UnsupportedError: the dispatcher's kernels cannot be tuned.
     """
     dispatcher = _find(spelled)
@@ -151,7 +151,7 @@ def _pools(ep_size: int) -> str:
 
 
 def matching(dispatch: str, layout: str | None = None) -> tuple[str, ...]:
-    """Returns the dispatchers, as `ENGINE:NAME`, with this dispatch, and with this layout if one is given."""
+    """Returns the dispatchers (`ENGINE:NAME`) that have this dispatch, and this layout if one is given."""
     return tuple(
         str(known)
         for known in dispatchers()

@@ -1,8 +1,9 @@
 """Maps backends to the flags by which engines select them.
 
-vLLM 0.33: `--moe-backend`, the values of `MoEBackend` in its `config/kernel.py`. SGLang 0.5.23: `--moe-runner-backend`,
-`MOE_RUNNER_BACKEND_CHOICES` in its `srt/server_args.py`. TensorRT-LLM: `MoeConfig.backend` in its `llmapi/llm_args.py`,
-a setting of the file that `--config` (once `--extra_llm_api_options`) names; its CUTLASS kernels are a copy of its own.
+vLLM 0.33 has `--moe-backend`, with the values of `MoEBackend` in `config/kernel.py`. SGLang 0.5.23 has
+`--moe-runner-backend`, with the values of `MOE_RUNNER_BACKEND_CHOICES` in `srt/server_args.py`. TensorRT-LLM has
+`MoeConfig.backend` in `llmapi/llm_args.py`, a setting of the file that `--config` (formerly `--extra_llm_api_options`)
+names. No value of it selects FlashInfer's CUTLASS kernels, because TensorRT-LLM has its own copy of them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _VLLM: Final = {
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
 }
-"""One value for both TensorRT-LLM ops. vLLM itself uses the routed one if tokens travel with their ids."""
+"""vLLM has one value for both TensorRT-LLM ops. It uses the routed one if tokens travel with their ids."""
 _SGLANG: Final = {
     "triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",
@@ -33,7 +34,7 @@ _TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
 def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
-    """Returns, by engine, the flag that selects `backend`. Engines that cannot run it are left out.
+    """Returns the flag that selects `backend`, for each engine that can run it.
 
     >>> engine_flags("flashinfer-cutlass", Precision.BF16)
     {'vllm': '--moe-backend flashinfer_cutlass', 'sglang': '--moe-runner-backend flashinfer_cutlass'}
@@ -52,8 +53,8 @@ def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
 def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capability: int) -> str | None:
     """Returns the kernels that the engine prefers to Triton's by default, or None.
 
-    vLLM: `_get_priority_backends` in `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33). SGLang:
-    `arg_groups/overrides.py` of 0.5.23.
+    The sources are `_get_priority_backends` in vLLM's `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33), and
+    SGLang's `arg_groups/overrides.py` (0.5.23).
 
     Args:
         capability: the major compute capability of the GPU: 9 for Hopper, 10 for Blackwell.

@@ -1,7 +1,6 @@
 """The flags of each engine's command line: names, aliases and number of values.
 
-The tables are recorded from the engines' own parsers by `benchmarks/record_flags.py`; each names its version and
-source.
+`benchmarks/record_flags.py` records the tables from the engines' own parsers. Each table names its version and source.
 """
 
 from __future__ import annotations
@@ -19,19 +18,22 @@ from moetune.errors import UsageError
 
 ENGINES: Final = ("vllm", "sglang", "trtllm")
 VALUES: Final = ("none", "one", "optional", "many", "json")
-"""How many words a flag takes: none (a switch), one, at most one, one or more, or one that is a JSON object."""
+"""How many words a flag takes: none (a switch), one, at most one, one or more, or one JSON object."""
 _ATTACHED: Final = re.compile(r"-?([A-Za-z])(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag of an engine.
+    """One flag of an engine. All names are without leading dashes and with `-` for `_`.
 
-    `name` is the canonical one, without dashes and with `-` for `_`; so are `aliases` (`--model`), `short` (written
-    with one dash: `-tp`) and `negative` (the forms that switch it off: `--no-x`, `--disable-x`). `value` is one of
-    `VALUES`.
-    `spelled` is what the engine's user writes. `note` is given for a flag that the newest version no longer has: what
-    became of it.
+    Attributes:
+        name: the canonical name.
+        aliases: other names with two dashes.
+        value: the number of words that it takes, one of `VALUES`.
+        short: names with one dash, such as `tp` for `-tp`.
+        negative: the names that switch it off, such as `no-x` and `disable-x`.
+        spelled: the flag as a user writes it, with dashes.
+        note: for a flag that the newest version does not have, since when, and its replacement. Otherwise empty.
     """
 
     name: str
@@ -44,11 +46,11 @@ class Flag:
 
     @property
     def is_removed(self) -> bool:
-        """Whether the newest version has it no longer; `note` says since when, and what took its place."""
+        """Whether the newest version does not have the flag any more. `note` then names the replacement."""
         return bool(self.note)
 
     def negates(self, name: str) -> bool:
-        """Whether `name`, as it was found, switches the flag off.
+        """Returns whether `name`, by which the flag was found, switches it off.
 
         >>> table("vllm").find("no-enable-expert-parallel").negates("no-enable-expert-parallel")
         True
@@ -60,8 +62,12 @@ class Flag:
 class FlagTable:
     """The flags of one program.
 
-    `abbreviations`: an unambiguous beginning of a long flag stands for it. `dotted`: `--x.key VALUE` sets a key of a
-    flag that takes a JSON object.
+    Attributes:
+        engine, program, version: what the flags were recorded from.
+        flags: the flags by canonical name.
+        abbreviations: whether an unambiguous beginning of a long flag stands for it.
+        dotted: whether `--x.key VALUE` sets a key of a flag that takes a JSON object.
+        removed: flags of older versions, by canonical name.
     """
 
     engine: str
@@ -78,10 +84,11 @@ class FlagTable:
         """Returns the flag that a user wrote, or None if the engine has no such flag.
 
         Args:
-            name: with its dashes or without, `_` or `-`, without `=value`: a canonical name, an alias, a form that
-                switches it off, `x.key` where x takes a JSON object, a beginning that only one flag has where the
-                engine takes one, a one-letter flag with its value attached (`-O3`; its value is then `none`: no further
-                word belongs to it, and `attached` gives it), or a flag of an older version.
+            name: the flag without `=value`, with its dashes or without, with `_` or `-`. It can be any name of the
+                flag, a flag of an older version, `x.key` if x takes a JSON object, or an unambiguous beginning if the
+                program accepts one. It can also be a one-letter flag with its value attached (`-O3`). The `value` of
+                the returned flag is then `none`, because no further word belongs to it, and `attached` returns the
+                value.
         """
         plain = _plain(name)
         if name.startswith("-") and not name.startswith("--"):
@@ -100,7 +107,7 @@ class FlagTable:
         return self._abbreviated(name, plain) or self.removed.get(plain)
 
     def attached(self, name: str) -> str | None:
-        """Returns the value written into a one-letter flag: `3` for `-O3`."""
+        """Returns the value that is attached to a one-letter flag, such as `3` in `-O3`, or None."""
         match = _ATTACHED.fullmatch(name)
         if match is None or _plain(name) in self._names or _plain(name) in self._short:
             return None
@@ -130,10 +137,10 @@ class FlagTable:
 def table(engine: str, program: str | None = None) -> FlagTable:
     """Returns the flags of an engine's server, or of another of its programs (`dynamo.vllm`, `trtllm-bench`).
 
-    A program without its own table uses its engine's.
+    A program without a table of its own has the flags of its engine's server.
 
     Raises:
-        UsageError: no such engine.
+        UsageError: there is no such engine.
     """
     if engine not in ENGINES:
         raise UsageError(f"No flags are known of engine {engine!r}.", f"Known: {', '.join(ENGINES)}.")
@@ -170,6 +177,6 @@ def _long_names(flag: Flag) -> Iterator[str]:
 
 
 def _plain(name: str) -> str:
-    """Without dashes before it, and `-` for `_`; what follows a dot is a key and stays."""
+    """Returns `name` without leading dashes and with `-` for `_`. A key after a dot is not changed."""
     head, dot, key = name.lstrip("-").partition(".")
     return head.replace("_", "-") + dot + key

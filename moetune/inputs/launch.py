@@ -1,4 +1,4 @@
-"""Reads an engine's launch line as options of moetune's command line."""
+"""Turns an engine's launch line into options of moetune's command line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _READERS: Final[Mapping[str, _Reader]] = {
     "trtllm": launch_trtllm.options,
 }
 _SETTINGS_FLAG: Final = {"vllm": "config", "sglang": "config", "trtllm": None}
-"""The flag of a file whose settings are flags; TensorRT-LLM's settings have names of their own."""
+"""The flag that names a settings file, if its settings have the names of flags. TensorRT-LLM's have other names."""
 DECIDING: Final = frozenset(
     {*launch_vllm.DECIDING, *launch_sglang.DECIDING, *launch_trtllm.DECIDING, "model", "model-path", "config"}
 )
 _OTHER_DEVICE: Final = re.compile(r"/.*(rocm|[/-](cpu|xpu|tpu|hpu)(:|-|$))|/dev/kfd")
-"""In the words that start a container: an image for another device, or ROCm's device file."""
+"""Matches a word of a container's command that names an image for another device, or ROCm's device file."""
 _OTHER_DEVICE_VARIABLES: Final = ("TPU_BACKEND_TYPE", "HIP_VISIBLE_DEVICES")
 
 
@@ -48,11 +48,11 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
 
     Args:
         spelled: the line as written in a shell, a container command or a Dockerfile.
-        given: options that override the line. What they override is not read.
+        given: options that override the line. Parts of the line that they override are not read.
 
     Raises:
-        UsageError: no server or several, an invalid value, a misspelled flag that matters, an unknown model, or a
-            word that needs the user's shell.
+        UsageError: the line has no server or several, a value is invalid, a flag that matters is misspelled, the model
+            is unknown, or only the user's shell can expand a word.
         UnsupportedError: the kernels, the dispatcher or the quantization are not supported.
     """
     beside = {name: value for name, value in (given or {}).items() if value is not None}
@@ -109,12 +109,13 @@ def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
 
 
 def _require_no_more_words(line: Line, program: str) -> None:
+    """Raises UsageError if the line has words that belong to no flag, other than the model's name."""
     model_takes = 0 if line.given("model", "model-path") and program != "trtllm-bench" else 1
     extra = line.positional[model_takes:]
     if extra:
         shown = " ".join(word.text for word in extra[:4])
         known_text(extra[0], "The launch line")
         raise UsageError(
-            f"{program} has no use for {shown!r}: it belongs to no flag.",
-            "A switch takes no value; a comment begins with #.",
+            f"{program} cannot use {shown!r}: it belongs to no flag.",
+            "Remove it or correct the flag before it. A switch takes no value, and a comment begins with #.",
         )

@@ -31,7 +31,7 @@ _HARMLESS_OVERRIDES: Final = (
 
 
 class Model(NamedTuple):
-    """A model for `presets.layer`, its precision if it is not the preset's, and warnings."""
+    """A model for `presets.layer`, warnings, and the precision if it differs from the preset's."""
 
     model: str
     precision: str | None
@@ -64,7 +64,9 @@ def model_named(line: Line, *, precise: bool) -> Model:
     word = value.words[0] if value and value.words else (line.positional[0] if line.positional else None)
     if word is None or not word.text:
         swallowed = (
-            f" The engine has no flag {', '.join(line.unknown)}; it may have taken the name." if line.unknown else ""
+            f" The engine has no flag {', '.join(line.unknown)}; the name may have been read as its value."
+            if line.unknown
+            else ""
         )
         raise UsageError(f"The launch line names no model.{swallowed}", "Pass --model as well.")
     name = known_text(word, "The model")
@@ -83,7 +85,7 @@ def model_named(line: Line, *, precise: bool) -> Model:
 
 
 def precision_asked(line: Line, own: Precision) -> Precision | None:
-    """Returns the precision that `--quantization` and `--dtype` give experts stored as `own`, or None if unchanged.
+    """Returns the precision to which `--quantization` or `--dtype` changes experts stored as `own`, or None.
 
     Raises:
         UnsupportedError: the quantization is not supported.
@@ -108,6 +110,7 @@ def precision_asked(line: Line, own: Precision) -> Precision | None:
 
 
 def _require_no_overrides(line: Line) -> None:
+    """Raises UsageError if a flag overrides config fields that can concern the experts."""
     for flag in ("hf-overrides", "json-model-override-args"):
         changed = line.object(flag) or {}
         deep = {key: value for key, value in changed.items() if not key.startswith(_HARMLESS_OVERRIDES)}

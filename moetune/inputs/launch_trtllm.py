@@ -1,6 +1,6 @@
 """Reads TensorRT-LLM's own flags, settings and variables (`trtllm-serve`, `trtllm-bench`, `TorchLlmArgs`).
 
-A setting of the file that `--config` (once `--extra_llm_api_options`) names overrides the flag.
+`--config` (formerly `--extra_llm_api_options`) names a settings file. A setting of this file overrides the flag.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _number(settings: Mapping[str, Any], name: str) -> int | None:
 
 
 def _replicas(settings: Mapping[str, Any], deployed: Deployed) -> int | None:
-    """Returns the number of redundant experts. `moe_config.load_balancer` is an object or the path of a file."""
+    """Returns the number of redundant experts that `moe_config.load_balancer` sets, an object or the path of a file."""
     balancer = setting(settings, "moe_config", "load_balancer")
     if isinstance(balancer, str):
         balancer = settings_file.read(balancer, "moe_config.load_balancer")

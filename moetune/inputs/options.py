@@ -19,13 +19,13 @@ from moetune.spec.regime import Regime
 _SIZES = [option for option in OPTIONS if option.name in SIZES]
 _REGIME = [option for option in OPTIONS if option.owner == "regime"]
 _QUESTION = [option for option in OPTIONS if option.group is not Group.KERNELS]
-"""The options that make sense in `MOETUNE_REGIME`: an engine chooses kernels and device itself."""
+"""The options that `MOETUNE_REGIME` can have. An engine chooses its kernels and its device itself."""
 
 
 class Asked(NamedTuple):
-    """What the options give.
+    """The layer and the regime that the options describe.
 
-    `rank` is as `workload.ranks.of_rank` takes it. `warnings` come from the launch line and from the config.
+    `rank` is an argument for `workload.ranks.of_rank`. `warnings` come from the launch line and from the config.
     """
 
     layer: MoELayer
@@ -37,11 +37,11 @@ class Asked(NamedTuple):
 def parse(text: str) -> Asked:
     """Reads options from one line of text, the value of `MOETUNE_REGIME`.
 
-    `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`, or `--launch "vllm serve …"`; options
-    beside `--launch` win.
+    Examples are `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput` and `--launch "vllm serve …"`.
+    Other options override `--launch`.
 
     Raises:
-        UsageError: an unknown option, a missing or invalid value, no `--model`, or as `resolve`.
+        UsageError: an option is unknown, a value is missing or invalid, there is no `--model`, or as `resolve`.
         UnsupportedError: as `launch.read`.
     """
     try:
@@ -53,11 +53,11 @@ def parse(text: str) -> Asked:
 
 
 def launched(line: str, given: Mapping[str, Any]) -> tuple[Asked, str | None]:
-    """Returns what a launch line and the options beside it give, and the backend that they select.
+    """Returns the layer and the regime of a launch line and other options, and the backend that they select.
 
     Args:
         line: the command that starts an engine's server.
-        given: options by name; they win over the line. None means not given.
+        given: options by name, which override the line. None means not given.
 
     Raises:
         UsageError: as `launch.read` or `resolve`.
@@ -73,7 +73,7 @@ def launched(line: str, given: Mapping[str, Any]) -> tuple[Asked, str | None]:
 
 
 def _parsed(words: list[str]) -> dict[str, Any]:
-    """Returns the values of `_QUESTION` by name, parsed by click; None for an option that is not given."""
+    """Returns the values of `_QUESTION` by name, parsed by click. An option that is not given has None."""
     options = [click.Option(list(option.declarations), **option.attributes) for option in _QUESTION]
     command = click.Command("MOETUNE_REGIME", params=[*options], add_help_option=False)
     try:
@@ -102,7 +102,7 @@ def read_layer(given: Mapping[str, Any]) -> Reading:
     """Returns the layer that `model`, `precision` and the `SIZES` in `given` describe. None means not given.
 
     Raises:
-        UsageError: neither a model nor all sizes, or as `presets.read`.
+        UsageError: there is neither a model nor all sizes, or as `presets.read`.
     """
     model, precision = given.get("model"), given.get("precision")
     sizes = {option.field: given[option.name] for option in _SIZES if given.get(option.name) is not None}
@@ -124,11 +124,11 @@ def resolve(model: str | None = None, **given: Any) -> Asked:
     """Returns the layer and the regime that the options give.
 
     Args:
-        model: as `--model`.
-        given: the other options of a layer and a regime by their names in `option_table`. None means not given.
+        model: the value of `--model`.
+        given: the other options of a layer and a regime, by their names in `option_table`. None means not given.
 
     Raises:
-        UsageError: an unknown name, a value out of range, or options that exclude each other.
+        UsageError: a name is unknown, a value is out of range, or options exclude each other.
     """
     if unknown := given.keys() - {option.name for option in OPTIONS if option.owner in ("layer", "regime")}:
         raise UsageError(
@@ -159,7 +159,7 @@ def _rank(text: str | int | None) -> RankWord | int | None:
 
 
 def _dispatch(layer: MoELayer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a regime that `--dispatch` sets: for an engine's dispatcher also layout and ladder."""
+    """Returns the regime fields that `--dispatch` sets. An engine's dispatcher also sets layout and ladder."""
     dispatch = given.get("dispatch")
     if dispatch is None:
         return {}

@@ -25,15 +25,15 @@ SIZE_OPTIONS: Mapping[str, str] = {
     "hidden_size": "--hidden",
     "intermediate_size": "--intermediate",
 }
-"""The command line's names of a layer's sizes."""
+"""The command-line option for each size of a layer."""
 
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.json)")
-"""`owner/name`."""
+"""Matches `owner/name`."""
 
 
 class Source(NamedTuple):
-    """Where a preset comes from: the model's page, and for each field of the layer where its value stands."""
+    """The sources of a preset: the model's page, and for each field of the layer the origin of its value."""
 
     url: str
     fields: Mapping[str, str]
@@ -81,13 +81,17 @@ def layer(name_or_path: str | os.PathLike[str], precision: Precision | str | Non
 def read(name_or_path: str | os.PathLike[str], precision: Precision | str | None = None) -> Reading:
     """Reads a preset by its name, a listed Hugging Face repository, or a `config.json`.
 
-    A path is what has a separator, ends in `.json` or is a folder, which then holds a `config.json`; where there is
-    none, `owner/name` is a repository of `repositories.json`. `precision` replaces the weights' own.
+    A name with a separator or the ending `.json`, and the name of a folder, are paths. A folder must have a
+    `config.json`. If there is no such path, `owner/name` is a repository of `repositories.json`.
+
+    Args:
+        name_or_path: the preset, repository or path.
+        precision: replaces the precision of the weights.
 
     Raises:
-        UsageError: no such preset or repository, a config that cannot be used, no such precision, or none given for a
-            repository whose precision is not known.
-        UnsupportedError: experts of a kind that moetune does not model.
+        UsageError: the preset, repository or precision is unknown, the config cannot be used, or the repository's
+            precision is not known and none is given.
+        UnsupportedError: moetune does not support experts of this kind.
     """
     given = os.fspath(name_or_path)
     if isinstance(name_or_path, str) and given.lower() in names():
@@ -118,17 +122,17 @@ def layer_from_sizes(
     precision: Precision | str | None = None,
     name: str = "custom",
 ) -> MoELayer:
-    """Returns a layer by its sizes: those of one whole expert, before any sharding.
+    """Returns a layer of the given sizes, which are those of one whole expert, before any sharding.
 
     Args:
-        base: gives what is not given here, routing and activation included. Without it all sizes must be given; the
-            layer is bf16 and silu, and routes by a softmax whose chosen weights are renormalized.
-        num_experts, top_k, hidden_size, intermediate_size: E, k, H and I; None is the base's.
-        precision: of the weights; None is the base's.
-        name: the layer's.
+        base: the layer that supplies all other values, also routing and activation. Without it, all sizes must be
+            given, and the layer is bf16 with silu and a softmax router that renormalizes the top-k weights.
+        num_experts, top_k, hidden_size, intermediate_size: E, k, H and I; None means the base's.
+        precision: the precision of the weights; None means the base's.
+        name: the layer's name.
 
     Raises:
-        UsageError: a size is missing, or they do not fit each other or the base's groups.
+        UsageError: a size is missing, or the sizes do not fit each other or the base's groups.
     """
     sizes = {
         "num_experts": num_experts,

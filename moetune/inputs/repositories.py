@@ -1,6 +1,6 @@
 """Finds the preset and the precision of a Hugging Face repository.
 
-`repositories.json` lists every repository, because a name alone does not tell the precision: moonshotai's
+`repositories.json` lists every repository, because a name alone does not show the precision. For example, moonshotai's
 Kimi-K2-Thinking is int4 and Kimi-K2-Instruct is fp8.
 """
 
@@ -19,7 +19,7 @@ UNKNOWN: Final = "unknown"
 
 
 class Repository(NamedTuple):
-    """A listed repository. `precision` is None if it is the preset's, and may be `UNKNOWN`."""
+    """A listed repository. `precision` is None if it is the preset's precision, and `UNKNOWN` if it is not known."""
 
     preset: str
     precision: str | None

@@ -1,4 +1,4 @@
-"""`Regime`, which decides what a rank's kernel receives and is part of every stored key, and `Shard`."""
+"""`Regime`, the deployment's part of every stored key, and `Shard`, the experts of one rank."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def parse_distribution(spelled: object, source: str = "distribution") -> str:
     """Returns the canonical spelling of a distribution; case is ignored.
 
     Raises:
-        UsageError: not a distribution; the message names `source` and lists the values.
+        UsageError: there is no such distribution. The message names `source` and lists the allowed values.
     """
     text = str(spelled).strip().lower()
     if text not in DISTRIBUTIONS:
@@ -49,17 +49,23 @@ class Shard:
 class Regime(FrozenModel):
     """Everything of one deployment that decides what a rank's kernel receives. Defaults are resolved at construction.
 
-    `ep_size` ranks share the experts, `tp_size` ranks share each expert's intermediate size. `attention_dp`:
-    every rank has tokens of its own. `dispatch`: how they travel to the experts; it follows `attention_dp` when not
-    given (`alltoall`, else `none`), and `attention_dp` follows it. `layout`: how the rows of an all-to-all
-    arrive (`packed` when not given). `redundant_experts`: physical expert slots beyond `num_experts`.
-    `distribution`, `seed`, `draws`: the dummy routing and how many draws of it are timed (16, or 1 where balanced).
-    `ladder`, `tune_max_num_tokens`: which row counts are tuned. `uneven_shards`: the first ranks take one expert
-    more where ep does not divide them (vLLM's rule), which is an error otherwise. `rank`: the one that is measured, for
-    all (`workload.ranks.tuned_rank` chooses it where none is given); dumps and keys have it only where it is not 0.
+    Attributes:
+        ep_size: the number of ranks that share the experts.
+        tp_size: the number of ranks that share each expert's intermediate size.
+        attention_dp: whether every rank has tokens of its own. It is true by default if a dispatch or a layout is set.
+        dispatch: how these tokens travel to the experts. The default is `alltoall` with attention DP, else `none`.
+        layout: how the rows of an all-to-all arrive. The default is `packed`.
+        redundant_experts: the number of physical experts beyond `num_experts`.
+        distribution, seed: how sampled routings are made.
+        draws: the number of sampled routings of a bucket. The default is 16, and 1 if the distribution is balanced.
+        ladder, tune_max_num_tokens: these decide which row counts are tuned.
+        uneven_shards: whether the first ranks hold one expert more if ep does not divide the experts (vLLM's rule).
+            Without it such an ep is an error.
+        rank: the rank that is measured. `workload.ranks.tuned_rank` chooses it if none is given. It is in dumps and
+            keys only if it is not 0.
 
     Raises:
-        UsageError: a value out of range, or options that exclude each other.
+        UsageError: a value is out of range, or options exclude each other.
     """
 
     ep_size: int = 1
@@ -116,7 +122,8 @@ class Regime(FrozenModel):
             )
         if self.layout is not None and self.dispatch != "alltoall":
             raise UsageError(
-                f"A layout goes with dispatch alltoall only, given layout {self.layout} with dispatch {self.dispatch}."
+                f"A layout goes with dispatch alltoall only, given layout {self.layout} with dispatch {self.dispatch}.",
+                "Leave the layout out, or use dispatch alltoall.",
             )
         if not 0 <= self.rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {self.rank}.")
@@ -127,17 +134,20 @@ class Regime(FrozenModel):
                 "Raise the maximum or shorten the ladder.",
             )
         if not self.buckets:
-            raise UsageError(f"No bucket of ladder {self.ladder} is a multiple of ep_size = {self.ep_size}.")
+            raise UsageError(
+                f"No bucket of ladder {self.ladder} is a multiple of ep_size = {self.ep_size}.",
+                "Use a ladder with such buckets, or another layout than pool.",
+            )
         return self
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Returns the row counts to tune, ascending. A pool has ep equal blocks, so its are multiples of ep."""
+        """Returns the row counts to tune, ascending. In the layout pool they are multiples of ep."""
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if self._fits(size))
 
     @property
     def skipped_buckets(self) -> tuple[int, ...]:
-        """Returns the ladder's buckets that a pool cannot have, because ep does not divide them."""
+        """Returns the ladder's buckets that are not tuned: a pool has ep equal blocks, and ep does not divide them."""
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._fits(size))
 
     def _fits(self, rows: int) -> bool:
@@ -153,7 +163,7 @@ class Regime(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """Returns 16 hex digits over every field; rank 0 is left out."""
+        """Returns a hash over every field except rank 0, as 16 hex digits."""
         return digest_of(self.model_dump(mode="json"))
 
     @property
@@ -169,7 +179,7 @@ class Regime(FrozenModel):
         return f"Regime({self.slug})"
 
     def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
-        """Returns the fields in which `other` differs, as name → (this one's, the other's)."""
+        """Returns the fields in which `other` differs: their names, mapped to (this value, the other value)."""
         mine, theirs = ({"rank": 0, **regime.model_dump(mode="json")} for regime in (self, other))
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
@@ -180,7 +190,7 @@ class Regime(FrozenModel):
         empty string changes nothing.
 
         Raises:
-            UsageError: not a distribution.
+            UsageError: there is no such distribution.
         """
         if not spelled:
             return self
@@ -201,7 +211,10 @@ class Regime(FrozenModel):
         if not 0 <= rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {rank}.")
         if self.ep_size > physical:
-            raise UsageError(f"ep_size = {self.ep_size} exceeds the {physical} experts of {layer.name}.")
+            raise UsageError(
+                f"ep_size = {self.ep_size} exceeds the {physical} experts of {layer.name}.",
+                "Reduce ep_size, or add redundant experts.",
+            )
         each, extra = divmod(physical, self.ep_size)
         if extra and not self.uneven_shards:
             raise UsageError(
@@ -212,7 +225,8 @@ class Regime(FrozenModel):
         if layer.intermediate_size % self.tp_size:
             raise UsageError(
                 f"tp_size = {self.tp_size} does not divide the intermediate size {layer.intermediate_size} "
-                f"of {layer.name}."
+                f"of {layer.name}.",
+                "Use a tp_size that divides it.",
             )
         return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), physical)
 
@@ -237,9 +251,9 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
-    """Returns the default maximum if `maximum` gives the same buckets and look-ups, so that both have one key.
+    """Returns the default maximum if `maximum` leads to the same buckets and look-ups, so that both have one key.
 
-    vLLM's list ends with its last key, whatever the rows are.
+    This can happen with vLLM's ladder, because its last bucket is fixed.
     """
     if ladder.name != "vllm" or isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
         return maximum
