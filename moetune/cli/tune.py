@@ -26,7 +26,7 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
     "--strategy",
     type=click.Choice(STRATEGIES),
     default="auto",
-    help="auto: the backend's own search. exhaustive: every tactic.  [default: auto]",
+    help="auto uses the backend's own search; exhaustive times every tactic.  [default: auto]",
 )
 @click.option(
     "--export",
@@ -49,9 +49,9 @@ def tune(
 ) -> None:
     """Measure the fastest tactic of each bucket, or take it from the store or from the packaged profiles.
 
-    With --backend auto, every backend that can run here is tuned. Their choices are then timed side by side: which
-    backend is fastest in each bucket, by how much, and which engine flag selects it. If one backend fails, the others
-    go on.
+    With --backend auto, every backend that can run here is tuned. Their choices are then timed side by side. The
+    result names the fastest backend of each bucket, its lead, and the engine flag that selects it. If one backend
+    fails, the others go on.
 
     Each bucket is saved as soon as it is known, and an interrupted run resumes. A tactic replaces the default only if
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.

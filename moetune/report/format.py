@@ -26,12 +26,12 @@ def human_bytes(value: float) -> str:
 
 
 def human_flops(value: float) -> str:
-    """Returns `1.81 GFLOP`."""
+    """Returns a number of floating-point operations in decimal units: `1.81 GFLOP`."""
     return _scaled(value, FLOP_UNITS)
 
 
 def human_time(value_us: float) -> str:
-    """Returns `51.2 µs`, `4.21 ms`, `1.20 s`, for a time in µs."""
+    """Returns a time, given in µs, in a readable unit: `51.2 µs`, `4.21 ms`, `1.20 s`."""
     return _scaled(value_us, TIME_UNITS)
 
 

@@ -10,7 +10,7 @@ from moetune.spec.regime import Regime
 
 
 def layer_line(layer: MoELayer) -> str:
-    """Returns `qwen3-30b-a3b: 128 experts, top-8, hidden 2,048, intermediate 768, bf16`."""
+    """Returns the layer as `qwen3-30b-a3b: 128 experts, top-8, hidden 2,048, intermediate 768, bf16`."""
     return (
         f"{layer.name}: {layer.num_experts} experts, top-{layer.top_k}, hidden {layer.hidden_size:,}, "
         f"intermediate {layer.intermediate_size:,}, {layer.precision.value}"
@@ -18,7 +18,7 @@ def layer_line(layer: MoELayer) -> str:
 
 
 def regime_line(regime: Regime) -> str:
-    """Returns `ep 8, tp 1, attention DP, alltoall packed, random × 16 draws, ladder pow2`."""
+    """Returns the regime as `ep 8, tp 1, attention DP, alltoall packed, random × 16 draws, ladder pow2`."""
     parts = [f"ep {regime.ep_size}", f"tp {regime.tp_size}"]
     parts += ["attention DP" if regime.attention_dp else "no attention DP"]
     parts += [f"{regime.dispatch} {regime.layout}" if regime.layout else f"dispatch {regime.dispatch}"]
@@ -29,7 +29,7 @@ def regime_line(regime: Regime) -> str:
 
 
 def routing_line(routing: RoutingMethod) -> str:
-    """Returns `sigmoid + bias, 4 of 8 groups, × 2.5`."""
+    """Returns the routing method as `sigmoid + bias, 4 of 8 groups, × 2.5`."""
     parts = [routing.scoring + (" + bias" if routing.bias else "")]
     parts += [f"{routing.top_k_groups} of {routing.num_groups} groups"] if routing.grouped else []
     parts += [] if routing.renormalize else ["not renormalized"]
@@ -38,17 +38,19 @@ def routing_line(routing: RoutingMethod) -> str:
 
 
 def span(values: Sequence[float]) -> str:
-    """Returns the least and the greatest value, `1–6`, or the one value."""
+    """Returns the least and the greatest value as `1–6`, or one number if they are equal."""
     low, high = min(values), max(values)
     return f"{low:,g}" if low == high else f"{low:,g}–{high:,g}"
 
 
 def reason_lines(title: str, groups: Sequence[Iterable[str]]) -> list[str]:
-    """Returns `title` and a line for each kind of reason, with the number of tactics in a group; empty without any.
+    """Returns `title` and a line for each kind of reason, or an empty list if there are no reasons.
+
+    A line has the least and the greatest number of reasons of its kind in one bucket.
 
     Args:
         title: the first line.
-        groups: the reasons of each bucket.
+        groups: the reasons of each bucket, one for each tactic.
     """
     counted = {reason: span(counts) for reason, counts in reasons_counted(groups).items()}
     width = max(map(len, counted.values()), default=0)
@@ -56,7 +58,7 @@ def reason_lines(title: str, groups: Sequence[Iterable[str]]) -> list[str]:
 
 
 def skipped_lines(regime: Regime) -> list[str]:
-    """Returns a line on the buckets that a pool cannot have; empty if there are none."""
+    """Returns a line about the buckets that a pool cannot have, or an empty list if there are none."""
     if not regime.skipped_buckets:
         return []
     skipped = ", ".join(map(str, regime.skipped_buckets))

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> Table:
-    """Returns a row for each named layer.
+    """Returns a table with a row for each named layer.
 
     Args:
         models: the layers, and the addresses of their configs.
-        addresses: adds a column with the address. Otherwise the name is a link to it.
+        addresses: whether a column has the addresses. Otherwise the names are links to them.
     """
     table = new_table()
     table.add_column("model", no_wrap=True)
@@ -46,7 +46,7 @@ def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = Tr
 
 
 def backends_table(diagnoses: Iterable[Diagnosis]) -> Table:
-    """Returns a row for each backend: whether it can run here and, if not, why and what to do."""
+    """Returns a table with a row for each backend: whether it can run here and, if not, the reason and the remedy."""
     table = new_table()
     table.add_column("backend", no_wrap=True)
     table.add_column("runs\nhere")
@@ -70,12 +70,12 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
 
 
 def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: bool = True) -> Table:
-    """Returns a row for each stored profile: layer, regime, backend, device, buckets, day.
+    """Returns a table with a row for each stored profile: layer, regime, backend, device, buckets and day.
 
     Args:
         entries: the profiles and their files.
         root: the folder that the files are in.
-        files: adds a column with the file. Otherwise the regime is a link to it.
+        files: whether a column has the files. Otherwise the regimes are links to them.
     """
     table = new_table()
     table.add_column("layer", no_wrap=True)

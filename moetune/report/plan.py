@@ -39,7 +39,7 @@ def plan_report(plan: Plan) -> list[RenderableType]:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Returns a row for each bucket: what the kernel gets, what travels, what the GEMMs move and compute."""
+    """Returns a table with a row for each bucket: the kernel's load, the bytes on the wire, and the GEMMs' work."""
     table = new_table()
     table.padding = (0, 0)  # eleven columns fit into a terminal of 80
     same = all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
@@ -68,7 +68,10 @@ def plan_table(plan: Plan) -> Table:
 
 
 def wire_table(plan: Plan) -> Table:
-    """Returns a row for each way in which a token can travel: its bytes, and how many times fewer than bf16 takes."""
+    """Returns a table with a row for each format in which a token can travel.
+
+    It has the bytes per token, and how many times fewer these are than with bf16 activations.
+    """
     table = new_table()
     table.add_column("before the\nexchange")
     table.add_column("routing\nthat travels", no_wrap=True)

@@ -25,7 +25,7 @@ _ENGINES = {
     "flashinfer-trtllm": "trtllm",
     "flashinfer-trtllm-routed": "trtllm",
 }
-"""An engine that reads files for the kernels of a backend."""
+"""For each backend, an engine that reads exported files for its kernels."""
 
 
 def profile_report(
@@ -39,11 +39,11 @@ def profile_report(
     """Returns a profile as text and a table: the question, the choices, their gain, and the command to run next.
 
     Args:
-        profile: what to show.
-        path: its file.
-        served: whether it was there before, so that nothing was measured.
-        packaged: whether it comes with moetune.
-        exported: whether it was also written for an engine. Then no next command is given.
+        profile: the profile to show.
+        path: the profile's file.
+        served: whether the profile was stored before, so that nothing was measured.
+        packaged: whether the profile comes with moetune.
+        exported: whether the profile was also written for an engine. Then the report names no next command.
     """
     reported: list[RenderableType] = [
         Text(layer_line(profile.layer), style="bold"),
@@ -64,7 +64,7 @@ def profile_report(
 
 
 def profile_table(profile: Profile) -> Table:
-    """Returns a row for each bucket: rows, tactic, its time, the default's time, the gain and its 95 % bounds."""
+    """Returns a table with a row for each bucket: tactic, its time, the default's time, gain and 95 % bounds."""
     scale, unit = time_unit([time for choice in profile.choices for time in (choice.time_us, choice.default_time_us)])
     tactics = tactic_columns([choice.tactic for choice in profile.choices])
     table = new_table()
@@ -97,7 +97,7 @@ def _gain(choice: Choice) -> tuple[Text, Text]:
 
 
 def gain_line(profile: Profile) -> str:
-    """Returns the profile's gain, and the bucket with the smallest one. The profile has a choice."""
+    """Returns a line with the profile's gain and the bucket of the smallest gain. The profile must have a choice."""
     worst = min(profile.choices, key=lambda choice: choice.gain)
     buckets, rows = _counted(len(profile.choices), "bucket"), _counted(worst.rows, "row")
     return f"geometric mean gain {profile.gain:.2f}× over {buckets}; worst {worst.gain:.2f}× at {rows}"
@@ -119,7 +119,7 @@ def _versions(environment: Environment) -> str:
 
 
 def _details(profile: Profile) -> list[str]:
-    """Returns the lines below the table: tactics tried, noise, typical rows, failures, what is missing."""
+    """Returns the lines below the table: tactics tried, noise, typical rows, failures and missing buckets."""
     choices = profile.choices
     if not choices:
         return ["no bucket is tuned yet"]
@@ -146,7 +146,7 @@ def _details(profile: Profile) -> list[str]:
 
 
 def _default(profile: Profile) -> str:
-    """Returns the default tactic if it is one; otherwise whose heuristic chooses it."""
+    """Returns the default tactic if all buckets have the same, otherwise the number of defaults and their source."""
     defaults = {choice.default_tactic for choice in profile.choices}
     if len(defaults) == 1:
         return tactic_line(*defaults)

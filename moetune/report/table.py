@@ -23,5 +23,5 @@ def add_numbers(table: Table, *titles: str) -> None:
 
 
 def time_unit(times_us: Sequence[float]) -> tuple[float, str]:
-    """Returns the unit for times in µs: what to divide them by, and its name."""
+    """Returns a unit for times in µs: the number of µs in it, and its name."""
     return (1e3, "ms") if times_us and min(times_us) >= MILLISECONDS_FROM_US else (1.0, "µs")

@@ -1,4 +1,4 @@
-"""Writes tactics as a line or as columns, and counts the reasons why some were left out. Imports no torch."""
+"""Formats tactics as a line or as columns, and counts the reasons why some could not win. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TITLES = {"GROUP_SIZE_M": "group", "num_warps": "warps", "num_stages": "stages"
 
 
 def tactic_line(tactic: Tactic) -> str:
-    """Returns `16×64×128 group=1 warps=4 stages=4`, `gemm1=12 gemm2=61`, or the one value alone: `grouped_mm`."""
+    """Returns a tactic as `16×64×128 group=1 warps=4` or `gemm1=12 gemm2=61`, and a single value as `grouped_mm`."""
     parts = _parts(tactic)
     if len(parts) == 1:
         return next(iter(parts.values()))
@@ -22,7 +22,7 @@ def tactic_line(tactic: Tactic) -> str:
 
 
 def tactic_columns(tactics: Sequence[Tactic]) -> dict[str, list[str]]:
-    """Returns titles and cells: a column per value if all tactics have the same names, else one of `tactic_line`s."""
+    """Returns columns as titles and cells: one per parameter if all tactics have the same, else one of lines."""
     parts = [_parts(tactic) for tactic in tactics]
     if len({frozenset(each) for each in parts}) == 1 and len(parts[0]) > 1:
         return {title: [each[title] for each in parts] for title in parts[0]}
@@ -30,7 +30,7 @@ def tactic_columns(tactics: Sequence[Tactic]) -> dict[str, list[str]]:
 
 
 def reasons_counted(groups: Sequence[Iterable[str]]) -> dict[str, list[int]]:
-    """Returns how many reasons of each kind every group has, the most frequent kind first.
+    """Returns, for each kind of reason, how many every group has. The most frequent kind is first.
 
     A kind is the reason with `…` in place of the words that have a digit. `needs 248 bytes, has 64` and
     `needs 512 bytes, has 32` are both `needs … bytes, has …`.

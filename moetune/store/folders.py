@@ -24,8 +24,8 @@ def default_root() -> Path:
 def packaged_root(package: Path = PACKAGE) -> Path | None:
     """Returns the folder of the packaged profiles, or None if `MOETUNE_PACKAGED_PROFILES` is 0.
 
-    A wheel has it in the package, a checkout beside it. The import system is asked last: with an editable install of
-    another checkout it would find that one's profiles.
+    A wheel has it in the package, a checkout beside the package. The import system comes last, because with an editable
+    install of another checkout it would find the profiles of that checkout.
 
     Args:
         package: the folder of the package `moetune`.

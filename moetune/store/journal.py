@@ -1,7 +1,8 @@
-"""`Journal`: what a tune has measured, on disk before the bucket that it is measured for has its choice.
+"""`Journal`: the measurements of a tune, saved on disk before their bucket has a choice.
 
-JSON lines beside the profile's file, one a tactic of a measured batch. Writers append whole lines under the store's
-lock. A line that a crash has torn is cut off by the next writer, and no reader needs it.
+A journal is a file beside the profile's file, with one JSON line for each tactic of a measured batch. Writers append
+whole lines under the store's lock. A crash can leave an incomplete last line: readers ignore it, and the next writer
+removes it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,16 @@ SCHEMA_VERSION: Final = 1
 
 
 class Measurement(FrozenModel):
-    """A tactic was timed, or failed.
+    """The time or the failure of one tactic.
 
-    `time_us` is the mean over `rounds` rounds; None of a tactic that failed, and then `reason` says why. Times of two
-    sittings must not be compared to the percent: clocks drift. `measured_at` is ISO 8601, UTC.
+    Times from different runs must not be compared to the percent, because clock rates drift.
+
+    Attributes:
+        rows: the bucket.
+        time_us: the mean time over `rounds` rounds in µs, or None if the tactic failed.
+        reason: why the tactic failed, or empty.
+        strategy: the search strategy.
+        measured_at: ISO 8601, UTC.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -44,31 +51,36 @@ class Measurement(FrozenModel):
     @model_validator(mode="after")
     def _timed_or_failed(self) -> Self:
         if (self.time_us is None) != bool(self.reason):
-            raise UsageError("A measurement has either a time or the reason why there is none.")
+            raise UsageError("A measurement has either a time or the reason why the tactic failed.")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What an interrupted run knew of one bucket. `times_us`: of those that ran; `failed`: why others did not."""
+    """The measurements of an interrupted run for one bucket.
+
+    Attributes:
+        times_us: the mean times, in µs, of the tactics that ran.
+        failed: the reasons of the tactics that failed.
+    """
 
     times_us: Mapping[Tactic, float]
     failed: Mapping[Tactic, str]
 
     def best(self, count: int) -> tuple[Tactic, ...]:
-        """The fastest, in order."""
+        """Returns the `count` fastest tactics, the fastest first."""
         return tuple(sorted(self.times_us, key=lambda tactic: self.times_us[tactic])[:count])
 
 
 @dataclass(frozen=True, slots=True)
 class Journaled:
-    """All that a journal says. `unread`: the lines that are no measurement this moetune knows, each with the reason."""
+    """The content of a journal. `unread` has an error message for each line that this moetune cannot read."""
 
     measurements: tuple[Measurement, ...] = ()
     unread: tuple[str, ...] = ()
 
     def of(self, rows: int, default: Tactic) -> Past:
-        """What is known of one bucket; nothing where its default failed, for then the machine may be to blame."""
+        """Returns the measurements of one bucket, or none if its default failed: the machine may then be the cause."""
         mine = [measurement for measurement in self.measurements if measurement.rows == rows]
         failed = {measurement.tactic: measurement.reason for measurement in mine if measurement.reason}
         if default in failed:
@@ -78,11 +90,11 @@ class Journaled:
 
 
 class Journal:
-    """The journal beside one profile. Safe for many writers; what it is about, its place says.
+    """The journal of one profile. Several processes can write to it.
 
     Args:
-        path: its file, which need not exist.
-        lock: gives the store's lock.
+        path: the journal's file, beside the profile's. It need not exist.
+        lock: returns the store's lock.
     """
 
     def __init__(self, path: Path, lock: Callable[[], AbstractContextManager[None]]) -> None:
@@ -91,11 +103,18 @@ class Journal:
     def note(
         self, rows: int, strategy: str, rounds: int, times_us: Mapping[Tactic, float], failed: Mapping[Tactic, str]
     ) -> None:
-        """Appends a batch of one bucket: mean times in µs over `rounds` rounds, and the reasons of those that failed.
+        """Appends a measured batch of one bucket.
+
+        Args:
+            rows: the bucket.
+            strategy: the search strategy.
+            rounds: the number of rounds that each tactic was timed in.
+            times_us: the mean time of each tactic that ran, in µs.
+            failed: the reason of each tactic that failed.
 
         Raises:
             UsageError: the store cannot be written.
-            StoreError: the lock cannot be had, or the disk is full.
+            StoreError: the lock is not available, or the disk is full.
         """
         shared: dict[str, Any] = {
             "rows": rows,
@@ -115,10 +134,10 @@ class Journal:
                 file.write(lines.encode())
 
     def read(self) -> Journaled:
-        """What the journal says; nothing where there is none. A torn last line is ignored, others are named.
+        """Returns the content of the journal, empty if there is no file. An incomplete last line is ignored.
 
         Raises:
-            StoreError: it cannot be read.
+            StoreError: the file cannot be read.
         """
         try:
             content = self.path.read_bytes()
@@ -135,11 +154,11 @@ class Journal:
         return Journaled(tuple(measurements), tuple(unread))
 
     def remove(self) -> None:
-        """Ends the journal: every bucket has its choice, or none of it is wanted.
+        """Deletes the journal's file, when every bucket has its choice or its measurements are not wanted.
 
         Raises:
             UsageError: the store cannot be written.
-            StoreError: the lock cannot be had.
+            StoreError: the lock is not available.
         """
         if self.path.exists():
             with self._lock():
@@ -147,7 +166,7 @@ class Journal:
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    """Makes a file end with a whole line, or empty: what a crash has left of another is of no use."""
+    """Removes an incomplete last line, which a crash can leave."""
     file.seek(0)
     content = file.read()
     if not content.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""The error of a look-up that found no profile: what the closest profile is, and in which fields it differs."""
+"""The error of a look-up that found no profile. It names the closest profile and the fields in which it differs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAMED = 3
 
 
 def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> MissError:
-    """Returns the error for a key that no profile answers.
+    """Returns the error for a key that no profile matches.
 
-    The closest profile is one of the same layer if there is any, then the one with the fewest differences.
+    The closest profile has the fewest differences. A profile of the same layer is always closer than one of another.
 
     Args:
         key: the key that was looked up.

@@ -1,4 +1,4 @@
-"""`Profile`: every choice of one (environment, layer, regime, backend), as versioned JSON."""
+"""`Profile`: all choices for one environment, layer, regime and backend, as versioned JSON."""
 
 from __future__ import annotations
 
@@ -22,30 +22,40 @@ SCHEMA_VERSION: Final = 1
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 OrInfinity = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
-"""A float that JSON has as the string `Infinity` if it is infinite."""
+"""A float. In JSON, infinity is the string `Infinity`."""
 
 
 class Rejection(FrozenModel):
-    """A tactic that could not win, and why."""
+    """A tactic that could not win, and the reason."""
 
     tactic: Tactic
     reason: str
 
 
 class Choice(FrozenModel):
-    """The answer for one bucket: `rows`, by which it is looked up.
+    """The answer for one bucket.
 
-    `met_rows`: where they are others, the rows of half the draws that it was timed on (see `workload.draws`).
-
-    `time_us` is the mean over interleaved rounds, each on one of the regime's draws that the search has not seen.
-    `gain` is the default's mean time over the tactic's, in the rounds in which both were timed, with the bounds of its
-    95 % interval (paired bootstrap over these rounds), and `default_time_us` the product of the two: a default that is
-    far behind is not timed in every round. `noise` is the A/A noise floor: by how much two timings of one tactic can be
-    said to differ, relative. `stress_us` maps the factor on the busiest expert's load to the chosen tactic's time,
-    `default_stress_us` to the default's; infinite where it failed. `tried` counts the tactics that the search timed or
-    saw fail, `candidates` all, excluded ones too. `eager` says why the tactic was timed without a CUDA graph, launch
-    overhead included. `load` is the number of slots of each local expert summed over the search's draws, `max_load` the
-    busiest expert's in any one. `measured_at` is ISO 8601, UTC.
+    Attributes:
+        rows: the bucket.
+        met_rows: the bucket's typical rows, or None if they are `rows`. Half of the draws have them (see
+            `workload.draws.typical_rows`).
+        tactic: the chosen tactic.
+        time_us: its mean time in µs over interleaved rounds. Each round uses one draw that the search did not use.
+        default_tactic: the default tactic.
+        default_time_us: `gain` times `time_us`. It is not a mean over all rounds, because a default that is much slower
+            is not timed in every round.
+        gain: the default's mean time over the tactic's, in the rounds in which both were timed.
+        gain_low, gain_high: the bounds of the gain's 95 % interval (paired bootstrap over these rounds).
+        noise: the A/A noise, relative.
+        stress_us: the tactic's time in µs for each factor on the busiest expert's load; infinite if it failed.
+        default_stress_us: the same for the default tactic.
+        tried: the number of tactics that the search timed, or that failed in it.
+        candidates: the number of all tactics, also the excluded ones.
+        eager: the reason why the tactic was timed without a CUDA graph, launch overhead included; empty if it was not.
+        rejected: the tactics that could not win.
+        load: the slots of each local expert, summed over the search's draws.
+        max_load: the slots of the busiest local expert in any one of these draws.
+        measured_at: ISO 8601, UTC.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -90,7 +100,7 @@ class Choice(FrozenModel):
 
     @property
     def measured_time(self) -> datetime:
-        """`measured_at` as a point in time."""
+        """Returns `measured_at` as a point in time."""
         return datetime.fromisoformat(self.measured_at)
 
 
@@ -109,9 +119,10 @@ class Profile(FrozenModel):
         rows = [choice.rows for choice in self.choices]
         if rows != sorted(set(rows)):
             raise UsageError(f"A profile's buckets must be ascending and distinct, given {rows}.")
-        if foreign := set(rows) - set(self.regime.buckets):
+        if others := set(rows) - set(self.regime.buckets):
             raise UsageError(
-                f"A profile's choices are of its regime's buckets {list(self.regime.buckets)}, given {sorted(foreign)}."
+                f"A profile has choices for its regime's buckets {list(self.regime.buckets)} only, given "
+                f"{sorted(others)}."
             )
         return self
 
@@ -124,7 +135,7 @@ class Profile(FrozenModel):
 
     @property
     def gain(self) -> float:
-        """The geometric mean of the choices' gains.
+        """Returns the geometric mean of the choices' gains.
 
         Raises:
             NoResultError: the profile has no choice.
@@ -134,11 +145,11 @@ class Profile(FrozenModel):
         return geomean([choice.gain for choice in self.choices])
 
     def choice(self, rows: int) -> Choice:
-        """The choice that `rows` run-time rows look up, by the regime's ladder.
+        """Returns the choice of the bucket to which the regime's ladder maps `rows` run-time rows.
 
-        Where the ladder's bucket has no choice (FlashInfer's uncapped miss, a bucket that a pool cannot have, a profile
-        that is not complete yet) it is that of the smallest larger bucket that has one, else of the last. Any integer
-        is allowed; less than one row counts as one.
+        The bucket can be without a choice: the ladder `hybrid` maps some rows to no bucket, a pool cannot have some
+        buckets, and a profile can be incomplete. Then the choice is that of the smallest larger bucket that has one, or
+        of the last bucket. Any integer is allowed; less than one row counts as one.
 
         Raises:
             NoResultError: the profile is empty.
@@ -146,7 +157,7 @@ class Profile(FrozenModel):
         return self.choices[bisect_right(self._steps[0], rows)]
 
     def tactic(self, rows: int) -> Tactic:
-        """The tactic of `choice(rows)`, in under a microsecond once the first call has laid out the steps.
+        """Returns the tactic of `choice(rows)`. From the second call on it takes less than a microsecond.
 
         Raises:
             NoResultError: the profile is empty.
@@ -155,9 +166,10 @@ class Profile(FrozenModel):
         return tactics[bisect_right(steps, rows)]
 
     def merged(self, newer: Profile) -> Profile:
-        """`newer` with this profile's buckets added: of two choices of one bucket the later measured one stays.
+        """Returns `newer` with this profile's choices added.
 
-        On a tie `newer`'s choice stays. Both must answer the same question; that is the caller's to know.
+        Of two choices for one bucket the later measured one stays, and on a tie that of `newer`. Both profiles must
+        answer the same question, which is not checked.
         """
         choices = {choice.rows: choice for choice in self.choices}
         for choice in newer.choices:
@@ -167,17 +179,17 @@ class Profile(FrozenModel):
         return newer.model_copy(update={"choices": tuple(choices[rows] for rows in sorted(choices))})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, without the steps cached for the choices of the original."""
+        """Returns a copy as pydantic's `model_copy` does, without the cached steps of the original's choices."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("_steps", None)
         return copied
 
     @cached_property
     def _steps(self) -> tuple[tuple[int, ...], tuple[Tactic, ...]]:
-        """The rows at which the look-up moves on to the next choice, and every choice's tactic.
+        """Returns the row counts at which the next choice begins, and the tactic of every choice.
 
-        A ladder's look-up never falls as rows grow, and stays where it is past the last bucket, so the steps can be
-        found by bisection and say all of it.
+        The bucket of a ladder's look-up never decreases as rows grow, and is constant above the last bucket. So the
+        steps describe the look-up completely, and bisection finds them.
         """
         if not self.choices:
             raise NoResultError("The profile has no choice.", "Tune it first.")
