@@ -4,7 +4,7 @@ STORE ?= .demo-store
 JOBS ?= 2
 PYTEST_FLAGS ?=
 
-.PHONY: venv demo test network lowest lint types picture docs clean
+.PHONY: venv demo test network lowest lint types picture pages docs clean
 
 venv: .venv/.installed
 
@@ -47,6 +47,11 @@ types: venv
 # The README's picture, from a packaged profile; nothing is measured.
 picture: venv
 	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
+
+# docs/options.md and docs/schemas, from the options and the models; tests/docs compares them.
+pages: venv
+	$(BIN)/python docs/generate/options_page.py > docs/options.md
+	$(BIN)/python docs/generate/schema_files.py docs/schemas
 
 # The API pages in build/api, from the docstrings.
 docs: venv

@@ -1,6 +1,6 @@
 """Writes docs/options.md: every option of the command line, from the table and from the commands themselves.
 
-python -m moetune.cli.options_page > docs/options.md
+`make pages` runs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moetune.inputs.option_table import OPTIONS, Group, Option
 _INTRODUCTION = """\
 # Options
 
-`python -m moetune.cli.options_page > docs/options.md` writes this page. `moetune COMMAND --help` has the same text.
+`make pages` writes this page. `moetune COMMAND --help` has the same text.
 
 `plan`, `tune`, `show` and `export` take the options of a question, listed first. So does the environment variable
 `MOETUNE_REGIME` (docs/engines.md), except those of the kernels: there the engine chooses kernels and device itself."""

@@ -1,16 +1,13 @@
-from pathlib import Path
+from options_page import page
+from pages import text
 
 from moetune.backends import registry
 from moetune.cli.backend_choice import option_types
-from moetune.cli.options_page import page
 from moetune.inputs.option_table import OPTIONS
-
-FILE = Path(__file__).parents[2] / "docs" / "options.md"
 
 
 def test_the_file_is_what_the_function_writes():
-    written = FILE.read_text(encoding="utf-8")
-    assert written == page(), "run: python -m moetune.cli.options_page > docs/options.md"
+    assert text("docs/options.md") == page(), "run: make pages"
 
 
 def test_the_page_has_every_option_and_every_option_of_a_backend():

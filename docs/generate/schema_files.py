@@ -1,6 +1,6 @@
 """Writes docs/schemas: a JSON schema for each kind of document, from the models themselves.
 
-python -m moetune.cli.schema_files docs/schemas
+`make pages` runs it.
 """
 
 from __future__ import annotations
