@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetune.measure.clock import Call, Clock, CpuClock, CudaClock
+from moetune.measure.clock import Clock, CpuClock, CudaClock, TimedCall
 
 LOADS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -59,7 +59,7 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not isinstance(value, list | dict)}
 
 
-def series_us(calls: Sequence[Call], draws: Sequence[int], clock: Clock | None = None) -> list[list[float]]:
+def series_us(calls: Sequence[TimedCall], draws: Sequence[int], clock: Clock | None = None) -> list[list[float]]:
     """Warms each call up on the first draw and times all of them interleaved.
 
     Args:
@@ -76,7 +76,9 @@ def series_us(calls: Sequence[Call], draws: Sequence[int], clock: Clock | None =
     return clock.paired_samples(calls, draws)
 
 
-def means_us(calls: Sequence[Call], draws: Sequence[int], rounds: int = 5, clock: Clock | None = None) -> list[float]:
+def means_us(
+    calls: Sequence[TimedCall], draws: Sequence[int], rounds: int = 5, clock: Clock | None = None
+) -> list[float]:
     """Returns the mean over the draws of each call's median over interleaved rounds, in µs.
 
     A call that is given twice is an A/A pair.
@@ -87,7 +89,7 @@ def means_us(calls: Sequence[Call], draws: Sequence[int], rounds: int = 5, clock
     ]
 
 
-def wall_us(calls: Sequence[Call], draws: Sequence[int]) -> list[list[float]]:
+def wall_us(calls: Sequence[TimedCall], draws: Sequence[int]) -> list[list[float]]:
     """Returns [call][round] in µs as the host sees it; a call on a GPU must wait for the GPU itself."""
     return series_us(calls, draws, CpuClock())
 

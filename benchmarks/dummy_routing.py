@@ -15,7 +15,7 @@ import torch
 from common import quartiles_line, wall_us
 from flashinfer.fused_moe.cute_dsl._inputs_helper import CuteDslMoEInputsHelper
 
-from moetune.measure.clock import Call
+from moetune.measure.clock import TimedCall
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.routing import Routing, realize
@@ -26,7 +26,7 @@ ROUNDS = 15
 EP_SIZE = 8
 
 
-def flashinfer_helper(layer: MoELayer) -> Call:
+def flashinfer_helper(layer: MoELayer) -> TimedCall:
     """Returns a call of the helper's hook on the inputs of the CuteDSL tuner; it reads and replaces the ids."""
     helper = CuteDslMoEInputsHelper(layer.num_experts, layer.top_k, layer.num_experts // EP_SIZE)
     inputs = [None, None, torch.empty(TOKENS, layer.top_k, dtype=torch.int32)]
@@ -46,7 +46,7 @@ def main() -> int:
         "alltoall packed": Regime(ep_size=EP_SIZE, layout="packed", distribution="balanced"),
     }
     theirs = flashinfer_helper(layer)
-    calls: dict[str, Call] = {"FlashInfer CuteDslMoEInputsHelper": theirs}
+    calls: dict[str, TimedCall] = {"FlashInfer CuteDslMoEInputsHelper": theirs}
     calls |= {f"moetune {name}": partial(realized, layer, regime) for name, regime in regimes.items()}
     times = dict(zip(calls, wall_us(list(calls.values()), range(ROUNDS)), strict=True))
     print(f"{TOKENS} tokens, E {layer.num_experts}, k {layer.top_k}, ep {EP_SIZE}; {ROUNDS} interleaved rounds, µs")

@@ -21,7 +21,7 @@ from common import quartiles_line, wall_us
 from flashinfer.autotuner import AutoTuner, DynamicTensorSpec, TunableRunner, TuningConfig
 from flashinfer.fused_moe.utils import get_hybrid_num_tokens_buckets, make_hybrid_bucket_mapper
 
-from moetune.measure.clock import Call
+from moetune.measure.clock import TimedCall
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -95,7 +95,7 @@ def profile_of(layer: MoELayer, regime: Regime) -> Profile:
     return Profile(layer=layer, regime=regime, backend="flashinfer-cutlass", environment=environment, choices=choices)
 
 
-def in_rounds(lookup: Callable[[int], Any], rounds: Sequence[Sequence[int]]) -> Call:
+def in_rounds(lookup: Callable[[int], Any], rounds: Sequence[Sequence[int]]) -> TimedCall:
     """Returns a call that looks up all rows of one round."""
 
     def call(draw: int) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from common import wall_us
 
-from moetune.measure.clock import Call
+from moetune.measure.clock import TimedCall
 from moetune.workload import packing
 
 Pack = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,7 +45,7 @@ def matches_definition(device: str) -> bool:
     return exact and quiet.tolist() == [definition(-1, 0x7FC0)] * 3
 
 
-def waited(pack: Pack, ids: torch.Tensor, weights: torch.Tensor) -> Call:
+def waited(pack: Pack, ids: torch.Tensor, weights: torch.Tensor) -> TimedCall:
     """Returns a call that packs and waits for the device."""
 
     def call(draw: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ from flashinfer_common import bf16_layer, own_pick, unseen_problem, warm_flashin
 
 import moetune
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
-from moetune.measure.clock import Call, CudaClock
+from moetune.measure.clock import CudaClock, TimedCall
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -39,7 +39,7 @@ DRAWS = 8
 ROUNDS = 15
 
 
-def op_times_us(calls: Sequence[Call]) -> list[float]:
+def op_times_us(calls: Sequence[TimedCall]) -> list[float]:
     """Returns the time of each call in µs; every call must be capturable in a CUDA graph."""
     clock = CudaClock("cuda")
     times = means_us(calls, range(DRAWS), ROUNDS, clock)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from moetune.measure.bench import Series
-    from moetune.measure.clock import Call, Clock
+    from moetune.measure.clock import Clock, TimedCall
     from moetune.workload.draws import Draw
 
 MARGIN = 0.03
@@ -49,7 +49,7 @@ class EngineBench:
     """
 
     def __init__(
-        self, calls: Mapping[Tactic, Call], clock: Clock, default: Tactic, tolerance: float, group: Any = None
+        self, calls: Mapping[Tactic, TimedCall], clock: Clock, default: Tactic, tolerance: float, group: Any = None
     ) -> None:
         self.failures: dict[Tactic, str] = {}
         self.eager: dict[Tactic, str] = {}
@@ -125,7 +125,7 @@ def mean_of_ranks(ranks: Sequence[Series]) -> Series:
     return pooled
 
 
-def output_of(call: Call, draw: int) -> torch.Tensor | None:
+def output_of(call: TimedCall, draw: int) -> torch.Tensor | None:
     """About `CHECKED_ROWS` rows of what a call writes; None where it returns no single matrix.
 
     It runs twice: ops write into a buffer of the caller's, which may still hold another tactic's output.

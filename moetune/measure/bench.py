@@ -45,7 +45,7 @@ class BenchLike(Protocol):
         ...
 
 
-class Stage(StrEnum):
+class Activity(StrEnum):
     """What a bench is at, in words that follow "during"."""
 
     IDLE = "a pause"
@@ -59,7 +59,7 @@ class Stage(StrEnum):
 class Watch(Protocol):
     """Is told what a bench does before it does it, so that nothing can happen that nobody answers for."""
 
-    def touch(self, stage: Stage, tactic: Tactic | None = None, runs: int = 1) -> None:
+    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
         """`tactic`, if it is about one, is about to run `runs` times."""
         ...
 
@@ -73,7 +73,7 @@ class Watch(Protocol):
 
 
 class _Unwatched:
-    def touch(self, stage: Stage, tactic: Tactic | None = None, runs: int = 1) -> None: ...
+    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None: ...
 
     def failed(self, tactic: Tactic, reason: str) -> None: ...
 
@@ -133,9 +133,9 @@ class Bench:
         if tactic in self.failures or (tactic, draw) in self._right:
             return tactic not in self.failures
         if draw not in self._references:
-            self._watch.touch(Stage.REFERENCE)
+            self._watch.touch(Activity.REFERENCE)
             self._references[draw] = self._runner.reference(draw)
-        self._watch.touch(Stage.CHECK, tactic)
+        self._watch.touch(Activity.CHECK, tactic)
         try:
             error = relative_error(self._runner.run(tactic, draw), self._references[draw])
         except Exception as raised:  # a kernel may raise anything
@@ -153,7 +153,7 @@ class Bench:
     def _warm_up(self, tactic: Tactic, draw: int) -> None:
         if tactic in self._warm or tactic in self.failures:
             return
-        self._watch.touch(Stage.FIRST_RUN, tactic)
+        self._watch.touch(Activity.FIRST_RUN, tactic)
         try:
             self._clock.warm_up(self._call(tactic), draw)
             self._warm.add(tactic)
@@ -168,7 +168,7 @@ class Bench:
             def before(position: int, runs: int, running: Sequence[Tactic] = running) -> None:
                 nonlocal touched
                 touched = running[position]
-                self._watch.touch(Stage.TIMING, touched, runs)
+                self._watch.touch(Activity.TIMING, touched, runs)
 
             try:
                 series = self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)

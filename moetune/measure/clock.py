@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Events = dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]
 
-Call = Callable[[int], object]
+TimedCall = Callable[[int], object]
 """Runs one tactic on one draw and may return before the device is done."""
 
 Before = Callable[[int, int], None]
@@ -35,12 +35,12 @@ class Clock(Protocol):
 
     eager: dict[int, str]
 
-    def warm_up(self, call: Call, draw: int) -> None:
+    def warm_up(self, call: TimedCall, draw: int) -> None:
         """Runs `call` once, untimed, to the end: compiles, fills caches, raises what it raises."""
         ...
 
     def paired_samples(
-        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+        self, calls: Sequence[TimedCall], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
         """Times every call once for each entry of `draws`, the calls in another order each time.
 
@@ -97,12 +97,12 @@ class CpuClock:
         self._now_ns = now_ns
         self.eager: dict[int, str] = {}
 
-    def warm_up(self, call: Call, draw: int) -> None:
+    def warm_up(self, call: TimedCall, draw: int) -> None:
         """See `Clock`."""
         call(draw)
 
     def paired_samples(
-        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+        self, calls: Sequence[TimedCall], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
         """See `Clock`."""
         samples: list[list[float]] = [[] for _ in calls]
@@ -143,7 +143,7 @@ class CudaClock:
         self._side_stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self.eager: dict[int, str] = {}
 
-    def warm_up(self, call: Call, draw: int) -> None:
+    def warm_up(self, call: TimedCall, draw: int) -> None:
         """See `Clock`."""
         import torch
 
@@ -152,7 +152,7 @@ class CudaClock:
             torch.cuda.synchronize()
 
     def paired_samples(
-        self, calls: Sequence[Call], draws: Sequence[int], before: Before = lambda position, runs: None
+        self, calls: Sequence[TimedCall], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
         """See `Clock`. A draw named n times is sampled in n rounds.
 
@@ -188,7 +188,7 @@ class CudaClock:
                     times[step[0]][draw].append(sample)
         return [_in_order(of_call, draws) for of_call in times]
 
-    def _once_us(self, call: Call, draw: int) -> float:
+    def _once_us(self, call: TimedCall, draw: int) -> float:
         """About how long a call takes, launch overhead included."""
         import torch
 
@@ -199,7 +199,7 @@ class CudaClock:
         torch.cuda.synchronize()
         return 1e3 * float(begin.elapsed_time(end))
 
-    def _walk(self, call: Call, position: int, draws: Sequence[int]) -> _Walk:
+    def _walk(self, call: TimedCall, position: int, draws: Sequence[int]) -> _Walk:
         """`call` on every draw, as a graph if it can be captured."""
         import torch
 
@@ -243,7 +243,7 @@ class CudaClock:
         made: torch.cuda.Event = torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
         return made
 
-    def _enqueue(self, call: Call, events: Events) -> None:
+    def _enqueue(self, call: TimedCall, events: Events) -> None:
         for draw, (begin, end) in events.items():
             self._flush.zero_()
             begin.record()
@@ -281,8 +281,8 @@ class _Walks:
 
     def __init__(
         self,
-        capture: Callable[[Call, int, Sequence[int]], _Walk],
-        calls: Sequence[Call],
+        capture: Callable[[TimedCall, int, Sequence[int]], _Walk],
+        calls: Sequence[TimedCall],
         chunks: Sequence[Sequence[int]],
         before: Before,
     ) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from multiprocessing.connection import Pipe, wait
 from typing import Any, Self
 
@@ -172,9 +173,11 @@ class Compilers:
 
     def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
         while len(busy) < self._most and (job := self._next(len(busy))):
-            proven = bool(idle)
-            child = idle.pop() if idle else Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS)
-            busy[child.channel.connection] = _Busy(child, job, START_S, innocent=proven)
+            if idle:
+                child, state = idle.pop(), _State.ASSIGNED
+            else:
+                child, state = Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS), _State.STARTING
+            busy[child.channel.connection] = _Busy(child, job, state, START_S)
             with suppress(OSError):  # if it is dead, its connection is about to say so
                 child.channel.send(job)
 
@@ -184,14 +187,14 @@ class Compilers:
             answer = at.child.channel.receive()
         except (EOFError, OSError):
             reason = str(at.child.died())
-            if at.innocent:
+            if at.state is _State.ASSIGNED:  # the job had not begun, so it did not end the process
                 with self._changed:
                     self._queue.appendleft(at.job)
             else:
                 self._finish(at.job, reason)
             return
         if answer is None:
-            busy[ready] = _Busy(at.child, at.job, self._timeout_s)
+            busy[ready] = _Busy(at.child, at.job, _State.COMPILING, self._timeout_s)
         else:
             idle.append(at.child)
             self._finish(at.job, answer.reason)
@@ -221,14 +224,25 @@ class _Job:
     capability: tuple[int, int]
 
 
+class _State(Enum):
+    """The states of a process that has a job. Where the process ends, the state decides whether the job fails."""
+
+    STARTING = auto()
+    """The process is new and has not acknowledged its first job. The job fails: other processes may not start either."""
+    ASSIGNED = auto()
+    """The process was idle and has not acknowledged the job. The job has not begun and goes back to the queue."""
+    COMPILING = auto()
+    """The process has acknowledged the job. The job fails."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Busy:
-    """A process and its job. The job is innocent of the end of a process that was idle, and has not taken it yet."""
+    """A process that has a job, and the seconds that it may stay in this state."""
 
     child: Child
     job: _Job
+    state: _State
     limit_s: float
-    innocent: bool = False
     since: float = field(default_factory=time.monotonic)
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError, MoetuneError, NoResultError
-from moetune.measure.bench import Bench, BenchLike, Series, Stage
+from moetune.measure.bench import Activity, Bench, BenchLike, Series
 from moetune.measure.child import Channel, Child
 from moetune.measure.reasons import reason_of, shortened
 from moetune.spec.tactic import Tactic
@@ -36,12 +36,12 @@ class Timeouts:
     timing_s: float = 30.0
     run_s: float = 1.0
 
-    def limit_s(self, stage: Stage, runs: int = 1) -> float:
+    def limit_s(self, activity: Activity, runs: int = 1) -> float:
         """How long `runs` runs may take."""
-        match stage:
-            case Stage.FIRST_RUN:
+        match activity:
+            case Activity.FIRST_RUN:
                 return self.first_run_s
-            case Stage.TIMING | Stage.CHECK:
+            case Activity.TIMING | Activity.CHECK:
                 return self.timing_s + runs * self.run_s
             case _:
                 return self.prepare_s
@@ -103,13 +103,13 @@ class Worker:
         except _ProcessLostError as lost:
             touch = lost.touch
             if touch.tactic is not None:
-                bench.failures.setdefault(touch.tactic, shortened(f"{lost.how} during {touch.stage}"))
+                bench.failures.setdefault(touch.tactic, shortened(f"{lost.how} during {touch.activity}"))
                 raise _TacticLostError from None
-            if touch.stage is Stage.IDLE and not fresh:  # it was killed from outside, between two questions
+            if touch.activity is Activity.IDLE and not fresh:  # it was killed from outside, between two questions
                 return self._ask(bench, request)
             raise NoResultError(
                 f"The worker process for {bench.problem.rows} rows of {bench.problem.layer.name} on {self._device} "
-                f"failed during {touch.stage}: {lost.how}.",
+                f"failed during {touch.activity}: {lost.how}.",
                 "No tactic is to blame: look for a lack of memory, a broken driver, a backend that cannot be imported.",
             ) from None
 
@@ -134,7 +134,7 @@ class Worker:
         child.channel.send(request)
         while True:
             touch = child.channel.noted()
-            limit_s = self._timeouts.limit_s(touch.stage, touch.runs)
+            limit_s = self._timeouts.limit_s(touch.activity, touch.runs)
             if child.channel.connection.poll(GLANCE_S):
                 message = child.channel.receive()
                 if isinstance(message, _Answer):
@@ -146,7 +146,7 @@ class Worker:
 
     def _start(self) -> Child:
         if self._child is None:
-            self._child = Child(_serve, self._backend, self._device, note=_Touch(Stage.PREPARE))
+            self._child = Child(_serve, self._backend, self._device, note=_Touch(Activity.PREPARE))
         return self._child
 
 
@@ -237,7 +237,7 @@ class _Eager:
 class _Touch:
     """What the process has been at since a time of the system's monotonic clock."""
 
-    stage: Stage
+    activity: Activity
     tactic: Tactic | None = None
     runs: int = 1
     since: float = field(default_factory=time.monotonic)
@@ -259,8 +259,8 @@ class _Reporter:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def touch(self, stage: Stage, tactic: Tactic | None = None, runs: int = 1) -> None:
-        self._channel.note(_Touch(stage, tactic, runs))
+    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
+        self._channel.note(_Touch(activity, tactic, runs))
 
     def failed(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Failed(tactic, reason))
@@ -278,14 +278,14 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
     reporter = _Reporter(channel)
     bench: Bench | None = None
     while True:
-        reporter.touch(Stage.IDLE)
+        reporter.touch(Activity.IDLE)
         request = channel.receive()
         try:
             if isinstance(request, _Request):
                 answer = getattr(bench, request.method)(*request.arguments)
             else:
                 bench = answer = None  # frees the memory of the problem before
-                reporter.touch(Stage.PREPARE)
+                reporter.touch(Activity.PREPARE)
                 bench = Bench(backend, request, watch=reporter)
         except DeviceLostError:
             return
@@ -296,5 +296,5 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
                 f"The problem cannot be prepared on {device}, or its reference not be computed: {reason_of(error)}.",
                 "No tactic is to blame: look for a lack of memory, or an error in the backend.",
             )
-        reporter.touch(Stage.IDLE)  # from here on no tactic is to blame
+        reporter.touch(Activity.IDLE)  # from here on no tactic is to blame
         channel.send(_Answer(answer))

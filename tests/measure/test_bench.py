@@ -5,7 +5,7 @@ from planted_failures import FailingBackend, problem, tactic
 
 from moetune.errors import DeviceLostError
 from moetune.measure import bench as bench_module
-from moetune.measure.bench import Bench, Stage
+from moetune.measure.bench import Activity, Bench
 from moetune.measure.clock import CpuClock
 
 GOOD, OTHER = tactic("default"), tactic("other")
@@ -15,8 +15,8 @@ class Recorder:
     def __init__(self):
         self.touches, self.failed_tactics = [], []
 
-    def touch(self, stage, tactic=None, runs=1):
-        self.touches.append((stage, tactic, runs))
+    def touch(self, activity, tactic=None, runs=1):
+        self.touches.append((activity, tactic, runs))
 
     def failed(self, tactic, reason):
         self.failed_tactics.append((tactic, reason))
@@ -68,9 +68,9 @@ def test_every_touch_is_told_before_it_happens():
     bench.samples([GOOD, OTHER], [0, 1])
     bench.check(GOOD, 0)
     bench.check(GOOD, 0)
-    first_runs = [(Stage.FIRST_RUN, GOOD, 1), (Stage.FIRST_RUN, OTHER, 1)]
-    timing = [(Stage.TIMING, each, 1) for each in (GOOD, OTHER, OTHER, GOOD)]
-    assert recorder.touches == [*first_runs, *timing, (Stage.REFERENCE, None, 1), (Stage.CHECK, GOOD, 1)]
+    first_runs = [(Activity.FIRST_RUN, GOOD, 1), (Activity.FIRST_RUN, OTHER, 1)]
+    timing = [(Activity.TIMING, each, 1) for each in (GOOD, OTHER, OTHER, GOOD)]
+    assert recorder.touches == [*first_runs, *timing, (Activity.REFERENCE, None, 1), (Activity.CHECK, GOOD, 1)]
 
 
 def test_a_cpu_cannot_be_lost():

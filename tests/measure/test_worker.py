@@ -15,7 +15,7 @@ from processes import children, eventually, is_running
 from moetune.backends.base import Problem
 from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import NoResultError, UnsupportedError
-from moetune.measure.bench import Stage
+from moetune.measure.bench import Activity
 from moetune.measure.worker import Timeouts, Worker
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -138,7 +138,7 @@ def test_after_an_interrupt_the_next_answer_is_to_the_next_question(worker, benc
     slow, noted = tactic("spins", from_run=2), worker._child.channel.noted
 
     def interrupt():
-        if eventually(lambda: noted().stage is Stage.TIMING):
+        if eventually(lambda: noted().activity is Activity.TIMING):
             os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -151,13 +151,13 @@ def test_after_an_interrupt_the_next_answer_is_to_the_next_question(worker, benc
     assert bench.failures == {}
 
 
-@pytest.mark.parametrize(("stage", "runs", "limit_s"), [(Stage.PREPARE, 1, 5), (Stage.FIRST_RUN, 1, 2)])
-def test_time_outs_do_not_depend_on_runs_where_there_is_one(stage, runs, limit_s):
-    assert Timeouts(5, 2, 3, 0.5).limit_s(stage, runs) == limit_s
+@pytest.mark.parametrize(("activity", "runs", "limit_s"), [(Activity.PREPARE, 1, 5), (Activity.FIRST_RUN, 1, 2)])
+def test_time_outs_do_not_depend_on_runs_where_there_is_one(activity, runs, limit_s):
+    assert Timeouts(5, 2, 3, 0.5).limit_s(activity, runs) == limit_s
 
 
 def test_a_batch_may_take_longer_the_more_runs_it_has():
-    assert Timeouts(5, 2, 3, 0.5).limit_s(Stage.TIMING, 48) == 27
+    assert Timeouts(5, 2, 3, 0.5).limit_s(Activity.TIMING, 48) == 27
 
 
 SCRIPT = """
