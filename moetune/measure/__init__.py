@@ -1,1 +1,1 @@
-"""How time is taken."""
+"""Measures how long tactics take, in worker processes, and describes the machine."""

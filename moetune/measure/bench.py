@@ -1,7 +1,7 @@
-"""`Bench`: one prepared problem that answers how long a tactic takes and whether it is right.
+"""`Bench` times and checks the tactics of one prepared problem.
 
-A tactic that raises costs that tactic and nothing else: it is remembered with its reason and never run again. What an
-exception cannot tell (a crash, a hang) needs a process that may die: see `worker`.
+If a tactic raises an exception, the bench records the reason and never runs that tactic again. The other tactics are
+still measured. A crash or a hang raises no exception; `worker` handles those by running the bench in another process.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Series = list[tuple[float, ...] | None]
 
 
 class BenchLike(Protocol):
-    """What answers for one problem: a `Bench` in this process, or one in a worker."""
+    """The interface of a bench for one problem: a `Bench` in this process, or a `WorkerBench`."""
 
     @property
     def failures(self) -> Mapping[Tactic, str]:
-        """The tactics that did not run or ran wrong, each with the reason."""
+        """The tactics that did not run or gave a wrong result, each with the reason."""
         ...
 
     @property
@@ -37,16 +37,16 @@ class BenchLike(Protocol):
         ...
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """See `Bench.samples`."""
+        """Times tactics; see `Bench.samples`."""
         ...
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """See `Bench.check`."""
+        """Checks a tactic's output; see `Bench.check`."""
         ...
 
 
 class Activity(StrEnum):
-    """What a bench is at, in words that follow "during"."""
+    """What a bench is doing. The values complete the sentence "It failed during …"."""
 
     IDLE = "a pause"
     PREPARE = "the preparation"
@@ -56,24 +56,30 @@ class Activity(StrEnum):
     CHECK = "its check"
 
 
-class Watch(Protocol):
-    """Is told what a bench does before it does it, so that nothing can happen that nobody answers for."""
+class Observer(Protocol):
+    """Is notified before each activity of a bench, so that a crash can be attributed to a tactic."""
 
-    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
-        """`tactic`, if it is about one, is about to run `runs` times."""
+    def starts(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
+        """Is called before the activity starts.
+
+        Args:
+            activity: what the bench does next.
+            tactic: the tactic that runs, or None if none does.
+            runs: how often the tactic runs before the next notification.
+        """
         ...
 
     def failed(self, tactic: Tactic, reason: str) -> None:
-        """`tactic` failed, and will not be touched again."""
+        """Is called when a tactic has failed. The bench does not run it again."""
         ...
 
     def eager(self, tactic: Tactic, reason: str) -> None:
-        """`tactic` was timed without a CUDA graph."""
+        """Is called when a tactic was timed without a CUDA graph."""
         ...
 
 
-class _Unwatched:
-    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None: ...
+class _NoObserver:
+    def starts(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None: ...
 
     def failed(self, tactic: Tactic, reason: str) -> None: ...
 
@@ -84,23 +90,23 @@ class Bench:
     """Times and checks the tactics of one problem on its device.
 
     Args:
-        backend: the family of kernels.
-        problem: what they are given; `draws` below are positions in its draws.
-        clock: how time is taken; the device's own by default.
-        watch: is told what happens.
+        backend: the backend whose kernels are measured.
+        problem: what the kernels compute. The arguments `draw` and `draws` of the methods are positions in its draws.
+        clock: takes the times. By default `clock_for` the problem's device.
+        observer: is notified of each activity.
 
     Attributes:
-        failures: the tactics that did not run or ran wrong, each with the reason.
+        failures: the tactics that did not run or gave a wrong result, each with the reason.
         eager: the tactics that were timed without a CUDA graph, launch overhead included, each with the reason.
     """
 
     def __init__(
-        self, backend: Backend, problem: Problem, clock: Clock | None = None, watch: Watch | None = None
+        self, backend: Backend, problem: Problem, clock: Clock | None = None, observer: Observer | None = None
     ) -> None:
         self.failures: dict[Tactic, str] = {}
         self.eager: dict[Tactic, str] = {}
         self._device = problem.device
-        self._watch = watch or _Unwatched()
+        self._observer = observer or _NoObserver()
         self._runner = backend.prepare(problem)
         self._clock = clock or clock_for(problem.device)
         self._tolerance = backend.tolerance(problem.layer)
@@ -109,13 +115,14 @@ class Bench:
         self._right: set[tuple[Tactic, int]] = set()
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """Paired samples in µs, by position of `tactics`; None for one that failed.
+        """Returns paired samples in µs, in the order of `tactics`, with None for a tactic that failed.
 
-        Sample i of every tactic is taken in the same round, on draw `draws[i]`. Naming a tactic twice gives two
-        independent series of it: an A/A comparison. Tactics that fit into memory only one at a time are timed so.
+        Sample i of every tactic is taken in the same round, on draw `draws[i]`. A tactic that is listed twice gets two
+        independent series, which are an A/A comparison. If the tactics together do not fit into memory, each is timed
+        alone.
 
         Raises:
-            DeviceLostError: a tactic failed so that nothing can run on the device any more.
+            DeviceLostError: a tactic failed and the device is unusable for this process.
         """
         for tactic in dict.fromkeys(tactics):
             self._warm_up(tactic, draws[0])
@@ -123,27 +130,27 @@ class Bench:
         return [None if tactic in self.failures else tuple(next(taken)) for tactic in tactics]
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """Whether the output on `draw` is within the backend's tolerance of the fp32 reference.
+        """Returns whether the output on `draw` is within the backend's tolerance of the fp32 reference.
 
         Raises:
-            DeviceLostError: the tactic failed so that nothing can run on the device any more.
+            DeviceLostError: the tactic failed and the device is unusable for this process.
         """
         from moetune.backends.reference import relative_error
 
         if tactic in self.failures or (tactic, draw) in self._right:
             return tactic not in self.failures
         if draw not in self._references:
-            self._watch.touch(Activity.REFERENCE)
+            self._observer.starts(Activity.REFERENCE)
             self._references[draw] = self._runner.reference(draw)
-        self._watch.touch(Activity.CHECK, tactic)
+        self._observer.starts(Activity.CHECK, tactic)
         try:
             error = relative_error(self._runner.run(tactic, draw), self._references[draw])
         except Exception as raised:  # a kernel may raise anything
-            self._blame(tactic, raised)
+            self._fail_by_error(tactic, raised)
             return False
         if error <= self._tolerance:
             self._right.add((tactic, draw))
-        else:  # NaN too
+        else:  # also if the error is NaN
             self._fail(tactic, f"wrong result: relative error {error:.1e}, allowed {self._tolerance:.0e}")
         return tactic not in self.failures
 
@@ -153,50 +160,56 @@ class Bench:
     def _warm_up(self, tactic: Tactic, draw: int) -> None:
         if tactic in self._warm or tactic in self.failures:
             return
-        self._watch.touch(Activity.FIRST_RUN, tactic)
+        self._observer.starts(Activity.FIRST_RUN, tactic)
         try:
             self._clock.warm_up(self._call(tactic), draw)
             self._warm.add(tactic)
         except Exception as error:
-            self._blame(tactic, error)
+            self._fail_by_error(tactic, error)
 
     def _taken(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> list[list[float]]:
-        """The samples of the tactics that have not failed; one that fails meanwhile costs the round of all."""
+        """Returns the samples of the tactics that have not failed, in µs.
+
+        If a tactic fails, the samples taken so far are discarded and the others are timed again.
+        """
         while running := [tactic for tactic in tactics if tactic not in self.failures]:
-            touched = running[0]
+            current = running[0]
 
             def before(position: int, runs: int, running: Sequence[Tactic] = running) -> None:
-                nonlocal touched
-                touched = running[position]
-                self._watch.touch(Activity.TIMING, touched, runs)
+                nonlocal current
+                current = running[position]
+                self._observer.starts(Activity.TIMING, current, runs)
 
             try:
                 series = self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)
                 for position, reason in self._clock.eager.items():
                     self.eager[running[position]] = reason
-                    self._watch.eager(running[position], reason)
+                    self._observer.eager(running[position], reason)
                 return series
             except Exception as error:
-                crowded = is_out_of_memory(error) and len(running) > 1
-                if not crowded:
-                    self._blame(touched, error)
-            if crowded:
+                too_many = is_out_of_memory(error) and len(running) > 1
+                if not too_many:
+                    self._fail_by_error(current, error)
+            if too_many:
                 alone = [(tactic, self._taken([tactic], draws)) for tactic in running]
                 return [series for tactic, taken in alone for series in taken if tactic not in self.failures]
         return []
 
-    def _blame(self, tactic: Tactic, error: Exception) -> None:
+    def _fail_by_error(self, tactic: Tactic, error: Exception) -> None:
         self._fail(tactic, reason_of(error))
         if is_lost(self._device):
             raise DeviceLostError(f"{tactic} left {self._device} unusable for this process: {self.failures[tactic]}.")
 
     def _fail(self, tactic: Tactic, reason: str) -> None:
         self.failures[tactic] = reason
-        self._watch.failed(tactic, reason)
+        self._observer.failed(tactic, reason)
 
 
 def is_lost(device: str) -> bool:
-    """Whether an earlier kernel broke this process's CUDA context; if not, what failed tactics held is freed."""
+    """Returns whether a kernel has broken this process's CUDA context.
+
+    If not, it frees the memory that failed tactics held.
+    """
     if not device.startswith("cuda"):
         return False
     import torch
@@ -204,6 +217,6 @@ def is_lost(device: str) -> bool:
     try:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-    except Exception:  # the error is sticky, and already known
+    except Exception:  # CUDA repeats the error of the failed kernel on every later call
         return True
     return False

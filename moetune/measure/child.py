@@ -1,6 +1,6 @@
-"""`Child`: a Python process of ours that may hang or die without harm.
+"""`Child` runs a function in a separate Python process, which may hang or die without harm to this one.
 
-Not `multiprocessing`: its spawned processes run the user's script again, and its helpers stay behind.
+`multiprocessing` is not used: its spawned processes run the user's script again, and its helper processes keep running.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from moetune.errors import NoResultError
 from moetune.measure.reasons import reason_of_death
 
 DYING_S = 60.0
-"""A killed process whose GPU still runs a kernel is gone within seconds; past this it never will be."""
+"""How long `Child.kill` waits. A killed process whose GPU still runs a kernel normally ends within seconds."""
 _NOTE_BYTES = 4096
-_LAST_BYTES = 4096
+_LOG_TAIL_BYTES = 4096
 
 
 class ChildDiedError(Exception):
-    """The process is gone; the message says how it ended."""
+    """The process has ended. The message says how."""
 
 
 class Channel:
-    """One end of what joins parent and child: messages both ways, and a note that the parent can read at any time.
+    """One end of the connection between parent and child.
 
-    Messages are any picklable objects. The note tells what the child is at without waking the parent, which would
-    disturb what the child is timing.
+    Both ends send and receive messages, which are picklable objects. The child also writes a note, which the parent can
+    read at any time. A note does not wake the parent, so it does not disturb what the child is timing.
     """
 
     def __init__(self, connection: Connection[Any, Any], note: int) -> None:
@@ -45,44 +45,46 @@ class Channel:
         self._note = note
 
     def send(self, message: object) -> None:
-        """Sends a copy. Plain pickles: torch's own for `Connection.send` would share memory between the processes.
+        """Sends a copy of the message.
+
+        The message is pickled here because `Connection.send`, once torch is loaded, shares the memory of tensors.
 
         Raises:
-            OSError: the other end is gone.
+            OSError: the other end is closed.
         """
         self.connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
     def receive(self) -> Any:
-        """The next message; waits for it.
+        """Waits for the next message and returns it.
 
         Raises:
-            EOFError, OSError: the other end is gone.
+            EOFError, OSError: the other end is closed.
         """
         return pickle.loads(self.connection.recv_bytes())
 
     def note(self, value: object) -> None:
-        """Replaces the note; takes microseconds."""
+        """Replaces the note. This takes microseconds."""
         os.pwrite(self._note, pickle.dumps(value), 0)
 
     def noted(self) -> Any:
-        """The last note."""
+        """Returns the last note."""
         note = os.pread(self._note, _NOTE_BYTES, 0)
         while note != (again := os.pread(self._note, _NOTE_BYTES, 0)):
-            note = again  # what is read while it is written may be parts of two notes; what is read twice is whole
+            note = again  # a read during a write may mix two notes; two equal reads are one whole note
         return pickle.loads(note)
 
 
 class Child:
     """A process that runs `serve(channel, *arguments)` and then ends.
 
-    It imports from the parent's `sys.path`, is deaf to Ctrl-C, dies with its parent whatever it is doing, is the first
-    to be sacrificed when memory runs out, and writes neither to stdout nor to stderr.
+    It imports from the parent's `sys.path`. It ignores Ctrl-C and is killed when its parent ends. When memory runs out,
+    the system kills it before other processes. It writes nothing to the parent's stdout or stderr.
 
     Args:
-        serve: a function of a module; it and its arguments are pickled.
+        serve: a function defined in a module; it and its arguments are pickled.
         note: the channel's note until the child writes one.
-        environment: variables that differ from the parent's.
-        niceness: how much the process yields to others; 0 to 19.
+        environment: environment variables to set in addition to the parent's.
+        niceness: the process's niceness, 0 to 19; a higher value gives it less CPU time.
     """
 
     def __init__(
@@ -93,13 +95,13 @@ class Child:
         environment: Mapping[str, str] = {},
         niceness: int = 0,
     ) -> None:
-        # a file each, not pipes: nobody has to empty them, and they outlive the process
+        # files, not pipes: a file never blocks its writer and can be read after the process has ended
         self._log, self._note = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        ours, theirs = Pipe()
-        self.channel = Channel(ours, self._note.fileno())
+        parent_end, child_end = Pipe()
+        self.channel = Channel(parent_end, self._note.fileno())
         self.channel.note(note)
-        handles = (theirs.fileno(), self._note.fileno())
-        with theirs:
+        handles = (child_end.fileno(), self._note.fileno())
+        with child_end:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, *map(str, handles), str(niceness)],
                 stdin=subprocess.DEVNULL,
@@ -107,11 +109,11 @@ class Child:
                 stderr=self._log,
                 pass_fds=handles,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), **environment},
-                process_group=0,  # so that the compilers it starts can be killed with it, and Ctrl-C does not reach it
+                process_group=0,  # so that compilers it starts can be killed with it, and Ctrl-C does not reach it
             )
         try:
             self.channel.send((serve, arguments))
-        except BrokenPipeError:  # its end is found out by whoever waits for an answer
+        except BrokenPipeError:  # the process has already ended; the next `receive` raises EOFError
             pass
         except BaseException:
             self.kill()
@@ -125,35 +127,38 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Of the process, which leads a process group of its own."""
+        """The process id, which is also the id of its process group."""
         return self._process.pid
 
     def died(self) -> ChildDiedError:
-        """To be raised once the channel has ended: says how the process ended. Leaves nothing of it behind."""
+        """Returns the error that says how the process ended. Call it once the channel has closed.
+
+        It also kills everything that the process started.
+        """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
-        self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - _LAST_BYTES))
+        self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - _LOG_TAIL_BYTES))
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         self.kill()
         assert self._process.returncode is not None
         return ChildDiedError(reason_of_death(self._process.returncode, lines[-1].strip() if lines else ""))
 
     def kill(self) -> None:
-        """Ends the process and all that it started, at once, and waits until it is gone.
+        """Kills the process and everything that it started, and waits until it has ended.
 
         Raises:
-            NoResultError: it does not die.
+            NoResultError: the process has not ended within `DYING_S`.
         """
         if self._log.closed:
             return
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS forbids to signal a dead group
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses to signal a dead group
             os.killpg(self.pid, signal.SIGKILL)
         try:
             self._process.wait(timeout=DYING_S)
         except subprocess.TimeoutExpired:
             raise NoResultError(
                 f"Process {self.pid} was killed and has not ended within {DYING_S:g} s.",
-                "Its GPU may need a reset: see nvidia-smi and dmesg.",
+                "Its GPU may need a reset. Look at the output of nvidia-smi and dmesg.",
             ) from None
         finally:
             self.channel.connection.close()
@@ -164,7 +169,7 @@ class Child:
 def _main(connection: int, note: int, niceness: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core of a process with a CUDA context takes minutes to write
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # to write the core dump of a CUDA process takes minutes
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("1000")
     os.nice(niceness)
@@ -173,9 +178,9 @@ def _main(connection: int, note: int, niceness: int) -> None:
         serve, arguments = channel.receive()
         serve(channel, *arguments)
     except BaseException:
-        traceback.print_exc()  # its last line becomes the reason
+        traceback.print_exc()  # `Child.died` reports the last line
         os._exit(1)
-    os._exit(0)  # no clean-up, which could hang on a broken device
+    os._exit(0)  # skips clean-up, which could hang on a broken device
 
 
 def _die_with_parent(connection: int) -> None:

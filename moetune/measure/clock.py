@@ -1,4 +1,4 @@
-"""How time is taken: interleaved, paired, cold where the engine would be cold."""
+"""Clocks time calls in interleaved, paired rounds, with caches as cold as they are in an engine."""
 
 from __future__ import annotations
 
@@ -20,65 +20,74 @@ if TYPE_CHECKING:
     Events = dict[int, tuple[torch.cuda.Event, torch.cuda.Event]]
 
 TimedCall = Callable[[int], object]
-"""Runs one tactic on one draw and may return before the device is done."""
+"""Runs one tactic on the draw of the given number. It may return before the device has finished."""
 
 Before = Callable[[int, int], None]
-"""Is told the position of a call that is about to run, and how often it will before the next is told."""
+"""Is called before a call runs, with the call's position and the number of its runs before the next notification."""
 
 
 class Clock(Protocol):
-    """Times calls side by side, so that whatever drifts, drifts for all of them.
+    """Times several calls in the same rounds, so that a drift of the device affects all of them alike.
 
     Attributes:
-        eager: why calls of the last `paired_samples` were timed launch by launch on a GPU, by their position.
+        eager: the calls of the last `paired_samples` that were timed without a CUDA graph: position → reason.
     """
 
     eager: dict[int, str]
 
     def warm_up(self, call: TimedCall, draw: int) -> None:
-        """Runs `call` once, untimed, to the end: compiles, fills caches, raises what it raises."""
+        """Runs `call` once, untimed, and waits for it. This compiles kernels and fills caches.
+
+        Raises:
+            Exception: whatever the call raises.
+        """
         ...
 
     def paired_samples(
         self, calls: Sequence[TimedCall], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
-        """Times every call once for each entry of `draws`, the calls in another order each time.
+        """Times every call once for each entry of `draws`. The order of the calls changes from round to round.
 
-        Whatever is raised, the call that `before` was told last has raised it.
+        Args:
+            calls: what to time.
+            draws: the number of a draw for each round.
+            before: is called before each run.
 
         Returns:
             [call][sample] in µs; sample i of every call was taken in one round, on `draws[i]`.
+
+        Raises:
+            Exception: whatever a call raises. The last position that `before` received is that call's.
         """
         ...
 
 
 INTERLEAVE_US = 2000.0
-"""About how long a call may be timed before it is another's turn; longer where one execution takes longer.
+"""About how long one call is timed before the next call's turn. A turn has at least one execution.
 
-On an H200 at its power limit (0.7 ms a call, 8 calls, 32 samples) the spread of a ratio over repetitions is 0.09 % so,
-and 0.2 % with 4 ms; half of it again costs a third more time and gains nothing.
+Measured on an H200 at its power limit (0.7 ms a call, 8 calls, 32 samples): the spread of a ratio over repetitions is
+0.09 %. With 4 ms it is 0.2 %. With 1 ms the spread is the same and the measurement takes a third longer.
 """
 
-
 SETTLE_US = 50_000.0
-"""Where all timings together take longer than this, as much of them goes before, untimed.
+"""If all timings together take longer than this, the clock first runs calls untimed for this long.
 
-After a pause of some milliseconds an H200 runs above its power limit for 40 to 70 ms, 5 to 10 % faster than later, and
-another tactic may lead: of 24 timed once each (4.3 ms a call) times are off by 3.5 % (1 σ), of a GPU at its limit by
-1.4 %.
+After a pause of some milliseconds an H200 runs above its power limit for 40 to 70 ms. It is then 5 to 10 % faster than
+later, and a different tactic may be the fastest. Measured with 24 tactics timed once each (4.3 ms a call): times are
+off by 3.5 % (1 σ) after a pause, and by 1.4 % with the GPU at its limit.
 """
 
 
 def clock_for(device: str) -> Clock:
-    """The clock of a torch device's kind."""
+    """Returns a clock for a torch device: a `CudaClock` for a GPU, otherwise a `CpuClock`."""
     return CudaClock(device) if device.startswith("cuda") else CpuClock()
 
 
 def order(count: int, turn: int) -> list[int]:
-    """The positions 0 … count − 1 in the order of one turn of a Williams design (E. J. Williams, 1949).
+    """Returns the positions 0 … count − 1 in the order of one turn of a Williams design (E. J. Williams, 1949).
 
-    Over 2 · count turns every call stands twice at each place and follows each other call twice: what a call leaves
-    behind, a cooler GPU or a fuller cache, helps or hurts all others alike.
+    Over 2 · count turns every position occurs twice at each place and follows each other position twice. So the
+    after-effects of a call, such as a cooler GPU or a fuller cache, affect all other calls alike.
     """
     cycle, start = divmod(turn, count) if count else (0, 0)
     ends_inwards = (step // 2 + 1 if step % 2 else -(step // 2) for step in range(count))
@@ -90,7 +99,7 @@ class CpuClock:
     """Reads the time before and after each call, with the garbage collector paused.
 
     Args:
-        now_ns: returns the time in ns.
+        now_ns: returns the current time in ns.
     """
 
     def __init__(self, now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
@@ -120,17 +129,17 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around each call, inside a CUDA graph, the L2 cache overwritten before each.
+    """Times calls by CUDA events inside a CUDA graph. The L2 cache is overwritten before each call.
 
-    A call is captured as graphs that walk over the draws, so weights and activations are as cold as between two layers
-    of a model, and no launch overhead is timed. A call that cannot be captured (it waits for the device, as an engine
-    running it would) is timed by events without a graph, launch overhead included.
+    Each call is captured in graphs that run it on one draw after the other. So weights and activations are as cold as
+    between two layers of a model, and no launch overhead is timed. A call that cannot be captured, because it waits for
+    the device, is timed by events without a graph; its times include launch overhead, as they would in an engine.
 
     Args:
         device: the torch device.
 
     Attributes:
-        eager: why calls of the last `paired_samples` could not be captured, by their position.
+        eager: the calls of the last `paired_samples` that could not be captured: position → reason.
     """
 
     def __init__(self, device: str = "cuda") -> None:
@@ -154,11 +163,11 @@ class CudaClock:
     def paired_samples(
         self, calls: Sequence[TimedCall], draws: Sequence[int], before: Before = lambda position, runs: None
     ) -> list[list[float]]:
-        """See `Clock`. A draw named n times is sampled in n rounds.
+        """See `Clock`. A draw that is listed n times is sampled in n rounds.
 
-        Calls alternate after every few draws, as many as take `INTERLEAVE_US`: a GPU at its power limit changes its
-        clock within milliseconds, and what is compared must see the same. For that it must not rest either, so the next
-        call is captured while this one runs.
+        The calls alternate after as many draws as take `INTERLEAVE_US`, because a GPU at its power limit changes its
+        clock rate within milliseconds and all calls must be timed at the same rate. The GPU must not pause either, so
+        the next call is captured while the current one runs.
         """
         import torch
 
@@ -189,7 +198,7 @@ class CudaClock:
         return [_in_order(of_call, draws) for of_call in times]
 
     def _once_us(self, call: TimedCall, draw: int) -> float:
-        """About how long a call takes, launch overhead included."""
+        """Returns about how long a call takes in µs, launch overhead included."""
         import torch
 
         begin, end = self._event(), self._event()
@@ -200,7 +209,7 @@ class CudaClock:
         return 1e3 * float(begin.elapsed_time(end))
 
     def _walk(self, call: TimedCall, position: int, draws: Sequence[int]) -> _Walk:
-        """`call` on every draw, as a graph if it can be captured."""
+        """Returns the walk of `call` over the draws, as a graph if it can be captured."""
         import torch
 
         graph = torch.cuda.CUDAGraph()
@@ -208,8 +217,8 @@ class CudaClock:
             events = self._events(draws, external=True)
             with self._capture(graph):
                 self._enqueue(call, events)
-        except RuntimeError as error:  # it synchronizes, which a capture cannot
-            if is_out_of_memory(error):  # a time without a graph would compare with no other
+        except RuntimeError as error:  # the call synchronizes, which is not allowed in a capture
+            if is_out_of_memory(error):  # a time without a graph could not be compared with the others
                 raise
             self.eager[position] = str(error).splitlines()[0]
             torch.cuda.synchronize()
@@ -219,7 +228,10 @@ class CudaClock:
 
     @contextmanager
     def _capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """`torch.cuda.graph` without its garbage collection and emptied cache, which cost tens of ms a capture."""
+        """Captures like `torch.cuda.graph`, but collects no garbage and keeps torch's cache.
+
+        Those two steps take tens of ms for each capture.
+        """
         import torch
 
         self._side_stream.wait_stream(torch.cuda.current_stream())
@@ -228,7 +240,7 @@ class CudaClock:
             try:
                 yield
             except BaseException:
-                with suppress(RuntimeError):  # it says that the capture has failed, not why
+                with suppress(RuntimeError):  # this error only repeats that the capture failed
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -253,7 +265,7 @@ class CudaClock:
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """One call on several draws: `start` has the device do them, and `wait` for it returns the µs of each."""
+    """One call on several draws. `start` launches them, and `wait` returns the time of each in µs."""
 
     start: Callable[[], object]
     events: Events
@@ -270,11 +282,11 @@ Step = tuple[int, int]
 
 
 class _Walks:
-    """Every call's walk over every chunk of the draws, captured when it is first due.
+    """The walks of all calls over all chunks of the draws. Each is captured when it is first needed.
 
     Args:
-        capture: makes the walk of a call, its position and a chunk.
-        calls: what is timed.
+        capture: makes a walk from a call, its position and a chunk.
+        calls: what to time.
         chunks: parts of the draws.
         before: see `Clock.paired_samples`.
     """
@@ -290,49 +302,49 @@ class _Walks:
         self._captured: dict[Step, _Walk] = {}
 
     def times_us(self, step: Step, following: Step) -> dict[int, float]:
-        """The µs of each draw of `step`; while it runs, `following` is captured."""
+        """Runs `step` and returns the time of each draw in µs. While it runs, `following` is captured."""
         import torch
 
         if step not in self._captured:
             self._captured[step] = self._made(step)
-        self._tell(step)
+        self._announce(step)
         self._captured[step].start()
         if following not in self._captured:
             try:
                 self._captured[following] = self._made(following)
             except Exception:
-                self._tell(step)
-                torch.cuda.synchronize()  # raises if it is what runs that has failed
-                self._tell(following)
+                self._announce(step)
+                torch.cuda.synchronize()  # raises if it was `step` that failed
+                self._announce(following)
                 raise
-            self._tell(step)
+            self._announce(step)
         return self._captured[step].wait()
 
     def _made(self, step: Step) -> _Walk:
-        self._tell(step)  # it runs where it cannot be captured
+        self._announce(step)  # because a call that cannot be captured runs here
         position, number = step
         return self._capture(self._calls[position], position, self._chunks[number])
 
-    def _tell(self, step: Step) -> None:
+    def _announce(self, step: Step) -> None:
         position, number = step
         self._before(position, len(self._chunks[number]))
 
 
 def _chunks(draws: Sequence[int], call_us: float) -> list[tuple[int, ...]]:
-    """`draws` in parts of as many calls as take `INTERLEAVE_US`, at least one."""
+    """Splits `draws` into chunks. A chunk has as many draws as take `INTERLEAVE_US`, at least one."""
     size = max(1, int(INTERLEAVE_US / max(call_us, 1.0)))
     return [tuple(draws[at : at + size]) for at in range(0, len(draws), size)]
 
 
 def _in_order(times: dict[int, list[float]], draws: Sequence[int]) -> list[float]:
-    """Each draw's samples handed out in the order in which `draws` names it."""
+    """Returns the samples in the order of `draws`. `times` has the samples of each draw in the order of its rounds."""
     remaining = {draw: iter(samples) for draw, samples in times.items()}
     return [next(remaining[draw]) for draw in draws]
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pauses the collector; no collection first, which takes 84 ms with torch and Triton loaded."""
+    """Pauses the garbage collector. It does not collect first: that takes 84 ms with torch and Triton loaded."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""`Compilers`: processes that compile tactics ahead, while the GPU measures others."""
+"""`Compilers` compiles tactics in other processes while the GPU measures earlier ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from moetune.spec.tactic import Tactic
 
 NICENESS = 10
 RESERVE = 3
-"""One process in so many is kept free for tactics that are waited for."""
+"""One process out of this many is kept free for tactics that a caller waits for."""
 START_S = 300.0
-"""A process that has not taken its first tactic by then hangs."""
+"""A process that has not acknowledged a job within this time is killed, and the job fails."""
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def capability_of(device: str) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None for a CPU."""
+    """Returns the compute capability of a CUDA device, or None for a CPU."""
     if not device.startswith("cuda"):
         return None
     import torch
@@ -38,17 +38,17 @@ def capability_of(device: str) -> tuple[int, int] | None:
 
 
 class Compilers:
-    """A pool of processes of low priority and without a GPU; a context manager. Nothing of it is left afterwards.
+    """A pool of processes that compile, with low priority and without a GPU. It is a context manager.
 
-    A tactic's parts are compiled side by side. A process that dies or hangs costs the tactic that it compiled, one that
-    dies idle costs none. Where there is nothing to compile (on a CPU, or with a backend that does not compile ahead)
-    requests do nothing; processes start as requests come.
+    Processes start when there are requests and end with the context. The parts of a tactic are compiled in parallel.
+    If a process dies or hangs, the tactic that it was compiling fails. If it dies while idle, no tactic fails. On a
+    CPU, or with a backend that does not compile ahead, requests do nothing.
 
     Args:
-        backend: pickled, so a module must define its class.
+        backend: the backend. It is pickled, so its class must be defined in a module.
         capability: compute capability of the device to compile for; see `capability_of`.
-        processes: the most at a time; by default as many as this process may use cores.
-        timeout_s: after which a tactic hangs.
+        processes: the largest number of processes. By default the number of cores that this process may use.
+        timeout_s: the seconds that one job may take. The process is then killed, and the tactic fails.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Compilers:
         self.close()
 
     def close(self) -> None:
-        """Kills whatever compiles; what was not compiled never will be."""
+        """Kills all processes and drops the jobs that remain."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -93,16 +93,23 @@ class Compilers:
         self._ring.close()
 
     def request(self, layer: MoELayer, regime: Regime, rows: int, tactics: Iterable[Tactic]) -> None:
-        """Queues the tactics of a bucket, each once, in their order, and returns at once."""
+        """Queues the tactics of a bucket in their order and returns at once. Tactics queued before are skipped."""
         self._enqueue(self._jobs(layer, regime, rows, tactics))
 
     def wait(
         self, layer: MoELayer, regime: Regime, rows: int, tactics: Sequence[Tactic], likely_next: Sequence[Tactic] = ()
     ) -> dict[Tactic, str]:
-        """Waits until these tactics, ahead of all others, are compiled; then it is the turn of `likely_next`.
+        """Moves the tactics to the front of the queue and waits until they are compiled.
+
+        Args:
+            layer: the layer to compile for.
+            regime: the deployment to compile for.
+            rows: the row count of the bucket.
+            tactics: what to wait for.
+            likely_next: tactics that come next in the queue, before all others. They are not waited for.
 
         Returns:
-            Those that do not compile, each with the reason.
+            The tactics that do not compile, each with the reason.
         """
         jobs, then = (self._jobs(layer, regime, rows, some) for some in (tactics, likely_next))
         self._enqueue([*jobs, *then])
@@ -146,19 +153,19 @@ class Compilers:
         self._ring.send_bytes(b"queued")
 
     def _run(self) -> None:
-        """What the thread does: gives the jobs out, and takes the answers in."""
+        """Is the thread: assigns jobs to processes and receives their answers, until the pool is closed."""
         busy: dict[Any, _Busy] = {}
         idle: list[Child] = []
         try:
             while not self._closed:
-                self._give_out(busy, idle)
+                self._assign(busy, idle)
                 deadline = min((each.deadline for each in busy.values()), default=None)
                 left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
                 for ready in wait([self._alarm, *busy], left_s):
                     if ready is self._alarm:
                         self._alarm.recv_bytes()
                     else:
-                        self._take_in(ready, busy, idle)
+                        self._receive(ready, busy, idle)
                 for connection in [c for c, each in busy.items() if each.deadline <= time.monotonic()]:
                     late = busy.pop(connection)
                     late.child.kill()
@@ -171,36 +178,39 @@ class Compilers:
             for child in [*idle, *(each.child for each in busy.values())]:
                 child.kill()
 
-    def _give_out(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
+    def _assign(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
         while len(busy) < self._most and (job := self._next(len(busy))):
             if idle:
                 child, state = idle.pop(), _State.ASSIGNED
             else:
                 child, state = Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS), _State.STARTING
             busy[child.channel.connection] = _Busy(child, job, state, START_S)
-            with suppress(OSError):  # if it is dead, its connection is about to say so
+            with suppress(OSError):  # if the process is dead, `_receive` finds that out
                 child.channel.send(job)
 
-    def _take_in(self, ready: Any, busy: dict[Any, _Busy], idle: list[Child]) -> None:
-        at = busy.pop(ready)
+    def _receive(self, ready: Any, busy: dict[Any, _Busy], idle: list[Child]) -> None:
+        process = busy.pop(ready)
         try:
-            answer = at.child.channel.receive()
+            answer = process.child.channel.receive()
         except (EOFError, OSError):
-            reason = str(at.child.died())
-            if at.state is _State.ASSIGNED:  # the job had not begun, so it did not end the process
+            reason = str(process.child.died())
+            if process.state is _State.ASSIGNED:  # the job had not begun, so it did not end the process
                 with self._changed:
-                    self._queue.appendleft(at.job)
+                    self._queue.appendleft(process.job)
             else:
-                self._finish(at.job, reason)
+                self._finish(process.job, reason)
             return
         if answer is None:
-            busy[ready] = _Busy(at.child, at.job, _State.COMPILING, self._timeout_s)
+            busy[ready] = _Busy(process.child, process.job, _State.COMPILING, self._timeout_s)
         else:
-            idle.append(at.child)
-            self._finish(at.job, answer.reason)
+            idle.append(process.child)
+            self._finish(process.job, answer.reason)
 
     def _next(self, busy: int) -> _Job | None:
-        """The next job; one that nobody waits for leaves some processes to what may be waited for any moment."""
+        """Returns the next job, or None if there is none to start now.
+
+        A job that no caller waits for starts only while more processes than the reserve are free.
+        """
         with self._changed:
             if not self._queue or self._closed:
                 return None
@@ -228,7 +238,7 @@ class _State(Enum):
     """The states of a process that has a job. Where the process ends, the state decides whether the job fails."""
 
     STARTING = auto()
-    """The process is new and has not acknowledged its first job. The job fails: other processes may not start either."""
+    """The process is new and has not acknowledged its first job. The job fails; a retry could go on for ever."""
     ASSIGNED = auto()
     """The process was idle and has not acknowledged the job. The job has not begun and goes back to the queue."""
     COMPILING = auto()
@@ -252,13 +262,13 @@ class _Busy:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """`reason`: why not, or None."""
+    """The answer to a job. `reason` says why it does not compile, or is None."""
 
     reason: str | None = None
 
 
 def _serve(channel: Channel, backend: CompilesAhead) -> None:
-    """What a process does: answers None as it takes a job, and again when it is done."""
+    """Is a process of the pool: sends None to acknowledge a job, and a `_Compiled` when the job is done."""
     while True:
         job: _Job = channel.receive()
         channel.send(None)

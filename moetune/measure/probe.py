@@ -1,4 +1,4 @@
-"""Fills an `Environment` from this machine."""
+"""Describes this machine as an `Environment`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ SMI_FIELDS = {
     "clocks.max.sm": "sm_clock_max_mhz",
     "power.limit": "power_limit_w",
 }
-"""nvidia-smi's fields → the names under which they are kept. Clocks are recorded and never set."""
+"""Maps nvidia-smi's fields to the names in `Environment.informative`. moetune never sets the clocks."""
 
 
 def device_for(requested: str | None) -> str:
-    """The torch device to measure on: the one asked for, else the GPU if there is one, else the CPU.
+    """Returns the torch device to measure on.
+
+    Args:
+        requested: `cpu`, `cuda` or `cuda:N`. None selects the GPU if there is one, otherwise the CPU.
 
     Raises:
-        UsageError: neither `cpu` nor a CUDA device of this machine.
+        UsageError: `requested` is neither `cpu` nor a CUDA device of this machine.
     """
     import torch
 
@@ -36,25 +39,25 @@ def device_for(requested: str | None) -> str:
     present = torch.cuda.device_count() if kind == "cuda" else 0
     if requested == "cpu" or (present and (not index or (index.isdecimal() and int(index) < present))):
         return requested
-    raise UsageError(f"Device {requested!r} is not here.", f"Devices: {', '.join(_devices())}.")
+    raise UsageError(f"This machine has no device {requested!r}.", f"Give one of {', '.join(_devices())}.")
 
 
 def environment(backend: Backend, device: str) -> Environment:
-    """Where measurements of `backend` on `device` are taken.
+    """Returns the environment of measurements of `backend` on `device`.
 
     Args:
-        backend: adds strict fields of its own.
+        backend: the backend, which adds its own strict fields.
         device: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UnsupportedError: the backend lacks what its own fields are read from.
+        UnsupportedError: a package that the backend reads its own fields from is missing.
     """
     import torch
 
     try:
         own = backend.environment()
     except ImportError as error:
-        reason, hint = backend.unavailable() or (str(error), "`moetune doctor` says more.")
+        reason, hint = backend.unavailable() or (str(error), "Run `moetune doctor` for details.")
         raise UnsupportedError(f"Backend {backend.name} cannot run here: {reason}.", hint) from None
 
     informative = {
@@ -82,7 +85,11 @@ def environment(backend: Backend, device: str) -> Environment:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's marketing name, or its architecture where the system does not tell."""
+    """Returns the CPU's marketing name, or its architecture if the system does not report the name.
+
+    Args:
+        cpuinfo: the file to read it from.
+    """
     try:
         for line in cpuinfo.read_text().splitlines():
             field, _, value = line.partition(":")
@@ -94,7 +101,11 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def gpu_state(uuid: str) -> dict[str, str]:
-    """Driver, clocks and power limit of a GPU as nvidia-smi tells them now; empty where it does not."""
+    """Returns the current driver, clocks and power limit of a GPU from nvidia-smi, or {} if it cannot run.
+
+    Args:
+        uuid: the GPU's UUID, with or without the prefix `GPU-`.
+    """
     command = ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(

@@ -1,48 +1,50 @@
-"""Why something failed, in one line that a profile keeps."""
+"""Describes failures in one line, for profiles and tables."""
 
 from __future__ import annotations
 
 import signal
 
 MOST_CHARACTERS = 240
+"""The longest reason."""
 
 
 def reason_of(error: BaseException) -> str:
-    """The type and the first line of an exception; running out of memory is said in these words first.
+    """Returns the type and the first line of an exception. For a lack of memory it begins with "out of memory".
 
-    Where the first line only introduces (Triton's tells a place in the source, then quotes it), the last one follows.
+    If the first line ends with a colon, the last line is added. Triton's errors begin with a source position like that.
     """
     lines = str(error).strip().splitlines() or [""]
-    said = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
-    named = f"{type(error).__name__}: {said}".removesuffix(": ")
-    return shortened(f"out of memory: {named}" if is_out_of_memory(error) else named)
+    text = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
+    reason = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return shortened(f"out of memory: {reason}" if is_out_of_memory(error) else reason)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether host or device memory could not be had, in any of the ways in which Python, torch and CUDA say so."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    """Returns whether the error is a failed allocation of host or device memory, in Python, torch or CUDA."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def reason_of_death(returncode: int, last_words: str = "") -> str:
-    """How a process ended, by its return code (minus the signal's number, or the exit status).
+def reason_of_death(returncode: int, last_line: str = "") -> str:
+    """Returns how a process ended.
 
     Args:
-        last_words: the last line that it wrote to stderr; counts where it ended itself.
+        returncode: the exit status, or minus the number of the signal that killed the process.
+        last_line: the last line that it wrote to stderr. It is ignored if a signal other than SIGABRT killed it.
     """
     if returncode < 0 and -returncode != signal.SIGABRT:
-        last_words = ""  # it had no time to write any: these are older
+        last_line = ""  # other signals leave no time to write a message, so the line is an older one
     if returncode < 0:
         how = f"killed by {_signal_name(-returncode)}"
         if -returncode == signal.SIGKILL:
             how += ", as the system does when memory runs out"
     else:
         how = f"the process exited with status {returncode}"
-    return shortened(f"{how}: {last_words}" if last_words else how)
+    return shortened(f"{how}: {last_line}" if last_line else how)
 
 
 def shortened(text: str) -> str:
-    """`text`, cut where it is longer than a table can bear."""
+    """Returns `text`, cut to `MOST_CHARACTERS` with an ellipsis if it is longer."""
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
 
 

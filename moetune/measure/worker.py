@@ -1,7 +1,6 @@
-"""`Worker`: the process that runs kernels and may die.
+"""`Worker` runs kernels in another process, because kernels can crash, hang, exhaust memory or break the CUDA context.
 
-Kernels crash, hang, exhaust memory and corrupt the context that they run in. Each of these costs that tactic and a
-new process; the process that asked goes on.
+If a kernel does one of these, its tactic fails and a new process is started. The calling process is not affected.
 """
 
 from __future__ import annotations
@@ -20,15 +19,18 @@ from moetune.measure.reasons import reason_of, shortened
 from moetune.spec.tactic import Tactic
 
 GLANCE_S = 0.1
-"""How often the parent looks at what the process is at."""
+"""The interval at which the parent reads the status of the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds after which something hangs.
+    """The seconds that each activity may take. After that, the process counts as hung and is killed.
 
-    `prepare_s`: the start of a process, the preparation of a problem, or a reference. `first_run_s`: a tactic's first
-    run, its compilation included. `timing_s`: a batch of one tactic's runs, or a check; `run_s` more for each run.
+    Attributes:
+        prepare_s: the start of a process, the preparation of a problem, or a reference computation.
+        first_run_s: the first run of a tactic, compilation included.
+        timing_s: a batch of runs of one tactic, or a check, apart from `run_s` for each run.
+        run_s: each run in a batch or a check.
     """
 
     prepare_s: float = 600.0
@@ -37,7 +39,7 @@ class Timeouts:
     run_s: float = 1.0
 
     def limit_s(self, activity: Activity, runs: int = 1) -> float:
-        """How long `runs` runs may take."""
+        """Returns how long an activity of `runs` runs may take."""
         match activity:
             case Activity.FIRST_RUN:
                 return self.first_run_s
@@ -48,17 +50,26 @@ class Timeouts:
 
 
 class Worker:
-    """One process that runs a backend's kernels on a device; a context manager. Nothing of it is left afterwards.
+    """A process that runs a backend's kernels on a device. It is a context manager; the process ends with the context.
 
     Args:
-        backend: the family of kernels; pickled, so a module must define its class.
-        device: the torch device that the problems are for.
-        timeouts: after which a tactic hangs.
+        backend: the backend. It is pickled, so its class must be defined in a module.
+        device: the torch device of the problems.
+        timeouts: how long each activity may take.
+        now_s: returns the current time in s on the system's monotonic clock. Tests replace it.
     """
 
-    def __init__(self, backend: Backend, device: str, *, timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        device: str,
+        *,
+        timeouts: Timeouts | None = None,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._backend, self._device = backend, device
         self._timeouts = timeouts or Timeouts()
+        self._now_s = now_s
         self._child: Child | None = None
         self._prepared: WorkerBench | None = None
 
@@ -70,27 +81,30 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the process at once, whatever it is doing; the next question starts a new one."""
+        """Kills the process at once. The next request starts a new one."""
         child, self._child, self._prepared = self._child, None, None
         if child:
             child.kill()
 
     def bench(self, problem: Problem) -> WorkerBench:
-        """`problem`, prepared in the process. The bench before it is forgotten there, and prepared anew when asked.
+        """Prepares `problem` in the process and returns its bench.
+
+        The process holds one problem at a time. An earlier bench still works: its next request prepares its problem
+        again.
 
         Raises:
-            MoetuneError: what the backend says against the problem.
-            NoResultError: preparing it failed, or took the process down.
+            MoetuneError: the backend refuses the problem.
+            NoResultError: the preparation failed, or the process ended during it.
         """
         bench = WorkerBench(self, problem)
-        self._ask(bench, None)
+        self._request(bench, None)
         return bench
 
-    def _ask(self, bench: WorkerBench, request: _Request | None) -> Any:
-        """The answer; None asks only for the preparation.
+    def _request(self, bench: WorkerBench, request: _Request | None) -> Any:
+        """Sends a request to the process and returns the answer. None only prepares the bench's problem.
 
         Raises:
-            _TacticLostError: a tactic took the process down; it is among the bench's failures.
+            _TacticLostError: a tactic ended the process. The tactic is among the bench's failures.
             MoetuneError: something else failed.
         """
         fresh = self._child is None
@@ -101,16 +115,16 @@ class Worker:
                 self._prepared = bench
             return self._exchange(bench, request) if request else None
         except _ProcessLostError as lost:
-            touch = lost.touch
-            if touch.tactic is not None:
-                bench.failures.setdefault(touch.tactic, shortened(f"{lost.how} during {touch.activity}"))
+            status = lost.status
+            if status.tactic is not None:
+                bench.failures.setdefault(status.tactic, shortened(f"{lost.how} during {status.activity}"))
                 raise _TacticLostError from None
-            if touch.activity is Activity.IDLE and not fresh:  # it was killed from outside, between two questions
-                return self._ask(bench, request)
+            if status.activity is Activity.IDLE and not fresh:  # it was killed from outside, between two requests
+                return self._request(bench, request)
             raise NoResultError(
                 f"The worker process for {bench.problem.rows} rows of {bench.problem.layer.name} on {self._device} "
-                f"failed during {touch.activity}: {lost.how}.",
-                "No tactic is to blame: look for a lack of memory, a broken driver, a backend that cannot be imported.",
+                f"failed during {status.activity}: {lost.how}.",
+                "No tactic caused this. Check the free memory, the driver, and that the backend can be imported.",
             ) from None
 
     def _exchange(self, bench: WorkerBench, request: object) -> Any:
@@ -118,35 +132,35 @@ class Worker:
         try:
             answer = self._answer(child, bench, request)
         except (EOFError, OSError):
-            touch = child.channel.noted()
+            status = child.channel.noted()
             how = str(child.died())
             self.close()
-            raise _ProcessLostError(touch, how) from None
+            raise _ProcessLostError(status, how) from None
         except BaseException:
-            self.close()  # whatever the process would still say answers no later question
+            self.close()  # or the answer to this request would be taken for the answer to the next
             raise
         if isinstance(answer, MoetuneError):
             raise answer
         return answer
 
     def _answer(self, child: Child, bench: WorkerBench, request: object) -> Any:
-        asked = time.monotonic()
+        sent = self._now_s()
         child.channel.send(request)
         while True:
-            touch = child.channel.noted()
-            limit_s = self._timeouts.limit_s(touch.activity, touch.runs)
+            status = child.channel.noted()
+            limit_s = self._timeouts.limit_s(status.activity, status.runs)
             if child.channel.connection.poll(GLANCE_S):
                 message = child.channel.receive()
                 if isinstance(message, _Answer):
                     return message.value
-                found = bench.eager if isinstance(message, _Eager) else bench.failures
-                found[message.tactic] = message.reason
-            elif time.monotonic() > max(touch.since, asked) + limit_s and touch == child.channel.noted():
-                raise _ProcessLostError(touch, f"hung: nothing came of it within {limit_s:g} s")
+                reasons = bench.eager if isinstance(message, _Eager) else bench.failures
+                reasons[message.tactic] = message.reason
+            elif self._now_s() > max(status.since, sent) + limit_s and status == child.channel.noted():
+                raise _ProcessLostError(status, f"hung: not finished within {limit_s:g} s")
 
     def _start(self) -> Child:
         if self._child is None:
-            self._child = Child(_serve, self._backend, self._device, note=_Touch(Activity.PREPARE))
+            self._child = Child(_serve, self._backend, self._device, note=_Status(Activity.PREPARE))
         return self._child
 
 
@@ -168,10 +182,12 @@ def open_benches(backend: Backend, device: str, isolate: bool) -> Iterator[Calla
 
 @dataclass(eq=False)
 class WorkerBench:
-    """A problem that a `Worker` has prepared; answers as `Bench` does.
+    """The bench of a problem that a `Worker` has prepared. It does what `Bench` does.
 
     Attributes:
-        failures: the tactics that did not run, ran wrong, or took the process down, each with the reason.
+        worker: the worker.
+        problem: the problem.
+        failures: the tactics that did not run, gave a wrong result, or ended the process, each with the reason.
         eager: the tactics that were timed without a CUDA graph, each with the reason.
     """
 
@@ -181,14 +197,14 @@ class WorkerBench:
     eager: dict[Tactic, str] = field(default_factory=dict)
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """See `Bench.samples`. Where a tactic takes the process down, the others are timed once more without it.
+        """Times tactics; see `Bench.samples`. If a tactic ends the process, the others are timed again without it.
 
         Raises:
-            NoResultError: the process fails, and no tactic is to blame.
+            NoResultError: the process failed, but not in a tactic.
         """
         while running := [tactic for tactic in tactics if tactic not in self.failures]:
             try:
-                answer = self.worker._ask(self, _Request("samples", (running, list(draws))))
+                answer = self.worker._request(self, _Request("samples", (running, list(draws))))
             except _TacticLostError:
                 continue
             series = iter(answer)
@@ -197,15 +213,15 @@ class WorkerBench:
         return [None] * len(tactics)
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """See `Bench.check`.
+        """Checks a tactic's output; see `Bench.check`.
 
         Raises:
-            NoResultError: the process fails, and the tactic is not to blame.
+            NoResultError: the process failed, but not in the tactic.
         """
         if tactic in self.failures:
             return False
         try:
-            return bool(self.worker._ask(self, _Request("check", (tactic, draw))))
+            return bool(self.worker._request(self, _Request("check", (tactic, draw))))
         except _TacticLostError:
             return False
 
@@ -234,8 +250,8 @@ class _Eager:
 
 
 @dataclass(frozen=True, slots=True)
-class _Touch:
-    """What the process has been at since a time of the system's monotonic clock."""
+class _Status:
+    """What the process is doing, and since when on the system's monotonic clock in s."""
 
     activity: Activity
     tactic: Tactic | None = None
@@ -244,23 +260,30 @@ class _Touch:
 
 
 class _ProcessLostError(Exception):
-    def __init__(self, touch: _Touch, how: str) -> None:
+    """The process has ended or hangs.
+
+    Args:
+        status: what it was doing.
+        how: how it ended.
+    """
+
+    def __init__(self, status: _Status, how: str) -> None:
         super().__init__(how)
-        self.touch, self.how = touch, how
+        self.status, self.how = status, how
 
 
 class _TacticLostError(Exception):
-    """The process is lost, and the tactic to blame is among the failures."""
+    """A tactic ended the process. The tactic is among the bench's failures."""
 
 
 class _Reporter:
-    """The process's `Watch`: a touch is only noted, so that the parent sleeps while time is taken."""
+    """The `Observer` in the process. It only writes the status as a note, so that the parent sleeps during a timing."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def touch(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
-        self._channel.note(_Touch(activity, tactic, runs))
+    def starts(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
+        self._channel.note(_Status(activity, tactic, runs))
 
     def failed(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Failed(tactic, reason))
@@ -270,7 +293,7 @@ class _Reporter:
 
 
 def _serve(channel: Channel, backend: Backend, device: str) -> None:
-    """What the process does: prepares the problems that it is sent, and answers for the last one."""
+    """Is the process: prepares each problem that it receives, and answers requests about the last one."""
     if device.startswith("cuda"):
         import torch
 
@@ -278,23 +301,23 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
     reporter = _Reporter(channel)
     bench: Bench | None = None
     while True:
-        reporter.touch(Activity.IDLE)
+        reporter.starts(Activity.IDLE)
         request = channel.receive()
         try:
             if isinstance(request, _Request):
                 answer = getattr(bench, request.method)(*request.arguments)
             else:
-                bench = answer = None  # frees the memory of the problem before
-                reporter.touch(Activity.PREPARE)
-                bench = Bench(backend, request, watch=reporter)
+                bench = answer = None  # frees the memory of the previous problem
+                reporter.starts(Activity.PREPARE)
+                bench = Bench(backend, request, observer=reporter)
         except DeviceLostError:
             return
         except MoetuneError as error:
             answer = error
         except Exception as error:
             answer = NoResultError(
-                f"The problem cannot be prepared on {device}, or its reference not be computed: {reason_of(error)}.",
-                "No tactic is to blame: look for a lack of memory, or an error in the backend.",
+                f"A problem could not be prepared on {device}, or its reference not computed: {reason_of(error)}.",
+                "No tactic caused this. Check the free memory and whether the backend has a bug.",
             )
-        reporter.touch(Activity.IDLE)  # from here on no tactic is to blame
+        reporter.starts(Activity.IDLE)  # the tactic is done, so it cannot cause what happens next
         channel.send(_Answer(answer))

@@ -1,4 +1,4 @@
-"""A tactic that fails costs that tactic only, whenever it fails; what was touched is known before it happens."""
+"""A tactic that fails costs that tactic only, whenever it fails; the observer is notified before each activity."""
 
 import pytest
 from planted_failures import FailingBackend, problem, tactic
@@ -13,10 +13,10 @@ GOOD, OTHER = tactic("default"), tactic("other")
 
 class Recorder:
     def __init__(self):
-        self.touches, self.failed_tactics = [], []
+        self.started, self.failed_tactics = [], []
 
-    def touch(self, activity, tactic=None, runs=1):
-        self.touches.append((activity, tactic, runs))
+    def starts(self, activity, tactic=None, runs=1):
+        self.started.append((activity, tactic, runs))
 
     def failed(self, tactic, reason):
         self.failed_tactics.append((tactic, reason))
@@ -37,7 +37,7 @@ def test_where_all_fail_nothing_is_timed():
 
 
 class Cramped(CpuClock):
-    """Has room for one call at a time, and none for `hungry`, whose first run still fitted."""
+    """Has memory for one call at a time, and none to time `hungry`, which its first run did not show."""
 
     def paired_samples(self, calls, draws, before=lambda position, runs: None):
         before(0, 1)
@@ -56,21 +56,21 @@ def test_tactics_that_do_not_fit_into_memory_together_are_timed_alone():
 def test_a_lost_device_ends_the_bench_and_names_the_tactic(monkeypatch):
     monkeypatch.setattr(bench_module, "is_lost", lambda device: True)
     recorder = Recorder()
-    bench = Bench(FailingBackend(), problem(), watch=recorder)
+    bench = Bench(FailingBackend(), problem(), observer=recorder)
     with pytest.raises(DeviceLostError, match="raises"):
         bench.samples([GOOD, tactic("raises"), OTHER], [0])
     assert recorder.failed_tactics == [(tactic("raises"), "RuntimeError: planted failure")]
 
 
-def test_every_touch_is_told_before_it_happens():
+def test_the_observer_is_notified_before_every_activity():
     recorder = Recorder()
-    bench = Bench(FailingBackend(), problem(), watch=recorder)
+    bench = Bench(FailingBackend(), problem(), observer=recorder)
     bench.samples([GOOD, OTHER], [0, 1])
     bench.check(GOOD, 0)
     bench.check(GOOD, 0)
     first_runs = [(Activity.FIRST_RUN, GOOD, 1), (Activity.FIRST_RUN, OTHER, 1)]
     timing = [(Activity.TIMING, each, 1) for each in (GOOD, OTHER, OTHER, GOOD)]
-    assert recorder.touches == [*first_runs, *timing, (Activity.REFERENCE, None, 1), (Activity.CHECK, GOOD, 1)]
+    assert recorder.started == [*first_runs, *timing, (Activity.REFERENCE, None, 1), (Activity.CHECK, GOOD, 1)]
 
 
 def test_a_cpu_cannot_be_lost():

@@ -45,7 +45,7 @@ def test_each_sample_times_every_call_once_on_its_draw() -> None:
     assert [one_round[0][0] for one_round in rounds[:3]] == ["a", "b", "c"]
 
 
-def test_who_runs_next_is_told_before_it_does() -> None:
+def test_before_is_called_with_the_next_call_before_it_runs() -> None:
     log: list[tuple[str, int]] = []
     calls = [recorder(name, log) for name in "ab"]
     CpuClock().paired_samples(calls, [5, 6], lambda position, runs: log.append((f"before {'ab'[position]}", runs)))
@@ -206,23 +206,23 @@ def test_the_cuda_clock_pairs_by_draw_and_times_the_call_alone(gpu: _Device, dra
 
 
 def test_calls_of_the_cuda_clock_alternate_every_few_milliseconds(gpu: _Device) -> None:
-    asked: list[tuple[int, int]] = []
-    told: list[tuple[int, int]] = []
+    announced: list[tuple[int, int]] = []
+    ran_as: list[tuple[int, int]] = []
     ran: list[int] = []
 
     def call(position: int, draw: int) -> None:
         gpu.run(1000.0)
         gpu.enqueue(lambda: ran.append(position))
-        gpu.enqueue(lambda: told.append(asked[-1]))
+        gpu.enqueue(lambda: ran_as.append(announced[-1]))
 
     calls = [partial(call, position) for position in range(2)]
-    cuda_clock(gpu).paired_samples(calls, range(8), lambda position, runs: asked.append((position, runs)))
+    cuda_clock(gpu).paired_samples(calls, range(8), lambda position, runs: announced.append((position, runs)))
     assert ran == [0] + [position for position in [0, 1, 1, 0, 1, 0, 0, 1] for _ in range(2)]  # once to see how long
-    assert told == [(0, 1)] + [(position, 2) for position in ran[1:]]
+    assert ran_as == [(0, 1)] + [(position, 2) for position in ran[1:]]
 
 
 def test_a_call_is_captured_while_the_one_before_runs(gpu: _Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is told last answers for what comes next."""
+    """The last announced position is that of the call that runs or is captured."""
     log: list[str] = []
 
     class Graph(torch.cuda.CUDAGraph):  # type: ignore[misc]
@@ -244,11 +244,11 @@ def test_a_call_is_captured_while_the_one_before_runs(gpu: _Device, monkeypatch:
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
-def test_what_fails_on_the_device_while_another_is_captured_is_told_last(
+def test_what_fails_on_the_device_while_another_is_captured_is_announced_last(
     gpu: _Device, monkeypatch: pytest.MonkeyPatch, guilty: int
 ) -> None:
     """Its error is raised by whatever uses the device next, here the capture of the next call."""
-    told: list[int] = []
+    announced: list[int] = []
     broken: list[int] = []
 
     def synchronize() -> None:
@@ -264,16 +264,16 @@ def test_what_fails_on_the_device_while_another_is_captured_is_told_last(
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     calls = [partial(call, position) for position in range(4)]
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: told.append(position))
-    assert told[-1] == guilty
+        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: announced.append(position))
+    assert announced[-1] == guilty
 
 
-def test_what_cannot_be_captured_at_all_is_told_last(gpu: _Device) -> None:
-    told: list[int] = []
+def test_what_cannot_be_captured_at_all_is_announced_last(gpu: _Device) -> None:
+    announced: list[int] = []
     calls: list[Callable[[int], object]] = [lambda draw: gpu.run(20.0), lambda draw: gpu.run(20.0), lambda draw: 1 / 0]
     with pytest.raises(ZeroDivisionError):
-        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: told.append(position))
-    assert told[-1] == 2
+        cuda_clock(gpu).paired_samples(calls, [0, 1], lambda position, runs: announced.append(position))
+    assert announced[-1] == 2
 
 
 @given(
@@ -304,7 +304,7 @@ def test_what_takes_long_is_run_untimed_until_the_device_has_settled(
         assert min(SETTLE_US, timed_us - longest_us) <= untimed_us < SETTLE_US + longest_us
 
 
-def test_what_waits_for_the_device_is_timed_without_a_graph_and_told_until_the_next_time(gpu: _Device) -> None:
+def test_what_waits_for_the_device_is_timed_without_a_graph_and_listed_until_the_next_time(gpu: _Device) -> None:
     def waits(draw: int) -> None:
         gpu.run(50.0)
         torch.cuda.synchronize()

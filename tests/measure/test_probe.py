@@ -67,7 +67,7 @@ def test_gpu_state_names_what_nvidia_smi_answers(monkeypatch: pytest.MonkeyPatch
     assert (state["driver"], state["sm_clock_mhz"], state["power_limit_w"]) == ("580.95.05", "1980", "700.00")
 
 
-def test_the_device_asked_for_wins_and_one_that_is_not_here_is_an_error() -> None:
+def test_the_requested_device_is_returned_and_a_missing_one_is_an_error() -> None:
     assert probe.device_for("cpu") == "cpu"
     assert probe.device_for(None) == ("cuda" if torch.cuda.is_available() else "cpu")
     for missing in ("cuda:99", "cuda:x", "tpu", ""):

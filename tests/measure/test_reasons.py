@@ -30,7 +30,7 @@ def test_running_out_of_memory_is_said_first(error):
     assert reason_of(error).startswith("out of memory: ")
 
 
-def test_an_error_that_begins_with_its_place_is_told_by_its_end():
+def test_an_error_that_begins_with_its_position_also_gives_its_last_line():
     error = ValueError('at 2:4:\ndef kernel(x_ptr):\n    tl.static_assert(False, "too wide")\n    ^\ntoo wide')
     assert reason_of(error) == "ValueError: at 2:4: too wide"
 
@@ -46,7 +46,7 @@ def test_shared_memory_of_a_block_is_not_the_memory_that_runs_out():
 
 
 @pytest.mark.parametrize(
-    ("returncode", "last_words", "reason"),
+    ("returncode", "last_line", "reason"),
     [
         (-signal.SIGSEGV, "an old warning", "killed by SIGSEGV"),
         (-signal.SIGABRT, "free(): invalid pointer", "killed by SIGABRT: free(): invalid pointer"),
@@ -55,5 +55,5 @@ def test_shared_memory_of_a_block_is_not_the_memory_that_runs_out():
         (-40, "", "killed by signal 40"),
     ],
 )
-def test_a_death_is_named(returncode, last_words, reason):
-    assert reason_of_death(returncode, last_words) == reason
+def test_a_death_is_named(returncode, last_line, reason):
+    assert reason_of_death(returncode, last_line) == reason

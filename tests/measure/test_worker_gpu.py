@@ -27,7 +27,7 @@ def test_a_tune_survives_tactics_that_no_process_survives(monkeypatch, tmp_path)
     monkeypatch.setattr(worker_module, "Timeouts", partial(Timeouts, first_run_s=FIRST_RUN_S))
     planted = {
         tactic("illegal access"): "illegal memory access",
-        tactic("spins"): f"hung: nothing came of it within {FIRST_RUN_S} s",
+        tactic("spins"): f"hung: not finished within {FIRST_RUN_S} s",
         tactic("allocates 200 GB"): "out of memory",
         tactic("zeros"): "wrong result",
         tactic("does not compile"): "planted",
