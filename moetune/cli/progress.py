@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import singledispatchmethod
 from statistics import fmean
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -14,10 +15,19 @@ from rich.progress import Progress as Bar
 from moetune.cli.output import console
 from moetune.report.format import duration, human_time
 from moetune.report.tactics import tactic_line
-
-if TYPE_CHECKING:
-    from moetune.store.profile import Choice
-    from moetune.tuning.events import Event, Resumed, Served
+from moetune.tuning.events import (
+    BucketChosen,
+    BucketCompared,
+    BucketsSkipped,
+    BucketStarted,
+    Event,
+    FamilyFailed,
+    FamilyStarted,
+    Resumed,
+    SearchStopped,
+    Served,
+    TacticMeasured,
+)
 
 
 class Progress:
@@ -57,46 +67,77 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        from moetune.tuning.events import (
-            BucketChosen,
-            BucketCompared,
-            BucketsSkipped,
-            BucketStarted,
-            FamilyFailed,
-            FamilyStarted,
-            Resumed,
-            SearchStopped,
-            Served,
-            TacticMeasured,
-        )
+        self._show(event)
 
-        match event:
-            case Served():
-                self.served = event
-            case Resumed():
-                self._resume(event)
-            case BucketStarted():
-                self._start(event.rows, event.count, event.tactics)
-            case TacticMeasured():
-                self._measured += 1
-                self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
-                if event.time_us is None:
-                    self._line(f"{event.rows} rows: {tactic_line(event.tactic)} failed: {event.reason}")
-            case SearchStopped():
-                tried = f"{event.tried} of {event.tactics} tactics tried"
-                self._line(f"{event.rows} rows: the time budget ended the search; {tried}")
-            case BucketsSkipped():
-                self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
-            case BucketChosen():
-                self._finish(event.choice, event.index, event.count)
-            case FamilyStarted() if event.count > 1:
-                self._turn_to(f"{event.backend}, {event.index + 1} of {event.count} backends")
-            case FamilyFailed():
-                self._line(f"{event.backend} failed: {event.reason}")
-            case BucketCompared():
-                if event.index == 0:
-                    self._turn_to("the backends' choices, side by side")
-                self._line(f"[{event.index + 1}/{event.count}] {event.rows} rows")
+    @singledispatchmethod
+    def _show(self, event: Event) -> None:
+        raise TypeError(f"Progress does not show {type(event).__name__}. Add a method for it.")
+
+    @_show.register
+    def _served(self, event: Served) -> None:
+        self.served = event
+
+    @_show.register
+    def _resumed(self, event: Resumed) -> None:
+        if event.rows:
+            buckets = ", ".join(map(str, event.rows))
+            self._line(f"Going on at {buckets} rows, where a run was interrupted.")
+        if event.failed:
+            self._line(f"Tactics that failed there are not tried again: {event.failed}. Use --again to try them.")
+        for reason in event.unread:
+            self._line(f"Ignored: {reason}")
+
+    @_show.register
+    def _bucket_started(self, event: BucketStarted) -> None:
+        self._began, self._tactics, self._measured = time.monotonic(), event.tactics, 0
+        if self._console.is_terminal and self._task is None:
+            self._task = self._bar.add_task("", total=event.count, left="estimating")
+            self._bar.start()
+        self._update(f"{event.rows} rows: {event.tactics} tactics")
+
+    @_show.register
+    def _tactic_measured(self, event: TacticMeasured) -> None:
+        self._measured += 1
+        self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
+        if event.time_us is None:
+            self._line(f"{event.rows} rows: {tactic_line(event.tactic)} failed: {event.reason}")
+
+    @_show.register
+    def _search_stopped(self, event: SearchStopped) -> None:
+        tried = f"{event.tried} of {event.tactics} tactics tried"
+        self._line(f"{event.rows} rows: the time budget ended the search; {tried}")
+
+    @_show.register
+    def _buckets_skipped(self, event: BucketsSkipped) -> None:
+        self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
+
+    @_show.register
+    def _bucket_chosen(self, event: BucketChosen) -> None:
+        self._bucket_seconds.append(time.monotonic() - self._began)
+        choice, remaining = event.choice, event.count - event.index - 1
+        left = f"about {duration(remaining * fmean(self._bucket_seconds))} left" if remaining else "done"
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, left=left)
+        kept = choice.tactic == choice.default_tactic
+        gain = "the default" if kept else f"{choice.gain:.2f}× the default"
+        best = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
+        estimate = f" · {left}" if self._task is None else ""
+        self._line(f"[{event.index + 1}/{event.count}] {choice.rows} rows: {best}{estimate}")
+
+    @_show.register
+    def _family_started(self, event: FamilyStarted) -> None:
+        if event.count > 1:
+            self._turn_to(f"{event.backend}, {event.index + 1} of {event.count} backends")
+
+    @_show.register
+    def _family_failed(self, event: FamilyFailed) -> None:
+        self._line(f"{event.backend} failed: {event.reason}")
+
+    @_show.register
+    def _bucket_compared(self, event: BucketCompared) -> None:
+        if event.index == 0:
+            self._turn_to("the backends' choices, side by side")
+        self._line(f"[{event.index + 1}/{event.count}] {event.rows} rows")
 
     def _turn_to(self, what: str) -> None:
         if self._task is not None:
@@ -107,36 +148,9 @@ class Progress:
         self._bucket_seconds = []
         self._line(f"{what}:")
 
-    def _resume(self, event: Resumed) -> None:
-        if event.rows:
-            buckets = ", ".join(map(str, event.rows))
-            self._line(f"Going on at {buckets} rows, where a run was interrupted.")
-        if event.failed:
-            self._line(f"Tactics that failed there are not tried again: {event.failed}. Use --again to try them.")
-        for reason in event.unread:
-            self._line(f"Ignored: {reason}")
-
-    def _start(self, rows: int, count: int, tactics: int) -> None:
-        self._began, self._tactics, self._measured = time.monotonic(), tactics, 0
-        if self._console.is_terminal and self._task is None:
-            self._task = self._bar.add_task("", total=count, left="estimating")
-            self._bar.start()
-        self._update(f"{rows} rows: {tactics} tactics")
-
     def _update(self, description: str) -> None:
         if self._task is not None:
             self._bar.update(self._task, description=description)
-
-    def _finish(self, choice: Choice, index: int, count: int) -> None:
-        self._bucket_seconds.append(time.monotonic() - self._began)
-        remaining = count - index - 1
-        left = f"about {duration(remaining * fmean(self._bucket_seconds))} left" if remaining else "done"
-        if self._task is not None:
-            self._bar.update(self._task, advance=1, left=left)
-        kept = choice.tactic == choice.default_tactic
-        gain = "the default" if kept else f"{choice.gain:.2f}× the default"
-        best = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
-        self._line(f"[{index + 1}/{count}] {choice.rows} rows: {best}{'' if self._task is not None else f' · {left}'}")
 
     def _line(self, text: str) -> None:
         if self._task is not None:

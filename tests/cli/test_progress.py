@@ -1,4 +1,5 @@
 import io
+from typing import get_args
 
 import pytest
 from choices import make_choice
@@ -8,7 +9,7 @@ from moetune.cli.output import patience
 from moetune.cli.progress import Progress
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.events import BucketChosen, BucketStarted, TacticMeasured
+from moetune.tuning.events import BucketChosen, BucketStarted, Event, TacticMeasured
 
 GAINED = {"gain": 1.25, "gain_low": 1.2, "gain_high": 1.3}
 TACTIC = {
@@ -81,6 +82,13 @@ def test_a_terminal_shows_the_finished_buckets_too(monkeypatch):
         progress(BucketStarted(8, 0, 2, 6, {}))
         progress(BucketChosen(make_choice(8), 0, 2))
     assert "[1/2] 8 rows: " in written.getvalue()
+
+
+def test_every_event_has_a_method():
+    methods = vars(Progress)["_show"].dispatcher
+    assert set(get_args(Event)) == set(methods.registry) - {object}
+    with pytest.raises(TypeError, match="does not show str"):
+        Progress()("no event")
 
 
 def test_a_wait_is_announced_only_if_it_is_long(capsys, monkeypatch):
