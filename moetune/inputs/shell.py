@@ -19,6 +19,7 @@ _BLANKS: Final = " \t\r"
 _OPERATORS: Final = ("&&", "||", "|&", ";;", "&", "|", ";", "(", ")", "\n")
 _REDIRECTION: Final = re.compile(r"&>>|&>|<<<|<<-|<<|<>|<&|>>|>&|>\||<|>")
 _CONTINUED: Final = re.compile(r"\\[ \t]*(?:[ \t]#[^\n]*)?\r?(?:\n|$)")
+_SINGLE_QUOTE: Final = re.compile(r"\$?'")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ASSIGNMENT: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=")
 _DEFAULTED: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):?[-=](.*)", re.DOTALL)
@@ -202,23 +203,17 @@ class _Reader:
 
     def _field(self, current: _Field, split: list[Word] | None = None) -> _Field:
         """Reads to the end of a word. Blanks in an unquoted expansion end words; these are added to `split`."""
-        while self.at < len(self.text):
+        while self.at < len(self.text) and not self._at_end_of_word():
             char = self.text[self.at]
-            if self.text.startswith(("<(", ">("), self.at):
+            if char in "<>":
                 self._unknown(current, self._bracketed(self.at + 1, "(", ")"))
-            elif char in _BLANKS + "\n;&|()<>":
-                break
-            elif match := _CONTINUED.match(self.text, self.at):
-                if match[0] != "\\\n":
-                    break
-                self.at = match.end()
+            elif self.text.startswith("\\\n", self.at):
+                self.at += 2
             elif char == "\\":
                 current.add(self.text[self.at + 1 : self.at + 2])
                 self.at += 2
-            elif char == "'":
-                current.add(self._until("'", self.at + 1))
-            elif self.text.startswith("$'", self.at):
-                current.add(self._until("'", self.at + 2))
+            elif quote := _SINGLE_QUOTE.match(self.text, self.at):
+                current.add(self._until("'", quote.end()))
             elif char == '"':
                 self._double_quoted(current, split)
             elif char in "$`":
@@ -227,6 +222,12 @@ class _Reader:
                 current.add(char)
                 self.at += 1
         return current
+
+    def _at_end_of_word(self) -> bool:
+        if self.text.startswith(("<(", ">("), self.at):
+            return False
+        continued = _CONTINUED.match(self.text, self.at)
+        return self.text[self.at] in _BLANKS + "\n;&|()<>" or (continued is not None and continued[0] != "\\\n")
 
     def _double_quoted(self, current: _Field, split: list[Word] | None) -> None:
         self.at += 1
