@@ -70,7 +70,7 @@ def answer(session: Session, call: TunerCall) -> None:
 
 def _is_placed(session: Session, call: TunerCall, rows: int) -> bool:
     key = call.key(rows)
-    return key in session.placed and bool(call.tuner.holds(key, session.placed[key]))
+    return key in session.placed and bool(call.tuner.choices.holds(key, session.placed[key]))
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _answers(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> An
 
 def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
     key = call.key(rows)
-    call.tuner.place(key, tactic, call.profiles[rows], call.effective_config)
+    call.tuner.choices.place(key, tactic, call.profiles[rows], call.effective_config)
     session.placed[key] = tactic
 
 
@@ -141,7 +141,7 @@ def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, row
     FlashInfer times every tactic on dummies of the regime; a final comparison decides.
     """
     dummies = Dummies(session.layer, answers.regime, op, call)
-    times = call.tuner.profiled(call, frozenset(map(call.key, rows)), dummies.hook)
+    times = call.tuner.swept(call, frozenset(map(call.key, rows)), dummies.hook)
     choices = [_final(session, call, dummies, bucket, times[bucket], group) for bucket in rows if bucket in times]
     for choice in choices:
         _place(session, call, choice.rows, native_of(choice.tactic))

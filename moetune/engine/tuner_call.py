@@ -22,7 +22,7 @@ class TunerCall:
     @cached_property
     def effective_config(self) -> Any:
         """The tuning configuration with the overrides of the enclosing contexts."""
-        return self.tuner.effective(self.config)
+        return self.tuner.choices.effective_config(self.config)
 
     @cached_property
     def identity(self) -> Any:

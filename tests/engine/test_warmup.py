@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import logging
 
 import pytest
@@ -100,6 +102,16 @@ def test_flashinfers_managed_store_carries_the_answers(tuner, layer, regime, tmp
         assert op() == -1, "within the margin"
     autotune_cache.autotune_v2_reload()
     assert op(3) == -1, "not the winner of FlashInfer's sweep"
+
+
+def test_the_answer_stays_under_the_replays_that_an_engine_asks_for(tuner, layer, regime):
+    if "cuda_graph_profile_replays" not in inspect.signature(autotune).parameters:
+        pytest.skip("from FlashInfer 0.7.0")
+    op = Trtllm(layer, regime, times_us={**TIMES_US, str(FAST): 98.0, str(MIDDLING): 99.0})
+    config = op.config
+    op.config = lambda inputs: dataclasses.replace(config(inputs), use_cuda_graph=True)
+    with moetune.warmup(layer, regime), autotune(True, cuda_graph_profile_replays=3):
+        assert op() == -1, "within the margin"
 
 
 def test_an_engine_that_skips_its_sweep_is_served_from_the_store(trtllm, layer, regime, monkeypatch):
