@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+Plain = bool | int | float | str | None
+
 
 class MoetuneError(Exception):
     """Base of all moetune errors. `message` says what was given and what is allowed, `hint` what to do next."""
@@ -42,6 +44,14 @@ class Difference:
     field: str
     wanted: object
     stored: object
+
+    def plain(self) -> dict[str, Plain]:
+        """Returns `wanted` and `stored` as JSON values."""
+        return {"wanted": _plain(self.wanted), "stored": _plain(self.stored)}
+
+
+def _plain(value: object) -> Plain:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 class MissError(MoetuneError):

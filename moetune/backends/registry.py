@@ -66,9 +66,14 @@ def preferred(layer: MoELayer, regime: Regime) -> Backend:
     If no backend can do both, returns the first one that computes the layer, so that the caller can report what is
     missing here.
     """
-    computing = [name for name in backends() if _why_not(name, layer, regime) is None]
+    computing = backends_computing(layer, regime)
     able_here = (name for name in computing if diagnosis(name).available)
     return backend(next(able_here, (computing or backends())[0]))
+
+
+def backends_computing(layer: MoELayer, regime: Regime) -> list[str]:
+    """Returns the names of the backends that compute the layer, whether they can run here or not."""
+    return [name for name in backends() if _why_not(name, layer, regime) is None]
 
 
 def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:

@@ -75,6 +75,23 @@ def engine_options(engine: str | None, backend: str) -> Mapping[str, str]:
     return _OF_ENGINE.get((engine or "", backend), _NONE)
 
 
+def backend_of_engine(engine: str, layer: MoELayer, regime: Regime) -> Backend | None:
+    """Returns the backend to name if a command selects none: one that computes the layer and that the engine can run.
+
+    Those that can run here come first, then moetune's order of preference. None if the engine can run none of them.
+    """
+    from moetune.backends import registry
+    from moetune.inputs.engine_flags import engine_flags
+
+    names = [
+        name for name in registry.backends_computing(layer, regime) if engine in engine_flags(name, layer.precision)
+    ]
+    if engine == "trtllm" and regime.attention_dp:
+        names.sort(key=lambda name: name != "flashinfer-trtllm-routed")
+    here = [name for name in names if registry.diagnosis(name).available]
+    return next((backend_with(name, engine_options(engine, name)) for name in (*here, *names)), None)
+
+
 def backend_with(name: str, given: Mapping[str, str]) -> Backend:
     """Returns the backend with its options read from text.
 

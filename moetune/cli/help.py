@@ -12,6 +12,13 @@ from moetune.inputs.suggestions import did_you_mean
 
 _GROUPS = {option.name: option.group.value for option in OPTIONS}
 _OTHER = "Options"
+_TYPED = "moetune.typed"
+
+
+def typed() -> tuple[str, ...]:
+    """Returns the words of the running command as they were typed, without the command's name and `--json`."""
+    words: tuple[str, ...] = click.get_current_context().meta.get(_TYPED, ())
+    return tuple(word for word in words if word != "--json")
 
 
 class Command(click.Command):
@@ -43,6 +50,11 @@ class Command(click.Command):
         with formatter.section("Example"):
             for line in self.example.splitlines():
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the command's words, and keeps them as they were typed for `typed`."""
+        ctx.meta[_TYPED] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

@@ -75,7 +75,7 @@ class CommandLine(LazyGroup):
         except click.ClickException as error:
             code = _fail(error.format_message(), code=error.exit_code)
         except MissError as error:
-            code = _fail(error.message, error.hint, code=error.exit_code)
+            code = _fail(error.message, error.hint, _view(error), code=error.exit_code)
         except MoetuneError as error:
             code = _fail(str(error), code=error.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -88,6 +88,13 @@ class CommandLine(LazyGroup):
 def _fail(*lines: str, code: int) -> int:
     click.echo("\n".join([f"error: {' '.join(lines[0].split())}", *(line for line in lines[1:] if line)]), err=True)
     return code
+
+
+def _view(miss: MissError) -> str:
+    """Returns a line with the command that shows the closest profile; empty if there is none."""
+    from moetune.report.command import command, shortest
+
+    return f"View the closest: {command('show', shortest(miss.nearest))}" if miss.nearest else ""
 
 
 def _unexpected(error: Exception) -> int:

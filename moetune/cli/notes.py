@@ -22,18 +22,31 @@ def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Re
         layer: the layer.
         regime: the regime.
     """
-    from moetune.inputs.engine_flags import engine_flags, preferred_to_triton
+    from moetune.inputs.engine_flags import engine_flags
+
+    for generation, other in preferred_to(backend, engine, layer, regime).items():
+        yield (
+            f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {engine} prefers "
+            f"{other} to Triton. Start it with {engine_flags('triton', layer.precision)[engine]}, "
+            "or it reads no Triton file."
+        )
+
+
+def preferred_to(backend: Backend, engine: str, layer: MoELayer, regime: Regime) -> dict[str, str]:
+    """Returns what `engine` prefers to the backend by default, by GPU generation, possibly the one here.
+
+    It is empty unless the backend is triton.
+    """
+    from moetune.inputs.engine_flags import preferred_to_triton
 
     if backend.name != "triton":
-        return
-    for capability, generation in _GENERATIONS.items():
-        other = preferred_to_triton(engine, layer.precision, regime.ep_size, capability)
-        if other and _may_have(capability):
-            yield (
-                f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {engine} prefers "
-                f"{other} to Triton. Start it with {engine_flags('triton', layer.precision)[engine]}, "
-                "or it reads no Triton file."
-            )
+        return {}
+    others = {
+        generation: preferred_to_triton(engine, layer.precision, regime.ep_size, capability)
+        for capability, generation in _GENERATIONS.items()
+        if _may_have(capability)
+    }
+    return {generation: other for generation, other in others.items() if other}
 
 
 def _may_have(capability: int) -> bool:

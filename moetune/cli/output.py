@@ -29,16 +29,11 @@ def document(content: BaseModel | dict[str, Any], **fields: Any) -> None:
 
 
 def miss_document(miss: MissError) -> dict[str, Any]:
-    """Returns the JSON document of a miss: the error, and every field in which the nearest profile differs."""
-    differing = {
-        each.field: {"wanted": _plain(each.wanted), "stored": _plain(each.stored)} for each in miss.differences
-    }
-    fields = {"message": miss.message, "hint": miss.hint, "differing": differing}
+    """Returns the JSON document of a miss: the error, the nearest profile, and every field in which it differs."""
+    differing = {each.field: each.plain() for each in miss.differences}
+    nearest = None if miss.nearest is None else str(miss.nearest)
+    fields = {"message": miss.message, "hint": miss.hint, "differing": differing, "nearest": nearest}
     return {"schema_version": MISS_SCHEMA_VERSION, "miss": fields}
-
-
-def _plain(value: object) -> Any:
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from moetune.cli.help import Command
-from moetune.cli.options import Question, asks, json_option
+from moetune.cli.help import Command, typed
+from moetune.cli.options import Question, asks, json_option, store_option
 from moetune.cli.output import document, patience, show
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from moetune.backends.base import Backend
+    from moetune.tuning.outlook import Kernels, NearestProfile
 
 EXAMPLE = """\
 moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
@@ -15,21 +23,81 @@ moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
 
 @click.command(cls=Command, example=EXAMPLE)
 @asks()
+@store_option
 @json_option
-def plan(question: Question, as_json: bool) -> None:
+def plan(question: Question, store: Path | None, as_json: bool) -> None:
     """Show what the kernel of one rank gets in each bucket. Needs no GPU and measures nothing.
 
     For each bucket: rows, tokens per rank, local slots, slots per local expert, active experts, bytes on the wire,
-    bytes and FLOPs of the GEMMs, and the number of tactics that `moetune tune` would try.
+    bytes and FLOPs of the GEMMs, and the number of tactics that `moetune tune` would try. Then: the kernels that run
+    it, the stored profile that is nearest, and the command to run next.
     """
+    from moetune.cli.stored import backends_of
     from moetune.tuning.plan import plan as plan_of
 
     layer, regime = question.layer, question.regime
     with patience(f"Simulating the router of {layer.name} for {len(regime.buckets)} buckets ..."):
-        answer = plan_of(layer, regime, question.backend, question.device, rank=question.rank)
+        backends = backends_of(question)
+        answer = plan_of(layer, regime, backends[0], question.device, rank=question.rank)
+        kernels = _kernels(question, backends[0])
+        profile = _nearest(question, backends, store)
+        answer = answer.model_copy(
+            update={
+                "kernels": kernels,
+                "profile": profile,
+                "next_command": _next_command(answer.backend, kernels, profile),
+            }
+        )
     if as_json:
         document(answer)
     else:
         from moetune.report.plan import plan_report
 
         show(*plan_report(answer))
+
+
+def _kernels(question: Question, backend: Backend) -> Kernels:
+    from moetune.backends import registry
+    from moetune.cli.notes import preferred_to
+    from moetune.inputs.engine_flags import engine_flags
+    from moetune.tuning.outlook import Kernels
+
+    layer, regime, engine = question.layer, question.regime, question.engine
+    return Kernels(
+        engine=engine,
+        selected=not question.auto,
+        computing=tuple(registry.backends_computing(layer, regime)),
+        runs_here=backend.unavailable() is None,
+        flags=dict(engine_flags(backend.name, layer.precision)),
+        preferred=preferred_to(backend, engine, layer, regime) if engine and question.auto else {},
+    )
+
+
+def _nearest(question: Question, backends: list[Backend], root: Path | None) -> NearestProfile | None:
+    """Returns the nearest stored profile. A store that cannot be read is a warning: the plan needs none."""
+    from moetune.errors import StoreError, UnsupportedError
+    from moetune.store.store import Store
+    from moetune.tuning.outlook import nearest_profile
+    from moetune.tuning.question import Question as Key
+
+    folder = Store(root)
+    keys = []
+    for backend in backends:
+        try:
+            keys.append(Key.of(question.layer, question.regime, backend, folder, question.device))
+        except UnsupportedError:  # its package is not installed, so no profile is for this environment
+            continue
+    try:
+        return nearest_profile(keys)
+    except StoreError as error:
+        click.echo(f"warning: {error}", err=True)
+        return None
+
+
+def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None) -> str | None:
+    """Returns the command to run next: the one that shows the profile, or the one that measures it."""
+    from moetune.report.command import command
+
+    if profile is not None and profile.answers:
+        return command("show", profile.path)
+    return command("tune", *typed()) if backend in kernels.computing else None

@@ -118,7 +118,8 @@ def resolve(
     if dispatcher.untunable is not None:
         tunable = [str(known) for known in dispatchers() if known.engine == dispatcher.engine and known.tunable]
         raise UnsupportedError(
-            f"{dispatcher} cannot be tuned: {dispatcher.untunable}.", f"Tunable: {', '.join(tunable)}."
+            f"{dispatcher} cannot be tuned: {dispatcher.untunable}.",
+            f"Tunable: {', '.join(tunable)}. To see their load, add --dispatch with one of these.",
         )
     arguments = dict(dispatcher.regime)
     if attention_dp is False:

@@ -8,12 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.report.format import significant
+from moetune.report.format import ENGINES, significant
 from moetune.report.profile import profile_report
 from moetune.report.table import add_numbers, new_table, time_unit
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
-
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
 def comparison_report(comparison: Comparison) -> list[RenderableType]:

@@ -8,6 +8,11 @@ from moetune.report.tactics import reasons_counted
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 
+_LADDERS = {
+    "vllm": " (the batch sizes of vLLM's tuned files)",
+    "hybrid": " (the buckets of FlashInfer's tuner)",
+}
+
 
 def layer_line(layer: MoELayer) -> str:
     """Returns the layer as `qwen3-30b-a3b: 128 experts, top-8, hidden 2,048, intermediate 768, bf16`."""
@@ -18,14 +23,17 @@ def layer_line(layer: MoELayer) -> str:
 
 
 def regime_line(regime: Regime) -> str:
-    """Returns the regime as `ep 8, tp 1, attention DP, alltoall packed, random × 16 draws, ladder pow2`."""
+    """Returns the regime as `ep 8, tp 1, attention DP, alltoall packed, random × 16 draws, ladder pow2`.
+
+    A ladder with an engine's name says where its buckets come from, because other engines have the same buckets.
+    """
     parts = [f"ep {regime.ep_size}", f"tp {regime.tp_size}"]
     parts += ["attention DP" if regime.attention_dp else "no attention DP"]
     parts += [f"{regime.dispatch} {regime.layout}" if regime.layout else f"dispatch {regime.dispatch}"]
     parts += [f"{regime.redundant_experts} redundant experts"] if regime.redundant_experts else []
     parts += [f"{regime.distribution} × {regime.draws} draw{'s' if regime.draws > 1 else ''}"]
     parts += [f"seed {regime.seed}"] if regime.seed else []
-    return ", ".join([*parts, f"ladder {regime.ladder}"])
+    return ", ".join([*parts, f"ladder {regime.ladder}{_LADDERS.get(regime.ladder.name, '')}"])
 
 
 def routing_line(routing: RoutingMethod) -> str:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.report.format import count, human_bytes, human_flops
+from moetune.report.command import command, shortest
+from moetune.report.format import ENGINES, count, human_bytes, human_flops
 from moetune.report.lines import layer_line, reason_lines, regime_line, skipped_lines
 from moetune.report.table import add_numbers, new_table
 
 if TYPE_CHECKING:
+    from moetune.tuning.outlook import Kernels, NearestProfile
     from moetune.tuning.plan import Plan
 
 
+_NAMED = 3
+"""Number of fields of the deployment that are named; all are in the JSON document."""
+
+
 def plan_report(plan: Plan) -> list[RenderableType]:
-    """Returns a plan as text and tables: the question, the load of each bucket, and the bytes on the wire."""
+    """Returns a plan as text and tables: the question, each bucket's load, the bytes on the wire, and what to run."""
     reported: list[RenderableType] = [
         Text(layer_line(plan.layer), style="bold"),
         Text(regime_line(plan.regime)),
@@ -26,15 +33,18 @@ def plan_report(plan: Plan) -> list[RenderableType]:
         Text(),
         plan_table(plan),
         Text(),
+        columns_table(plan),
     ]
     below = [f"tactics unknown: {plan.tactics_unknown}"] if plan.tactics_unknown else []
     below += reason_lines(
         "tactics left out, per bucket:", [bucket.excluded_tactics.values() for bucket in plan.buckets]
     )
     below += skipped_lines(plan.regime)
-    reported += [Text(line, style="dim") for line in below]
+    reported += [*([Text()] if below else []), *(Text(line, style="dim") for line in below)]
     if plan.wire:
-        reported += [*([Text()] if below else []), wire_table(plan)]
+        reported += [Text(), wire_table(plan), Text(), wire_columns_table(plan), Text(_unknown_row(plan), style="dim")]
+    if plan.kernels:
+        reported += [Text(), *_outlook(plan, plan.kernels)]
     return reported
 
 
@@ -86,6 +96,112 @@ def wire_table(plan: Plan) -> Table:
             " + ".join(f"{name} {size:,}" for name, size in payload.tensors.items()),
         )
     return table
+
+
+def columns_table(plan: Plan) -> Table:
+    """Returns what the columns of the bucket table mean."""
+    entries = {"rows": "the bucket: the row count by which the engine looks a tactic up"}
+    if any(bucket.met_rows != bucket.rows for bucket in plan.buckets):
+        entries["typical rows"] = "the most likely row count that maps to the bucket; the other columns are for it"
+    entries |= {
+        "tokens a rank": "what each rank sends to produce these rows",
+        "local slots": "(token, expert) pairs whose expert is on this rank",
+        "active experts": "this rank's experts that have a slot",
+    }
+    if plan.wire:
+        entries["received"] = "bytes from the other ranks before the experts run"
+        entries["combined"] = (
+            "bytes from the other ranks after it: results of this rank's tokens. Both are for the first row of the "
+            "table below and a whole number of tokens a rank: rounded, and up to 1 if a rank has less"
+        )
+    entries |= {
+        "weight bytes": "weights of the active experts",
+        "activ. bytes": "activations that both GEMMs read and write",
+    }
+    if not plan.tactics_unknown:
+        entries["tactics"] = "how many `moetune tune` would try"
+    return _legend(entries)
+
+
+def wire_columns_table(plan: Plan) -> Table:
+    """Returns what the rows and columns of the wire table mean."""
+    return _legend(
+        {
+            "each row": "one way in which a token can travel",
+            "before the exchange": "the type to which its hidden states are converted before they are sent",
+            "packed_topk": "an expert's id and its weight, as bf16, in one int32",
+            "fewer by": "the bytes of the first row divided by those of this row",
+        }
+    )
+
+
+def _legend(entries: Mapping[str, str]) -> Table:
+    """Returns a table of titles and their meaning, without a header."""
+    table = new_table()
+    table.show_header = False
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for title, meaning in entries.items():
+        table.add_row(title, meaning)
+    return table
+
+
+def _unknown_row(plan: Plan) -> str:
+    """Returns that no row can be marked: `inputs/dispatchers.json` does not record what engines send."""
+    engine = plan.kernels and plan.kernels.engine
+    return f"Which row {ENGINES[engine] if engine else 'an engine'} sends is not recorded in moetune."
+
+
+def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
+    """Returns which kernels run the experts, which profile is nearest, and what to run next."""
+    profile = plan.profile
+    lines = [Text(_kernels_line(plan.backend, kernels)), Text(_profile_line(profile))]
+    if profile and not profile.answers:
+        lines.append(Text("view it: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold"))
+    if plan.next_command:
+        here = kernels.runs_here or (profile is not None and profile.answers)
+        title = "next: " if here else "next, on a machine with the GPU that you deploy on: "
+        lines.append(Text(title, no_wrap=True).append(plan.next_command, style="bold"))
+    return lines
+
+
+def _kernels_line(backend: str, kernels: Kernels) -> str:
+    if backend not in kernels.computing:
+        others = ", ".join(kernels.computing)
+        able = f"Choose one that does with --backend: {others}" if others else "No backend of moetune does"
+        return f"kernels: {backend} does not compute this layer. {able}."
+    engine = kernels.engine
+    if engine is None:
+        flags = " · ".join(f"{ENGINES[name]} {flag}" for name, flag in kernels.flags.items())
+        chosen = "as the command selects" if kernels.selected else "moetune's first choice here"
+        return f"kernels: {backend}, {chosen}. " + (f"An engine's flag: {flags}." if flags else "No engine runs them.")
+    name, flag = ENGINES[engine], kernels.flags.get(engine)
+    if flag is None:
+        return f"kernels: {backend}. {name} does not run them."
+    if kernels.selected:
+        return f"kernels: {backend}, as the command selects. {name} runs them with {flag}."
+    others = " ".join(f"On {generation} {name} prefers {other}." for generation, other in kernels.preferred.items())
+    chosen = f"kernels: {backend}. The command selects none: {name} runs these if you start it with {flag}."
+    return f"{chosen} {others}".rstrip()
+
+
+def _profile_line(profile: NearestProfile | None) -> str:
+    if profile is None:
+        return "profile: none is stored."
+    origin = "packaged" if profile.packaged else "stored"
+    if profile.answers:
+        return f"profile: a {origin} one answers this question."
+    measured = f"measured with {profile.backend} on {profile.device}"
+    if profile.other_layer:
+        return f"profile: none of this layer. The nearest is of {profile.layer}, {origin}, {measured}."
+    if names := profile.other_deployment:
+        fields = ", ".join(
+            f"{name} {profile.differing[name]['stored']} instead of {profile.differing[name]['wanted']}"
+            for name in names[:_NAMED]
+        )
+        more = f" and {len(names) - _NAMED} more differences" if len(names) > _NAMED else ""
+        return f"profile: none for this deployment. The nearest, {origin}, was {measured}: {fields}{more}."
+    return f"profile: none for this machine. The same layer and deployment, {origin}, were {measured}."
 
 
 def _rank_line(plan: Plan) -> str:

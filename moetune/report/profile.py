@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moetune.report.command import command
 from moetune.report.format import significant
 from moetune.report.lines import layer_line, reason_lines, regime_line, skipped_lines, span
 from moetune.report.table import add_numbers, new_table, time_unit
-from moetune.report.tactics import tactic_columns, tactic_line
+from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
 from moetune.spec.environment import Environment
 from moetune.store.profile import Choice, Profile
 
@@ -133,6 +133,8 @@ def _details(profile: Profile) -> list[str]:
         lines.append("this machine was busy, so smaller gains are not visible; run --again when it is idle")
     if typical := [f"{choice.rows:,} ({choice.met_rows:,})" for choice in choices if choice.met_rows]:
         lines.append(f"half of the draws have the typical rows (in parentheses): {', '.join(typical)}")
+    if profile.backend == "torch":
+        lines += torch_lines(choice.tactic for choice in choices)
     lines += reason_lines(
         "tactics that could not win, per bucket:", [[reject.reason for reject in c.rejected] for c in choices]
     )
@@ -166,8 +168,5 @@ def _where(path: Path | str, served: bool, packaged: bool) -> Text:
 def _next_command(profile: Profile, path: Path | str) -> Text:
     """Returns the command that writes the profile for an engine, or that shows it if no engine reads it."""
     engine = "sglang" if profile.environment.strict.get("remote") == "zero" else _ENGINES.get(profile.backend)
-    if engine is None:
-        words = ["moetune", "show", str(path)]
-    else:
-        words = ["moetune", "export", str(path), "--to", engine, "--out", "tuned"]
-    return Text("next: ", no_wrap=True).append(shlex.join(words), style="bold")
+    words = ["show", str(path)] if engine is None else ["export", str(path), "--to", engine, "--out", "tuned"]
+    return Text("next: ", no_wrap=True).append(command(*words), style="bold")

@@ -13,6 +13,23 @@ _TITLES = {"GROUP_SIZE_M": "group", "num_warps": "warps", "num_stages": "stages"
 """Short titles for the parameters of vLLM's and SGLang's grouped GEMM. Other names are shown as they are."""
 
 
+TORCH_ALGORITHMS = {
+    "eager": "a loop over the active experts, with two GEMMs for each",
+    "batched_mm": "a product for each slot, with a copy of its expert's weights",
+    "grouped_mm": "torch's grouped GEMM over the slots, sorted by expert",
+    "segment_mm": "the slots sorted by expert, and two GEMMs for each expert's segment",
+    "padded_bmm": "each expert's rows padded to those of the busiest, and one batched GEMM",
+    "dense": "every row with every expert of the rank; those not chosen count zero",
+}
+"""What the tactics of the backend torch compute, by the name of the algorithm."""
+
+
+def torch_lines(tactics: Iterable[Tactic]) -> list[str]:
+    """Returns a line for each algorithm of the backend torch among `tactics`, with what it computes."""
+    names = dict.fromkeys(str(tactic.get("algorithm")) for tactic in tactics)
+    return [f"{name}: {TORCH_ALGORITHMS[name]}" for name in names if name in TORCH_ALGORITHMS]
+
+
 def tactic_line(tactic: Tactic) -> str:
     """Returns a tactic as `16×64×128 group=1 warps=4` or `gemm1=12 gemm2=61`, and a single value as `grouped_mm`."""
     parts = _parts(tactic)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from moetune.errors import Difference, MissError
+from moetune.spec.regime import Regime
 from moetune.store.key import Key
 from moetune.store.profile import Profile
 
@@ -17,7 +19,8 @@ NAMED = 3
 def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> MissError:
     """Returns the error for a key that no profile matches.
 
-    The closest profile has the fewest differences. A profile of the same layer is always closer than one of another.
+    The closest profile has the fewest differences, and of those the nearest EP and TP sizes. A profile of the same
+    layer is always closer than one of another.
 
     Args:
         key: the key that was looked up.
@@ -29,7 +32,13 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> Miss
     if not found:
         return MissError(f"{asked} The store {root} is empty.", HINT)
     path, closest, differences = min(
-        found, key=lambda entry: (entry[1].layer.shape != key.layer.shape, len(entry[2]), str(entry[0]))
+        found,
+        key=lambda entry: (
+            entry[1].layer.shape != key.layer.shape,
+            len(entry[2]),
+            _distance(key.regime, entry[1].regime),
+            str(entry[0]),
+        ),
     )
     if closest.environment.device == key.environment.device:
         message = f"{asked} The closest has {_named(differences)}."
@@ -41,7 +50,15 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> Miss
             f"No profile for {key.environment.device}. "
             f"The closest{of} was measured on {closest.environment.device} ({versions})."
         )
+        deployment = tuple(each for each in differences if each.field in Regime.model_fields)
+        if closest.layer.shape == key.layer.shape and deployment:
+            message += f" It has {_named(deployment)}."
     return MissError(message, HINT, differences, path)
+
+
+def _distance(one: Regime, other: Regime) -> float:
+    """Returns how far apart two deployments' sizes are: the logarithms of their quotients."""
+    return abs(math.log(one.ep_size / other.ep_size)) + abs(math.log(one.tp_size / other.tp_size))
 
 
 def _named(differences: tuple[Difference, ...]) -> str:

@@ -10,6 +10,7 @@ from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
+from moetune.tuning.outlook import Kernels, NearestProfile
 from moetune.tuning.question import resolved
 
 if TYPE_CHECKING:
@@ -116,6 +117,9 @@ class Plan(FrozenModel):
     `simulated`: whether the law behind the loads comes from the layer's own router on seeded logits, because it is
     grouped; else it is in closed form. `hit_fraction`: the chance that a token has something for this rank.
     `resident_bytes`: the weights of all its experts.
+
+    The command line fills in the rest: `kernels`, the stored `profile` that is nearest, and `next_command`, what to run
+    next; None where there is nothing to run.
     """
 
     schema_version: Literal[1] = 1
@@ -132,6 +136,9 @@ class Plan(FrozenModel):
     skipped_buckets: tuple[int, ...]
     buckets: tuple[BucketPlan, ...]
     wire: tuple[Payload, ...]
+    kernels: Kernels | None = None
+    profile: NearestProfile | None = None
+    next_command: str | None = None
 
 
 def plan(

@@ -61,9 +61,19 @@ class Question:
         """Returns the stored profile.
 
         Raises:
-            MissError: there is none; the error names every field in which the nearest stored profile differs.
+            MissError: there is none; the error names every field in which the nearest stored profile differs. Its
+                hint does not ask to tune on a machine on which the backend cannot run.
         """
-        return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
+        try:
+            return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
+        except MissError as miss:
+            if (obstacle := self.backend.unavailable()) is None:
+                raise
+            hint = (
+                f"Backend {self.backend.name} cannot run here: {obstacle[0]}. Run `moetune tune` with the same options "
+                "on a machine with the GPU that you deploy on."
+            )
+            raise MissError(miss.message, hint, miss.differences, miss.nearest) from None
 
     def found(self) -> tuple[Path, Profile] | tuple[None, None]:
         """Returns the stored profile and its file, or a pair of None."""

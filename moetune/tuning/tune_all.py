@@ -78,7 +78,10 @@ def tune_all(
     backends, left_out = able(layer, regime)
     if not backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise UnsupportedError(f"No backend can tune {layer.name} here: {reasons}.", "`moetune doctor` says more.")
+        raise UnsupportedError(
+            f"No backend can tune {layer.name} here: {reasons}.",
+            "Tune on a machine with the GPU that you deploy on; `moetune doctor` says what each backend needs.",
+        )
 
     end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
     families: list[Family] = []

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from planted import PlantedBackend, PlantedRunner
 
 import moetune as package
@@ -87,6 +88,88 @@ def test_plan_prints_its_tables(moetune):
     assert "packed_topk" in text
 
 
+SGLANG = (
+    "python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-R1 --tp 16 --dp 16 --enable-dp-attention --ep 16"
+)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Makes this a machine without a GPU that has the packaged profiles."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("MOETUNE_PACKAGED_PROFILES")
+
+
+def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
+    document = _document(moetune("plan", "--launch", SGLANG, "--json"))
+    assert document["kernels"] == {
+        "engine": "sglang",
+        "selected": False,
+        "computing": ["triton", "flashinfer-trtllm", "flashinfer-trtllm-routed"],
+        "runs_here": False,
+        "flags": {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"},
+        "preferred": {"Blackwell": "flashinfer_trtllm for many models"},
+    }
+    nearest = document["profile"]
+    assert (nearest["packaged"], nearest["layer"], nearest["device"]) == (True, "deepseek-r1", "NVIDIA H200")
+    assert nearest["differing"]["ep_size"] == {"wanted": 16, "stored": 8}
+    assert moetune("show", nearest["path"]).exit_code == 0
+    assert document["next_command"] == f"moetune tune --launch '{SGLANG}'"
+
+    lines = moetune("plan", "--launch", SGLANG).stdout.splitlines()[-4:]
+    assert [line.partition(":")[0] for line in lines] == [
+        "kernels", "profile", "view it", "next, on a machine with the GPU that you deploy on",
+    ]  # fmt: skip
+    assert lines[-1].endswith(document["next_command"])
+
+
+def test_a_miss_without_a_gpu_does_not_ask_to_tune_here(moetune, on_a_cpu):
+    missed = moetune("show", "--launch", SGLANG)
+    assert missed.exit_code == 3
+    error, hint, view = missed.stderr.splitlines()
+    assert error.endswith("It has ep_size 8 instead of 16.")
+    assert hint.startswith("Backend triton cannot run here: needs a CUDA device")
+    assert hint.endswith("on a machine with the GPU that you deploy on.")
+    assert moetune(*view.partition("moetune ")[2].split()).exit_code == 0
+
+
+def test_a_line_of_an_engine_is_planned_for_kernels_that_it_runs(moetune, on_a_cpu):
+    line = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel"
+    document = _document(moetune("plan", "--launch", line, "--json"))
+    assert (document["backend"], document["kernels"]["selected"]) == ("triton", False)
+    without = _document(moetune("plan", "--model", "qwen3-235b-a22b", "--ep", "8", "--ladder", "8", "--json"))
+    assert (without["backend"], without["kernels"]["engine"]) == ("torch", None)
+    assert "Backend triton cannot run here" in moetune("show", "--launch", line).stderr
+
+
+def test_plan_finds_the_profile_that_answers_and_shows_it_next(moetune, tiny, monkeypatch):
+    monkeypatch.setattr(final, "SECONDS", 0.1)
+    words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2")
+    before = _document(moetune("plan", *words, "--json"))
+    assert before["profile"] is None
+    assert before["next_command"].startswith("moetune tune --model ")
+    tuned = _document(moetune("tune", *words, "--backend", "torch", "--json"))
+    after = _document(moetune("plan", *words, "--json", "--backend", "torch"))
+    assert (after["profile"]["path"], after["profile"]["differing"]) == (tuned["path"], {})
+    assert after["next_command"] == f"moetune show {tuned['path']}"
+    assert moetune("plan", *words, "--backend", "torch").stdout.endswith(f"next: moetune show {tuned['path']}\n")
+
+
+def test_plan_goes_on_beside_a_damaged_profile(moetune, tiny, monkeypatch):
+    monkeypatch.setattr(final, "SECONDS", 0.1)
+    words = ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "8", "--draws", "2", "--backend", "torch")
+    Path(_document(moetune("tune", *words, "--json"))["path"]).write_text("{")
+    result = moetune("plan", *words, "--json")
+    assert _document(result)["profile"] is None
+    assert "\nwarning: " in result.stderr
+
+
+def test_plan_has_no_next_command_for_a_layer_that_no_backend_computes(moetune):
+    words = ("--model", "qwen3-30b-a3b", "--precision", "gptq_int8", "--ladder", "8")
+    assert _document(moetune("plan", *words, "--json"))["next_command"] is None
+    assert "No backend of moetune does." in moetune("plan", *words).stdout
+
+
 def test_tune_measures_then_serves_then_shows_the_same_profile(moetune, question, planted, tmp_path):
     store = ("--store", tmp_path / "store")
     first = moetune("tune", *question, *store)
@@ -140,13 +223,16 @@ def test_frozen_never_measures_and_a_miss_exits_3_and_names_the_field(moetune, q
     for command in (["tune", "--frozen"], ["show"]):
         missed = moetune(*command, *other)
         assert (missed.exit_code, missed.stdout) == (3, "")
-        error, hint = missed.stderr.splitlines()[-2:]
+        error, hint, view = missed.stderr.splitlines()[-3:]
         assert error.startswith("error: No profile ")
-        assert "moetune tune" in hint
+        assert hint == "Run `moetune tune` with the same options to measure it."
+        assert view.startswith("View the closest: moetune show ")
         document = json.loads(moetune(*command, *other, "--json").stdout)
         assert document["schema_version"] == 1
         assert document["miss"]["differing"]["attention_dp"] == {"wanted": False, "stored": True}
         assert document["miss"]["message"] in error
+        assert view.endswith(document["miss"]["nearest"])
+        assert moetune("show", document["miss"]["nearest"]).exit_code == 0
     assert planted.prepared == []
 
 
@@ -230,6 +316,8 @@ def test_the_time_budget_reaches_the_loop(moetune, monkeypatch):
         (["show"], "either a profile's path or --model"),
         (["show", "p.json", "--model", "qwen3-30b-a3b"], "either a profile's path or --model"),
         (["show", "no-such.json"], "There is no profile no-such.json"),
+        (["show", "deepseek-r1"], "Give --model deepseek-r1 and the deployment, as in `moetune show --help`"),
+        (["export", "Qwen/Qwen3-235B-A22B", "--to", "vllm", "--out", "x"], "Give --model Qwen/Qwen3-235B-A22B and"),
         (["tune", "--model", "qwen3-30b-a3b", "--frozen", "--again"], "--frozen never measures"),
         (["tune", "--model", "deepseek-r1", "--backend", "torch"], "fp8_block"),
         (["tune", "--model", "qwen3-30b-a3b", "--time-budget", "0"], "time budget must be positive"),

@@ -8,6 +8,7 @@ from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
 from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.tuning.outlook import Kernels, NearestProfile
 from moetune.tuning.plan import BucketPlan, Payload, Plan
 
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(encoding="utf-8")
@@ -15,6 +16,7 @@ DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(
 
 MODELS = (
     MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, Family, ComparedBucket,
+    Kernels, NearestProfile,
 )  # fmt: skip
 
 

@@ -437,6 +437,20 @@ def test_miss_on_another_device_names_the_device_and_versions_of_the_closest(
     assert {difference.field for difference in raised.value.differences} == {"device", "torch", "cuda", "threads"}
 
 
+def test_of_equally_near_profiles_the_one_of_the_nearest_size_is_the_closest(
+    store: Store, profile_of: ProfileOf
+) -> None:
+    for ep_size in (2, 4, 16):
+        nearest = store.save(profile_of(Regime(ep_size=ep_size)))
+    with pytest.raises(MissError) as raised:
+        store.load(nearest.layer, Regime(ep_size=8), "torch", Environment(device="AMD EPYC", strict={}))
+    assert differing_of(raised.value)["ep_size"] in ((8, 4), (8, 16))
+    with pytest.raises(MissError) as raised:
+        store.load(nearest.layer, Regime(ep_size=32), "torch", Environment(device="AMD EPYC", strict={}))
+    assert raised.value.nearest == path_of(store, nearest)
+    assert raised.value.message.endswith(" It has ep_size 16 instead of 32.")
+
+
 def test_miss_in_an_empty_store_says_so(store: Store, profile_of: ProfileOf) -> None:
     with pytest.raises(MissError, match="is empty") as raised:
         load(store, profile_of())
