@@ -6,14 +6,14 @@ still measured. A crash or a hang raises no exception; `worker` handles those by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from moetune.backends.base import Backend, Problem, WarmsOnce
 from moetune.errors import DeviceLostError
-from moetune.measure.clock import Clock, clock_for
+from moetune.measure.clock import Clock, TimedCall, clock_for
 from moetune.measure.reasons import is_out_of_memory, reason_of
 from moetune.spec.tactic import Tactic
 
@@ -154,7 +154,7 @@ class Bench:
             self._fail(tactic, f"wrong result: relative error {error:.1e}, allowed {self._tolerance:.0e}")
         return tactic not in self.failures
 
-    def _call(self, tactic: Tactic) -> Callable[[int], object]:
+    def _call(self, tactic: Tactic) -> TimedCall:
         return partial(self._runner.run, tactic)
 
     def _warm_up(self, tactic: Tactic, draw: int) -> None:
