@@ -1,12 +1,13 @@
-"""Which of FlashInfer's tactics fall off a cliff when one expert gets busy, and who picks them.
+"""Finds the FlashInfer tactics that have a cliff when one expert gets busy, and the tuners that choose them.
 
     PYTHONPATH=. python benchmarks/cliffs.py OUT.jsonl [--model qwen3-235b-a22b] [--ep 32] [--dispatch deduplicated]
         [--rows 128,256,512] [--seconds 550]
 
-Each tactic of each GEMM is timed beside one of the other that is fast at all loads, with the busiest expert at 1 … 4
-times its load. A cliff: at one load the tactic is more than twice as far behind the best as at another, of whatever
-rows; who picks it is named where it is more than twice as slow as the best. OUT is a journal: the same command goes on
-where it stopped. Exits 1 where moetune's choice is over a cliff.
+Each tactic of each GEMM is timed with one tactic of the other GEMM that is fast at all loads. The busiest expert has
+1 … 4 times its load. A tactic's slowdown is its time over the best tactic's time at the same load. It has a cliff if
+its slowdown at one load is more than twice that at another, of any row count. A tuner's choice is over a cliff if it
+has a cliff and is more than twice as slow as the best at one of the loads. OUT is a journal: the same command continues
+where it stopped. Exits 1 if moetune's choice is over a cliff.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ CLIFF = 2.0
 GEMMS = ("gemm1", "gemm2")
 
 
-def behind(us: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """By tactic, at each load its time over the best one's.
+def slowdowns(us: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Returns each tactic's time over the best tactic's, at each load.
 
     Args:
-        us: times by tactic, one for each of `FACTORS`.
+        us: the times of each tactic, one for each of `FACTORS`.
     """
     best = [min(column) for column in zip(*us.values(), strict=True)]
     return {tactic: [time / least for time, least in zip(times, best, strict=True)] for tactic, times in us.items()}
 
 
 def cliffs(lines: Sequence[Mapping[str, Any]], gemm: str) -> dict[str, float]:
-    """By tactic, how far it is behind the best at worst: of those with a cliff in any of the lines."""
+    """Returns the tactics that have a cliff over all lines, with their largest slowdown."""
     found: dict[str, list[float]] = {}
     for line in lines:
-        for tactic, factors in behind(line["us"][gemm]).items():
+        for tactic, factors in slowdowns(line["us"][gemm]).items():
             found.setdefault(tactic, []).extend(factors)
     return {tactic: round(max(ratios), 2) for tactic, ratios in found.items() if max(ratios) > CLIFF * min(ratios)}
 
 
 def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
-    """Every tactic's time at each load, and the picks of FlashInfer and of moetune."""
+    """Returns every tactic's time at each load, and the choices of FlashInfer and of moetune."""
     from moetune.tuning.tune import tune
 
     backend = _backend()
@@ -89,10 +90,16 @@ def measure(layer: MoELayer, regime: Regime, rows: int) -> dict[str, Any]:
     return {"fixed": ids(robust), "us": us, "own": ids(own), "moetune": ids(chosen), "busiest": busiest}
 
 
-def fallen(line: Mapping[str, Any], who: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The tactics with a cliff that a tuner picked where they are over it, and how far behind the best they are."""
-    picked = dict(zip(GEMMS, map(str, line[who]), strict=True))
-    at_worst = {gemm: max(behind(line["us"][gemm]).get(tactic, [0.0])) for gemm, tactic in picked.items()}
+def fallen(line: Mapping[str, Any], tuner: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns a tuner's choices in one line that are over a cliff, with their largest slowdown in this line.
+
+    Args:
+        line: one row count.
+        tuner: `own` (FlashInfer) or `moetune`.
+        found: the tactics with a cliff, for each GEMM.
+    """
+    picked = dict(zip(GEMMS, map(str, line[tuner]), strict=True))
+    at_worst = {gemm: max(slowdowns(line["us"][gemm]).get(tactic, [0.0])) for gemm, tactic in picked.items()}
     return {
         f"{gemm} {tactic}": round(at_worst[gemm], 2)
         for gemm, tactic in picked.items()
@@ -112,7 +119,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=32)
     parser.add_argument("--dispatch", default="deduplicated")
     parser.add_argument("--rows", default="128,256,512")
-    parser.add_argument("--seconds", type=float, default=550.0, help="no row count is begun after this long")
+    parser.add_argument("--seconds", type=float, default=550.0, help="start no row count after this many seconds")
     options = parser.parse_args()
     begin, journal, layer = time.perf_counter(), Journal(options.out), bf16_layer(options.model)
     regime = regime_of(layer, options.ep, options.dispatch)
@@ -125,10 +132,10 @@ def main() -> int:
             journal.add(**key, rows=rows, **measure(layer, regime, rows))
     lines = [line for line in journal.lines if key.items() <= line.items()]
     found = {gemm: cliffs(lines, gemm) for gemm in GEMMS}
-    print(f"cliffs, times the best one's time at worst: {found}")
+    print(f"tactics with a cliff, and their largest time over the best tactic's: {found}")
     for line in lines:
-        picks = {who: (line[who], fallen(line, who, found) or "none over a cliff") for who in ("own", "moetune")}
-        print(f"{line['rows']} rows, busiest expert {line['busiest']}: FlashInfer picked {picks['own'][0]}, "
+        picks = {one: (line[one], fallen(line, one, found) or "none over a cliff") for one in ("own", "moetune")}
+        print(f"{line['rows']} rows, busiest expert {line['busiest']}: FlashInfer chose {picks['own'][0]}, "
               f"{picks['own'][1]}; moetune {picks['moetune'][0]}, {picks['moetune'][1]}", flush=True)  # fmt: skip
     return int(not lines or any(fallen(line, "moetune", found) for line in lines))
 

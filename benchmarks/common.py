@@ -1,4 +1,4 @@
-"""Shares between benchmarks: the loads by name, a journal that resumes, and times of interleaved calls."""
+"""The parts that benchmarks share: the loads by name, a journal that resumes, and times of interleaved calls."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ LOADS: dict[str, dict[str, Any]] = {
 
 
 class Journal:
-    """JSON lines that are appended as they are measured, so that a stopped run can resume.
+    """A file of JSON lines that are appended as they are measured, so that a stopped run can resume.
 
-    A line that a killed run left incomplete is skipped, and the next one begins on a line of its own.
+    An incomplete line of a killed run is skipped. The next line after it begins on a line of its own.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,11 +34,11 @@ class Journal:
         self._torn = bool(text) and not text.endswith("\n")
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
-        """Returns the last line with these values, None if there is none."""
+        """Returns the last line with these values, or None if there is none."""
         return next((line for line in reversed(self.lines) if fields.items() <= _flat(line).items()), None)
 
     def add(self, **fields: Any) -> dict[str, Any]:
-        """Appends one line and returns it as a later run will read it."""
+        """Appends one line, and returns it in the form in which a later run reads it."""
         line: dict[str, Any] = json.loads(json.dumps(fields))
         with self.path.open("a") as file:
             file.write("\n" * self._torn + json.dumps(line, separators=(",", ":")) + "\n")
@@ -60,12 +60,12 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def series_us(calls: Sequence[TimedCall], draws: Sequence[int], clock: Clock | None = None) -> list[list[float]]:
-    """Warms each call up on the first draw and times all of them interleaved.
+    """Warms up each call on the first draw, and times all calls interleaved.
 
     Args:
         calls: functions of a draw's number.
         draws: the draw of each round.
-        clock: a CUDA clock if None.
+        clock: None means a CUDA clock.
 
     Returns:
         [call][round] in µs.
@@ -90,7 +90,7 @@ def means_us(
 
 
 def wall_us(calls: Sequence[TimedCall], draws: Sequence[int]) -> list[list[float]]:
-    """Returns [call][round] in µs as the host sees it; a call on a GPU must wait for the GPU itself."""
+    """Returns [call][round] in µs, measured on the host. A call on a GPU must wait for the GPU itself."""
     return series_us(calls, draws, CpuClock())
 
 

@@ -1,14 +1,20 @@
-"""Which dummy is right for which dispatcher: regret on real traffic of tactics tuned on each, one GPU as one rank.
+"""Measures which sampled routings fit which dispatcher: the regret, on traffic, of tactics that were tuned on them.
 
     PYTHONPATH=. python benchmarks/dispatch_fidelity.py OUT.jsonl [--seconds 550] [--summary]
         [--models …] [--ep …] [--kinds …] [--tokens …]
 
-Real traffic: ep ranks send T tokens each through a simulated global router, and this rank gets what the dispatch
-brings, on draws that no tuner saw. Five choices for FlashInfer's bucket of those rows: of FlashInfer's own autotune, of
-moetune for the packed dummy, of moetune for that dispatcher with dummies of as many rows as the bucket has alone and
-as `moetune tune` takes them (`workload.draws.sampled`), and the best known, of a longer search on the very traffic.
-OUT is a journal: the same command goes on where it stopped. Exits 1 where moetune's regret exceeds 1 % in a kind's
-geomean or 3 % in a cell.
+The traffic is simulated: each of ep ranks sends T tokens through the global router. One GPU stands for one rank and
+gets the rows that the dispatch produces there, on draws that no tuner used. Five tactics for FlashInfer's bucket of
+these rows are compared:
+
+    own          the choice of FlashInfer's own autotune
+    packed       moetune's choice for packed routings
+    bucket_rows  moetune's choice for this dispatcher, with routings of the bucket's own rows only
+    moetune      moetune's choice for this dispatcher, with the routings of `moetune tune` (`workload.draws.sampled`)
+    best         the best known tactic, from a longer search on the traffic itself
+
+OUT is a journal: the same command continues where it stopped. Exits 1 if moetune's regret exceeds 1 % in the geometric
+mean of a dispatch or 3 % in a cell.
 """
 
 from __future__ import annotations
@@ -63,7 +69,10 @@ GEOMEAN_WITHIN, WORST_WITHIN = 0.01, 0.03
 
 
 def traffic(layer: MoELayer, regime: Regime, rows: int, draw: int) -> Routing:
-    """What reaches rank 0 in `rows` rows, from the global router's tokens alone: no dummy's formula is used."""
+    """Returns the routing of `rows` rows that reach rank 0, from tokens of the global router.
+
+    It does not use the code that samples routings for a tune.
+    """
     shard, kind = regime.shard(layer), regime.layout or "allgather"
     generator = seeded_generator("traffic", layer.shape, regime.ep_size, kind, rows, draw)
 
@@ -95,7 +104,10 @@ def traffic(layer: MoELayer, regime: Regime, rows: int, draw: int) -> Routing:
 def cells(
     models: Sequence[str], kinds: Sequence[str], tokens: Sequence[int], eps: Sequence[int] = (4, 8, 32)
 ) -> list[dict[str, Any]]:
-    """Every cell whose rows fit; `rows` is what the kernel sees on average, `bucket` FlashInfer's for it."""
+    """Returns every cell that has at most `MOST_ROWS` rows.
+
+    `rows` is the expected number of rows in the kernel, and `bucket` is FlashInfer's bucket for it.
+    """
     found = []
     for model, kind, sent in product(models, kinds, tokens):
         for ep in (ep for ep in SHARES[model] if ep in eps):
@@ -110,13 +122,13 @@ def cells(
 
 
 def regime_of(ep: int, kind: str, bucket: int | None = None) -> Regime:
-    """A dispatch in FlashInfer's buckets, or in one bucket alone."""
+    """Returns the regime of a dispatch with FlashInfer's buckets, or with one bucket only."""
     size = {"ladder": "hybrid", "tune_max_num_tokens": MOST_ROWS} if bucket is None else {"ladder": [bucket]}
     return Regime(**{"ep_size": ep, **LOADS[kind], **size})
 
 
 def tuned(layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-    """What `moetune tune` chooses for one bucket, here in this process."""
+    """Returns the tactic that `moetune tune` chooses for one bucket, measured in this process."""
     backend = _backend()
     bucket = Bucket.of(layer, regime, backend, "cuda", rows)
     with Compilers(backend, (9, 0)) as compilers:
@@ -125,12 +137,12 @@ def tuned(layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         return tuner.choose(tuner.search(bucket.search(backend, "auto", ()))).tactic
 
 
-def unheard(*told: object) -> None:
-    """Is told what happens."""
+def unheard(*events: object) -> None:
+    """Ignores events."""
 
 
 def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
-    """One cell: the four choices, interleaved on the same unseen draws of real traffic."""
+    """Returns one cell: the choices and the best known tactic, timed interleaved on the same draws of traffic."""
     layer, ep, kind, bucket = bf16_layer(cell["model"]), cell["ep"], cell["kind"], cell["bucket"]
     regime, backend = regime_of(ep, kind), _backend()
     _own_tunes(cell["model"], ep, kind == "slot")
@@ -155,18 +167,18 @@ def measure(cell: dict[str, Any], packed: list[int] | None) -> dict[str, Any]:
 
 
 def longer_search(candidates: Sequence[Tactic], starts: Sequence[Tactic]) -> Search:
-    """From the choices that are compared, over every value of both GEMMs, on all draws."""
+    """Returns a search that starts from the compared choices and tries every value of both GEMMs on all draws."""
     return coordinate(candidates, starts=starts, explore=1, rounds=(2, DRAWS, DRAWS), finalists=8)
 
 
 def _same_dummy(line: dict[str, Any], cell: dict[str, Any]) -> bool:
-    """Whether both cells have the same packed dummy, so that it is tuned once."""
+    """Returns whether both cells have the same packed routings, so that these are tuned once."""
     keys = ("model", "ep", "bucket")
     return all(line[key] == cell[key] for key in keys) and (line["kind"] == "slot") == (cell["kind"] == "slot")
 
 
 def _of_rows(layer: MoELayer, kind: str) -> MoELayer:
-    """The layer with as many ids in a row as the kernel sees, for a packed dummy of those rows."""
+    """Returns the layer with the kernel's number of ids in a row as its top-k, for packed routings of these rows."""
     return layer.model_copy(update={"top_k": 1}) if kind == "slot" else layer
 
 
@@ -177,7 +189,7 @@ def _backend() -> FlashInferCutlassBackend:
 
 @cache
 def _own_tunes(model: str, ep: int, one_id: bool) -> None:
-    """FlashInfer's autotune, once for each key of its: it knows ep and the ids in a row, no dispatch."""
+    """Runs FlashInfer's autotune once for each of its keys, which have ep and the ids in a row but no dispatch."""
     layer, regime = bf16_layer(model), regime_of(ep, "slot" if one_id else "allgather")
     kinds = [kind for kind in KINDS if (kind == "slot") == one_id]
     largest = max(cell["bucket"] for cell in cells([model], kinds, TOKENS, [ep]))
@@ -187,7 +199,7 @@ def _own_tunes(model: str, ep: int, one_id: bool) -> None:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Regret by kind and choice: geomean and worst over the cells."""
+    """Returns the regret of each choice for each dispatch: the geometric mean and the worst over the cells."""
     found = []
     for kind in sorted({line["kind"] for line in lines}):
         of_kind = [line for line in lines if line["kind"] == kind]
@@ -206,8 +218,8 @@ def main() -> int:
     parser.add_argument("--ep", default="4,8,32")
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--seconds", type=float, default=550.0, help="no cell is begun after this long")
-    parser.add_argument("--summary", action="store_true", help="measure nothing")
+    parser.add_argument("--seconds", type=float, default=550.0, help="start no cell after this many seconds")
+    parser.add_argument("--summary", action="store_true", help="print the summary of OUT; measure nothing")
     options = parser.parse_args()
     begin, journal = time.perf_counter(), Journal(options.out)
     tokens, eps = ([int(part) for part in given.split(",")] for given in (options.tokens, options.ep))

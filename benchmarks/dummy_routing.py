@@ -1,4 +1,4 @@
-"""Times how long a balanced routing of 8192 tokens takes moetune and FlashInfer's `CuteDslMoEInputsHelper`.
+"""Times how long moetune and FlashInfer's `CuteDslMoEInputsHelper` take to make a balanced routing of 8192 tokens.
 
     python benchmarks/dummy_routing.py
 
@@ -34,7 +34,7 @@ def flashinfer_helper(layer: MoELayer) -> TimedCall:
 
 
 def realized(layer: MoELayer, regime: Regime, draw: int) -> Routing:
-    """Makes moetune's sampled routing; warm-up and first round share a draw, all other draws are new."""
+    """Makes moetune's sampled routing. The warm-up and the first round have the same draw; all others are new."""
     return realize(layer, regime, TOKENS, draw=draw)
 
 

@@ -1,15 +1,15 @@
-"""moetune against FlashInfer's own autotune of the same op, in one run: what each costs, and whose choices are faster.
+"""Compares moetune with FlashInfer's own autotune of the same op: the time to tune, and the speed of the choices.
 
     PYTHONPATH=. python benchmarks/flashinfer_autotune.py OUT.jsonl [--model qwen3-235b-a22b] [--ep 4]
         [--dispatch packed|none|allgather|ENGINE:NAME] [--ladder hybrid] [--seconds 550] [--record]
 
-Both are clocked from inputs ready to choices made. Then, bucket by bucket, FlashInfer's pick (twice: A/A) and moetune's
-are timed interleaved on 32 draws that neither has seen (a tactic's lead differs from draw to draw by a few percent):
-on as many rows as the bucket has, as FlashInfer's dummies, and on those that are met in it, as moetune's, where these
-are others. The untuned tactic is timed apart: it is so slow that the GPU cools down. OUT is a journal: the same command
-goes on where it stopped. `--record` also sweeps all tactics of each GEMM beside moetune's other one: a table for
-`coordinate`. Exits 1 where moetune's choice is more than 1 % slower than FlashInfer's on
-either row count.
+The time to tune is from ready inputs to the last choice. Then, for each bucket, FlashInfer's choice (twice, as an A/A
+pair) and moetune's are timed interleaved on 32 draws that neither tuner used, because a tactic's lead differs by a few
+percent between draws. The draws have the bucket's own rows, as FlashInfer's dummies do. If the bucket's typical rows
+differ from these, all are timed at the typical rows too. The untuned tactic is timed separately, because it is so slow
+that the GPU cools down. OUT is a journal: the same command continues where it stopped. `--record` also times all
+tactics of each GEMM together with moetune's choice for the other GEMM, which makes a table for tests of `coordinate`.
+Exits 1 if moetune's choice is more than 1 % slower than FlashInfer's at either row count.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ MIDDLE = (128, 1024)
 
 
 def regime_of(layer: MoELayer, ep: int, dispatch: str, ladder: str = "hybrid") -> Regime:
-    """A load by name, or what an engine's dispatcher brings; in FlashInfer's buckets, by which this op is looked up."""
-    brings = LOADS[dispatch] if dispatch in LOADS else resolve(dispatch, layer, ep)
-    return Regime(**{"ep_size": ep, **brings, "ladder": ladder})
+    """Returns the regime of a load or of an engine's dispatcher, with the ladder that FlashInfer uses for this op."""
+    fields = LOADS[dispatch] if dispatch in LOADS else resolve(dispatch, layer, ep)
+    return Regime(**{"ep_size": ep, **fields, "ladder": ladder})
 
 
 def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Regime) -> dict[str, Any]:
-    """Both tuners' choices by rows, and their seconds."""
+    """Tunes with both, and returns the line with their choices for each bucket and the seconds that they took."""
     import torch
 
     from moetune.tuning.tune import tune
@@ -83,7 +83,7 @@ def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Re
 
 
 def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any], rows: int) -> dict[str, Any]:
-    """One bucket's choices, interleaved on unseen draws of `rows` rows."""
+    """Times one bucket's choices interleaved on `rows` rows, on draws that no tuner used."""
     own, chosen = pair(tuned["own"][str(bucket)]), pair(tuned["moetune"][str(bucket)])
     runner = _backend().prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
     own_us, moetune_us, again_us = tactics_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
@@ -95,7 +95,7 @@ def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any],
 
 
 def record(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) -> dict[str, Any]:
-    """All tactics of each GEMM beside moetune's choice of the other, and the ten best of each together; µs."""
+    """Returns times in µs of all tactics of each GEMM with moetune's choice for the other, and of the best pairs."""
     backend, fixed = _backend(), pair(tuned["moetune"][str(rows)])
     tactics = backend.candidates(layer, regime, rows, "cuda").tactics[1:]
     runner = backend.prepare(unseen_problem(layer, regime, rows))
@@ -116,15 +116,15 @@ def record(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) ->
 
 @cache
 def _backend() -> FlashInferCutlassBackend:
-    """One, so that weights are made once."""
+    """Returns the one backend, so that weights are made once."""
     return FlashInferCutlassBackend()
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Speedup of moetune's choices over FlashInfer's: the worst and the best bucket, geomeans, and the largest noise.
+    """Returns the speedup of moetune's choices: worst and best bucket, geometric means, and the largest noise.
 
-    A bucket that was timed on two row counts counts by both together; `slower` and `worst_at` tell each alone, as the
-    bucket and the rows.
+    A bucket that was timed at two row counts has one speedup, from the sums of its times. `slower` and `worst_at`
+    treat each row count separately, as a pair of bucket and rows.
     """
     both: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
@@ -155,7 +155,7 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=4)
     parser.add_argument("--dispatch", default="packed")
     parser.add_argument("--ladder", default="hybrid")
-    parser.add_argument("--seconds", type=float, default=550.0, help="no bucket is begun after this long")
+    parser.add_argument("--seconds", type=float, default=550.0, help="start no bucket after this many seconds")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     begin, journal, layer = time.perf_counter(), Journal(options.out), bf16_layer(options.model)

@@ -1,4 +1,4 @@
-"""Shares between the FlashInfer benchmarks: FlashInfer's own choices, times of tactics, recorded tables."""
+"""The parts that the FlashInfer benchmarks share: FlashInfer's own choices, times of tactics, recorded tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DRAWS = 8
 
 
 def bf16_layer(name: str) -> MoELayer:
-    """Returns a preset's shape with bf16 experts: this op cannot be tuned with DeepSeek's fp8 blocks."""
+    """Returns a preset's layer with bf16 experts, because this op cannot be tuned with DeepSeek's fp8 blocks."""
     return preset(name).model_copy(update={"precision": Precision.BF16})
 
 
@@ -45,14 +45,14 @@ def unseen_problem(layer: MoELayer, regime: Regime, rows: int, draws: int = DRAW
 
 
 def warm_flashinfer() -> None:
-    """Loads the op's module and builds the tuner's helper kernel, on a tiny layer."""
+    """Loads the op's module and builds the tuner's helper kernel, by tuning a tiny layer."""
     layer, regime = MoELayer(num_experts=8, top_k=2, hidden_size=256, intermediate_size=256), Regime()
     runner = FlashInferCutlassBackend().prepare(unseen_problem(layer, regime, 2, 1))
     own_autotune(runner)
 
 
 def own_autotune(runner: Any) -> float:
-    """Lets FlashInfer tune the runner's op over all of its buckets; returns the seconds that it took."""
+    """Tunes the runner's op with FlashInfer's autotune over all of its buckets, and returns the seconds it took."""
     import torch
     from flashinfer.autotuner import autotune
     from flashinfer.fused_moe import cutlass_fused_moe
@@ -95,7 +95,7 @@ def tactics_us(
 
 
 def searched(search: Search, runner: Any, draws: Sequence[int], clock: Clock | None = None) -> tuple[Tactic, ...]:
-    """Returns a search's finalists on these draws; leaves tactics out that raise."""
+    """Runs a search on these draws, without tactics that raise, and returns its finalists."""
     try:
         batch = next(search)
         while True:
@@ -116,6 +116,10 @@ def _runs(runner: Any, tactic: Tactic) -> bool:
 
 
 def pair_us(table: Mapping[str, Any], tactic: Tactic) -> float:
-    """Returns a pair's time by a recorded table: the sum of its two sweeps minus the fixed pair that both contain."""
+    """Returns a tactic's time by a recorded table, in µs.
+
+    The table has each GEMM's time together with a fixed tactic of the other GEMM. So the time is the sum of the two
+    entries, minus the time of the fixed pair, which both contain.
+    """
     fixed = table["gemm1_us"][str(table["fixed"][0])]
     return table["gemm1_us"][str(tactic["gemm1"])] + table["gemm2_us"][str(tactic["gemm2"])] - fixed

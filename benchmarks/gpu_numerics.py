@@ -1,11 +1,15 @@
-"""Numerics of the Triton grouped GEMM on a GPU, over regimes and row counts; then what compiling and running cost.
+"""Checks the numerics of the Triton grouped GEMM on a GPU, and times how long it takes to compile and to run.
 
     PYTHONPATH=. python benchmarks/gpu_numerics.py OUT.json [--workers 14] [--quick]
 
-Relative Frobenius errors on every draw against fp32 (at most 1e-2 in bf16, 8e-2 in fp8), and against a reference with
-the kernel's own roundings (at most 1e-2): of each stage on its own input on every draw, and of the whole layer over
-several draws, of 16 rows at least (see `triton_numerics.errors_of_stages`); and of a CUDA graph's replay against the
-eager run. Exits 1 where one is larger.
+All errors are relative Frobenius errors, over several regimes and row counts:
+
+    fp32     of every draw against an fp32 reference, at most 1e-2 in bf16 and 8e-2 in fp8
+    staged   of each stage of every draw against a reference with the kernel's own roundings, at most 1e-2
+    rounded  of the whole layer against such a reference, over several draws with at least 16 rows, at most 1e-2
+             (see `triton_numerics.errors_of_stages`)
+
+The replay of a CUDA graph is also compared with the eager run (at most 1e-3). Exits 1 if an error is larger.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from moetune.workload.routing import realize
 
 ROWS = (1, 3, 16, 257, 4096)
 DRAWS, LEAST_ROWS = 2, 16
-"""A bucket has so many draws at least, and as many as bring so many rows: see `triton_numerics.errors_of_stages`."""
+"""The least number of draws of a bucket, and of the rows of all its draws: see `triton_numerics.errors_of_stages`."""
 ROUNDED_TOLERANCE = 1e-2
 LAYERS = ("qwen3-235b-a22b", "deepseek-r1")
 REGIMES = {
@@ -78,14 +82,14 @@ TIMED_TACTICS = (
 
 
 def problem_of(layer: MoELayer, regime: Regime, rows: int, draws: int) -> Problem:
-    """The last rank's problem, so that ids do not start at 0."""
+    """Returns the problem of the last rank, so that ids do not start at 0."""
     rank = regime.ep_size - 1
     routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
     return Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings), "cuda")
 
 
 def captured(call: Callable[[int], object], draws: Sequence[int]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `call` on each of `draws`, after one eager run."""
+    """Returns a CUDA graph that runs `call` on each of `draws`, captured after one eager run."""
     call(draws[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -96,7 +100,7 @@ def captured(call: Callable[[int], object], draws: Sequence[int]) -> torch.cuda.
 
 
 def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    """µs a call of one replay."""
+    """Replays the graph once and returns the time of one call in µs."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     graph.replay()
@@ -106,7 +110,10 @@ def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
 
 
 def interleaved_us(calls: Sequence[Callable[[int], object]], draws: Sequence[int], rounds: int = 7) -> list[float]:
-    """Median µs a call of each of `calls`, the calls replayed in turn each round, their order reversed every other."""
+    """Returns the median time of each call in µs.
+
+    Each round replays all calls in turn, and every second round in reverse order.
+    """
     graphs = [captured(call, draws) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
@@ -118,7 +125,7 @@ def interleaved_us(calls: Sequence[Callable[[int], object]], draws: Sequence[int
 
 
 def numerics(name: str, label: str, rows: int, remote: str) -> list[dict[str, Any]]:
-    """The errors of some tactics on one bucket."""
+    """Returns the errors of some tactics on one bucket."""
     layer, regime, backend = preset(name), REGIMES[label], TritonBackend(remote=remote)  # type: ignore[arg-type]
     if regime.layout == "pool":
         rows = -(-rows // regime.ep_size) * regime.ep_size
@@ -155,7 +162,7 @@ def numerics(name: str, label: str, rows: int, remote: str) -> list[dict[str, An
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
-    """One line over the results of one bucket."""
+    """Returns one line about the results of one bucket."""
     first = results[0]
     worst = {key: max(result[key] for result in results) for key in ("error_fp32", "error_rounded", "error_staged")}
     verdict = "ok" if all(result["ok"] for result in results) else "WRONG"
@@ -167,7 +174,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
 
 
 def timings(name: str, rows: int, label: str, workers: int) -> dict[str, Any]:
-    """Compile times, ahead and in place, and µs of some tactics on one bucket."""
+    """Returns compile times, ahead of the first run and in it, and run times in µs of some tactics on one bucket."""
     layer, regime, backend = preset(name), REGIMES[label], TritonBackend()
     shapes = space.Shapes.of(layer, regime, rows)
     found = backend.candidates(layer, regime, rows, "cuda")
@@ -238,8 +245,8 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--no-timings", action="store_true", help="numerics alone")
-    parser.add_argument("--quick", action="store_true", help="fewer row counts")
+    parser.add_argument("--no-timings", action="store_true", help="check the numerics only")
+    parser.add_argument("--quick", action="store_true", help="check fewer row counts")
     options = parser.parse_args()
 
     report: dict[str, Any] = {
@@ -263,7 +270,7 @@ def main() -> int:
                         results = numerics(name, label, rows, remote)
                         report["numerics"] += results
                         print(summary(results), flush=True)
-                    except Exception as error:  # the other buckets still have their answer
+                    except Exception as error:  # the other buckets are still checked
                         where = f"{name} {label} M={rows} {remote}"
                         report["failures"].append(f"{where}: {type(error).__name__}: {error}")
                         print(where, "FAILED", type(error).__name__, error, flush=True)

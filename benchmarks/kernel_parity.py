@@ -1,10 +1,10 @@
-"""The builtin grouped GEMM against vLLM's (or SGLang's) own kernel, on the same loads in one run, interleaved.
+"""Compares the builtin grouped GEMM with vLLM's or SGLang's own kernel, interleaved on the same loads.
 
     PYTHONPATH=.:ENGINE_FOLDER python benchmarks/kernel_parity.py OUT.json [--kernel vllm] [--workers 14]
 
-ENGINE_FOLDER holds the engine's package; its Python sources suffice. Both kernels run the same tactics; what stands
-around the GEMMs is the same too. The best of each are then timed again, interleaved with a second copy of the
-builtin's best as the noise floor. Exits 1 where the builtin's best is more than 3 % slower.
+ENGINE_FOLDER has the engine's package; its Python sources are enough. Both kernels run the same tactics, and all other
+steps of the layer are the same too. The best tactic of each kernel is then timed again. The builtin's best is timed
+twice, which gives the A/A noise. Exits 1 if the builtin's best is more than 3 % slower.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WITHIN = 0.03
 
 
 def good_tactics(shapes: space.Shapes, legal: tuple[Tactic, ...]) -> list[Tactic]:
-    """About thirty tactics around the tile that fits the rows of an expert, the default among them."""
+    """Returns the default and about thirty tactics with tiles near the number of rows of an expert."""
     rows_an_expert = shapes.num_slots / shapes.num_local
     block_m = next((size for size in space.VALUES["BLOCK_SIZE_M"] if size >= rows_an_expert), 128)
     sizes = sorted({max(16, min(128, block_m // 2)), min(128, block_m)})
@@ -52,7 +52,7 @@ def good_tactics(shapes: space.Shapes, legal: tuple[Tactic, ...]) -> list[Tactic
 
 
 def compare(name: str, label: str, rows: int, kernel: str, workers: int) -> dict[str, Any]:
-    """Both kernels on one load."""
+    """Returns the times of both kernels on one load."""
     layer, regime = preset(name), REGIMES[label]
     remote: Remote = "zero" if kernel == "sglang" else "drop"
     backends = {which: TritonBackend(which, remote) for which in ("builtin", kernel)}

@@ -1,7 +1,7 @@
-"""Runs `moetune tune` of the Triton backend with an empty Triton cache and measures how good its choices are.
+"""Runs `moetune tune` of the Triton backend with an empty Triton cache, and measures how good its choices are.
 
-Every choice in a cell of a recorded table is timed again, interleaved with the best configurations of the exhaustive
-recording. The ratio is the regret of the search.
+Every choice for a cell of a recorded table is timed again, interleaved with the best configurations of this table,
+which has all of them. The ratio of the two times, minus one, is the regret of the search.
 
     python benchmarks/live_tune.py --table tests/data/grouped_triton-qwen3-235b-a22b-ep8-h200.json --out live.json
 """
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def tune(options: argparse.Namespace, load: str) -> dict:
-    """Tunes once in a process of its own, with an empty Triton cache."""
+    """Tunes once in a new process, with an empty Triton cache."""
     question = ["--model", options.model, "--ep", options.ep, *OPTIONS[load], "--ladder", options.ladder]
     arguments = ["tune", *question, "--tune-max-num-tokens", options.max, "--backend", "triton", "--again"]
     with tempfile.TemporaryDirectory() as cache:

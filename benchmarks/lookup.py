@@ -1,11 +1,11 @@
-"""Times a profile's lookup of a tactic and FlashInfer's `AutoTuner.choose_one`, which every MoE call runs.
+"""Times a profile's look-up of a tactic and FlashInfer's `AutoTuner.choose_one`, which every MoE call runs.
 
     python benchmarks/lookup.py
 
-Both hold a tactic for each of FlashInfer's hybrid buckets to 8192 rows and are asked for the same rows, in this
-process, interleaved; FlashInfer's tuner is the real one, out of tuning mode, with the tuning configuration and the
-inputs of its CUTLASS MoE, and always hits its in-memory cache. Their answers must agree. Exits 1 if
-`Profile.tactic` takes a microsecond or more, or is less than 8 times faster, on either load.
+Both have a tactic for each of FlashInfer's hybrid buckets up to 8192 rows, and look up the same rows, interleaved in
+this process. FlashInfer's tuner is the real one with the tuning configuration and the inputs of its CUTLASS MoE. It is
+not in tuning mode, and always hits its in-memory cache. The tactics of both must agree. Exits 1 if `Profile.tactic`
+takes a microsecond or more, or is less than 8 times faster, on either load.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPERATION = "trtllm::fused_moe::gemm1"
 
 
 class MoERunner(TunableRunner):
-    """Has the name of the CUTLASS MoE's runner and launches nothing."""
+    """A runner that has the name of the CUTLASS MoE's runner and launches nothing."""
 
     def get_valid_tactics(self, inputs: list[torch.Tensor], profile: Any) -> list[Any]:
         return [-1]
@@ -46,7 +46,7 @@ class MoERunner(TunableRunner):
 
 
 def flashinfer_lookup(layer: MoELayer, buckets: Sequence[int]) -> Callable[[int], int]:
-    """Returns `choose_one` as a function of the row count."""
+    """Returns FlashInfer's `choose_one` as a function of the row count."""
     if not torch.cuda.is_available():
         torch.cuda.is_current_stream_capturing = lambda: False
     config = TuningConfig(

@@ -1,8 +1,9 @@
-"""Puts measured profiles into profiles/, from where they are packaged, and lists them in its README.
+"""Copies measured profiles into profiles/, which is packaged with moetune, and lists them in its README.
 
     python benchmarks/package_profiles.py STORE/*/*/*/triton-*.json
 
-Without a file it lists what is there. A profile replaces the one in its place; it must have all of its buckets.
+Without a file it only lists the packaged profiles. A profile must have all of its buckets. It replaces a packaged one
+of the same question.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def package(profile: Profile, folder: Path) -> Path:
     """Writes the profile to its place below `folder`, in the store's layout.
 
     Raises:
-        UsageError: it lacks buckets.
+        UsageError: the profile lacks buckets.
     """
     if missing := sorted(set(profile.regime.buckets) - {choice.rows for choice in profile.choices}):
         raise UsageError(f"{command(profile)}: the buckets {missing} are not tuned.", "Tune them first.")
@@ -51,7 +52,7 @@ def package(profile: Profile, folder: Path) -> Path:
 
 
 def listed(readme: str, folder: Path) -> str:
-    """The README with the list of all profiles below `folder` after its last heading."""
+    """Returns the README with the list of all profiles in `folder` after its last heading."""
     found = [(path, entry) for path, entry in Store(folder).profiles() if isinstance(entry, Profile)]
     tables = [
         _table(environment, entries, folder)
@@ -82,7 +83,7 @@ def _table(environment: str, entries: Iterable[tuple[Path, Profile]], folder: Pa
 
 
 def _made_by(profile: Profile) -> str:
-    """The command that asks the profile's question, with the source of the kernel where it is no default."""
+    """Returns the command that tunes the profile, with the kernel's options if they are not the defaults."""
     strict = profile.environment.strict
     kernel, remote = strict.get("kernel", "builtin"), strict.get("remote", "drop")
     words = [command(profile)]

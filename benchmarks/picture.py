@@ -1,4 +1,4 @@
-"""Draws docs/tune.svg, the README's picture, from a profile that `moetune tune` really wrote.
+"""Draws docs/tune.svg, the README's picture, from a profile that `moetune tune` wrote.
 
     python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def picture(profile: Profile) -> str:
-    """The SVG of a terminal that shows the command and the profile's report."""
+    """Returns the SVG of a terminal that shows the command and the profile's report."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text("$ ", style="dim").append(command(profile, dispatcher_of(profile)), style="bold"))
     for renderable in profile_report(profile):
@@ -65,11 +65,11 @@ def dispatcher_of(profile: Profile) -> str:
 
 
 def command(profile: Profile, dispatch: str = "") -> str:
-    """Returns the `moetune tune` that has the profile's question, with the options whose values are no defaults.
+    """Returns the `moetune tune` command that tunes the profile, without options that have their default values.
 
     Args:
-        profile: what was tuned.
-        dispatch: an engine's dispatcher that produces the profile's load; it replaces four options.
+        profile: the profile to tune.
+        dispatch: an engine's dispatcher that produces the profile's load, which replaces four options.
     """
     layer, regime = profile.layer, profile.regime
     default = Regime(distribution=regime.distribution)

@@ -1,16 +1,16 @@
-"""Records the flags of an engine's command line, as `moetune/inputs/flags/*.json` keep them.
+"""Records the flags of an engine's command line in `moetune/inputs/flags/*.json`.
 
     python benchmarks/record_flags.py vllm --version 0.33.0 --source UNPACKED_WHEEL
     python benchmarks/record_flags.py vllm --program dynamo.vllm --version 1.6.1 --source UNPACKED_DYNAMO_WHEEL
     python benchmarks/record_flags.py trtllm --version 1.3.0 --source UNPACKED_WHEEL_OR_REPOSITORY
 
-vLLM, SGLang and Dynamo: their own parsers are built and read, in an environment where the engine is installed, or from
-an unpacked wheel (`--source`). Small packages of theirs must be there (huggingface_hub, transformers, msgspec, ...);
-the large ones are stood in for, since only names and the number of values are read. TensorRT-LLM: the click decorators
-are read from the source text, nothing is imported.
+For vLLM, SGLang and Dynamo, the engine's own parser is built and read. The engine must be installed, or be an unpacked
+wheel (`--source`). Its small dependencies must be installed (huggingface_hub, transformers, msgspec, ...). Placeholders
+replace the large ones, because only the names and the number of values are read. For TensorRT-LLM, the click decorators
+are read from the source text, and nothing is imported.
 
-What is written by hand in a file stays: `removed`, `source`, `abbreviations`, `dotted`, `extends`. `--check` writes
-nothing and exits 1 where the file differs.
+The fields `removed`, `source`, `abbreviations`, `dotted` and `extends` of a file are written by hand and are kept.
+`--check` writes nothing, and exits 1 if the file differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLAGS = Path(__file__).parent.parent / "moetune" / "inputs" / "flags"
 ENGINES = ("vllm", "sglang", "trtllm")
 READ_FROM = ("vllm", "sglang", "dynamo")
 NOT_THERE = ("amdsmi", "libtpu", "tpu_inference", "torch_npu", "habana_frameworks")
-"""Packages whose presence tells an engine which device it has: those must fail to import."""
+"""Packages by which an engine detects its device. Their import must fail."""
 
 
 # --- argparse: vLLM, SGLang, Dynamo ---------------------------------------------------------------------------------
@@ -49,11 +49,14 @@ class _StandIn(types.ModuleType):
 
 
 class _StandsIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Comes last: gives the engine's own modules what they import and the environment lacks."""
+    """Imports a placeholder for each package that the engine's modules need and the environment lacks.
+
+    It must be the last finder.
+    """
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         parent = sys.modules.get(name.rpartition(".")[0])
-        # Dynamo's compiled modules stand in another wheel; the other engines live without theirs
+        # Dynamo's compiled modules are in another wheel; vLLM and SGLang work without theirs
         if name.split(".")[0] in ("vllm", "sglang", *NOT_THERE):
             return None
         if not isinstance(parent, _StandIn) and _importer() not in READ_FROM:
@@ -68,7 +71,7 @@ class _StandsIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _importer() -> str:
-    """The top package of the module whose import statement runs."""
+    """Returns the top package of the module that runs the import statement."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
@@ -91,7 +94,7 @@ def sglang_parser() -> argparse.ArgumentParser:
 
 
 def dynamo_parser(engine: str, group: str) -> argparse.ArgumentParser:
-    """Dynamo's own flags; those of the engine stand beside them in the same command."""
+    """Returns a parser with Dynamo's own flags only. A command can have the engine's flags too."""
     parser = argparse.ArgumentParser()
     groups = importlib.import_module("dynamo.common.configuration.groups.runtime_args")
     groups.DynamoRuntimeArgGroup().add_arguments(parser)
@@ -101,7 +104,7 @@ def dynamo_parser(engine: str, group: str) -> argparse.ArgumentParser:
 
 
 def parser_flags(parser: argparse.ArgumentParser, *, json_objects: bool) -> dict[str, dict[str, Any]]:
-    """Every option of a parser, those hidden from its help too."""
+    """Returns every option of a parser, including those that its help hides."""
     written: dict[int, list[str]] = {}
     actions: dict[int, argparse.Action] = {}
     for option, action in parser._option_string_actions.items():
@@ -131,7 +134,7 @@ def _value(action: argparse.Action, json_objects: bool) -> str:
 
 
 def _reads_json(reader: object) -> bool:
-    """Whether an argument's type takes a JSON object: by the names that vLLM's `arg_utils.py` gives its readers."""
+    """Returns whether an argument takes a JSON object, by the names of the type functions in vLLM's `arg_utils.py`."""
     if reader is json.loads or getattr(reader, "__name__", "") in ("union_dict_and_str", "parse_dataclass"):
         return True
     if isinstance(reader, functools.partial):
@@ -144,7 +147,7 @@ def _reads_json(reader: object) -> bool:
 
 
 def click_flags(files: Iterable[Path], commands: tuple[str, ...] | None = None) -> dict[str, dict[str, Any]]:
-    """The options of the click commands in these files, of the named ones where names are given."""
+    """Returns the options of the click commands in these files, or only of those in `commands`."""
     flags: dict[str, dict[str, Any]] = {}
     for path in files:
         for call in _option_calls(ast.parse(path.read_text(encoding="utf-8")), commands):
@@ -186,14 +189,14 @@ def _click_flag(call: ast.Call) -> tuple[str, dict[str, Any]]:
     return described(options, "none" if is_switch else "one", negative)
 
 
-# --- one form for both ----------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------------------------
 
 
 def described(options: list[str], value: str, negative: list[str]) -> tuple[str, dict[str, Any]]:
-    """A flag's canonical name and what the file says of it.
+    """Returns a flag's canonical name and its entry in the file.
 
-    The canonical name is the longest long option with '_' as '-'; `short` are those with a single dash.
-    `spelled` is what a user must write where that is not the canonical name.
+    The canonical name is the first long option, with '-' for '_'. `short` has the options with a single dash.
+    `spelled` is the flag as a user must write it, if it is not `--` and the canonical name.
     """
     long = sorted((option for option in options if option.startswith("--")), key=len, reverse=True)
     first = next((option for option in options if option.startswith("--")), options[0])
@@ -243,9 +246,11 @@ def record(engine: str, program: str | None, source: Path | None) -> dict[str, d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
-    parser.add_argument("--program", help="another program of the engine, as dynamo.vllm or trtllm-bench")
+    parser.add_argument("--program", help="another program of the engine, such as dynamo.vllm or trtllm-bench")
     parser.add_argument("--version", required=True)
-    parser.add_argument("--source", type=Path, help="an unpacked wheel or repository; without it, what is installed")
+    parser.add_argument(
+        "--source", type=Path, help="an unpacked wheel or repository; the default is the installed engine"
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
 
@@ -266,7 +271,7 @@ def main() -> None:
 
 
 def written(value: dict[str, Any], depth: int = 0) -> str:
-    """JSON with one line a flag."""
+    """Returns JSON text with one line per flag."""
     indent = "  " * (depth + 1)
     lines = []
     for key, one in value.items():

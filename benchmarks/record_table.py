@@ -1,9 +1,9 @@
-"""Records every tactic's time on this GPU, cell by cell (load × rows): a table that makes search testable anywhere.
+"""Records every tactic's time on this GPU, so that searches can be tested on any machine.
 
-Each legal configuration is timed once on the same draws, in random order; the best `--finalists` of a cell are then
-re-measured interleaved over all draws, the best one twice (A/A). A finished cell is a line of the journal, so a run
-that stops goes on where it was: give the same journal again. `--pack` turns a journal into the compact table under
-tests/data/.
+A cell is one load and one row count. In each cell every legal configuration is timed once on the same draws, in random
+order. The best `--finalists` are then timed again, interleaved over all draws, and the best one twice (A/A). A finished
+cell is a line of the journal, so a stopped run continues with the same journal. `--pack` turns a journal into the
+compact table in tests/data/.
 
     python benchmarks/record_table.py --model qwen3-235b-a22b --journal qwen.jsonl --seconds 500 --gpus 4
     python benchmarks/record_table.py --pack qwen.jsonl --out tests/data/grouped_triton-qwen3-235b-a22b-ep8-h200.json
@@ -54,10 +54,10 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--finalists", type=int, default=20)
     parser.add_argument("--journal", type=Path, default=Path("table.jsonl"))
-    parser.add_argument("--seconds", type=float, default=540.0, help="no cell is begun after this long")
-    parser.add_argument("--gpus", type=int, default=1, help="cells are shared out among so many GPUs")
-    parser.add_argument("--limit", type=int, help="only so many configurations, for a trial")
-    parser.add_argument("--pack", type=Path, help="a journal to pack; measures nothing")
+    parser.add_argument("--seconds", type=float, default=540.0, help="start no cell after this many seconds")
+    parser.add_argument("--gpus", type=int, default=1, help="the number of GPUs that share the cells")
+    parser.add_argument("--limit", type=int, help="time only this many configurations, for a trial")
+    parser.add_argument("--pack", type=Path, help="a journal to pack into --out; measure nothing")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.pack:
@@ -101,7 +101,7 @@ def _take_device(devices) -> None:
 
 
 def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, int]) -> tuple[str, dict | None]:
-    """One cell on this process's GPU, and a line about it; None where the time is up."""
+    """Measures one cell on this process's GPU. Returns a line about it and the cell, or None if the time is up."""
     load, rows = cell_of
     if time.time() > end:
         return f"{load} {rows}: left for the next run", None
@@ -118,7 +118,7 @@ def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, in
 
 
 def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
-    """Every tactic's kernels into Triton's cache, one process a core."""
+    """Compiles every tactic's kernels into Triton's cache, with one process per core."""
     capability = torch.cuda.get_device_capability()
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         list(pool.imap_unordered(partial(_compile, shapes, capability), list(tactics), chunksize=4))
@@ -134,7 +134,7 @@ def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: Tactic) 
 
 
 def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> dict:
-    """One cell: single timings of all, interleaved timings of the best."""
+    """Measures one cell: single timings of all tactics, and interleaved timings of the best ones."""
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in range(regime.draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), _DEVICE)
     runner, clock = backend.prepare(problem), CudaClock(_DEVICE)
@@ -192,7 +192,7 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
 
 
 def time_once(call) -> float:
-    """µs of one warm run on draw 0, launch overhead included."""
+    """Returns the time in µs of one warm run on draw 0, launch overhead included."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call(0)
@@ -202,9 +202,9 @@ def time_once(call) -> float:
 
 
 def pack(journal: Path) -> dict:
-    """The journal as one table: each configuration named once, each cell a list of times in that order.
+    """Returns the journal as one table: a list of all configurations, and for each cell the times in its order.
 
-    A cell keeps its own environment: a journal may go on after the kernel's source changed.
+    A cell keeps its own environment, because a journal may continue after the kernel's source changed.
     """
     cells = [json.loads(line) for line in journal.read_text().splitlines()]
     configs = sorted({tuple(row[:6]) for cell in cells for row in cell["single_us"]})

@@ -1,11 +1,12 @@
-"""What it costs to tune for the wrong load: tactics tuned under load A, run under load B, interleaved.
+"""Measures how much slower tactics are that were tuned under load A and run under load B.
 
-Each (layer, ep, load) is tuned as a user tunes it, by `moetune.tune` with a list of buckets. Then, in every cell
-(layer, ep, load B, rows), the tactics chosen under every load A at the same rows and the engine's default play against
-B's own on draws that no tune has seen; B's own plays twice (A/A). `allgather` is pure EP's load too.
+Each (layer, ep, load) is tuned as a user tunes it, by `moetune.tune` with a list of buckets. A cell is one (layer, ep,
+load B, rows). In each cell three kinds of tactics are timed interleaved on draws that no tune used: B's own choice,
+the choices of every other load A at the same rows, and the engine's default. B's own is timed twice (A/A). Pure EP has
+the same load as `allgather`.
 
-A finished tune or cell is a line of the journal, a finished bucket is in the store beside it: a run that stops goes on
-where it was. `--report` prints what a journal holds and measures nothing.
+A finished tune or cell is a line of the journal, and a finished bucket is in the store beside the journal, so a stopped
+run continues where it was. `--report` prints a journal's results and measures nothing.
 
     python benchmarks/regime_gap.py --gpus 4 --seconds 300 --journal gap.jsonl --out gap.json
 """
@@ -82,11 +83,11 @@ class Cell:
 
 Job = Tuning | Cell
 Attempt = tuple[dict[str, Any] | None, str | None]
-"""A job's line, or why there is none."""
+"""A job's line, or the reason why it failed."""
 
 
 class _TimeUpError(Exception):
-    """No further bucket may begin."""
+    """The time is up, so no further bucket may start."""
 
 
 def main() -> None:
@@ -96,11 +97,13 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--loads", default=",".join(COMPARED))
     parser.add_argument("--backend", default="triton")
-    parser.add_argument("--gpus", type=int, default=1, help="jobs are shared out among so many; 0: the CPU")
-    parser.add_argument("--seconds", type=float, default=300.0, help="no bucket and no cell is begun after this long")
+    parser.add_argument("--gpus", type=int, default=1, help="the number of GPUs that share the jobs; 0 means the CPU")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="start no bucket and no cell after this many seconds"
+    )
     parser.add_argument("--journal", type=Path, default=Path("regime_gap.jsonl"))
-    parser.add_argument("--out", type=Path, help="JSON; the Markdown is printed")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, help="the file for the results as JSON; the Markdown is printed")
+    parser.add_argument("--report", action="store_true", help="print the journal's results; measure nothing")
     options = parser.parse_args()
     tunings, cells, left_out = plan(
         options.models.split(","), numbers(options.ep), options.loads.split(","), numbers(options.rows)
@@ -116,21 +119,21 @@ def main() -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """`"8,32"` → `[8, 32]`."""
+    """Returns the numbers of a list: `[8, 32]` for `"8,32"`."""
     return [int(part) for part in text.split(",")]
 
 
 def regime_of(ep: int, load: str, ladder: str) -> Regime:
-    """The regime of a load, its distribution given, so that no environment variable changes it."""
+    """Returns the regime of a load. Its distribution is set, so that no environment variable changes it."""
     return Regime(ep_size=ep, ladder=ladder, distribution="random", **LOADS[load])
 
 
 def plan(
     models: Sequence[str], ep_sizes: Sequence[int], loads: Sequence[str], rows: Sequence[int]
 ) -> tuple[list[Tuning], list[Cell], list[str]]:
-    """All tunes, the slow ones first, all cells, and what is left out and why.
+    """Returns all tunes, the slow ones first, all cells, and a line for everything that is left out.
 
-    The models alternate, so that GPUs that begin together do not compile the same kernels.
+    The models alternate, so that GPUs that start together do not compile the same kernels.
     """
     if unknown := set(loads) - set(COMPARED):
         raise SystemExit(f"Unknown loads {sorted(unknown)}. Loads: {', '.join(COMPARED)}.")
@@ -156,7 +159,7 @@ def plan(
 
 
 def next_job(tunings: Sequence[Tuning], cells: Sequence[Cell], done: set[Job], begun: set[Job]) -> Job | None:
-    """A cell all of whose tactics are known, else the next tune, else None."""
+    """Returns a cell for which all tunes are done, else the next tune, else None."""
     for cell in cells:
         of_cell = {t for t in tunings if (t.model, t.ep) == (cell.model, cell.ep)}
         if cell not in done | begun and of_cell <= done:
@@ -167,12 +170,13 @@ def next_job(tunings: Sequence[Tuning], cells: Sequence[Cell], done: set[Job], b
 def measure_all(
     options: argparse.Namespace, journal: Journal, tunings: Sequence[Tuning], cells: Sequence[Cell], end: float
 ) -> list[str]:
-    """Does what the journal lacks, one process a GPU, until the time is up.
+    """Runs the jobs that the journal lacks, with one process per GPU, until the time is up.
 
-    A job that raises costs its process, for its GPU may be unusable there, and nothing else; the next run tries again.
+    After a job that raises, its process ends, because the GPU may be unusable there. Other jobs continue, and the next
+    run tries the job again.
 
     Returns:
-        What was not measured, and why.
+        A line for each job that was not measured, with the reason.
     """
     jobs: list[Job] = [*tunings, *cells]
     done: set[Job] = {job for job in jobs if journal.find(**asdict(job))}
@@ -219,7 +223,7 @@ def measure_all(
 
 
 def request_elsewhere(compilers: Compilers, tuning: Tuning, line: Mapping[str, Any], cells: Sequence[Cell]) -> None:
-    """Asks for what a tune has chosen to be compiled for the other loads too, before a GPU has to wait for it."""
+    """Requests the compilation of a tune's choices for the other loads, so that no GPU has to wait for it."""
     chosen = {choice["rows"]: Tactic(choice["tactic"]) for choice in line["choices"]}
     for cell in cells:
         if (cell.model, cell.ep) == (tuning.model, tuning.ep) and cell.load != tuning.load and cell.rows in chosen:
@@ -228,7 +232,10 @@ def request_elsewhere(compilers: Compilers, tuning: Tuning, line: Mapping[str, A
 
 
 def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> Attempt:
-    """The line of a job, or why it failed; neither where the time is up. No exception has to be pickled."""
+    """Returns the line of a job, or the reason why it failed, or neither if the time is up.
+
+    It returns the reason as text, so that no exception has to be pickled.
+    """
     try:
         return work(*arguments), None
     except _TimeUpError:
@@ -238,13 +245,16 @@ def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> Attempt:
 
 
 def named(job: Job) -> str:
-    """A job in words."""
+    """Returns a name of the job for messages."""
     rows = f"{job.rows} rows" if isinstance(job, Cell) else "the tune"
     return f"{job.model} EP{job.ep} {job.load}, {rows}"
 
 
 def tactics_of(cell: Cell, journal: Journal, tunings: Sequence[Tuning]) -> dict[str, Tactic]:
-    """The tactic that each load's tune chose at the cell's rows, and the default; no entry where there is no bucket."""
+    """Returns, by load, the tactic that its tune chose at the cell's rows, and the default tactic.
+
+    A load whose tune has no such bucket has no entry.
+    """
     tactics: dict[str, Tactic] = {}
     for tuning in tunings:
         if (tuning.model, tuning.ep) != (cell.model, cell.ep):
@@ -260,7 +270,7 @@ def tactics_of(cell: Cell, journal: Journal, tunings: Sequence[Tuning]) -> dict[
 
 
 def tune_job(job: Tuning, backend_name: str, device: str, end: float, store: Path) -> dict[str, Any]:
-    """The journal's line of one tune; a bucket that the store has is not measured again."""
+    """Runs one tune and returns its line. A bucket that the store has is not measured again."""
     begin = time.perf_counter()
 
     def stop(event: Event) -> None:
@@ -287,7 +297,7 @@ _KEPT = {"rows", "tactic", "time_us", "default_tactic", "default_time_us", "gain
 
 
 def cell_job(job: Cell, backend_name: str, device: str, end: float, tactics: Mapping[str, Tactic]) -> dict[str, Any]:
-    """The journal's line of one cell."""
+    """Measures one cell and returns its line."""
     if time.time() > end:
         raise _TimeUpError
     begin = time.perf_counter()
@@ -314,12 +324,16 @@ def compare(
     own_load: str,
     clock: Clock | None = None,
 ) -> dict[str, Any]:
-    """Every distinct tactic of `tactics` against that of `own_load`, which plays twice, on unseen draws.
+    """Compares the distinct tactics of `tactics` with that of `own_load`, on draws that no tune used.
+
+    The own tactic is timed twice in each round.
 
     Returns:
-        `own_us`: the mean over both series of the own tactic; None where it failed. `noise`: the A/A noise floor.
-        `entries`: a distinct tactic each, with its `us`, and the `ratio` to the own tactic with its 95 % bounds, or
-        the reason why it `failed`; `ratio` is None where the own tactic failed.
+        `own_us`: the mean of both series of the own tactic, or None if it failed.
+        `noise`: the A/A noise, or None if the own tactic failed.
+        `samples`: the number of timings of each tactic.
+        `entries`: one for each distinct tactic, with its mean time `us` and the `ratio` to the own tactic with its 95 %
+        bounds, or with the reason why it `failed`. `ratio` is None if the own tactic failed.
     """
     draws = untouched(regime.draws)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # a grouped router takes 0.6 s a draw
@@ -331,12 +345,12 @@ def compare(
     others = [tactic for tactic in dict.fromkeys(tactics.values()) if tactic != own]
     for tactic in (own, *others):
         bench.check(tactic, 0)
-    players = (own, *others, own)
-    once = bench.samples(players, [0])
+    timed = (own, *others, own)
+    once = bench.samples(timed, [0])
     round_us = len(routings) * sum(series[0] for series in once if series)
     least, most = ROUNDS
     rounds = min(most, max(least, int(CELL_SECONDS * 1e6 / max(round_us, 1.0))))
-    series = bench.samples(players, list(range(len(routings))) * rounds)
+    series = bench.samples(timed, list(range(len(routings))) * rounds)
     first, again = series[0], series[-1]
     mine = [(a + b) / 2 for a, b in zip(first, again, strict=True)] if first and again else None
     entries = []
@@ -369,7 +383,7 @@ def result(
     left_out: Sequence[str],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """All that the journal holds of this plan, as one document."""
+    """Returns the journal's results of this plan as one document."""
     measured = [line for cell in cells if (line := journal.find(**asdict(cell)))]
     tuned = [line for tuning in tunings if (line := journal.find(**asdict(tuning)))]
     return {
@@ -390,7 +404,7 @@ def _pool(device: str, place: int, places: int) -> ProcessPoolExecutor:
 
 
 def _settle(device: str, place: int, places: int) -> None:
-    """This process and its compilers get their share of the cores, and one GPU."""
+    """Restricts this process and its compilers to their share of the cores and to one GPU."""
     cores = sorted(os.sched_getaffinity(0))
     share = cores[place::places] or cores
     os.sched_setaffinity(0, share)

@@ -1,7 +1,7 @@
-"""What `regime_gap.py` has measured, as summary and Markdown: numbers in, text out.
+"""Formats the measurements of `regime_gap.py` as a summary and as Markdown.
 
-A cell (model, ep, load B, rows) holds, for each load A that a tactic was tuned under and for the untuned `default`, the
-time of that tactic under B over the time of the tactic tuned under B itself: 1 where the two are the same tactic.
+A cell (model, ep, load B, rows) has a ratio for each load A and for the untuned `default`: the time under B of the
+tactic that was tuned under A, over the time of the tactic that was tuned under B. It is 1 if both are the same tactic.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ Line = Mapping[str, Any]
 
 COMPARED = tuple(load for load in LOADS if load != "none")
 DEFAULT = "default"
-"""In the place of a load: what the engine runs where nothing is tuned."""
+"""Stands in the place of a load for the tactic that the engine runs if nothing is tuned."""
 
 
 def ratio(cell: Line, under: str) -> float | None:
-    """Time of the tactic tuned under `under` over that of the cell's own; None where there is none or it failed."""
+    """Returns the cell's ratio for the load `under`, or None if it has no such tactic or one of the two failed."""
     found = _entry(cell, under)
     return found.get("ratio") if found else None
 
 
 def summary(cells: Sequence[Line]) -> list[dict[str, Any]]:
-    """For each (A, B): geomean and worst ratio over all cells given, and where the worst is. A = B is left out."""
-    told = []
+    """Returns, for each A ≠ B, the geometric mean and the worst ratio over all cells, and the cell of the worst."""
+    lines = []
     for under in (*COMPARED, DEFAULT):
         for load in COMPARED:
             pairs = [(value, cell) for cell in cells if cell["load"] == load and (value := ratio(cell, under))]
             if under == load or not pairs:
                 continue
             worst, at = max(pairs, key=lambda pair: pair[0])
-            told.append(
+            lines.append(
                 {"tuned_under": under, "run_under": load, "cells": len(pairs)}
                 | {"geomean": stats.geomean([value for value, _ in pairs]), "worst": worst}
                 | {"worst_at": {name: at[name] for name in ("model", "ep", "rows")}}
             )
-    return told
+    return lines
 
 
 def markdown(cells: Sequence[Line], tunings: Sequence[Line], left_out: Sequence[str]) -> str:
-    """All tables, one for each layer and ep, the summaries, and everything that failed or was left out."""
+    """Returns a table for each layer and ep, the summaries, and lists of all that failed or was left out."""
     parts = []
     groups = sorted({(cell["model"], cell["ep"]) for cell in cells})
     for model, ep in groups:
@@ -61,7 +61,7 @@ def markdown(cells: Sequence[Line], tunings: Sequence[Line], left_out: Sequence[
 
 
 def failures(cells: Sequence[Line]) -> list[str]:
-    """A line for each tactic that failed in a cell."""
+    """Returns a line for each tactic that failed in a cell."""
     return [
         f"{cell['model']} EP{cell['ep']} {cell['load']}, {cell['rows']} rows, tuned under "
         f"{', '.join(entry['tuned_under'])}: {_spelled(entry['tactic'])}: {entry['failed']}"
@@ -72,7 +72,7 @@ def failures(cells: Sequence[Line]) -> list[str]:
 
 
 def rejections(tunings: Sequence[Line]) -> list[str]:
-    """How many tactics every tune rejected, by the beginning of the reason."""
+    """Returns a line for each tune that rejected tactics: how many, by the first part of the reason."""
     lines = []
     for tuning in tunings:
         reasons = Counter(reason.split(":")[0] for choice in tuning["choices"] for _, reason in choice["rejected"])
@@ -83,10 +83,10 @@ def rejections(tunings: Sequence[Line]) -> list[str]:
 
 
 def require_same_environment(first: Line, other: Line) -> None:
-    """Times of different machines or libraries are not compared.
+    """Raises if two lines were measured on different machines or with different libraries.
 
     Raises:
-        SystemExit: the two lines were measured in different environments.
+        SystemExit: the environments differ.
     """
     mine, theirs = (Environment.model_validate(line["environment"]) for line in (first, other))
     if differing := mine.differing(theirs):
@@ -119,12 +119,12 @@ def _slowdown(cell: Line, under: str) -> str:
     return "same" if cell["load"] in found["tuned_under"] else _percent(found["ratio"])
 
 
-def _summary_table(told: Sequence[Line]) -> str:
-    found = {(line["tuned_under"], line["run_under"]): line for line in told}
+def _summary_table(lines: Sequence[Line]) -> str:
+    found = {(line["tuned_under"], line["run_under"]): line for line in lines}
     loads = [load for load in COMPARED if any(run == load for _, run in found)]
     rows = [f"| tuned under \\ run under | {' | '.join(loads)} |", "|---" * (1 + len(loads)) + "|"]
     for under in (*COMPARED, DEFAULT):
-        if any(line["tuned_under"] == under for line in told):
+        if any(line["tuned_under"] == under for line in lines):
             texts = [_geomean_and_worst(found.get((under, load))) for load in loads]
             rows.append(f"| {under} | {' | '.join(texts)} |")
     return "Geometric mean / worst (at rows):\n\n" + "\n".join(rows)

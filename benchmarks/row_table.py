@@ -1,13 +1,14 @@
-"""Times the choices of many buckets at many other row counts: what a bucket's tactic costs between the buckets.
+"""Times the choices of many buckets at many other row counts, to show how much slower they are between the buckets.
 
-It tunes the keys of vLLM's files and one bucket between each two of them. Then it times every choice, vLLM's default
-of every row count and every row of the file that vLLM ships for the layer, interleaved, at all these row counts and at
-random ones, on draws that no tune has used. One journal line is one deployment.
+It tunes the keys of vLLM's files and one bucket between each two of them. Then it times three kinds of tactics: every
+choice, vLLM's default for every row count, and every row of the file that vLLM ships for the layer. They are timed
+interleaved, at all these row counts and at random ones, on draws that no tune has used. One journal line is one
+deployment.
 
     PYTHONPATH=.:ENGINE_FOLDER python benchmarks/row_table.py OUT.jsonl --kernel vllm --configs CONFIGS
     python benchmarks/row_table.py OUT.jsonl --report
 
-ENGINE_FOLDER holds the engine's package; its Python sources suffice. CONFIGS is vLLM's folder of configuration files.
+ENGINE_FOLDER has the engine's package; its Python sources are enough. CONFIGS is vLLM's folder of configuration files.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ FIRST_DRAW, NUM_DRAWS = 200, 16
 
 
 def tuned_rows() -> list[int]:
-    """Returns the keys of vLLM's files, the geometric middle of each two, and one above the last."""
+    """Returns the keys of vLLM's files, the geometric mean of each two neighbors, and one row count above the last."""
     middles = (round((low * high) ** 0.5) for low, high in pairwise(VLLM_BUCKETS))
     return sorted({*VLLM_BUCKETS, *middles, LARGEST_ROWS})
 
@@ -71,7 +72,7 @@ def shipped_rows(layer: MoELayer, regime: Regime, configs: Path | None) -> dict[
 
 
 def measured(model: str, ep: int, load: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the line of one deployment: its tactics, who runs which of them, and mean times in µs."""
+    """Returns the line of one deployment: its tactics, which row count uses which of them, and mean times in µs."""
     layer = moetune.layer(model)
     keys = tuned_rows()
     regime = Regime(ep_size=ep, attention_dp=True, **LOADS[load], ladder=",".join(map(str, keys)))
@@ -118,12 +119,15 @@ def measured(model: str, ep: int, load: str, options: argparse.Namespace) -> dic
 
 
 def nearest(keys: Sequence[int], rows: int) -> int:
-    """Returns the key that vLLM looks `rows` up by."""
+    """Returns the key to which vLLM maps `rows`."""
     return min(keys, key=lambda key: abs(key - rows))
 
 
 def report(line: Mapping[str, Any]) -> str:
-    """Returns a line of Markdown: the other's time over the choice's, at row counts that are no key of vLLM's files."""
+    """Returns a line of Markdown with the times of other tactics over the choice's time, geometric mean and least.
+
+    The row counts are those that are no key of vLLM's files.
+    """
     choices, defaults, shipped = (
         {int(r): at for r, at in line[name].items()} for name in ("choices", "defaults", "shipped")
     )

@@ -29,7 +29,7 @@ def staged_errors(runner: TritonRunner, tactic: Mapping[str, Any], draw: int = 0
 
 
 def run_in_stages(runner: TritonRunner, tactic: Mapping[str, Any], draw: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs a tactic; returns the activated intermediate `[slots, I]` and the output `[M, H]`."""
+    """Runs a tactic, and returns the activated intermediate `[slots, I]` and the output `[M, H]`."""
     out = runner.run(tactic, draw).clone()
     return runner._activated.clone(), out
 
@@ -39,9 +39,10 @@ def errors_of_stages(
 ) -> tuple[float, float]:
     """Returns the relative Frobenius error of each stage against the rounded reference of its own input.
 
-    The first stage ends with the activated intermediate. In fp8 it is quantized anew, and there one bf16 rounding
-    that falls the other way can change the scale of 128 values: over the whole layer that is half a percent, and up to
-    1.1 % of a single row. So whole layers are judged over several rows. A single stage has no such leverage.
+    The first stage ends with the activated intermediate. In fp8 it is then quantized, and one bf16 rounding in the
+    other direction can change the scale of 128 values. This changes the output of the whole layer by half a percent,
+    and that of a single row by up to 1.1 %. So errors of the whole layer are taken over several rows. The error of a
+    single stage does not have this effect.
     """
     expected, expected_out = _staged(runner, draw, activated)
     ids = runner._topk_ids[draw].view(-1)
@@ -50,7 +51,7 @@ def errors_of_stages(
 
 
 def _staged(runner: TritonRunner, draw: int, activated: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rounded intermediate and output; `activated`, if given, is the second stage's input."""
+    """Returns the rounded intermediate and output. `activated`, if not None, is the second stage's input."""
 
     def quantized(values: torch.Tensor) -> torch.Tensor:
         return dequantize_rows(*quantize_rows_reference(values)) if runner._shapes.fp8 else values
@@ -84,7 +85,8 @@ def compile_tactic(
     """Compiles both GEMMs of one tactic; see `compile_gemms`.
 
     Returns:
-        `registers` a thread, `shared_bytes` a block and `spill_bytes` of stack a thread, of the greater GEMM.
+        `registers` per thread, `shared_bytes` per block and `spill_bytes` (stack) per thread, each the larger value of
+        the two GEMMs.
     """
     compiled = compile_gemms(shapes, tactic, capability=capability, kernel=kernel, zero_remote=zero_remote)
     usages = [_resource_usage(gemm.asm["cubin"]) | {"shared_bytes": gemm.metadata.shared} for gemm in compiled]
@@ -92,7 +94,7 @@ def compile_tactic(
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and stack of a cubin's kernel, as `cuobjdump -res-usage` prints them."""
+    """Returns the registers and the stack bytes per thread of a cubin's kernel, from `cuobjdump -res-usage`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

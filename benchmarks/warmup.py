@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/warmup.py [--model qwen3-235b-a22b] [--ep 4] [--layout packed] [--maximum 8192]
 
-Each start is a process of its own. The first tunes inside `moetune.warmup`; the second, with the same store, must
-measure nothing and be ready in under a second; the third has the exported file alone, which
-stock FlashInfer reads with `autotune(False, cache=FILE)`: every bucket must hit, and the op must run within 2 % of the
-exported tactics' own speed. In the first two the op is timed inside the warm-up and after it.
+Each start is a new process. The first tunes inside `moetune.warmup`. The second has the same store: it must measure
+nothing and be ready in under a second. In these two the op is timed inside the warm-up and after it; the times must be
+within 2 % of each other. The third has only the exported file, which stock FlashInfer reads with
+`autotune(False, cache=FILE)`: every bucket must hit, and the op must run within 2 % of the exported tactics' own time.
 Exits 1 if one of these fails.
 """
 
@@ -48,7 +48,7 @@ def op_times_us(calls: Sequence[TimedCall]) -> list[float]:
 
 
 class Engine:
-    """Calls the op on one rank's weights as an engine does, without a tactic."""
+    """An engine that calls the op on one rank's weights without naming a tactic."""
 
     def __init__(self, layer: MoELayer, regime: Regime) -> None:
         from flashinfer.fused_moe import cutlass_fused_moe
@@ -79,7 +79,7 @@ class Engine:
 
 
 def start(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
-    """Starts an engine once: returns counts and seconds of the warm-up, and the op's times inside and after."""
+    """Starts an engine once, and returns counts and seconds of the warm-up, and the op's times inside and after it."""
     import torch
 
     warm_flashinfer()  # loading the op's module is not part of the warm-up
@@ -101,7 +101,7 @@ def start(layer: MoELayer, regime: Regime, store: str) -> dict[str, Any]:
 
 
 def from_file(layer: MoELayer, regime: Regime, store: str) -> dict[int, dict[str, Any]]:
-    """Starts an engine that has the exported file alone; returns what each bucket ran and its times."""
+    """Starts an engine that has only the exported file, and returns the tactic and the times of each bucket."""
     from flashinfer.autotuner import AutoTuner, autotune
 
     from moetune.export.flashinfer import export
@@ -135,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-235b-a22b")
     parser.add_argument("--ep", type=int, default=4)
-    parser.add_argument("--layout", default="packed", help="or none: pure EP")
+    parser.add_argument("--layout", default="packed", help="a layout, or none for pure EP")
     parser.add_argument("--maximum", type=int, default=8192)
     parser.add_argument("--store")
     parser.add_argument("--child", choices=("start", "file"))
