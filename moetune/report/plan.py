@@ -104,7 +104,7 @@ def columns_table(plan: Plan) -> Table:
     if any(bucket.met_rows != bucket.rows for bucket in plan.buckets):
         entries["typical rows"] = "the most likely row count that maps to the bucket; the other columns are for it"
     entries |= {
-        "tokens a rank": "what each rank sends to produce these rows",
+        "tokens a rank": "the tokens of each rank that produce these rows",
         "local slots": "(token, expert) pairs whose expert is on this rank",
         "active experts": "this rank's experts that have a slot",
     }
@@ -157,7 +157,9 @@ def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     profile = plan.profile
     lines = [Text(_kernels_line(plan.backend, kernels)), Text(_profile_line(profile))]
     if profile and not profile.answers:
-        lines.append(Text("view it: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold"))
+        lines.append(
+            Text("view the nearest: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold")
+        )
     if plan.next_command:
         here = kernels.runs_here or (profile is not None and profile.answers)
         title = "next: " if here else "next, on a machine with the GPU that you deploy on: "
@@ -193,7 +195,8 @@ def _profile_line(profile: NearestProfile | None) -> str:
         return f"profile: a {origin} one answers this question."
     measured = f"measured with {profile.backend} on {profile.device}"
     if profile.other_layer:
-        return f"profile: none of this layer. The nearest is of {profile.layer}, {origin}, {measured}."
+        precision = f" in {profile.differing['precision']['stored']}" if "precision" in profile.differing else ""
+        return f"profile: none of this layer. The nearest is of {profile.layer}{precision}, {origin}, {measured}."
     if names := profile.other_deployment:
         fields = ", ".join(
             f"{name} {profile.differing[name]['stored']} instead of {profile.differing[name]['wanted']}"

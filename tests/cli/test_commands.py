@@ -118,7 +118,7 @@ def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
 
     lines = moetune("plan", "--launch", SGLANG).stdout.splitlines()[-4:]
     assert [line.partition(":")[0] for line in lines] == [
-        "kernels", "profile", "view it", "next, on a machine with the GPU that you deploy on",
+        "kernels", "profile", "view the nearest", "next, on a machine with the GPU that you deploy on",
     ]  # fmt: skip
     assert lines[-1].endswith(document["next_command"])
 

@@ -31,7 +31,7 @@ EP8 = {"ep_size": {"wanted": 16, "stored": 8}, "torch": {"wanted": "2.13.0", "st
 
 LEGEND = """\
 rows            the bucket: the row count by which the engine looks a tactic up
-tokens a rank   what each rank sends to produce these rows
+tokens a rank   the tokens of each rank that produce these rows
 local slots     (token, expert) pairs whose expert is on this rank
 active experts  this rank's experts that have a slot
 received        bytes from the other ranks before the experts run
@@ -104,7 +104,7 @@ def test_a_plan_ends_with_the_kernels_the_nearest_profile_and_the_next_command(p
         "--moe-runner-backend triton. On Blackwell SGLang prefers flashinfer_trtllm for many models.",
         "profile: none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
         "ep_size 8 instead of 16.",
-        "view it: moetune show /p.json",
+        "view the nearest: moetune show /p.json",
         "next, on a machine with the GPU that you deploy on: moetune tune --ep 16",
     ]
 
@@ -148,6 +148,10 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
             "none of this layer. The nearest is of other, packaged, measured with triton on NVIDIA H200.",
         ),
         (
+            _nearest({"precision": {"wanted": "nvfp4", "stored": "bf16"}}),
+            "none of this layer. The nearest is of small in bf16, packaged, measured with triton on NVIDIA H200.",
+        ),
+        (
             _nearest({name: {"wanted": 1, "stored": 2} for name in ("ep_size", "tp_size", "draws", "seed", "rank")}),
             "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
             "ep_size 2 instead of 1, tp_size 2 instead of 1, draws 2 instead of 1 and 2 more differences.",
@@ -158,7 +162,7 @@ def test_the_nearest_profile_is_one_line_and_a_command(planned, profile, line):
     lines = _bottom(planned, kernels=KERNELS, profile=profile, next_command="moetune show /p.json")
     assert lines[1] == f"profile: {line}"
     answers = profile is not None and profile.answers
-    assert ("view it: moetune show /p.json" in lines) == (profile is not None and not answers)
+    assert ("view the nearest: moetune show /p.json" in lines) == (profile is not None and not answers)
     assert lines[-1].startswith("next: " if answers else "next, on a machine with the GPU")
 
 

@@ -147,6 +147,7 @@ def test_times_are_in_ms_where_all_are_long():
 def test_the_report_of_a_profile_says_what_stands_behind_it():
     text = _text(*profile_report(_profile(_choice(8, 60.0), _choice(64, 70.0)), "/store/profile.json"))
     assert "6 of 6 tactics tried per bucket; the default: eager" in text
+    assert "\neager: a loop over the active experts, with two GEMMs for each\n" in text
     assert "A/A noise 0.4–3.2 %" in text
     assert "not tuned yet: 4096" in text
     assert "profile: /store/profile.json" in text
