@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
+from moetune.store.store import Store
 
 LAYER = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 ENVIRONMENT = Environment(device="Example GPU 80GB", strict={"torch": "2.13.0", "threads": "2"})
@@ -33,3 +35,20 @@ def choice_of() -> Callable[..., Choice]:
 @pytest.fixture(scope="session")
 def profile_of() -> Callable[..., Profile]:
     return make_profile
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def packaged(tmp_path: Path) -> Store:
+    """What moetune comes with, as the store that made it."""
+    return Store(tmp_path / "packaged")
+
+
+@pytest.fixture
+def backed(store: Store, packaged: Store) -> Store:
+    """The store, with the packaged profiles behind it."""
+    return Store(store.root, packaged.root)

@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import ProfileOf
 
 import moetune.store.store as store_module
 from moetune.errors import StoreError, UsageError
@@ -19,8 +20,6 @@ from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journal, Journaled, Measurement
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-
-ProfileOf = Callable[..., Profile]
 
 
 def tactic(tile: int) -> Tactic:

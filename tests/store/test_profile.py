@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetune.errors import DamagedProfileError, NoResultError, StoreError, UsageError
+from moetune.errors import NoResultError, UsageError
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
-from moetune.store.reading import load_profile
 
 
 @st.composite
@@ -207,17 +206,3 @@ def test_reprs_are_short_and_the_gain_is_the_geometric_mean(profile_of, choice_o
     assert repr(empty) == f"Profile(small, {empty.regime.slug}, torch, 0 buckets)"
     with pytest.raises(NoResultError):
         _ = empty.gain
-
-
-def test_load_profile_reads_one_file_or_raises_an_error_of_the_store(profile_of, tmp_path) -> None:
-    path = tmp_path / "profile.json"
-    with pytest.raises(StoreError, match="no profile file"):
-        load_profile(path)
-    path.write_text(profile_of().model_dump_json())
-    assert load_profile(str(path)) == profile_of()
-    path.write_text("{}")
-    with pytest.raises(DamagedProfileError, match="schema_version"):
-        load_profile(path)
-    assert path.read_text() == "{}"
-    with pytest.raises(StoreError, match="cannot be read"):
-        load_profile(tmp_path)

@@ -1,0 +1,43 @@
+import io
+from pathlib import Path
+
+from rich.console import Console
+from shown import LAYER, PROFILES, cut, made_choice, made_profile, printed, rows_of
+
+from moetune.backends.registry import Diagnosis
+from moetune.inputs import presets
+from moetune.report.lists import backends_table, models_table, store_table
+from moetune.store.profile import Profile
+
+
+def test_models_backends_and_the_store_have_a_row_for_each(tmp_path):
+    models = [(LAYER, "https://example.org/a")]
+    assert rows_of(printed(models_table(models)))[3] == "small 16 4 64 32 bf16 softmax https://example.org/a"
+    assert rows_of(printed(models_table(models, addresses=False)))[3] == "small 16 4 64 32 bf16 softmax"
+    backends = backends_table([Diagnosis("a", True), Diagnosis("b", False, "no GPU", "Rent one")])
+    assert rows_of(printed(backends))[3:] == ["a yes", "b no no GPU", "Rent one"]
+    stored = [(tmp_path / "x" / "p.json", made_profile(made_choice(8, 60.0)))]
+    row = "small ep4-tp1-dp-alltoall-packed-random torch Example GPU 1/3 2026-01-31"
+    assert rows_of(printed(store_table(stored, tmp_path)))[2] == f"{row} x/p.json"
+    assert rows_of(printed(store_table(stored, tmp_path, files=False)))[2] == row
+
+
+def test_an_address_without_a_column_is_a_link(tmp_path):
+    text = io.StringIO()
+    out = Console(file=text, force_terminal=True, width=100)
+    out.print(models_table([(LAYER, "https://example.org/a")], addresses=False))
+    out.print(store_table([(tmp_path / "p.json", made_profile(made_choice(8, 60.0)))], tmp_path, files=False))
+    assert "https://example.org/a" in text.getvalue()
+    assert (tmp_path / "p.json").as_uri() in text.getvalue()
+
+
+def test_there_are_packaged_profiles_to_look_at():
+    assert len(PROFILES) >= 30
+
+
+def test_lists_are_not_cut_at_80_columns():
+    stored = [(path, Profile.model_validate_json(path.read_text())) for path in PROFILES]
+    models = [(presets.layer(name), presets.source(name).url) for name in presets.names()]
+    reason = Diagnosis("flashinfer-trtllm-routed", False, "needs " + "compute capability 10.0 or 10.3 " * 4, "Rent one")
+    tables = [store_table(stored, Path("/"), files=False), models_table(models, addresses=False)]
+    assert cut([*tables, backends_table([reason])]) == []

@@ -1,0 +1,149 @@
+import io
+
+import pytest
+from rich.console import Console
+from shown import FAST, PROFILES, SLOW, WON, cut, made_choice, made_profile, printed, rows_of
+
+from moetune.report.profile import gain_line, profile_report, profile_table
+from moetune.spec.regime import Regime
+from moetune.store.profile import Profile
+
+GOLDEN = """\
+                  time  default
+rows  tactic      (µs)     (µs)     gain  95 % bounds
+─────────────────────────────────────────────────────
+   8  eager       60.0     60.0  default       –
+  64  grouped_mm   823    1,234    1.50×   1.43–1.58"""
+
+TRITON_GOLDEN = """\
+                                         time  default
+rows      M×N×K  group  warps  stages    (µs)     (µs)     gain  95 % bounds
+────────────────────────────────────────────────────────────────────────────
+   8  16×64×128      1      4       4    60.0     60.0  default       –
+  64  128×32×64     16      8       3  12,345   18,518    1.50×   1.43–1.58"""
+
+
+def test_the_table_of_a_profile_is_as_ever():
+    table = profile_table(made_profile(made_choice(8, 60.0), made_choice(64, 1234.0, **WON)))
+    assert printed(table) == GOLDEN
+
+
+def test_a_triton_tactic_has_a_column_for_each_tunable_and_80_columns_hold_them():
+    won = {**WON, "tactic": FAST}
+    table = profile_table(made_profile(made_choice(8, 60.0, SLOW), made_choice(64, 18_518.0, SLOW, **won)))
+    assert printed(table) == TRITON_GOLDEN
+    assert printed(table, width=80) == TRITON_GOLDEN
+
+
+def test_tactics_of_other_names_stand_in_columns_of_their_own():
+    table = profile_table(made_profile(made_choice(8, 60.0, {"tile_n": 32, "config": 5})))
+    assert rows_of(printed(table))[1].startswith("rows tile_n config ")
+    assert rows_of(printed(table))[3].startswith("8 32 5 60.0 ")
+
+
+@pytest.mark.parametrize(
+    ("backend", "strict", "said"),
+    [
+        ("triton", {"kernel": "builtin"}, "2 configurations of vLLM's heuristic"),
+        ("triton", {"kernel": "sglang"}, "2 configurations of SGLang's heuristic"),
+        ("torch", {}, "2 tactics, by the rows"),
+    ],
+)
+def test_a_default_that_changes_with_the_rows_is_counted(backend, strict, said):
+    profile = made_profile(made_choice(8, 60.0, SLOW), made_choice(64, 60.0, FAST), backend=backend, **strict)
+    lines = printed(*profile_report(profile)).splitlines()
+    assert f"6 of 6 tactics tried per bucket; the default: {said}" in lines
+    assert max(map(len, lines)) <= 90
+
+
+def test_what_could_not_win_is_counted_by_its_reason():
+    wrong = [{"tactic": FAST, "reason": f"its result is wrong by {error}"} for error in (0.5, 0.25)]
+    profile = made_profile(made_choice(8, 60.0, rejected=wrong), made_choice(64, 60.0))
+    text = printed(*profile_report(profile))
+    assert "could not win, per bucket:\n  0–2  its result is wrong by …\n" in text
+    assert "could not win" not in printed(*profile_report(made_profile(made_choice(8, 60.0))))
+
+
+def test_a_time_that_was_taken_without_a_graph_is_told():
+    profile = made_profile(made_choice(8, 60.0, eager="it synchronizes"), made_choice(64, 60.0))
+    text = printed(*profile_report(profile))
+    assert "timed without a CUDA graph, launch overhead included, per bucket:\n  0–1  it synchronizes\n" in text
+    assert "CUDA graph" not in printed(*profile_report(made_profile(made_choice(8, 60.0))))
+
+
+def test_the_report_of_a_profile_says_what_stands_behind_it():
+    text = printed(*profile_report(made_profile(made_choice(8, 60.0), made_choice(64, 70.0)), "/store/profile.json"))
+    assert "6 of 6 tactics tried per bucket; the default: eager" in text
+    assert "\neager: a loop over the active experts, with two GEMMs for each\n" in text
+    assert "A/A noise 0.4–3.2 %" in text
+    assert "not tuned yet: 4096" in text
+    assert "profile: /store/profile.json" in text
+    assert "nothing was measured" not in text
+    assert "busy" not in text
+
+
+def test_a_busy_machine_is_told():
+    assert "this machine was busy" in printed(*profile_report(made_profile(made_choice(4096, 60.0))))
+
+
+def test_a_served_profile_says_that_nothing_was_measured_and_where_it_lay():
+    text = printed(*profile_report(made_profile(made_choice(8, 60.0)), "/store/profile.json", served=True))
+    assert "served from the store, nothing was measured: /store/profile.json" in text
+
+
+def test_a_profile_without_choices_has_a_report():
+    assert "no bucket is tuned yet" in printed(*profile_report(made_profile()))
+
+
+def test_names_are_no_markup():
+    assert "[red]odd[/red]" in printed(*profile_report(made_profile(name="[red]odd[/red]")))
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.parents[1].name[:20] + path.parent.name[:36])
+def test_nothing_of_a_packaged_profile_is_cut_at_80_columns(path):
+    profile = Profile.model_validate_json(path.read_text())
+    assert cut(profile_report(profile, path)) == []
+
+
+def test_half_the_draws_with_other_rows_are_listed_below_the_table():
+    text = printed(*profile_report(made_profile(made_choice(8, 60.0), made_choice(64, 60.0, met_rows=63))))
+    assert "typical rows (in parentheses): 64 (63)" in text
+
+
+def test_the_bottom_lines_have_gain_day_device_versions_and_the_next_command():
+    profile = made_profile(made_choice(8, 60.0), made_choice(64, 90.0, **WON), backend="triton", triton="3.6.0")
+    *_, gain, measured, where, command = printed(*profile_report(profile, "/store/a b.json")).splitlines()
+    assert gain == "geometric mean gain 1.22× over 2 buckets; worst 1.00× at 8 rows"
+    assert measured == "measured 2026-01-31 on Example GPU · torch 2.13.0 · triton 3.6.0"
+    assert where == "profile: /store/a b.json"
+    assert command == "next: moetune export '/store/a b.json' --to vllm --out tuned"
+
+
+@pytest.mark.parametrize(
+    ("backend", "strict", "command"),
+    [
+        ("triton", {"remote": "zero"}, "moetune export /p.json --to sglang --out tuned"),
+        ("flashinfer-cutlass", {}, "moetune export /p.json --to flashinfer --out tuned"),
+        ("flashinfer-trtllm-routed", {}, "moetune export /p.json --to trtllm --out tuned"),
+        ("torch", {}, "moetune show /p.json"),
+    ],
+)
+def test_the_next_command_is_for_an_engine_that_reads_these_kernels(backend, strict, command):
+    report = profile_report(made_profile(made_choice(8, 60.0), backend=backend, **strict), "/p.json")
+    assert printed(*report).splitlines()[-1] == f"next: {command}"
+    exported = profile_report(made_profile(made_choice(8, 60.0), backend=backend, **strict), "/p.json", exported=True)
+    assert "next: " not in printed(*exported)
+
+
+def test_one_bucket_has_a_gain():
+    one = {rows: made_profile(made_choice(rows, 60.0), regime=Regime(ladder=str(rows))) for rows in (1, 64)}
+    assert gain_line(one[64]) == "geometric mean gain 1.00× over 1 bucket; worst 1.00× at 64 rows"
+    assert gain_line(one[1]).endswith("worst 1.00× at 1 row")
+
+
+@pytest.mark.parametrize(("low", "style"), [(1.043, "1;32"), (1.02, "2")], ids=["beyond the noise", "within it"])
+def test_only_a_gain_beyond_the_noise_is_bold_green(low, style):
+    won = made_choice(64, 60.0, **{**WON, "gain_low": low})  # its noise is 0.032
+    text = io.StringIO()
+    Console(file=text, force_terminal=True, width=100, color_system="standard").print(profile_table(made_profile(won)))
+    assert f"\x1b[{style}m1.50×" in text.getvalue()
