@@ -144,7 +144,10 @@ class Journal:
         except (FileNotFoundError, NotADirectoryError):
             return Journaled()
         except OSError as error:
-            raise StoreError(f"The journal {self.path} cannot be read: {error.strerror or error}.") from None
+            raise StoreError(
+                f"The journal {self.path} cannot be read: {error.strerror or error}.",
+                "Make it readable, or delete it to measure its buckets again.",
+            ) from None
         measurements, unread = [], []
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
