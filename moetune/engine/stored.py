@@ -161,10 +161,11 @@ def tolerance_of(layer: MoELayer) -> float:
 
     The activations are the engine's own choice, so it is that of the coarsest; bf16's where there is no such backend.
     """
-    from moetune.backends.flashinfer_trtllm.formats import FORMATS, INTERMEDIATE_TOLERANCES
+    from moetune.backends.flashinfer_trtllm.activations import BF16
+    from moetune.backends.flashinfer_trtllm.formats import FORMATS
 
     fmt = FORMATS.get(layer.precision)
-    return max(INTERMEDIATE_TOLERANCES[of] for of in (fmt.activations if fmt else ("bf16",)))
+    return max(activations.tolerance for activations in (fmt.choices if fmt else (BF16,)))
 
 
 def tactic_of(native: Any) -> Tactic:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from flashinfer_spy import LaunchedError, flashinfer, recorded
 
+from moetune.backends.flashinfer_trtllm.formats import FORMATS
 from moetune.errors import UnsupportedError
-from moetune.export.flashinfer_keys import TRTLLM_OPS, cutlass_keys, trtllm_keys
+from moetune.export.flashinfer_keys import cutlass_keys, trtllm_keys
 from moetune.inputs.flashinfer_versions import VERSIONS
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -78,7 +79,7 @@ def looked_up(monkeypatch, backend, precision, **options):
     return key
 
 
-@pytest.mark.parametrize("precision", TRTLLM_OPS)
+@pytest.mark.parametrize("precision", FORMATS)
 @pytest.mark.parametrize("backend", ["flashinfer-trtllm", "flashinfer-trtllm-routed"])
 def test_the_calls_that_the_trtllm_backends_time_have_these_keys(monkeypatch, backend, precision):
     key = looked_up(monkeypatch, backend, precision)

@@ -7,19 +7,11 @@ import re
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from moetune.backends.base import Candidates, Problem
-from moetune.backends.flashinfer_trtllm.formats import (
-    FORMATS,
-    INTERMEDIATE_TOLERANCES,
-    Activations,
-    ExpertSizes,
-    Format,
-    Fp8BlockLayout,
-)
+from moetune.backends.flashinfer_trtllm.formats import FORMATS, ExpertSizes, Format, Fp8BlockLayout, format_of
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import flashinfer_versions
-from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
@@ -29,6 +21,7 @@ if TYPE_CHECKING:
 
 CAPABILITIES = ((10, 0), (10, 3))
 NEEDED_VERSION = (0, 7, 2)
+Mxfp4Activations = Literal["bf16", "mxfp8"]
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
 _ROUTED_TOP_K = 32
 
@@ -52,13 +45,13 @@ class TrtllmBackend:
     def __init__(
         self,
         *,
-        mxfp4_activations: Activations = "bf16",
+        mxfp4_activations: Mxfp4Activations = "bf16",
         quantized: bool | None = None,
         fp8_block_layout: Fp8BlockLayout = "blocked",
         hidden_dtype: HiddenDtype = "bfloat16",
     ) -> None:
         for option, value, allowed in (
-            ("mxfp4_activations", mxfp4_activations, FORMATS[Precision.MXFP4].activations),
+            ("mxfp4_activations", mxfp4_activations, get_args(Mxfp4Activations)),
             ("hidden_dtype", hidden_dtype, get_args(HiddenDtype)),
             ("fp8_block_layout", fp8_block_layout, get_args(Fp8BlockLayout)),
         ):
@@ -99,30 +92,8 @@ class TrtllmBackend:
         fmt = FORMATS.get(layer.precision)
         if fmt is None:
             return f"computes {', '.join(FORMATS)} experts, not {layer.precision.value}"
-        intermediate = regime.intermediate_size(layer)
-        if not fmt.padded and (layer.hidden_size % fmt.multiple_of or intermediate % fmt.multiple_of):
-            return (
-                f"needs multiples of {fmt.multiple_of} for {layer.precision.value} experts; "
-                f"given H = {layer.hidden_size} and I/tp = {intermediate}"
-            )
-        return self._lacking(fmt, layer) or self._routing_unsupported(fmt, layer, regime)
-
-    @staticmethod
-    def _lacking(fmt: Format, layer: MoELayer) -> str | None:
-        if layer.activation is not Activation.SILU and not (
-            layer.activation is Activation.SWIGLU_CLAMPED and fmt.clamped
-        ):
-            return f"computes no {layer.activation.value} with {layer.precision.value} experts"
-        if layer.expert_bias and not fmt.bias:
-            return f"adds no bias to {layer.precision.value} experts"
-        if layer.weight_on_input and not (fmt.weight_on_input and layer.top_k == 1):
-            return (
-                f"applies the router's weight to the input of fp8_tensor experts at top_k = 1 only; "
-                f"given {layer.precision.value} experts at top_k = {layer.top_k}"
-            )
-        if layer.precision is Precision.FP8_BLOCK and layer.num_experts % 4:
-            return f"needs a multiple of 4 experts, given {layer.num_experts}"
-        return None
+        lacking = fmt.unsupported(layer, regime.intermediate_size(layer))
+        return lacking or self._routing_unsupported(fmt, layer, regime)
 
     def _routing_unsupported(self, fmt: Format, layer: MoELayer, regime: Regime) -> str | None:
         from moetune.backends.flashinfer_trtllm.logits import kernel_routing
@@ -166,39 +137,28 @@ class TrtllmBackend:
         from moetune.workload.routing import realize
 
         self._check(layer, regime)
-        fmt, shard, sizes = FORMATS[layer.precision], regime.shard(layer), self._sizes(layer, regime)
-        routing = realize(layer, regime, rows)
-        top_k = routing.topk_ids.shape[1]
+        fmt, shard, routing = self._format(layer), regime.shard(layer), realize(layer, regime, rows)
+        hidden, top_k = fmt.aligned(layer.hidden_size), regime.row_top_k(layer)
 
         def meta(columns: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(rows, columns, dtype=dtype, device="meta")
 
-        hidden, e4m3 = sizes.padded_hidden, torch.float8_e4m3fn
-        activations: dict[Activations, tuple[torch.Tensor, torch.Tensor | None]] = {
-            "bf16": (meta(hidden, torch.bfloat16), None),
-            "fp8_block": (meta(hidden, e4m3), torch.empty(hidden // 128, rows, device="meta")),
-            "fp8_tensor": (meta(hidden, e4m3), None),
-            "nvfp4": (meta(hidden // 2, torch.uint8), meta(hidden // 16, e4m3)),
-            "mxfp8": (meta(hidden, e4m3), meta(hidden // 32, e4m3)),
-        }
         if self.ids == "logits":
             how = arguments.from_logits(kernel_routing(layer), meta(shard.num_physical, torch.float32), None)
         else:
             ids = meta(top_k, torch.int32)
-            how = arguments.routed(layer, ids if self.ids == "packed" else (ids, meta(top_k, torch.float32)))
+            how = arguments.routed(ids if self.ids == "packed" else (ids, meta(top_k, torch.float32)))
         call = record_call(
             fmt.op if self.ids == "logits" else fmt.routed_op,
             arguments.op_arguments(
+                fmt,
                 layer,
+                regime,
                 shard,
-                sizes,
-                top_k=top_k,
-                tune_max_num_tokens=regime.tune_max_num_tokens,
-                weights=arguments.meta_weights(layer, sizes),
-                activations=activations[self._activations(layer)],
+                weights=fmt.meta_weights(shard.num_local),
+                activations=fmt.activations.meta(rows, hidden),
                 output=meta(hidden, torch.bfloat16),
                 routing=how,
-                fp8_block_layout=self.fp8_block_layout,
             ),
         )
         return Candidates(enumerate_tactics(call.valid_tactics, equivalent_rows(routing, shard.num_local)))
@@ -211,7 +171,7 @@ class TrtllmBackend:
 
     def tolerance(self, layer: MoELayer) -> float:
         """Returns 2e-2 for bf16 activations, 8e-2 for e4m3 and 0.2 for e2m1."""
-        return INTERMEDIATE_TOLERANCES[self._activations(layer)]
+        return self._format(layer).activations.tolerance
 
     def prepare(self, problem: Problem) -> TrtllmRunner:
         """Makes inputs and records a call for each draw. Random weights are kept for the rank's next bucket.
@@ -226,10 +186,8 @@ class TrtllmBackend:
 
         layer, regime = problem.layer, problem.regime
         self._check(layer, regime)
-        sizes, activations = self._sizes(layer, regime, problem.shard.num_local), self._activations(layer)
-        weights = self._weights.get(
-            problem, lambda: Weights(layer, activations, sizes, regime.seed, problem.device, self.fp8_block_layout)
-        )
+        fmt, sizes = self._format(layer), self._sizes(layer, regime, problem.shard.num_local)
+        weights = self._weights.get(problem, lambda: Weights(layer, fmt, sizes, regime.seed, problem.device))
         quantized = regime.dispatch != "none" if self.quantized is None else self.quantized
         dtype: torch.dtype = getattr(torch, self.hidden_dtype)
         return TrtllmRunner(problem, weights, ids=self.ids, quantized=quantized, hidden_dtype=dtype)
@@ -238,10 +196,8 @@ class TrtllmBackend:
         if reason := self.unsupported(layer, regime):
             raise UnsupportedError(f"The backend {self.name} {reason}.", "Use another backend.")
 
-    def _activations(self, layer: MoELayer) -> Activations:
-        if layer.precision is Precision.MXFP4:
-            return self.mxfp4_activations
-        return FORMATS[layer.precision].activations[0]
+    def _format(self, layer: MoELayer) -> Format:
+        return format_of(layer.precision, self.mxfp4_activations, self.fp8_block_layout)
 
     @staticmethod
     def _sizes(layer: MoELayer, regime: Regime, num_local: int | None = None) -> ExpertSizes:
@@ -271,7 +227,7 @@ class TrtllmRoutedBackend(TrtllmBackend):
         self,
         *,
         packed: bool = True,
-        mxfp4_activations: Activations = "bf16",
+        mxfp4_activations: Mxfp4Activations = "bf16",
         quantized: bool | None = None,
         fp8_block_layout: Fp8BlockLayout = "blocked",
         hidden_dtype: HiddenDtype = "bfloat16",

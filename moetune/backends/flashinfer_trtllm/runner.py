@@ -8,9 +8,9 @@ import torch
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_trtllm import arguments
+from moetune.backends.flashinfer_trtllm.activations import BF16
 from moetune.backends.flashinfer_trtllm.call import OpCall, record_call
 from moetune.backends.flashinfer_trtllm.enumeration import to_kernel
-from moetune.backends.flashinfer_trtllm.formats import FORMATS
 from moetune.backends.flashinfer_trtllm.logits import (
     complete_rows,
     correction_bias,
@@ -49,7 +49,7 @@ class TrtllmRunner:
     ) -> None:
         self._problem, self._weights, self._ids = problem, weights, ids
         self._hidden_dtype = hidden_dtype
-        self._quantizes = not quantized and weights.activations != "bf16"
+        self._quantizes = not quantized and weights.format.activations != BF16
         generator = torch.Generator(problem.device).manual_seed(problem.regime.seed + 1)
         self._inputs = [weights.input_rows(problem.rows, generator) for _ in range(num_inputs(problem))]
         self._activations = [weights.quantize(x) for x in self._inputs]
@@ -89,21 +89,18 @@ class TrtllmRunner:
         return products if expert.b2 is None else products + expert.b2
 
     def _call(self, draw: int, routing: Routing) -> OpCall:
-        problem = self._problem
-        fmt = FORMATS[problem.layer.precision]
+        problem, fmt = self._problem, self._weights.format
         return record_call(
             fmt.op if self._ids == "logits" else fmt.routed_op,
             arguments.op_arguments(
+                fmt,
                 problem.layer,
+                problem.regime,
                 problem.shard,
-                self._weights.sizes,
-                top_k=problem.row_top_k,
-                tune_max_num_tokens=problem.regime.tune_max_num_tokens,
                 weights=self._weights.arguments,
                 activations=self._activations[draw % len(self._activations)],
                 output=self._output,
                 routing=self._routing_arguments(draw, routing),
-                fp8_block_layout=self._weights.fp8_block_layout,
             ),
         )
 
@@ -122,4 +119,4 @@ class TrtllmRunner:
         if self._ids == "packed":
             weights = weights.bfloat16()
         self._choices.append((ids, weights.float()))
-        return arguments.routed(problem.layer, pack_eager(ids, weights) if self._ids == "packed" else (ids, weights))
+        return arguments.routed(pack_eager(ids, weights) if self._ids == "packed" else (ids, weights))
