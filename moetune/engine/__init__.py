@@ -1,1 +1,1 @@
-"""Inside a running engine: its own warm-up asks moetune."""
+"""Inside a running engine: FlashInfer's ops are tuned for a regime while the engine warms up."""

@@ -1,4 +1,4 @@
-"""One call of FlashInfer's tuner answered: from the store where it has the buckets, else by measuring them."""
+"""Answers one call of FlashInfer's tuner: from the store if it has the buckets, otherwise by measuring them."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from moetune.workload.routing import Routing
 
 OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
-"""How the tuner's names of the ops begin that can be ours; all others pass at the cost of this comparison."""
+"""How the tuner's names of the MoE ops begin. For any other op, nothing but this comparison is run."""
 DRAWS = 8
-"""The most draws of a final comparison."""
+"""The largest number of draws in a final comparison; stress draws are not counted."""
 FIRST_DRAW = 2
-"""The number of the first draw of a final comparison; FlashInfer's sweep has used draw 0."""
+"""The number of a final comparison's first draw. FlashInfer's sweep uses draw 0."""
 
 
 def answer(session: Session, call: TunerCall) -> None:
-    """Sees to it that FlashInfer's cache holds the session's answer for the buckets of `call`, if it is ours.
+    """Places the session's choices for the buckets of `call` in FlashInfer's cache, if its op computes the layer.
 
-    Outside tuning mode only the store is asked, once. Nothing that goes wrong here stops the engine: it is logged once,
-    and the op is FlashInfer's again.
+    Outside of tuning mode nothing is measured, and the store is read once. An error never stops the engine: it is
+    logged once, and the op is left to FlashInfer.
     """
-    if not call.op.startswith(OPS) or call.identity in session.not_ours:
+    if not call.op.startswith(OPS) or call.identity in session.passed:
         return
     tuning = call.tuner.is_tuning_mode
     if not tuning and call.identity in session.looked_up:
@@ -54,14 +54,14 @@ def answer(session: Session, call: TunerCall) -> None:
     try:
         op = recognize(session.layer, session.regime, session.rank, call.op, call.runner, call.inputs, call.arguments)
         if op is None:
-            session.not_ours.add(call.identity)
+            session.passed.add(call.identity)
             return
         fresh = [rows for rows in call.profiles if not _is_placed(session, call, rows)]
         if fresh:
             with _passing_through():
                 _fill(session, call, op, fresh)
-    except Exception as error:  # an engine must start, whatever happens to its tuning
-        session.not_ours.add(call.identity)
+    except Exception as error:  # an engine must start, whatever fails while it tunes
+        session.passed.add(call.identity)
         session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)
         if tuning:
             session.count(call.op, missed=list(call.profiles))
@@ -69,13 +69,14 @@ def answer(session: Session, call: TunerCall) -> None:
 
 
 def _is_placed(session: Session, call: TunerCall, rows: int) -> bool:
+    """Returns whether FlashInfer's cache still holds the tactic that this session placed for the bucket."""
     key = call.key(rows)
     return key in session.placed and bool(call.tuner.choices.holds(key, session.placed[key]))
 
 
 @contextmanager
 def _passing_through() -> Iterator[None]:
-    """What is called while an answer is found is not ours."""
+    """Lets all calls inside pass through: those that are made while an answer is found."""
     token = sessions.enter(None)
     try:
         yield
@@ -84,7 +85,7 @@ def _passing_through() -> Iterator[None]:
 
 
 def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int]) -> None:
-    """Places the stored choices of the buckets `fresh` and, in tuning mode, measures the others."""
+    """Places the stored choices of the buckets `fresh`; in tuning mode it measures the other buckets."""
     regime = regime_of_buckets(session.regime, list(call.profiles))
     possible = [rows for rows in fresh if rows in regime.buckets]
     if op.routing_input is RoutingInput.NONE:
@@ -114,15 +115,16 @@ def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
 
 
 def _group(session: Session) -> Any:
+    """Returns the ranks that must choose the same tactics, or None."""
     from flashinfer.autotuner import get_autotune_process_group
 
     return session.group if session.group is not None else get_autotune_process_group()
 
 
 def _served(session: Session, call: TunerCall, answers: Answers, rows: Sequence[int], group: Any) -> list[int]:
-    """Places the stored choices of the buckets `rows`. Returns the buckets without one.
+    """Places the stored choices of the buckets `rows`. Returns the buckets that have none.
 
-    A bucket counts as stored only if every rank of `group` has stored the same tactic for it.
+    A bucket is served only if every rank of `group` has stored the same tactic for it.
     """
     stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
     if unknown := [bucket for bucket in rows if bucket not in stored]:
@@ -138,7 +140,7 @@ def _served(session: Session, call: TunerCall, answers: Answers, rows: Sequence[
 def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, rows: Sequence[int], group: Any) -> None:
     """Measures the buckets `rows`, places their choices and stores them.
 
-    FlashInfer times every tactic on dummies of the regime; a final comparison decides.
+    FlashInfer times every tactic on sampled routings of the regime. Then a final comparison decides.
     """
     dummies = Dummies(session.layer, answers.regime, op, call)
     times = call.tuner.swept(call, frozenset(map(call.key, rows)), dummies.hook)
@@ -153,7 +155,16 @@ def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, row
 def _final(
     session: Session, call: TunerCall, dummies: Dummies, rows: int, swept: Sequence[tuple[Any, float]], group: Any
 ) -> Choice:
-    """FlashInfer's fastest against its default, on draws that its sweep has not seen."""
+    """Compares FlashInfer's fastest tactics with its default, on draws that its sweep did not use.
+
+    Args:
+        session: the session.
+        call: the call of the tuner.
+        dummies: samples the regime's routings into the inputs of `call`.
+        rows: the bucket.
+        swept: the (tactic, time) pairs of FlashInfer's sweep. On each rank they are that rank's own.
+        group: the ranks that must choose the same tactic, or None.
+    """
     from moetune.measure.clock import clock_for
     from moetune.workload.draws import STRESS_FACTORS
 
@@ -168,7 +179,7 @@ def _final(
         *(_placed_or_same(dummies, draw.routing, unseen[0].routing, tensors) for draw in stressed),
     ]
     order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != UNTUNED)
-    others = broadcast([swept[at][0] for _, at in order], group)  # each rank has times of its own
+    others = broadcast([swept[at][0] for _, at in order], group)  # all ranks must use the same order
     calls = {tactic_of(native): partial(call.run, inputs, native) for native in (UNTUNED, *others)}
     default = tactic_of(UNTUNED)
     bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
@@ -176,7 +187,7 @@ def _final(
 
 
 def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tensors: Sequence[Any]) -> list[Any]:
-    """Returns inputs under stress, or those of `routing` if no router logits produce the stressed ids."""
+    """Returns the inputs of the routing `stressed`, or of `routing` if no router logits produce the stressed ids."""
     try:
         return dummies.placed(tensors, stressed)
     except MoetuneError:
@@ -184,7 +195,10 @@ def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tenso
 
 
 def _fill_cutlass(session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
-    """`cutlass_fused_moe`: the tuner is shown no routing, so moetune times the op itself; the first rank for all."""
+    """Places the choices of `cutlass_fused_moe`, whose tuner call has no routing among its inputs.
+
+    The first rank tunes the op with moetune's own backend, for all ranks.
+    """
     if regime.digest not in session.profiles:
         group = _group(session)
         text = _cutlass_profile(session, call, op, regime) if leads(group) else None
@@ -200,6 +214,7 @@ def _fill_cutlass(session: Session, call: TunerCall, op: MoEOp, regime: Regime, 
 
 
 def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> str | None:
+    """Returns the profile as JSON, measured in tuning mode and else from the store; None, logged, if there is none."""
     from moetune.tuning.events import BucketChosen
     from moetune.tuning.tune import load, tune
 
@@ -218,6 +233,6 @@ def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regim
         return profile.model_dump_json()
     except MoetuneError as error:
         session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
-    except Exception as error:  # the other ranks wait for this one
+    except Exception as error:  # an error must not end this rank: the other ranks wait for its profile
         session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", op.name, type(error).__name__, error)
     return None

@@ -1,4 +1,4 @@
-"""`Dummies`: sampled routings of a regime in the inputs of an engine's op."""
+"""`Dummies`: puts sampled routings of a regime into the inputs of an engine's op."""
 
 from __future__ import annotations
 

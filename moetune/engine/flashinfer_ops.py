@@ -1,8 +1,8 @@
-"""FlashInfer's MoE ops as its tuner sees them: which call is the question's, and where a dummy's routing goes.
+"""Recognizes FlashInfer's MoE ops in the calls of its tuner, and puts a sampled routing into their inputs.
 
-Taken from the sources of flashinfer-python 0.6.18 and 0.7.2.post1: `MoeRunnerInputs` gives the order of the trtllm-gen
-ops' inputs, `RoutingInputMode` says which of them is read. The mode is an argument of the call; shapes do not tell it,
-since ops that route from logits may pass uninitialised `(M, k)` buffers as ids, and the tuner widens empty ones.
+Source: flashinfer-python 0.6.18 and 0.7.2.post1. `MoeRunnerInputs` gives the order of the inputs of the trtllm-gen ops;
+`RoutingInputMode` says which of them an op reads. That mode is an argument of the call. It cannot be derived from the
+shapes: ops that route from logits may pass uninitialised `(M, k)` buffers as ids, and the tuner enlarges empty ones.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from moetune.workload.routing import Routing
 
 LOGITS, IDS, WEIGHTS = 1, 2, 3
-"""Positions in the inputs of a trtllm-gen op."""
+"""Positions among the inputs of a trtllm-gen op."""
 CUTLASS_OPS = ("trtllm::fused_moe::gemm1", "trtllm::fused_moe::gemm2")
 _TRTLLM_OP = re.compile(r"flashinfer::trtllm_\w+_moe")
 
 
 class RoutingInput(Enum):
-    """FlashInfer's `RoutingInputMode`, and what the ops without one of their own take."""
+    """FlashInfer's `RoutingInputMode`, and two more for ops that have no such mode."""
 
     LOGITS = 0
     PACKED = 1
     UNPACKED = 2
-    IDS_ALONE = 3  # CuteDSL: plain ids, their weights need not change
-    NONE = 4  # cutlass_fused_moe: the tuner is shown no routing at all
+    IDS_ALONE = 3  # CuteDSL: plain ids; the weights stay as they are
+    NONE = 4  # cutlass_fused_moe: the inputs of the tuner call contain no routing
 
 
 @dataclass(frozen=True, slots=True)
 class MoEOp:
-    """One op that computes the question's layer. `ids_index`: where its ids are, for `IDS_ALONE`."""
+    """An op that computes the session's layer for a rank. `ids_index`: the position of its ids, for `IDS_ALONE`."""
 
     name: str
     backend: str
@@ -50,17 +50,17 @@ class MoEOp:
     ids_index: int = IDS
 
     def place(self, inputs: Sequence[Any], routing: Routing, layer: MoELayer, shard: Shard, bias: Any) -> list[Any]:
-        """`inputs` with `routing` in them; the other tensors are the same objects.
+        """Returns `inputs` with `routing` in them. All other tensors are the same objects.
 
         Args:
-            inputs: what the tuner made for `len(routing.topk_ids)` rows.
-            routing: the dummy.
-            layer: whose router reads logits.
+            inputs: the inputs that the tuner made, for M = `len(routing.topk_ids)` rows.
+            routing: the sampled routing, ids and weights `[M, k]`.
+            layer: the layer, whose routing method the logits are for.
             shard: the experts of this rank.
             bias: the engine's routing bias `[num_experts]`, or None.
 
         Raises:
-            UnsupportedError: no logits make this layer's router choose these ids.
+            UnsupportedError: no router logits produce these ids, or an input has another shape than the routing.
         """
         from moetune.workload.packing import pack_eager
 
@@ -90,18 +90,18 @@ def recognize(
     inputs: Sequence[Any],
     arguments: Mapping[str, Any],
 ) -> MoEOp | None:
-    """The MoE op that this call of the tuner is, if it computes `layer` under `regime`; else None.
+    """Returns the MoE op of this tuner call if it computes `layer` under `regime`, otherwise None.
 
-    An op is told by its experts, its top-k and this rank's part of them, which are what routing depends on.
+    It does if its experts, its top-k and this rank's range of experts are the layer's. The routing depends on no more.
 
     Args:
-        layer: the question's.
-        regime: the question's.
-        rank: the question's; None takes any.
-        op: the tuner's name of it.
-        runner: the one runner it is called with.
-        inputs: what the tuner was called with.
-        arguments: the keyword arguments that the runner is going to be given.
+        layer: the session's layer.
+        regime: the session's regime.
+        rank: the rank that the op must be of, or None for any rank.
+        op: the tuner's name of the op.
+        runner: the runner of the call.
+        inputs: the inputs of the call.
+        arguments: the keyword arguments that the tuner passes on to the runner.
     """
     if op in CUTLASS_OPS:
         return _cutlass(layer, regime, rank, op, runner, inputs)
@@ -121,6 +121,8 @@ def recognize(
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
+    """What is compared to recognize an op: physical experts, top-k, and the range of local experts."""
+
     num_slots: int
     top_k: int
     num_local: int
@@ -152,12 +154,12 @@ def _routing_input(inputs: Sequence[Any], arguments: Mapping[str, Any]) -> Routi
     mode = arguments.get("routing_input_mode")
     if mode is not None:
         return RoutingInput(int(mode))
-    # trtllm_fp8_per_channel_scale_moe has no such argument: it takes logits or packed ids
+    # trtllm_fp8_per_channel_scale_moe has no such argument; it takes logits or packed ids
     return RoutingInput.PACKED if inputs[LOGITS] is None else RoutingInput.LOGITS
 
 
 def _int32_position(inputs: Sequence[Any], top_k: int) -> int | None:
-    """Where the one int32 tensor of k columns is: the ids, whichever CuteDSL runner it is."""
+    """Returns the position of the only int32 tensor with k columns, which holds the ids of every CuteDSL runner."""
     import torch
 
     found = [
@@ -190,18 +192,18 @@ def _cutlass(
 
 
 def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits `[M, num_slots]` float32 from which the layer's own router chooses `routing`'s load.
+    """Returns logits `[M, E]` float32 from which the layer's router produces the load of `routing`.
 
-    A slot of −1 becomes a foreign expert, which the kernel skips as well.
+    E counts the physical experts. An id of −1 becomes a non-local expert, which the kernel skips too.
 
     Args:
-        layer: its routing method is what the kernel computes.
-        routing: ids `[M, k]`.
+        layer: the layer, whose routing method the kernel computes.
+        routing: the sampled routing, ids `[M, k]`.
         shard: the experts of this rank.
-        bias: the engine's routing bias `[num_slots]`, or None.
+        bias: the engine's routing bias `[E]`, or None.
 
     Raises:
-        UnsupportedError: the router chooses otherwise whatever the logits: a group limit or a large bias is in the way.
+        UnsupportedError: a group limit or a large bias keeps the router from this load.
     """
     import torch
 
@@ -210,7 +212,7 @@ def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tens
     ids = routing.topk_ids.long()
     rows, top_k = ids.shape
     slots = torch.arange(shard.num_physical)
-    # the row's own ids first, then foreign ones, another for each row; local ones not in the row never
+    # the ids of the row are preferred, then non-local experts, different ones in each row; other local ones come last
     turn = (slots - torch.arange(rows).unsqueeze(1)) % shard.num_physical
     preference = -1.0 - turn.float() / shard.num_physical
     preference[:, is_local(slots, shard)] = -3.0
@@ -223,14 +225,19 @@ def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tens
     experts, _ = route(layer.routing, logits, top_k, bias)
     load = torch.bincount(experts.flatten(), minlength=shard.num_physical)[shard.first : shard.first + shard.num_local]
     if not torch.equal(load, routing.load):
-        raise UnsupportedError(f"The router of {layer.name} cannot be led to this load by its logits.")
+        raise UnsupportedError(
+            f"No router logits of {layer.name} produce this load: a group limit or a routing bias rules it out.",
+            "If the engine can route before the op, let it pass top-k ids.",
+        )
     return logits
 
 
 def _like(placeholder: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values` on `placeholder`'s device in its dtype; they must be of its shape."""
+    """Returns `values` on the device and in the dtype of `placeholder`, which must have their shape."""
     if placeholder.shape != values.shape:
         raise UnsupportedError(
-            f"The tuner's input is {tuple(placeholder.shape)} where the dummy has {tuple(values.shape)}."
+            f"An input of the op has the shape {tuple(placeholder.shape)}, "
+            f"but the regime's routing has the shape {tuple(values.shape)}.",
+            "Check that the session's layer and regime are the engine's.",
         )
     return values.to(placeholder.device, placeholder.dtype)

@@ -1,4 +1,4 @@
-"""The engine's own op as a bench: a final of FlashInfer's fastest tactics against its default is played on it."""
+"""The engine's own op as a bench, on which FlashInfer's fastest tactics are compared with its default."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ if TYPE_CHECKING:
     from moetune.workload.draws import Draw
 
 MARGIN = 0.03
-"""How much faster than the default a tactic must be, however quiet the machine (flashinfer #3537 asks for as much)."""
+"""A tactic must be faster than the default by more than this, however small the noise (as in flashinfer #3537)."""
 SECONDS = 1.0
-"""About how long one final may take."""
+"""The longest time of one final comparison in seconds, unless its fewest rounds take longer."""
 FINALISTS = 3
-"""How many of the fastest tactics meet the default in the final."""
+"""How many of the fastest tactics are compared with the default."""
 CHECKED_ROWS = 2048
-"""Outputs are compared on about this many evenly spread rows: an engine has little memory to spare."""
+"""Outputs are compared on about this many evenly spaced rows, because an engine leaves little memory free."""
 LEAST_RMS = 1e-30
-"""Smaller outputs are next to bf16's subnormal numbers, whose few bits tell nothing: dummy scales can make them so."""
+"""Outputs with a smaller root mean square are not compared: near bf16's subnormal numbers the rounding errors are too
+large. The random scales among the tuner's inputs can make outputs so small."""
 
 
 class EngineBench:
-    """`BenchLike` over calls of the engine's op. Its times are the mean over the ranks of `group`, so all decide alike.
+    """`BenchLike` over calls of the engine's op.
+
+    Its times are means over the ranks of `group`, so that all ranks choose the same tactic.
 
     Args:
-        calls: what runs a tactic on the draw of a number.
-        clock: how time is taken.
-        default: the tactic whose output the others' are compared with.
-        tolerance: the largest relative Frobenius error against it.
-        group: ranks that time the same tactics in the same order, or None.
+        calls: for each tactic, a function that runs it on the draw at a position.
+        clock: measures the times.
+        default: the tactic with whose output all others are compared.
+        tolerance: the largest relative Frobenius error allowed against it.
+        group: the ranks that time the same tactics in the same order, or None.
 
     Attributes:
-        failures: the tactics that did not run on some rank, or ran wrong.
+        failures: the tactics that failed or were wrong on any rank, each with the reason.
         eager: the tactics that were timed without a CUDA graph on this rank, each with the reason.
     """
 
@@ -59,10 +62,10 @@ class EngineBench:
         self._expected: dict[int, torch.Tensor | None] = {}
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """See `Bench.samples`. A collective: every rank of the group must call it."""
+        """See `Bench.samples`. It is a collective: every rank of the group must call it."""
         try:
             mine = self._samples(tactics, draws)
-        except Exception as error:  # whatever a kernel raises, the other ranks wait for this one's times
+        except Exception as error:  # a kernel may raise anything, and the other ranks wait for this rank's times
             mine = [None] * len(tactics)
             self.failures.update((tactic, reason_of(error)) for tactic in tactics)
         pooled = mean_of_ranks(gather(mine, self._group))
@@ -72,11 +75,12 @@ class EngineBench:
         return pooled
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """Whether its output on `draw` agrees with the default tactic's on the same inputs, on every rank.
+        """Returns whether the output of `tactic` agrees with that of the default on every rank.
 
-        Inside an engine no layer can be computed in fp32, but two tactics that agree are hardly wrong alike. Where the
-        op returns no single tensor of rows (`do_finalize=False`, whose order is the tactic's own), or one that says
-        nothing (no finite number, all but zero), running is enough. A collective: every rank of the group must call it.
+        Inside an engine there is no fp32 reference. But it is unlikely that two tactics make the same error. The tactic
+        only has to run if the outputs cannot be compared: the op returns no single tensor of rows
+        (`do_finalize=False`, where the order of the rows depends on the tactic), or the default's output has no finite
+        number or is almost zero. It is a collective: every rank of the group must call it.
         """
         found = self.failures.get(tactic) or self._disagreement(tactic, draw)
         reasons = [reason for reason in gather(found, self._group) if reason]
@@ -88,7 +92,7 @@ class EngineBench:
         if draw not in self._expected:
             try:
                 self._expected[draw] = output_of(self._calls[self._default], draw)
-            except Exception:  # the final says what it raises
+            except Exception:  # the final comparison runs the default again, and reports its error
                 self._expected[draw] = None
         expected = self._expected[draw]
         if expected is None:
@@ -116,7 +120,7 @@ class EngineBench:
 
 
 def mean_of_ranks(ranks: Sequence[Series]) -> Series:
-    """Sample by sample the mean over the ranks; None where a tactic failed on one of them."""
+    """Returns the mean over the ranks of each sample; None for a tactic that failed on any rank."""
     pooled: Series = []
     for of_ranks in zip(*ranks, strict=True):
         present = [series for series in of_ranks if series is not None]
@@ -126,9 +130,9 @@ def mean_of_ranks(ranks: Sequence[Series]) -> Series:
 
 
 def output_of(call: TimedCall, draw: int) -> torch.Tensor | None:
-    """About `CHECKED_ROWS` rows of what a call writes; None where it returns no single matrix.
+    """Returns about `CHECKED_ROWS` rows of the output of a call, or None if it does not return a single matrix.
 
-    It runs twice: ops write into a buffer of the caller's, which may still hold another tactic's output.
+    The call runs twice, because ops write into a buffer of the caller, which may still hold another tactic's output.
     """
     output = _matrix(call(draw))
     if output is None:
@@ -150,7 +154,8 @@ def _matrix(returned: Any) -> torch.Tensor | None:
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None:
     """Returns the relative Frobenius error of `found` where `expected` is finite; NaN if `found` is not finite there.
 
-    None if `expected` cannot be compared with: the tuner's random inputs overflow it, or make it all but zero.
+    Returns None if a comparison with `expected` means nothing, because the tuner's random inputs made it overflow or
+    almost zero.
     """
     from moetune.backends.reference import relative_error
 
@@ -168,17 +173,18 @@ def choose(
     typical_rows: int,
     tried: int,
 ) -> Choice:
-    """The final of one bucket: the first of `tactics`, the default, stays unless another beats it beyond the margin.
+    """Runs the final comparison of one bucket and returns its choice.
 
-    The first `FINALISTS` that agree with the default play.
+    The first `FINALISTS` tactics whose outputs agree with the default's are compared with it. One of them replaces the
+    default only if it is faster by more than `MARGIN` and the noise.
 
     Args:
-        bench: where tactics are timed, on `draws` by their positions.
-        tactics: the default, then the others from the fastest on; the same on every rank.
-        draws: of the kinds `final` and `stress`.
+        bench: times the tactics on `draws`, which it knows by their positions.
+        tactics: the default, then the others from the fastest to the slowest; the same on every rank.
+        draws: draws of the kinds `final` and `stress`.
         rows: the bucket.
         typical_rows: its typical rows.
-        tried: how many tactics the search timed.
+        tried: how many tactics FlashInfer's sweep timed.
 
     Raises:
         NoResultError: the default did not run.

@@ -1,8 +1,8 @@
-"""Plugins of vLLM and SGLang: with `MOETUNE_REGIME` set, each of the engine's processes tunes for that regime.
+"""Plugins of vLLM and SGLang: if `MOETUNE_REGIME` is set, each process of the engine tunes for that regime.
 
-The entry points are in the groups `vllm.general_plugins` and `sglang.srt.plugins`; both engines call them early in
-every process, sometimes more than once. Loading one imports neither torch nor FlashInfer: the hook waits until the
-engine itself imports FlashInfer's tuner, so a process that never does pays nothing, and none asks CUDA before a fork.
+The entry points are in the groups `vllm.general_plugins` and `sglang.srt.plugins`. Both engines call them early in
+every process, sometimes more than once. A plugin imports neither torch nor FlashInfer. It waits until the engine itself
+imports FlashInfer's tuner, and so costs nothing in a process that does not, and never queries CUDA before a fork.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def sglang() -> None:
 
 
 def register(logger: logging.Logger) -> None:
-    """Puts the hook in place for this process; nothing without `MOETUNE_REGIME`. A second call does nothing.
+    """Starts this process's session if `MOETUNE_REGIME` is set. A second call does nothing.
 
     `MOETUNE_REGIME` is spelled like the options of the command line:
-    `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`. A value that is none is logged as an
-    error, and the engine starts without moetune.
+    `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`. If the value cannot be read, that is logged
+    as an error, and the engine starts without moetune.
 
     Args:
-        logger: one that the engine prints.
+        logger: a logger whose lines the engine prints.
     """
     global _registered
     spelled = os.environ.get(VARIABLE)
@@ -63,24 +63,25 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
 
-    asked = parse(spelled)
-    for warning in asked.warnings:
+    options = parse(spelled)
+    for warning in options.warnings:
         logger.warning("moetune: %s: %s", VARIABLE, warning)
-    if isinstance(asked.rank, str):
+    if isinstance(options.rank, str):
         raise UsageError(
-            f"--rank {asked.rank} in {VARIABLE}: an engine's process is one rank.", "Give its number, or leave it out."
+            f"--rank {options.rank} in {VARIABLE}: an engine's process is one rank.",
+            "Give its number, or leave --rank out.",
         )
-    question = session_for(asked.layer, asked.regime, asked.rank, logger=logger)
+    opened = session_for(options.layer, options.regime, options.rank, logger=logger)
     if obstacle := flashinfer_versions.obstacle():
         logger.warning("moetune: %s", obstacle)
         return
-    session.set_for_process(question)
+    session.set_for_process(opened)
     when_imported(TUNER_MODULE, lambda module: flashinfer_hook.install_for_process())
-    logger.info("moetune: FlashInfer's MoE ops will be tuned for %s under %s", asked.layer.name, asked.regime.slug)
+    logger.info("moetune: FlashInfer's MoE ops will be tuned for %s under %s", opened.layer.name, opened.regime.slug)
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
-    """Calls `act` with the module `name` as soon as that was executed; now, if it was."""
+    """Calls `act` with the module `name` once that is imported; at once if it is imported already."""
     if name in sys.modules:
         act(sys.modules[name])
     else:
@@ -88,7 +89,7 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module as the other finders do, and acts once it was executed."""
+    """A finder that leaves one module to the other finders, and calls `act` after it was executed."""
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self._name, self._act = name, act

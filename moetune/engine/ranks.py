@@ -1,4 +1,4 @@
-"""Ranks of one process group that must choose alike: everyone's answer, or the first rank's."""
+"""Exchange between the ranks of one process group that must choose the same tactics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
-    """`value` of every rank of `group`, in rank order; only this one's without a group. A collective: all must call."""
+    """Returns the `value` of every rank of `group` in rank order; without a group only this process's.
+
+    It is a collective: every rank of the group must call it.
+    """
     if group is None:
         return [value]
     import torch.distributed as dist
@@ -20,12 +23,12 @@ def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
 
 
 def broadcast(value: Any, group: ProcessGroup | None) -> Any:
-    """`value` of the first rank of `group`. A collective: all must call."""
+    """Returns the `value` of the first rank of `group`. It is a collective: every rank of the group must call it."""
     return gather(value if leads(group) else None, group)[0]
 
 
 def leads(group: ProcessGroup | None) -> bool:
-    """Whether this process is the first of `group`; without a group it is."""
+    """Returns whether this process is the first rank of `group`. Without a group it is."""
     if group is None:
         return True
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""`Session`: one warm-up's question, and what became of it."""
+"""`Session`: the question that a warm-up answers, and the buckets that were served, tuned or missed so far."""
 
 from __future__ import annotations
 
@@ -19,11 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Session:
-    """The layer, the regime and the store that FlashInfer's MoE ops are tuned by, and the buckets seen so far.
+    """The layer and regime for which FlashInfer's MoE ops are tuned, the store, and the buckets seen so far.
 
-    `served`, `tuned` and `missed` hold (backend, rows): taken from the store, measured, and left to FlashInfer.
-    `rank`: whose shard the ops must have; None takes any. `group`: ranks that choose alike; FlashInfer's own
-    autotune group where it has one.
+    Attributes:
+        layer: the layer that the ops compute.
+        regime: the deployment.
+        rank: the rank whose shard the ops have, or None for any rank.
+        store: where choices are looked up and saved.
+        group: the ranks that must choose the same tactics. None stands for FlashInfer's own autotune group, if it has
+            one.
+        logger: the engine's log.
+        served: (backend, rows) of the buckets that the store answered.
+        tuned: (backend, rows) of the buckets that were measured.
+        missed: (backend, rows) of the buckets that were left to FlashInfer.
+        placed: the tactic that this session placed for each of FlashInfer's keys.
+        passed: identities of the calls that FlashInfer answers by itself.
+        looked_up: identities of the calls for which the store was read.
+        profiles: the profiles of `cutlass_fused_moe` by the regime's digest.
+        announced: the summary that was logged last.
     """
 
     layer: MoELayer
@@ -36,24 +49,20 @@ class Session:
     tuned: set[tuple[str, int]] = field(default_factory=set)
     missed: set[tuple[str, int]] = field(default_factory=set)
     placed: dict[Any, Any] = field(default_factory=dict, repr=False)
-    """FlashInfer's keys that hold this session's answer, each with its tactic."""
-    not_ours: set[Any] = field(default_factory=set, repr=False)
-    """Identities of calls that are FlashInfer's own."""
+    passed: set[Any] = field(default_factory=set, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
-    """Identities of calls for which the store holds nothing further."""
     profiles: dict[str, Profile] = field(default_factory=dict, repr=False)
-    """`cutlass_fused_moe`'s answers by the digest of the regime."""
     announced: str = ""
 
     def count(self, backend: str, *, served: object = (), tuned: object = (), missed: object = ()) -> None:
-        """Adds buckets, in rows, to what was seen; a bucket that has an answer is no longer missed."""
+        """Adds buckets, given by their rows. A bucket that is served or tuned is no longer missed."""
         for kind, rows in ((self.served, served), (self.tuned, tuned), (self.missed, missed)):
             kind.update((backend, bucket) for bucket in rows)  # type: ignore[attr-defined]
         self.served -= self.tuned
         self.missed -= self.served | self.tuned
 
     def summary(self) -> str:
-        """The one line for the engine's log."""
+        """Returns the line for the engine's log."""
         backends = sorted({backend for kind in (self.served, self.tuned, self.missed) for backend, _ in kind})
         of = f" of {', '.join(backends)}" if backends else ""
         return (
@@ -62,7 +71,7 @@ class Session:
         )
 
     def announce(self) -> None:
-        """Logs the summary if it says something new."""
+        """Logs the summary if it differs from the last one."""
         line = self.summary()
         if line != self.announced:
             self.announced = line
@@ -74,21 +83,21 @@ _everywhere: Session | None = None
 
 
 def current() -> Session | None:
-    """The session of this context, else the process's; None where calls are not ours."""
+    """Returns the session of this context, else the process's; None if calls must pass through unchanged."""
     return _here.get(_everywhere)
 
 
 def enter(session: Session | None) -> Token[Session | None]:
-    """Makes `session` the current one of this context; None makes calls pass through."""
+    """Sets the session of this context; with None, calls in it pass through unchanged."""
     return _here.set(session)
 
 
 def leave(token: Token[Session | None]) -> None:
-    """Undoes `enter`."""
+    """Restores the session that this context had before `enter`."""
     _here.reset(token)
 
 
 def set_for_process(session: Session | None) -> None:
-    """Makes `session` that of every context and thread which has none of its own."""
+    """Sets the session of every context and thread that has none of its own."""
     global _everywhere
     _everywhere = session

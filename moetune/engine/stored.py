@@ -1,4 +1,4 @@
-"""Stored choices for one op of the engine, from an earlier engine run or from `moetune tune`."""
+"""The stored choices for one op of an engine, from an earlier run of the engine or from `moetune tune`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend
 
 OF_A_CALL = ("op", "call")
-"""Strict fields that only profiles measured in an engine have."""
+"""The strict fields that only a profile measured in an engine has."""
 OFFLINE_BACKENDS = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
+"""The backends whose profiles of `moetune tune` are compared with an engine's call by FlashInfer's keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """The stored choices of a layer under a regime, by one of FlashInfer's ops as this engine calls it."""
+    """Loads and saves the choices of one FlashInfer op, for a layer under a regime."""
 
     store: Store
     layer: MoELayer
@@ -38,7 +39,7 @@ class Answers:
     environment: Environment
 
     def load(self) -> dict[int, Choice]:
-        """Returns the choices by rows; none if the store has no profile."""
+        """Returns the choices by rows. The result is empty if the store has no profile."""
         try:
             profile = self.store.load(self.layer, self.regime, self.backend, self.environment)
         except MissError:
@@ -61,34 +62,35 @@ class Answers:
         return None
 
 
-def offline_choices(asked: Answers, file_keys: Mapping[int, str]) -> dict[int, Choice]:
+def offline_choices(answers: Answers, file_keys: Mapping[int, str]) -> dict[int, Choice]:
     """Returns the choices, by rows, that `moetune tune` measured on this machine for the same calls.
 
-    Two calls are the same if FlashInfer's key of the engine's call is one under which the profile would be exported.
-    Then shapes, weight formats and layouts agree. Costs that are equal for every tactic may differ: quantizing the
-    activations, a cast of the output.
+    Two calls are the same if the profile would be exported under FlashInfer's key of the engine's call. Then shapes,
+    weight formats and layouts are equal. Costs that are the same for every tactic may differ, such as the quantization
+    of the activations.
 
     Args:
-        asked: the stored answers of the engine's op.
+        answers: the stored answers of the engine's op.
         file_keys: FlashInfer's `ProfilingCacheKey.file_key` of the engine's call, by rows.
     """
-    if asked.backend not in OFFLINE_BACKENDS:
+    if answers.backend not in OFFLINE_BACKENDS:
         return {}
     return {
         choice.rows: choice
-        for _, profile in asked.store.profiles()
-        if isinstance(profile, Profile) and _is_asked(asked, profile)
+        for _, profile in answers.store.profiles()
+        if isinstance(profile, Profile) and _matches(answers, profile)
         for choice in profile.choices
         if file_keys.get(choice.rows) in _keys(profile, choice.rows)
     }
 
 
-def _is_asked(asked: Answers, profile: Profile) -> bool:
+def _matches(answers: Answers, profile: Profile) -> bool:
+    """Returns whether `profile` is for the same backend, regime, shape and machine."""
     return (
-        profile.backend == asked.backend
-        and not asked.regime.differing(profile.regime)
-        and profile.layer.shape == asked.layer.shape
-        and _same_machine(asked.environment, profile.environment)
+        profile.backend == answers.backend
+        and not answers.regime.differing(profile.regime)
+        and profile.layer.shape == answers.layer.shape
+        and _same_machine(answers.environment, profile.environment)
     )
 
 
@@ -102,6 +104,7 @@ def _same_machine(engine: Environment, offline: Environment) -> bool:
 
 
 def _keys(profile: Profile, rows: int) -> frozenset[str]:
+    """Returns FlashInfer's keys under which a bucket of `profile` would be exported, if it can be exported."""
     strict = profile.environment.strict
     version = VERSIONS.get(strict["flashinfer"].partition("+")[0])
     options = {name: strict[name] for name in ("mxfp4_activations", "fp8_block_layout") if name in strict}
@@ -115,9 +118,10 @@ def _keys(profile: Profile, rows: int) -> frozenset[str]:
 
 
 def regime_of_buckets(regime: Regime, buckets: Sequence[int]) -> Regime:
-    """`regime` with the ladder of the engine's op: its own if that has these buckets, else FlashInfer's, else a list.
+    """Returns `regime` with a ladder that has the buckets of the engine's op.
 
-    Under the layout pool only the buckets that ep divides are a regime's.
+    It is the regime's own ladder if that has them, otherwise FlashInfer's, otherwise a list of the buckets. With the
+    layout pool, a regime has only the buckets that ep divides.
     """
     largest = max(buckets)
     ladders: list[tuple[Ladder | tuple[int, ...], int]] = [
@@ -131,18 +135,18 @@ def regime_of_buckets(regime: Regime, buckets: Sequence[int]) -> Regime:
         sizes = ladder.buckets(maximum) if isinstance(ladder, Ladder) else ladder
         if set(buckets) <= set(sizes):
             return Regime(**{**fields, "ladder": ladder, "tune_max_num_tokens": maximum})
-    raise AssertionError("a list holds its own buckets")
+    raise AssertionError("the last ladder has all buckets")
 
 
 def environment_of(backend: str, device: str, flashinfer_version: str, op: str, signature: object) -> Environment:
-    """Where a choice for `op` holds: on this machine, in this FlashInfer, for the same call but for the rows.
+    """Returns where a choice for `op` is valid: on this machine, with this FlashInfer, for this call with any rows.
 
     Args:
-        backend: the name that the profile has.
+        backend: the backend's name in the profile.
         device: a torch device.
-        flashinfer_version: the library's.
-        op: the tuner's name of it.
-        signature: all else in FlashInfer's own key: shapes without rows, dtypes, options.
+        flashinfer_version: the version of flashinfer-python.
+        op: the tuner's name of the op.
+        signature: the rest of FlashInfer's key: shapes without the rows, dtypes, options.
     """
     from moetune.measure.probe import environment
 
@@ -157,9 +161,11 @@ def environment_of(backend: str, device: str, flashinfer_version: str, op: str, 
 
 
 def tolerance_of(layer: MoELayer) -> float:
-    """How far two tactics of an op may be apart: the trtllm-gen backend's tolerance of the layer's precision.
+    """Returns the largest relative error allowed between the outputs of two tactics of an op.
 
-    The activations are the engine's own choice, so it is that of the coarsest; bf16's where there is no such backend.
+    It is the trtllm-gen backend's tolerance for the layer's precision. The engine may choose the format of the
+    activations, so it is the tolerance of the coarsest format. For a precision that the backend does not support, it is
+    that of bf16.
     """
     from moetune.backends.flashinfer_trtllm.activations import BF16
     from moetune.backends.flashinfer_trtllm.formats import FORMATS
@@ -169,7 +175,7 @@ def tolerance_of(layer: MoELayer) -> float:
 
 
 def tactic_of(native: Any) -> Tactic:
-    """FlashInfer's tactic as a `Tactic`: trtllm-gen's `[tile_n, config]` by name, any other as its JSON."""
+    """Returns FlashInfer's tactic as a `Tactic`: a pair as trtllm-gen's `tile_n` and `config`, any other as JSON."""
     if native == UNTUNED:
         return Tactic(tile_n=UNTUNED, config=UNTUNED)
     from flashinfer.autotuner import _tactic_to_json
@@ -183,7 +189,7 @@ def tactic_of(native: Any) -> Tactic:
 
 
 def native_of(tactic: Tactic) -> Any:
-    """FlashInfer's tactic that `tactic_of` read; a pair comes back as a tuple, as FlashInfer's files give it."""
+    """Returns the FlashInfer tactic from which `tactic_of` made `tactic`. A pair becomes a tuple."""
     if tactic.get("config") == UNTUNED:
         return UNTUNED
     if "tile_n" in tactic:

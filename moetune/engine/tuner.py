@@ -1,7 +1,7 @@
 """`MoetuneTuner`: FlashInfer's `AutoTuner` that answers the current session's ops by its regime.
 
 Importing this module imports FlashInfer, in a version that `flashinfer_versions` knows. Ops that do not compute the
-session's layer, contexts without a session and calls outside of tuning pass through unchanged.
+session's layer, and calls in a context without a session, pass through unchanged.
 """
 
 from __future__ import annotations

@@ -10,7 +10,16 @@ from typing import Any
 
 @dataclass(eq=False)
 class TunerCall:
-    """A call of `AutoTuner.choose_one`. `tuner` is moetune's subclass of `AutoTuner`."""
+    """The arguments of one call of `AutoTuner.choose_one`, and what FlashInfer's tuner derives from them.
+
+    Attributes:
+        tuner: moetune's subclass of `AutoTuner`.
+        op: the tuner's name of the op.
+        runner: FlashInfer's runner, which computes the op with a given tactic.
+        config: FlashInfer's `TuningConfig`.
+        inputs: the tensors of the call; None where the op has none.
+        arguments: the keyword arguments of the runner.
+    """
 
     tuner: Any
     op: str
@@ -21,12 +30,12 @@ class TunerCall:
 
     @cached_property
     def effective_config(self) -> Any:
-        """The tuning configuration with the overrides of the enclosing contexts."""
+        """The tuning configuration with the overrides of this thread's contexts."""
         return self.tuner.choices.effective_config(self.config)
 
     @cached_property
     def identity(self) -> Any:
-        """FlashInfer's key of this call without the rows, so that it is equal for all buckets."""
+        """FlashInfer's key of this call without the rows. It is equal for all buckets of the op."""
         shapes = [list(shape) for shape in self.tuner._get_input_sizes(self.inputs)]
         for spec in self.effective_config.dynamic_tensor_specs:
             for at, dim in zip(spec.input_idx, spec.dim_idx, strict=True):

@@ -1,4 +1,4 @@
-"""`warmup`: FlashInfer's ops that an engine calls inside are tuned for one regime, or served from the store."""
+"""`warmup`: a context in which FlashInfer's MoE ops are tuned for one regime or served from the store."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def session_for(
     store: Store | Path | str | None = None,
     logger: logging.Logger | None = None,
 ) -> Session:
-    """The session of a question, with its defaults resolved.
+    """Returns a session for this layer and regime, with their defaults filled in. See `warmup` for the arguments.
 
     Raises:
-        UsageError: the regime does not fit the layer, an unknown name, or no such rank.
+        UsageError: the layer's name is unknown, the regime does not fit the layer, or it has no such rank.
     """
     layer, regime = resolved(layer, regime)
     regime.shard(layer, rank or 0)
@@ -49,43 +49,44 @@ def warmup(
     group: ProcessGroup | None = None,
     store: Store | Path | str | None = None,
 ) -> Iterator[Session]:
-    """Stock FlashInfer MoE ops called inside are tuned with this regime's dummies, or take the store's answer.
+    """Tunes the layer's FlashInfer MoE ops that are called inside for one regime, or serves them from the store.
 
-    Inside, FlashInfer is in its tuning mode; ops other than the layer's are tuned as FlashInfer does it. The answers
-    lie in FlashInfer's own cache when the context ends, and stay in use. A nested warm-up asks its own question until
-    it ends; other threads are left alone. Outside, FlashInfer is as it was.
+    Inside, FlashInfer is in its tuning mode, and it tunes all other ops as usual. The choices are in FlashInfer's own
+    cache when the context ends, and stay in use. A nested warm-up replaces the outer one until it ends. Ops that other
+    threads call are not affected. After the context, FlashInfer works as before it.
 
-    With a version of FlashInfer that moetune does not know, a warning is given and FlashInfer tunes in its own way.
+    If moetune does not know the installed version of FlashInfer, it logs a warning, and FlashInfer tunes all ops as
+    usual.
 
     Args:
         layer: the layer that the ops compute, a preset's name, or a path to a Hugging Face config.json.
-        regime: the deployment. Buckets and the largest of them are the op's own.
-        rank: whose experts the ops have; told from the ops when not given.
-        group: ranks that must choose the same tactics; all of them must call the same ops in here.
-        store: a store or its folder; `MOETUNE_STORE`, else the user's cache folder, by default.
+        regime: the deployment. The buckets are the op's own, not the regime's.
+        rank: the rank whose experts the ops have. [default: the rank that fits the op's arguments]
+        group: the ranks that must choose the same tactics. All of them must call the same ops inside.
+        store: a store or its folder. [default: `MOETUNE_STORE`, else the user's cache folder]
 
     Yields:
         The session; its `served`, `tuned` and `missed` hold (backend, rows).
 
     Raises:
-        UsageError: the regime does not fit the layer, an unknown name, or no such rank.
+        UsageError: the layer's name is unknown, the regime does not fit the layer, or it has no such rank.
         UnsupportedError: FlashInfer is not installed.
     """
-    asked = session_for(layer, regime, rank, group, store)
+    opened = session_for(layer, regime, rank, group, store)
     obstacle = flashinfer_versions.obstacle()
     if obstacle and flashinfer_versions.version() is None:
-        raise UnsupportedError(f"A warm-up needs FlashInfer: {obstacle}", "pip install flashinfer-python")
+        raise UnsupportedError(f"A warm-up needs FlashInfer: {obstacle}", "Run `pip install flashinfer-python`.")
     from flashinfer.autotuner import autotune
 
     if obstacle:
-        asked.logger.warning("moetune: %s", obstacle)
+        opened.logger.warning("moetune: %s", obstacle)
         with autotune(True):
-            yield asked
+            yield opened
         return
     with flashinfer_hook.installed(), autotune(True):
-        token = session.enter(asked)
+        token = session.enter(opened)
         try:
-            yield asked
+            yield opened
         finally:
             session.leave(token)
-            asked.announce()
+            opened.announce()

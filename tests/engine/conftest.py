@@ -1,4 +1,4 @@
-"""FlashInfer's real tuner on a host without CUDA: only what would ask the device is replaced."""
+"""FlashInfer's real tuner on a host without CUDA: only what needs the device is replaced."""
 
 from __future__ import annotations
 

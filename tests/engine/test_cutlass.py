@@ -1,4 +1,4 @@
-"""`cutlass_fused_moe` in a warm-up: its tuner's two questions answered by moetune's own timing."""
+"""`cutlass_fused_moe` in a warm-up: both of its tuner calls are answered by moetune's own timing."""
 
 import importlib
 
@@ -38,7 +38,7 @@ class MoERunner(TunableRunner):
 
 
 def call(runner, layer, regime, rows=8, maximum=8):
-    """The tactics of both GEMMs, asked for as `cutlass_fused_moe` does."""
+    """The tactics of both GEMMs, with the tuner called as `cutlass_fused_moe` calls it."""
     num_local, width = layer.num_experts // regime.ep_size, layer.intermediate_size // regime.tp_size
     inputs = [
         torch.zeros(rows, layer.hidden_size),
@@ -65,7 +65,7 @@ def choice(rows):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What `tune` was asked; it answers at once."""
+    """The arguments of each call of `tune`, which is replaced and returns at once."""
     questions = []
 
     def tune(layer, regime, backend, store, *, device, isolate, on_event):

@@ -44,19 +44,19 @@ def test_every_tactic_sees_exactly_the_regimes_histogram(tuner, layer, regime, n
     assert {op.runner.rows(inputs) for _, inputs in op.runner.seen} == set(BUCKETS)
 
 
-@pytest.mark.parametrize(("ladder", "met"), [("hybrid", 471), ("pow2", 512)])
-def test_odd_draws_have_the_rows_that_are_met_in_a_bucket_where_they_fit_the_ops_tensors(ladder, met):
-    """64 tokens of each of 32 ranks bring 471 rows; TensorRT-LLM's rule looks 942 up by 512, more than its tensors."""
-    asked = MoELayer(num_experts=128, top_k=8, hidden_size=64, intermediate_size=64)
+@pytest.mark.parametrize(("ladder", "typical"), [("hybrid", 471), ("pow2", 512)])
+def test_odd_draws_have_the_typical_rows_of_a_bucket_if_the_ops_tensors_hold_them(ladder, typical):
+    """64 tokens of each of 32 ranks produce 471 rows. TensorRT-LLM maps 942 rows to 512, more than the tensors hold."""
+    large = MoELayer(num_experts=128, top_k=8, hidden_size=64, intermediate_size=64)
     regime = Regime(ep_size=32, layout="deduplicated", ladder=ladder)
-    dummies = Dummies(asked, regime, SimpleNamespace(rank=1), None)
-    assert dummies.typical_rows(512) == met
+    dummies = Dummies(large, regime, SimpleNamespace(rank=1), None)
+    assert dummies.typical_rows(512) == typical
     for number, draw in enumerate(dummies.draws(512, range(4), "final")):
-        rows, routing = (met if number % 2 else 512), draw.routing
+        rows, routing = (typical if number % 2 else 512), draw.routing
         assert draw.rows == rows
         assert int((routing.topk_ids >= 0).any(1).sum()) == rows
         assert routing.topk_ids.shape == (512, 8)
-        assert torch.equal(routing.load, moetune.realize(asked, regime, rows, rank=1, draw=number).load)
+        assert torch.equal(routing.load, moetune.realize(large, regime, rows, rank=1, draw=number).load)
 
 
 @pytest.mark.parametrize("mode", [FROM_LOGITS, PACKED, UNPACKED])
@@ -108,7 +108,7 @@ def test_unpacked_weights_come_with_their_ids(trtllm, layer, regime):
     assert torch.equal(inputs[3], routing.topk_weights.bfloat16())
 
 
-def test_a_group_limited_router_with_a_bias_is_led_by_its_logits(tuner, layer, regime):
+def test_logits_produce_the_load_through_a_group_limited_router_with_a_bias(tuner, layer, regime):
     grouped = layer.model_copy(
         update={
             "routing": RoutingMethod(scoring="sigmoid", bias=True, num_groups=4, top_k_groups=2),
@@ -123,14 +123,14 @@ def test_a_group_limited_router_with_a_bias_is_led_by_its_logits(tuner, layer, r
         assert op.load(inputs) == moetune.realize(grouped, regime, rows, rank=1).load.tolist()
 
 
-def test_logits_that_cannot_bring_the_load_leave_the_op_to_flashinfer(tuner, layer, regime, caplog):
+def test_an_op_whose_logits_cannot_produce_the_load_is_left_to_flashinfer(tuner, layer, regime, caplog):
     biased = layer.model_copy(update={"routing": RoutingMethod(scoring="sigmoid", bias=True)})
     op = Trtllm(biased, regime, mode=FROM_LOGITS, bias=torch.linspace(0, 40, 16))
     with moetune.warmup(biased, regime) as seen:
         assert op() == FAST, "FlashInfer's own choice"
     assert not seen.tuned
     assert len(seen.missed) == len(BUCKETS)
-    assert "cannot be led to this load" in caplog.text
+    assert "produce this load: a group limit or a routing bias rules it out" in caplog.text
 
 
 def test_a_hook_that_was_there_still_runs_first(tuner, layer, regime):
@@ -153,11 +153,11 @@ def test_a_hook_that_was_there_still_runs_first(tuner, layer, regime):
 
 def test_another_layers_op_is_tuned_as_flashinfer_does_it(tuner, layer, regime):
     other = Trtllm(layer.model_copy(update={"num_experts": 20}), Regime(ep_size=4))
-    foreign = Trtllm(layer, regime, op="flashinfer::some_gemm")
+    gemm = Trtllm(layer, regime, op="flashinfer::some_gemm")
     elsewhere = Trtllm(layer, regime, rank=2)
     with moetune.warmup(layer, regime, rank=1) as seen:
-        assert [op() for op in (other, foreign, elsewhere)] == [FAST] * 3
-    for op in (other, foreign, elsewhere):
+        assert [op() for op in (other, gemm, elsewhere)] == [FAST] * 3
+    for op in (other, gemm, elsewhere):
         assert all((inputs[2] == 7).all() for _, inputs in op.runner.seen)
     assert not seen.tuned | seen.served | seen.missed
 
