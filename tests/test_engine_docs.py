@@ -8,7 +8,7 @@ import click
 import pytest
 
 from moetune.cli.export import export
-from moetune.cli.options import ask
+from moetune.cli.options import request_of
 from moetune.cli.tune import tune
 from moetune.inputs import launch
 from moetune.inputs.option_table import OPTIONS
@@ -32,7 +32,7 @@ def question(line):
     command.parse_args(context, list(words))
     given = {key: value for key, value in context.params.items() if value is not None}
     asked = {option.name for option in OPTIONS} - {"launch"}
-    return ask(**{key: value for key, value in given.items() if key in asked}), given
+    return request_of(**{key: value for key, value in given.items() if key in asked}), given
 
 
 def regime_of_launch(line):

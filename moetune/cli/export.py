@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Question, asks, json_option, store_option
+from moetune.cli.options import Request, json_option, store_option, takes_request
 
 SCHEMA_VERSION = 1
 EXAMPLE = """\
@@ -17,7 +17,7 @@ moetune export --model qwen3-235b-a22b --ep 8
 
 @click.command(cls=Command, example=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
-@asks(required=False)
+@takes_request(required=False)
 @click.option("--to", "target", metavar="ENGINE", required=True, help="The engine: vllm, sglang, flashinfer or trtllm.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The output folder.")
 @click.option(
@@ -30,7 +30,7 @@ moetune export --model qwen3-235b-a22b --ep 8
 @json_option
 def export(
     path: Path | None,
-    question: Question | None,
+    request: Request | None,
     target: str,
     out: Path,
     for_version: str | None,
@@ -46,7 +46,7 @@ def export(
     from moetune.cli.stored import stored_profile
     from moetune.cli.written import say, write_for
 
-    path, profile = stored_profile("export", path, question, store)
+    path, profile = stored_profile("export", path, request, store)
     written = write_for(target, profile, path, out, for_version=for_version, force=force)
     if as_json:
         from moetune.cli.output import document

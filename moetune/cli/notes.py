@@ -1,4 +1,4 @@
-"""Writes the notes that a command prints on stderr about its question."""
+"""Writes the notes that a command prints on stderr about its request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gives a command the options of a question, and turns their values into a `Question`."""
+"""Gives a command the options that describe a layer and its deployment, and turns them into a `Request`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ device_option = click.option(*_DEVICE.declarations, **_DEVICE.attributes)
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """The question of one command.
+class Request:
+    """What the options of one command describe. `Question` adds the store and the environment.
 
     Args:
         layer: the layer.
@@ -58,18 +58,18 @@ class Question:
     device: str | None = None
 
 
-def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that gives a command the options of a question and calls it with `question`.
+def takes_request(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds these options to a command and calls it with their `request`.
 
     Args:
-        required: whether a layer must be given. If not, `question` is None when no option is given.
+        required: whether a layer must be given. If not, `request` is None when no option is given.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def called(**given: Any) -> None:
             options = {option.name: given.pop(option.name) for option in OPTIONS}
-            command(question=_question(options, required), **given)
+            command(request=_request(options, required), **given)
 
         wrapped: Callable[..., None] = called
         for option in reversed(OPTIONS):
@@ -79,7 +79,7 @@ def asks(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def _question(options: dict[str, Any], required: bool) -> Question | None:
+def _request(options: dict[str, Any], required: bool) -> Request | None:
     device = options.pop("device")
     line = options.pop("launch")
     given = {name: value for name, value in options.items() if value not in (None, ())}
@@ -94,13 +94,15 @@ def _question(options: dict[str, Any], required: bool) -> Question | None:
             "Give a name from `moetune models` or the path of a config.json, or all of "
             f"{', '.join(map(flag, SIZES))}, or --launch 'vllm serve …'.",
         )
-    question = ask(**given, device=device)
-    if question.engine and not question.auto and "backend" not in from_line:  # else the line starts these kernels
+    request = request_of(**given, device=device)
+    if (
+        request.engine and not request.auto and "backend" not in from_line
+    ):  # a line that selects kernels starts them itself
         from moetune.cli import notes
 
-        for note in notes.preferred_kernels(question.engine, question.backend, question.layer, question.regime):
+        for note in notes.preferred_kernels(request.engine, request.backend, request.layer, request.regime):
             click.echo(note, err=True)
-    return question
+    return request
 
 
 def _launch(line: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,8 +127,10 @@ def _backend_options(given: dict[str, Any]) -> dict[str, str]:
     return read_pairs(given.get("backend_option") or (), named)
 
 
-def ask(model: str | None = None, *, backend: str | None = None, device: str | None = None, **given: Any) -> Question:
-    """Returns the question that the options describe, and prints notes and warnings on stderr.
+def request_of(
+    model: str | None = None, *, backend: str | None = None, device: str | None = None, **given: Any
+) -> Request:
+    """Returns the request that the options describe, and prints notes and warnings on stderr.
 
     Args:
         model: as `inputs.options.resolve` takes it.
@@ -153,4 +157,4 @@ def ask(model: str | None = None, *, backend: str | None = None, device: str | N
         click.echo(notes.dp_alone(regime), err=True)
     engine = dispatch.partition(":")[0] if ":" in dispatch else None
     chosen, auto = choose(backend, own, engine, layer, regime)
-    return Question(layer, regime, chosen, rank, auto, engine, device)
+    return Request(layer, regime, chosen, rank, auto, engine, device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetune.cli.help import Command, typed
-from moetune.cli.options import Question, asks, json_option, store_option
+from moetune.cli.options import Request, json_option, store_option, takes_request
 from moetune.cli.output import document, patience, show
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@asks()
+@takes_request()
 @store_option
 @json_option
-def plan(question: Question, store: Path | None, as_json: bool) -> None:
+def plan(request: Request, store: Path | None, as_json: bool) -> None:
     """Show what the kernel of one rank gets in each bucket. Needs no GPU and measures nothing.
 
     For each bucket: rows, tokens per rank, local slots, slots per local expert, active experts, bytes on the wire,
@@ -35,12 +35,12 @@ def plan(question: Question, store: Path | None, as_json: bool) -> None:
     from moetune.cli.stored import backends_of
     from moetune.tuning.plan import plan as plan_of
 
-    layer, regime = question.layer, question.regime
+    layer, regime = request.layer, request.regime
     with patience(f"Simulating the router of {layer.name} for {len(regime.buckets)} buckets ..."):
-        backends = backends_of(question)
-        answer = plan_of(layer, regime, backends[0], question.device, rank=question.rank)
-        kernels = _kernels(question, backends[0])
-        profile = _nearest(question, backends, store)
+        backends = backends_of(request)
+        answer = plan_of(layer, regime, backends[0], request.device, rank=request.rank)
+        kernels = _kernels(request, backends[0])
+        profile = _nearest(request, backends, store)
         answer = answer.model_copy(
             update={
                 "kernels": kernels,
@@ -56,35 +56,35 @@ def plan(question: Question, store: Path | None, as_json: bool) -> None:
         show(*plan_report(answer))
 
 
-def _kernels(question: Question, backend: Backend) -> Kernels:
+def _kernels(request: Request, backend: Backend) -> Kernels:
     from moetune.backends import registry
     from moetune.cli.notes import preferred_to
     from moetune.inputs.engine_flags import engine_flags
     from moetune.tuning.outlook import Kernels
 
-    layer, regime, engine = question.layer, question.regime, question.engine
+    layer, regime, engine = request.layer, request.regime, request.engine
     return Kernels(
         engine=engine,
-        selected=not question.auto,
+        selected=not request.auto,
         computing=tuple(registry.backends_computing(layer, regime)),
         runs_here=backend.unavailable() is None,
         flags=dict(engine_flags(backend.name, layer.precision)),
-        preferred=preferred_to(backend, engine, layer, regime) if engine and question.auto else {},
+        preferred=preferred_to(backend, engine, layer, regime) if engine and request.auto else {},
     )
 
 
-def _nearest(question: Question, backends: list[Backend], root: Path | None) -> NearestProfile | None:
+def _nearest(request: Request, backends: list[Backend], root: Path | None) -> NearestProfile | None:
     """Returns the nearest stored profile. A store that cannot be read is a warning: the plan needs none."""
     from moetune.errors import StoreError, UnsupportedError
     from moetune.store.store import Store
     from moetune.tuning.outlook import nearest_profile
-    from moetune.tuning.question import Question as Key
+    from moetune.tuning.question import Question
 
     folder = Store(root)
     keys = []
     for backend in backends:
         try:
-            keys.append(Key.of(question.layer, question.regime, backend, folder, question.device))
+            keys.append(Question.of(request.layer, request.regime, backend, folder, request.device))
         except UnsupportedError:  # its package is not installed, so no profile is for this environment
             continue
     try:

@@ -1,11 +1,11 @@
-"""Finds the profile that a command needs: by its path, or by the question that it answers."""
+"""Finds the profile that a command needs: by its path, or by a command's request."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.cli.options import Question
+from moetune.cli.options import Request
 from moetune.errors import MissError, MoetuneError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
@@ -14,26 +14,25 @@ if TYPE_CHECKING:
     from moetune.store.store import Store
 
 
-def stored_profile(
-    command: str, path: Path | None, question: Question | None, root: Path | None
-) -> tuple[Path, Profile]:
+def stored_profile(command: str, path: Path | None, request: Request | None, root: Path | None) -> tuple[Path, Profile]:
     """Returns a profile and its file. Measures nothing.
 
     Args:
         command: the command's name, for the error.
         path: a profile's file. It need not be in the store.
-        question: the question to look up if there is no path. For `auto`, the first backend with a profile is taken.
+        request: the request whose profile is looked up if there is no path. For `auto`, the first backend that has a
+            profile is taken.
         root: the folder of the store.
 
     Raises:
-        UsageError: neither a path nor a question is given, or both are, or there is no such file.
+        UsageError: neither a path nor a request is given, or both are, or there is no such file.
         UnsupportedError: this machine lacks what the backend's environment is read from.
-        MissError: no profile answers the question.
+        MissError: the store has no profile for the request.
         StoreError: the file is damaged or is no profile.
     """
     from moetune.store.store import Store
 
-    if (path is None) == (question is None):
+    if (path is None) == (request is None):
         raise UsageError(f"`moetune {command}` takes either a profile's path or --model.", "See `moetune store list`.")
     folder = Store(root)
     if path is not None:
@@ -43,24 +42,24 @@ def stored_profile(
                 f"Give --model {model} and the deployment, as in `moetune {command} --help`.",
             )
         return path, folder.read(path)
-    assert question is not None
-    profile = _loaded(question, folder)
+    assert request is not None
+    profile = _loaded(request, folder)
     return folder.find(profile.layer, profile.regime, profile.backend, profile.environment)[0], profile
 
 
-def backends_of(question: Question) -> list[Backend]:
-    """Returns the backends that may have a profile for a question, the one to name first.
+def backends_of(request: Request) -> list[Backend]:
+    """Returns the backends that may have a profile for a request, the one to name first.
 
-    If the backend was left to moetune, the first is what the question's engine could run, even if it cannot run here.
+    If the backend was left to moetune, the first is what the request's engine could run, even if it cannot run here.
     """
     from moetune.backends.registry import able
     from moetune.cli.backend_choice import backend_of_engine
 
-    if not question.auto:
-        return [question.backend]
-    of_engine = question.engine and backend_of_engine(question.engine, question.layer, question.regime)
+    if not request.auto:
+        return [request.backend]
+    of_engine = request.engine and backend_of_engine(request.engine, request.layer, request.regime)
     found = [of_engine] if of_engine else []
-    return [*found, *able(question.layer, question.regime)[0]] or [question.backend]
+    return [*found, *able(request.layer, request.regime)[0]] or [request.backend]
 
 
 def _model(text: str) -> str | None:
@@ -70,13 +69,13 @@ def _model(text: str) -> str | None:
     return text if text.lower() in presets.names() or text.lower() in repositories.known() else None
 
 
-def _loaded(question: Question, folder: Store) -> Profile:
+def _loaded(request: Request, folder: Store) -> Profile:
     from moetune.tuning.tune import load
 
     failed: list[MoetuneError] = []
-    for backend in backends_of(question):
+    for backend in backends_of(request):
         try:
-            return load(question.layer, question.regime, backend, folder, device=question.device)
+            return load(request.layer, request.regime, backend, folder, device=request.device)
         except (MissError, UnsupportedError) as error:
             failed.append(error)
     raise next((error for error in failed if isinstance(error, MissError)), failed[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Question, asks, json_option, store_option
+from moetune.cli.options import Request, json_option, store_option, takes_request
 from moetune.cli.output import document, show
 from moetune.spec.enums import STRATEGIES, Strategy
 
@@ -18,7 +18,7 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@asks()
+@takes_request()
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure. A miss ends with exit code 3.")
 @click.option("--again", is_flag=True, help="Measure every bucket again, even if a profile has it.")
@@ -38,7 +38,7 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
 @click.option("--time-budget", type=float, metavar="S", help="Stop after about S seconds.  [default: no limit]")
 @json_option
 def tune(
-    question: Question,
+    request: Request,
     store: Path | None,
     frozen: bool,
     again: bool,
@@ -57,22 +57,22 @@ def tune(
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
-    from moetune.cli.written import question_of_engine, say, write_for
+    from moetune.cli.written import request_for_engine, say, write_for
     from moetune.store.profile import Profile
     from moetune.store.store import Store
     from moetune.tuning.tune import tune as tune_of
     from moetune.tuning.tune_all import tune_all
 
     if out is not None:
-        question = question_of_engine(question)
+        request = request_for_engine(request)
     folder = Store(store)
     with Progress() as progress:
-        asked = tune_all if question.auto else partial(tune_of, backend=question.backend)
-        answer = asked(
-            question.layer,
-            question.regime,
+        tune_request = tune_all if request.auto else partial(tune_of, backend=request.backend)
+        answer = tune_request(
+            request.layer,
+            request.regime,
             store=folder,
-            device=question.device,
+            device=request.device,
             frozen=frozen,
             again=again,
             strategy=strategy,
@@ -87,7 +87,7 @@ def tune(
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     packaged = bool(served and served.packaged)
-    written = write_for(str(question.engine), answer, Path(path), out) if out is not None else None
+    written = write_for(str(request.engine), answer, Path(path), out) if out is not None else None
     if as_json:
         exported = {} if written is None else {"exported": written.document()}
         document(answer, path=str(path), served=served is not None, packaged=packaged, **exported)

@@ -12,7 +12,7 @@ import click
 from moetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from moetune.cli.options import Question
+    from moetune.cli.options import Request
     from moetune.store.profile import Profile
 
 
@@ -74,8 +74,8 @@ def write_for(
     return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes))
 
 
-def question_of_engine(question: Question) -> Question:
-    """Returns the question with the backend that the engine's files need, if the backend was left to moetune.
+def request_for_engine(request: Request) -> Request:
+    """Returns the request with the backend that the engine's files need, if the backend was left to moetune.
 
     Raises:
         UsageError: no engine is given, or it reads no file for the given backend.
@@ -83,25 +83,25 @@ def question_of_engine(question: Question) -> Question:
     from moetune.backends import registry
     from moetune.cli.backend_choice import backend_with, engine_options
 
-    engine, regime = question.engine, question.regime
+    engine, regime = request.engine, request.regime
     if engine is None:
         raise UsageError(
             "--export needs an engine.",
             "Give --launch 'vllm serve …' or --dispatch ENGINE:NAME; or run `moetune export --to ENGINE` afterwards.",
         )
     if engine == "trtllm":
-        if not question.auto:
-            return question
+        if not request.auto:
+            return request
         name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
-        return replace(question, backend=registry.backend(name), auto=False)
-    if question.auto:
-        return replace(question, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
-    if question.backend.name != "triton":
+        return replace(request, backend=registry.backend(name), auto=False)
+    if request.auto:
+        return replace(request, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
+    if request.backend.name != "triton":
         raise UsageError(
-            f"--export: {engine} reads files for Triton kernels only, not for {question.backend.name}.",
+            f"--export: {engine} reads files for Triton kernels only, not for {request.backend.name}.",
             "Tune without --export. moetune's plugin gives the profile to the engine (docs/engines.md).",
         )
-    return question
+    return request
 
 
 def say(written: Written) -> None:

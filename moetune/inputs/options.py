@@ -18,11 +18,11 @@ from moetune.spec.regime import Regime
 
 _SIZES = [option for option in OPTIONS if option.name in SIZES]
 _REGIME = [option for option in OPTIONS if option.owner == "regime"]
-_QUESTION = [option for option in OPTIONS if option.group is not Group.KERNELS]
+_DEPLOYMENT = [option for option in OPTIONS if option.group is not Group.KERNELS]
 """The options that `MOETUNE_REGIME` can have. An engine chooses its kernels and its device itself."""
 
 
-class Asked(NamedTuple):
+class Deployment(NamedTuple):
     """The layer and the regime that the options describe.
 
     `rank` is an argument for `workload.ranks.of_rank`. `warnings` come from the launch line and from the config.
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-def parse(text: str) -> Asked:
+def parse(text: str) -> Deployment:
     """Reads options from one line of text, the value of `MOETUNE_REGIME`.
 
     Examples are `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput` and `--launch "vllm serve …"`.
@@ -52,7 +52,7 @@ def parse(text: str) -> Asked:
     return resolve(**given) if line is None else launched(line, given)[0]
 
 
-def launched(line: str, given: Mapping[str, Any]) -> tuple[Asked, str | None]:
+def launched(line: str, given: Mapping[str, Any]) -> tuple[Deployment, str | None]:
     """Returns the layer and the regime of a launch line and other options, and the backend that they select.
 
     Args:
@@ -68,13 +68,13 @@ def launched(line: str, given: Mapping[str, Any]) -> tuple[Asked, str | None]:
     read = launch.read(line, given)
     options = {**given, **read.options}
     backend = options.pop("backend", None)
-    asked = resolve(**options)
-    return asked._replace(warnings=(*read.warnings, *asked.warnings)), backend
+    found = resolve(**options)
+    return found._replace(warnings=(*read.warnings, *found.warnings)), backend
 
 
 def _parsed(words: list[str]) -> dict[str, Any]:
-    """Returns the values of `_QUESTION` by name, parsed by click. An option that is not given has None."""
-    options = [click.Option(list(option.declarations), **option.attributes) for option in _QUESTION]
+    """Returns the values of `_DEPLOYMENT` by name, parsed by click. An option that is not given has None."""
+    options = [click.Option(list(option.declarations), **option.attributes) for option in _DEPLOYMENT]
     command = click.Command("MOETUNE_REGIME", params=[*options], add_help_option=False)
     try:
         return dict(command.make_context(None, words).params)
@@ -90,7 +90,7 @@ def _parsed(words: list[str]) -> dict[str, Any]:
 
 
 def _known() -> str:
-    return f"Options: {', '.join(option.flag for option in _QUESTION)}."
+    return f"Options: {', '.join(option.flag for option in _DEPLOYMENT)}."
 
 
 def layer_of(given: Mapping[str, Any]) -> MoELayer:
@@ -120,7 +120,7 @@ def read_layer(given: Mapping[str, Any]) -> Reading:
     return Reading(layer, () if base is None else base.notes)
 
 
-def resolve(model: str | None = None, **given: Any) -> Asked:
+def resolve(model: str | None = None, **given: Any) -> Deployment:
     """Returns the layer and the regime that the options give.
 
     Args:
@@ -143,7 +143,7 @@ def resolve(model: str | None = None, **given: Any) -> Asked:
             fields[option.field] = given[option.name]
     regime = Regime(**fields)
     regime.shard(layer, rank if isinstance(rank, int) else 0)
-    return Asked(layer, regime, rank, notes)
+    return Deployment(layer, regime, rank, notes)
 
 
 def _rank(text: str | int | None) -> RankWord | int | None:

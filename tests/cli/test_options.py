@@ -5,7 +5,7 @@ import pytest
 
 from moetune.backends import registry
 from moetune.backends.grouped_triton.backend import TritonBackend
-from moetune.cli.options import ask
+from moetune.cli.options import request_of
 from moetune.cli.plan import plan
 from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS
@@ -117,15 +117,15 @@ def abilities(monkeypatch):
 )
 def test_auto_takes_the_first_backend_that_runs_here_and_computes_the_layer(abilities, precision, triton, chosen):
     abilities(triton=triton, torch=True)
-    assert ask("deepseek-r1", precision=precision).backend.name == chosen
-    assert ask("deepseek-r1", precision=precision, backend="torch").backend.name == "torch"
+    assert request_of("deepseek-r1", precision=precision).backend.name == chosen
+    assert request_of("deepseek-r1", precision=precision, backend="torch").backend.name == "torch"
 
 
 def test_kernel_and_remote_choose_the_triton_backend_and_its_source(abilities):
     abilities(triton=False, torch=True)
-    asked: Any = ask("qwen3-30b-a3b", kernel="sglang").backend
+    asked: Any = request_of("qwen3-30b-a3b", kernel="sglang").backend
     assert (asked.name, asked.kernel, asked.remote) == ("triton", "sglang", "zero")
-    asked = ask("qwen3-30b-a3b", kernel="vllm", remote="zero", backend="triton").backend
+    asked = request_of("qwen3-30b-a3b", kernel="vllm", remote="zero", backend="triton").backend
     assert (asked.name, asked.kernel, asked.remote) == ("triton", "vllm", "zero")
 
 
@@ -136,7 +136,7 @@ def test_every_kernel_and_treatment_on_offer_is_one_of_the_backends(kernel, remo
 
 
 def _backend_option(*pairs, **given):
-    return ask("deepseek-r1", backend_option=pairs, **given).backend
+    return request_of("deepseek-r1", backend_option=pairs, **given).backend
 
 
 def test_an_option_of_one_backend_reaches_it_in_its_type():
@@ -367,9 +367,9 @@ def test_no_such_rank_is_refused_in_every_command(moetune, command, word, said):
 
 
 def test_a_rank_is_in_the_key_of_what_is_tuned():
-    assert ask("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather").regime.rank == 1
-    assert ask("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather", rank="0").regime.rank == 0
-    assert ask("deepseek-r1", ep=8, dispatch="allgather", rank="5").regime.rank == 0, "all ranks are alike"
+    assert request_of("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather").regime.rank == 1
+    assert request_of("deepseek-r1", ep=8, redundant_experts=32, dispatch="allgather", rank="0").regime.rank == 0
+    assert request_of("deepseek-r1", ep=8, dispatch="allgather", rank="5").regime.rank == 0, "all ranks are alike"
 
 
 def test_a_bare_dp_is_said_to_be_no_load_of_vllm_or_sglang_before_anything_runs(moetune):
@@ -419,7 +419,7 @@ def test_a_typo_in_a_deciding_flag_is_an_error_with_the_nearest_one(moetune):
 
 def test_slots_of_other_ranks_are_zeros_where_sglang_reads_the_table():
     def remote(**asked):
-        return ask("qwen3-30b-a3b", ep=8, backend="triton", **asked).backend.environment()["remote"]
+        return request_of("qwen3-30b-a3b", ep=8, backend="triton", **asked).backend.environment()["remote"]
 
     assert remote(dispatch="sglang:none") == "zero"
     assert remote(dispatch="sglang:none", remote="drop") == "drop"

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from moetune.cli.options import ask
-from moetune.cli.written import question_of_engine
+from moetune.cli.options import request_of
+from moetune.cli.written import request_for_engine
 from moetune.errors import UsageError
 from moetune.spec.environment import Environment
 from moetune.store.profile import Choice, Profile
@@ -75,13 +75,13 @@ def test_without_an_engine_nothing_is_tuned(moetune, tuned, tmp_path):
     ],
 )
 def test_auto_becomes_the_backend_that_the_engines_files_need(dispatch, dp, backend, remote):
-    question = question_of_engine(ask("deepseek-r1", ep=8, dispatch=dispatch, dp=dp))
-    assert (question.backend.name, question.auto) == (backend, False)
+    request = request_for_engine(request_of("deepseek-r1", ep=8, dispatch=dispatch, dp=dp))
+    assert (request.backend.name, request.auto) == (backend, False)
     if remote is not None:
-        assert question.backend.environment()["remote"] == remote
+        assert request.backend.environment()["remote"] == remote
 
 
 def test_kernels_that_read_no_file_are_refused():
-    question = ask("qwen3-30b-a3b", ep=8, dispatch="vllm:allgather_reducescatter", backend="flashinfer-cutlass")
+    request = request_of("qwen3-30b-a3b", ep=8, dispatch="vllm:allgather_reducescatter", backend="flashinfer-cutlass")
     with pytest.raises(UsageError, match="reads files for Triton kernels only, not for flashinfer-cutlass"):
-        question_of_engine(question)
+        request_for_engine(request)

@@ -213,10 +213,10 @@ def test_tensorrt_llms_variable_gives_the_default_distribution(trtllm, layer, re
 
 
 def test_tensorrt_llms_variable_means_to_a_warmup_what_it_means_to_the_command_line(layer, monkeypatch):
-    from moetune.cli.options import ask
+    from moetune.cli.options import request_of
 
     balanced_by(monkeypatch)
-    asked = ask("qwen3-30b-a3b", ep=4, dp=True, ladder="hybrid")
+    asked = request_of("qwen3-30b-a3b", ep=4, dp=True, ladder="hybrid")
     with moetune.warmup(asked.layer, Regime(ep_size=4, attention_dp=True, ladder="hybrid")) as seen:
         assert seen.regime.digest == asked.regime.digest
         assert (seen.regime.distribution, seen.regime.draws) == ("balanced", 1)
