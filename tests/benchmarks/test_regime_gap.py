@@ -235,11 +235,20 @@ def test_a_process_that_dies_costs_its_job_alone(tmp_path, capsys, monkeypatch):
     assert told == ["a EP2 slot, the tune: its process died", "a EP2 packed, the tune: its process died"]
 
 
+@pytest.fixture
+def one_core():
+    """One core, and so one torch thread a process: threads that wait for each other on busy cores take seconds."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 CONFIG = """{"model_type": "qwen3_moe", "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8,
 "num_experts_per_tok": 2, "hidden_act": "silu", "torch_dtype": "bfloat16"}"""
 
 
-def test_a_run_on_the_cpu_measures_all_and_a_second_one_nothing(tmp_path, capsys):
+def test_a_run_on_the_cpu_measures_all_and_a_second_one_nothing(tmp_path, capsys, one_core):
     config = tmp_path / "config.json"
     config.write_text(CONFIG)
     options = argparse.Namespace(backend="torch", gpus=0, journal=tmp_path / "gap.jsonl")
