@@ -1,14 +1,17 @@
 """Runs the kernels under Triton's interpreter, and stands in for its arithmetic where that is not the GPU's.
 
 The interpreter (Triton 3.6 to 3.9) multiplies bf16 matrices as if their bits were integers, and truncates where a GPU
-rounds to nearest even. Both are replaced by torch's conversions; everything else is Triton's own.
+rounds to nearest even. Both are replaced by torch's conversions. It also lists the members of `triton.language` at each
+call of a function; here they are listed once, which saves a third of the time. Everything else is Triton's own.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="runs in the other process; see test_interpreted.py"))
 
 
-def _replace_the_interpreters_arithmetic() -> None:
+def _replace_parts_of_the_interpreter() -> None:
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -68,9 +71,19 @@ def _replace_the_interpreters_arithmetic() -> None:
         a_values, b_values = (convert(x.data, x.dtype.scalar, tl.float32, None).view(np.float32) for x in (a, b))
         return interpreter.TensorHandle(np.matmul(a_values, b_values) + accumulator.data, accumulator.dtype.scalar)
 
+    @cache
+    def builtins_of(package: Any) -> tuple[str, ...]:
+        return tuple(name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member))
+
+    def patch_builtin(package: Any, *rest: Any) -> None:
+        for name in builtins_of(package):
+            if tl.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
 
 
 if INTERPRETED:
-    _replace_the_interpreters_arithmetic()
+    _replace_parts_of_the_interpreter()
