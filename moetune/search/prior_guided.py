@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import sub
 
 from moetune.search.base import Batch, Search
-from moetune.spec.tactic import Tactic, Value
+from moetune.spec.tactic import Tactic
 
 ETA = 4
 """One in this many of the tactics of the first rung is timed again in the second."""
@@ -67,7 +66,10 @@ def halving(
 
 
 class _Space:
-    """Holds the candidates as points of a grid, with the measured and the expected time of each."""
+    """Holds the candidates as points of a grid, with the measured and the expected time of each.
+
+    Two points differ in as many bits as their tactics are steps apart.
+    """
 
     def __init__(self, tactics: Sequence[Tactic], predicted_us: Mapping[Tactic, float]) -> None:
         self._tactics = tuple(tactics)
@@ -77,7 +79,7 @@ class _Space:
         self._residuals = [0.0] * len(self._tactics)
         self._weights = [0.0] * len(self._tactics)
         self._open = set(range(len(self._tactics)))
-        farthest = sum(map(max, zip(*self._points, strict=True)))
+        farthest = max(point.bit_length() for point in self._points)
         self._weight_of = [(_NEARNESS + distance) ** -_SHARPNESS for distance in range(farthest + 1)]
 
     def __contains__(self, tactic: Tactic) -> bool:
@@ -93,7 +95,7 @@ class _Space:
             at = self._number[tactic]
             residual, here = math.log(time_us) - self._prior[at], self._points[at]
             for number in self._open:
-                weight = self._weight_of[sum(map(abs, map(sub, here, self._points[number])))]
+                weight = self._weight_of[(here ^ self._points[number]).bit_count()]
                 self._residuals[number] += weight * residual
                 self._weights[number] += weight
 
@@ -112,11 +114,13 @@ class _Space:
         return self._prior[number] + (self._residuals[number] / weight if weight else 0.0)
 
 
-def _grid(tactics: Sequence[Tactic]) -> list[tuple[int, ...]]:
-    """Returns for each tactic the rank of each of its values among all values of that name."""
-    names = list(tactics[0])
-    ranks: list[dict[Value, int]] = []
-    for name in names:
+def _grid(tactics: Sequence[Tactic]) -> list[int]:
+    """Returns for each tactic the rank of each of its values among all values of that name, in unary, as one number."""
+    points = [0] * len(tactics)
+    for name in tactics[0]:
         values = {tactic[name] for tactic in tactics}
-        ranks.append({value: rank for rank, value in enumerate(sorted(values, key=lambda v: (str(type(v)), v)))})
-    return [tuple(rank[tactic[name]] for name, rank in zip(names, ranks, strict=True)) for tactic in tactics]
+        ranks = {value: rank for rank, value in enumerate(sorted(values, key=lambda v: (str(type(v)), v)))}
+        points = [
+            point << len(values) | (1 << ranks[tactic[name]]) - 1 for point, tactic in zip(points, tactics, strict=True)
+        ]
+    return points
