@@ -1,4 +1,9 @@
-"""Recorded tables: every tactic's time on a real GPU, and its noise, replayed without one."""
+"""Recorded tables: every tactic's time on a real GPU, and its noise, replayed without one.
+
+To sample the routings of a table's cells takes ten seconds, so their loads lie beside the tables. To write them:
+
+    PYTHONPATH=. python tests/recorded.py
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.cost_model import Machine
@@ -20,6 +26,8 @@ from moetune.workload.routing import realize
 
 DATA = Path(__file__).parent / "data"
 TABLES = sorted(DATA.glob("grouped_triton-*.json"))
+LOADS = DATA / "loads"
+"""A file for each table, of the same name. It has the loads of all draws, by cell, in the table's order."""
 H200 = Machine(132, 233472, 65536, 2048, 4.9e6, 8.0e6, 989e6)
 """As `space.machine` reads it off the device."""
 
@@ -54,8 +62,9 @@ def cells(path: Path) -> tuple[Cell, ...]:
     table = json.loads(path.read_text())
     layer = layer_of(table["model"])
     tactics = [Tactic(dict(zip(table["names"], values, strict=True))) for values in table["configs"]]
+    recorded_loads = json.loads((LOADS / path.name).read_text())
     found = []
-    for cell in table["cells"]:
+    for cell, loads in zip(table["cells"], recorded_loads, strict=True):
         single = {tactic: us for tactic, us in zip(tactics, cell["single_us"], strict=True) if us is not None}
         rounds = {tactics[int(number)]: times for number, times in cell["finalists"].items()}
         again = {tactic: median(times) for tactic, times in rounds.items()}
@@ -64,7 +73,6 @@ def cells(path: Path) -> tuple[Cell, ...]:
         noise = [us / again[tactic] for tactic, times in rounds.items() for us in times]
         noise += [single[tactic] * scale / again[tactic] for tactic in again if tactic in single]
         regime = Regime.model_validate(cell["regime"])
-        loads = [realize(layer, regime, cell["rows"], draw=draw).load.tolist() for draw in range(regime.draws)]
         default = tactics[cell["default"]]
         ordered = (default, *(tactic for tactic in truth if tactic != default))
         shapes = space.Shapes.of(layer, regime, cell["rows"])
@@ -72,6 +80,13 @@ def cells(path: Path) -> tuple[Cell, ...]:
         truth = {tactic: truth[tactic] for tactic in ordered}
         found.append(Cell(cell["load"], cell["rows"], truth, default, tuple(noise), predicted))
     return tuple(sorted(found, key=lambda cell: (cell.load, cell.rows)))
+
+
+def load_of(table: Mapping[str, Any], cell: int, draw: int) -> list[int]:
+    """Samples the routing of a cell and a draw: the number of slots of each local expert."""
+    found = table["cells"][cell]
+    regime = Regime.model_validate(found["regime"])
+    return realize(layer_of(table["model"]), regime, found["rows"], draw=draw).load.tolist()
 
 
 @dataclass(frozen=True)
@@ -100,3 +115,18 @@ def _play(search: Generator, cell: Cell, chance: random.Random, measured: set[Ta
             batch = search.send({t: cell.time_us(t, batch.rounds, chance) for t in batch.tactics})
     except StopIteration as stop:
         return stop.value
+
+
+def write_loads() -> None:
+    """Writes the loads of each table's draws."""
+    for path in TABLES:
+        table = json.loads(path.read_text())
+        loads = [
+            [load_of(table, number, draw) for draw in range(cell["regime"]["draws"])]
+            for number, cell in enumerate(table["cells"])
+        ]
+        (LOADS / path.name).write_text(json.dumps(loads, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    write_loads()

@@ -1,10 +1,11 @@
+import json
 import random
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded import TABLES, cells, replay
+from recorded import LOADS, TABLES, cells, load_of, replay
 
 from moetune.search.base import Batch
 from moetune.search.exhaustive import exhaustive
@@ -98,6 +99,16 @@ def test_no_tactics_no_finalists():
     with pytest.raises(StopIteration) as stop:
         next(halving(()))
     assert stop.value.value == ()
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_loads_beside_a_table_are_those_of_its_routings(path):
+    """One draw of each cell: the sixteenth cell is checked by its sixteenth draw."""
+    table, loads = json.loads(path.read_text()), json.loads((LOADS / path.name).read_text())
+    for number, (cell, of_cell) in enumerate(zip(table["cells"], loads, strict=True)):
+        assert len(of_cell) == cell["regime"]["draws"]
+        draw = number % len(of_cell)
+        assert of_cell[draw] == load_of(table, number, draw)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
