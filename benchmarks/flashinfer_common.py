@@ -103,7 +103,8 @@ def searched(search: Search, runner: Any, draws: Sequence[int], clock: Clock | N
             running = [tactic for tactic in batch.tactics if _runs(runner, tactic)]
             batch = search.send(dict(zip(running, tactics_us(runner, running, used, 1, clock), strict=True)))
     except StopIteration as stop:
-        return stop.value
+        finalists: tuple[Tactic, ...] = stop.value
+        return finalists
 
 
 def _runs(runner: Any, tactic: Tactic) -> bool:
@@ -121,5 +122,6 @@ def pair_us(table: Mapping[str, Any], tactic: Tactic) -> float:
     The table has each GEMM's time together with a fixed tactic of the other GEMM. So the time is the sum of the two
     entries, minus the time of the fixed pair, which both contain.
     """
-    fixed = table["gemm1_us"][str(table["fixed"][0])]
-    return table["gemm1_us"][str(tactic["gemm1"])] + table["gemm2_us"][str(tactic["gemm2"])] - fixed
+    gemm1_us, gemm2_us = table["gemm1_us"], table["gemm2_us"]
+    us: float = gemm1_us[str(tactic["gemm1"])] + gemm2_us[str(tactic["gemm2"])] - gemm1_us[str(table["fixed"][0])]
+    return us

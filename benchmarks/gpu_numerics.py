@@ -101,12 +101,12 @@ def captured(call: Callable[[int], object], draws: Sequence[int]) -> torch.cuda.
 
 def replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
     """Replays the graph once and returns the time of one call in µs."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     graph.replay()
     end.record()
     end.synchronize()
-    return 1e3 * begin.elapsed_time(end) / calls
+    return float(1e3 * begin.elapsed_time(end) / calls)
 
 
 def interleaved_us(calls: Sequence[Callable[[int], object]], draws: Sequence[int], rounds: int = 7) -> list[float]:

@@ -18,6 +18,7 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from common import series_us
 
@@ -57,7 +58,7 @@ def main() -> None:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def tune(options: argparse.Namespace, load: str) -> dict:
+def tune(options: argparse.Namespace, load: str) -> dict[str, Any]:
     """Tunes once in a new process, with an empty Triton cache."""
     question = ["--model", options.model, "--ep", options.ep, *OPTIONS[load], "--ladder", options.ladder]
     arguments = ["tune", *question, "--tune-max-num-tokens", options.max, "--backend", "triton", "--again"]
@@ -89,7 +90,7 @@ def tune(options: argparse.Namespace, load: str) -> dict:
     }
 
 
-def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[dict]:
+def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[dict[str, Any]]:
     """Compares each choice that the table covers with the exhaustive winners, on draws that no search used."""
     from moetune.backends.base import Problem
     from moetune.backends.registry import backend as backend_of
@@ -117,7 +118,7 @@ def against_exhaustive(table_path: Path, load: str, profile_path: Path) -> list[
     return judged
 
 
-def report(result: dict) -> str:
+def report(result: dict[str, Any]) -> str:
     """Returns the tune as Markdown."""
     lines = [
         f"\n`{result['command']}`: {result['wall_s']} s wall, {result['cores']} cores, "
@@ -133,7 +134,7 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def verdict(judged: list[dict]) -> str:
+def verdict(judged: list[dict[str, Any]]) -> str:
     """Returns the comparison with the exhaustive winners as one line."""
     if not judged:
         return "The table holds none of these cells."

@@ -35,7 +35,7 @@ MAX_ROWS = 8192
 OPERATION = "trtllm::fused_moe::gemm1"
 
 
-class MoERunner(TunableRunner):
+class MoERunner(TunableRunner):  # type: ignore[misc]
     """A runner that has the name of the CUTLASS MoE's runner and launches nothing."""
 
     def get_valid_tactics(self, inputs: list[torch.Tensor], profile: Any) -> list[Any]:

@@ -19,7 +19,9 @@ import random
 import time
 from datetime import UTC, datetime
 from functools import partial
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,8 +30,9 @@ from moetune.backends.base import Problem
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.inputs.presets import layer as layer_of
-from moetune.measure.clock import CudaClock
+from moetune.measure.clock import CudaClock, TimedCall
 from moetune.measure.probe import environment
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.workload.draws import as_draws
@@ -94,13 +97,15 @@ def record(options: argparse.Namespace) -> None:
 _DEVICE = "cuda"
 
 
-def _take_device(devices) -> None:
+def _take_device(devices: SimpleQueue[str]) -> None:
     global _DEVICE
     _DEVICE = devices.get()
     torch.cuda.set_device(_DEVICE)
 
 
-def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, int]) -> tuple[str, dict | None]:
+def _record_cell(
+    options: argparse.Namespace, end: float, cell_of: tuple[str, int]
+) -> tuple[str, dict[str, Any] | None]:
     """Measures one cell on this process's GPU. Returns a line about it and the cell, or None if the time is up."""
     load, rows = cell_of
     if time.time() > end:
@@ -117,7 +122,7 @@ def _record_cell(options: argparse.Namespace, end: float, cell_of: tuple[str, in
     return line, cell
 
 
-def compile_ahead(shapes: space.Shapes, tactics: tuple) -> None:
+def compile_ahead(shapes: space.Shapes, tactics: tuple[Tactic, ...]) -> None:
     """Compiles every tactic's kernels into Triton's cache, with one process per core."""
     capability = torch.cuda.get_device_capability()
     with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
@@ -133,7 +138,9 @@ def _compile(shapes: space.Shapes, capability: tuple[int, int], tactic: Tactic) 
         print(f"{tactic}: {type(error).__name__}: {str(error)[:200]}", flush=True)
 
 
-def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> dict:
+def measure(
+    layer: MoELayer, backend: TritonBackend, regime: Regime, rows: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures one cell: single timings of all tactics, and interleaved timings of the best ones."""
     routings = tuple(realize(layer, regime, rows, draw=draw) for draw in range(regime.draws))
     problem = Problem(layer, regime, rows, regime.shard(layer), as_draws(routings), _DEVICE)
@@ -141,8 +148,8 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     tactics = list(backend.candidates(layer, regime, rows, _DEVICE).tactics[: options.limit])
     default = backend.default(layer, regime, rows)
     random.Random(0).shuffle(tactics)
-    single: dict = {}
-    failures: dict = {}
+    single: dict[Tactic, float] = {}
+    failures: dict[Tactic, str] = {}
     hopeless = 0
     clock.warm_up(partial(runner.run, default), 0)
     fastest_us = time_once(partial(runner.run, default))
@@ -191,17 +198,17 @@ def measure(layer, backend, regime, rows: int, options: argparse.Namespace) -> d
     }
 
 
-def time_once(call) -> float:
+def time_once(call: TimedCall) -> float:
     """Returns the time in µs of one warm run on draw 0, launch overhead included."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     call(0)
     end.record()
     torch.cuda.synchronize()
-    return 1e3 * begin.elapsed_time(end)
+    return float(1e3 * begin.elapsed_time(end))
 
 
-def pack(journal: Path) -> dict:
+def pack(journal: Path) -> dict[str, Any]:
     """Returns the journal as one table: a list of all configurations, and for each cell the times in its order.
 
     A cell keeps its own environment, because a journal may continue after the kernel's source changed.

@@ -128,7 +128,8 @@ def from_file(layer: MoELayer, regime: Regime, store: str) -> dict[int, dict[str
 def child(options: argparse.Namespace, what: str) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--store", options.store, "--child", what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def main() -> int:

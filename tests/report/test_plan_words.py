@@ -59,10 +59,11 @@ def planned():
 
 
 def _lines(planned, width=80):
-    out = Console(file=io.StringIO(), width=width, highlight=False)
+    text = io.StringIO()
+    out = Console(file=text, width=width, highlight=False)
     for renderable in plan_report(planned):
         out.print(renderable, soft_wrap=isinstance(renderable, Text) and bool(renderable.no_wrap))
-    return [line.rstrip() for line in out.file.getvalue().splitlines()]
+    return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _bottom(planned, **changed):
