@@ -23,7 +23,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,7 @@ def tuned(layer: MoELayer, regime: Regime, rows: int) -> Tactic:
     backend = _backend()
     bucket = Bucket.of(layer, regime, backend, "cuda", rows)
     with Compilers(backend, (9, 0)) as compilers:
-        bench = Bench(backend, bucket.problem)
-        tuner = BucketTuner(bucket, bench, compilers, None, unheard, unheard, backend.final_s)
+        tuner = BucketTuner(bucket, partial(Bench, backend), compilers, None, unheard, unheard, backend.final_s)
         return tuner.choose(tuner.search(bucket.search(backend, "auto", ()))).tactic
 
 

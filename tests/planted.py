@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from dataclasses import dataclass, field
 
 import planted_time
@@ -23,11 +24,18 @@ def tactic(name: str) -> Tactic:
 
 @dataclass
 class PlantedBackend:
-    """`milliseconds` by algorithm; algorithms in the sets do what the names say, in `killing` to their process."""
+    """`milliseconds` by algorithm; algorithms in the sets do what the names say, in `killing` to their process.
+
+    `milliseconds_at`: other times of an algorithm at a row count. `wrong_after`: how often an algorithm is right.
+    """
 
     milliseconds: dict[str, float]
     raising: frozenset[str] = frozenset()
     wrong: frozenset[str] = frozenset()
+    wrong_on_odd_draws: frozenset[str] = frozenset()
+    wrong_under_stress: frozenset[str] = frozenset()
+    wrong_after: dict[str, int] = field(default_factory=dict)
+    milliseconds_at: dict[tuple[str, int], float] = field(default_factory=dict)
     cliff: frozenset[str] = frozenset()
     killing: frozenset[str] = frozenset()
     name: str = "planted"
@@ -61,6 +69,7 @@ class PlantedBackend:
 class PlantedRunner:
     backend: PlantedBackend
     problem: Problem
+    runs: Counter[str] = field(default_factory=Counter)
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
         name = str(tactic["algorithm"])
@@ -68,9 +77,21 @@ class PlantedRunner:
             raise RuntimeError("planted failure\nwith a second line")
         if name in self.backend.killing:
             os.kill(os.getpid(), signal.SIGKILL)
-        slower = 10 if self.problem.draws[draw].kind == "stress" and name in self.backend.cliff else 1
-        planted_time.spend(self.backend.milliseconds[name] * slower)
-        return self.reference(draw) * (2.0 if name in self.backend.wrong else 1.0)
+        of_draw = self.problem.draws[draw]
+        slower = 10 if of_draw.kind == "stress" and name in self.backend.cliff else 1
+        milliseconds = self.backend.milliseconds_at.get((name, of_draw.rows), self.backend.milliseconds[name])
+        planted_time.spend(milliseconds * slower)
+        self.runs[name] += 1
+        return self.reference(draw) * (2.0 if self._is_wrong(name, draw) else 1.0)
+
+    def _is_wrong(self, name: str, draw: int) -> bool:
+        backend = self.backend
+        return (
+            name in backend.wrong
+            or (name in backend.wrong_on_odd_draws and draw % 2 == 1)
+            or (name in backend.wrong_under_stress and self.problem.draws[draw].kind == "stress")
+            or self.runs[name] > backend.wrong_after.get(name, self.runs[name])
+        )
 
     def reference(self, draw: int = 0) -> torch.Tensor:
         return torch.ones(self.problem.rows, self.problem.layer.hidden_size)

@@ -16,13 +16,13 @@ from moetune.cli.output import console
 from moetune.report.format import duration, human_time
 from moetune.report.tactics import tactic_line
 from moetune.tuning.events import (
+    BackendFailed,
+    BackendStarted,
     BucketChosen,
     BucketCompared,
     BucketsSkipped,
     BucketStarted,
     Event,
-    FamilyFailed,
-    FamilyStarted,
     Resumed,
     SearchStopped,
     Served,
@@ -125,12 +125,12 @@ class Progress:
         self._line(f"[{event.index + 1}/{event.count}] {choice.rows} rows: {best}{estimate}")
 
     @_show.register
-    def _family_started(self, event: FamilyStarted) -> None:
+    def _family_started(self, event: BackendStarted) -> None:
         if event.count > 1:
             self._turn_to(f"{event.backend}, {event.index + 1} of {event.count} backends")
 
     @_show.register
-    def _family_failed(self, event: FamilyFailed) -> None:
+    def _family_failed(self, event: BackendFailed) -> None:
         self._line(f"{event.backend} failed: {event.reason}")
 
     @_show.register

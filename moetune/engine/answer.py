@@ -143,6 +143,7 @@ def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, row
     FlashInfer times every tactic on sampled routings of the regime. Then a final comparison decides.
     """
     dummies = Dummies(session.layer, answers.regime, op, call)
+    rows = [bucket for bucket in rows if dummies.typical_rows(bucket)]
     times = call.tuner.swept(call, frozenset(map(call.key, rows)), dummies.hook)
     choices = [_final(session, call, dummies, bucket, times[bucket], group) for bucket in rows if bucket in times]
     for choice in choices:
@@ -183,7 +184,7 @@ def _final(
     calls = {tactic_of(native): partial(call.run, inputs, native) for native in (UNTUNED, *others)}
     default = tactic_of(UNTUNED)
     bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
-    return choose(bench, tuple(calls), draws, rows, dummies.typical_rows(rows), len(swept))
+    return choose(bench, tuple(calls), draws, rows, len(swept))
 
 
 def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tensors: Sequence[Any]) -> list[Any]:

@@ -46,7 +46,8 @@ class Dummies:
         """Returns the bucket's typical rows, at most `rows`: the op's tensors hold no more."""
         from moetune.workload.draws import typical_rows
 
-        return min(rows, typical_rows(self.layer, self.regime, rows, self.op.rank))
+        typical = min(rows, typical_rows(self.layer, self.regime, rows, self.op.rank))
+        return typical - typical % self.regime.ep_size if self.regime.layout == "pool" else typical
 
     def stressed(self, draw: Draw, factor: int) -> Draw:
         """Returns the stress draw of `draw` whose busiest expert has `factor` times its load."""

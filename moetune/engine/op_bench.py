@@ -11,8 +11,8 @@ from moetune.engine.ranks import gather
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.final_comparison import play
-from moetune.tuning.verdict import choice, decide
+from moetune.tuning.final_comparison import compare_right_ones
+from moetune.tuning.verdict import choice, cliffs, decide, loss, stress_times
 
 if TYPE_CHECKING:
     import torch
@@ -165,25 +165,17 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None
     return relative_error(found, expected, ignore_nonfinite=True)
 
 
-def choose(
-    bench: EngineBench,
-    tactics: Sequence[Tactic],
-    draws: Sequence[Draw],
-    rows: int,
-    typical_rows: int,
-    tried: int,
-) -> Choice:
+def choose(bench: EngineBench, tactics: Sequence[Tactic], draws: Sequence[Draw], rows: int, tried: int) -> Choice:
     """Runs the final comparison of one bucket and returns its choice.
 
-    The first `FINALISTS` tactics whose outputs agree with the default's are compared with it. One of them replaces the
-    default only if it is faster by more than `MARGIN` and the noise.
+    The first `FINALISTS` tactics whose outputs agree with the default's are compared with it, at each row count that
+    the draws have. One of them replaces the default only if it is faster by more than `MARGIN` and the noise.
 
     Args:
         bench: times the tactics on `draws`, which it knows by their positions.
         tactics: the default, then the others from the fastest to the slowest; the same on every rank.
         draws: draws of the kinds `final` and `stress`.
         rows: the bucket.
-        typical_rows: its typical rows.
         tried: how many tactics FlashInfer's sweep timed.
 
     Raises:
@@ -191,8 +183,30 @@ def choose(
     """
     default, *others = tactics
     finalists = list(islice((tactic for tactic in others if bench.check(tactic, 0)), FINALISTS))
-    final = play(bench, default, finalists, draws, most_s=SECONDS)
-    within = dataclasses.replace(final, noise=max(final.noise, MARGIN))
-    verdict = decide(within, bench, draws, rows)
+    stress_us = stress_times(bench, finalists, default, draws, {})
+    rejected = cliffs(stress_us, default, {})
+    remaining = [tactic for tactic in finalists if tactic not in rejected and tactic not in bench.failures]
+    numbers: dict[int, list[int]] = {}
+    for number, draw in enumerate(draws):
+        if draw.kind == "final":
+            numbers.setdefault(draw.rows, []).append(number)
+    comparisons = []
+    for row_count, of_count in numbers.items():
+        samples = compare_right_ones(bench, default, remaining, of_count, row_count, most_s=SECONDS / len(numbers))
+        remaining = [tactic for tactic in samples.finalists if not loss(samples, tactic)]
+        comparisons.append(samples)
+    with_margin = [dataclasses.replace(samples, noise=max(samples.noise, MARGIN)) for samples in comparisons]
+    verdict = decide(with_margin, default)
     routings = [draw.routing for draw in draws if draw.kind == "final"]
-    return choice(final, verdict, bench, routings, rows=rows, typical_rows=typical_rows, tried=tried, candidates=tried)
+    return choice(
+        comparisons,
+        verdict,
+        bench,
+        routings,
+        rows=rows,
+        default=default,
+        tried=tried,
+        candidates=tried,
+        stress_us=stress_us,
+        rejected=rejected,
+    )

@@ -11,7 +11,7 @@ from rich.text import Text
 from moetune.report.format import ENGINES, significant
 from moetune.report.profile import profile_report
 from moetune.report.table import add_numbers, new_table, time_unit
-from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 
 
 def comparison_report(comparison: Comparison) -> list[RenderableType]:
@@ -87,6 +87,6 @@ def _verdicts(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _flags(family: Family) -> str:
+def _flags(family: BackendResult) -> str:
     flags = [f"{ENGINES[engine]} {flag}" for engine, flag in family.flags.items()]
     return f"{family.backend}: {' · '.join(flags) or 'no flag of an engine selects it'}"

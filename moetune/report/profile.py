@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -131,6 +132,7 @@ def _details(profile: Profile) -> list[str]:
     ]
     if max(choice.noise for choice in choices) > NOISY:
         lines.append("this machine was busy, so smaller gains are not visible; run --again when it is idle")
+    lines += _at_row_counts(choices)
     if typical := [f"{choice.rows:,} ({choice.met_rows:,})" for choice in choices if choice.met_rows]:
         lines.append(f"half of the draws have the typical rows (in parentheses): {', '.join(typical)}")
     if profile.backend == "torch":
@@ -145,6 +147,21 @@ def _details(profile: Profile) -> list[str]:
     missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
     lines += [f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []
     return [*lines, *skipped_lines(profile.regime)]
+
+
+def _at_row_counts(choices: Sequence[Choice]) -> list[str]:
+    """Returns lines on the smallest gain at any row count, and on the regret; none for profiles without `by_rows`."""
+    compared = [each for choice in choices for each in choice.by_rows]
+    if not compared:
+        return []
+    worst = min(compared, key=lambda each: each.gain)
+    lines = [
+        f"compared at {_counted(len(compared), 'row count')}; the smallest gain is {worst.gain:.2f}× "
+        f"at {_counted(worst.rows, 'row')}"
+    ]
+    if regrets := [choice.regret_high for choice in choices if choice.regret_high is not None]:
+        lines.append(f"another finalist may be faster by at most {100 * max(regrets):.1f} % (95 % bound)")
+    return lines
 
 
 def _default(profile: Profile) -> str:

@@ -135,23 +135,35 @@ class Regime(FrozenModel):
             )
         if not self.buckets:
             raise UsageError(
-                f"No bucket of ladder {self.ladder} is a multiple of ep_size = {self.ep_size}.",
-                "Use a ladder with such buckets, or another layout than pool.",
+                f"No pool maps to a bucket of ladder {self.ladder}: its rows are multiples of {self.ep_size}.",
+                "Use a ladder with larger buckets, or another layout than pool.",
             )
         return self
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Returns the row counts to tune, ascending. In the layout pool they are multiples of ep."""
-        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if self._fits(size))
+        """Returns the row counts to tune, ascending: the ladder's buckets that some row count of a rank maps to."""
+        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if self._is_looked_up(size))
 
     @property
     def skipped_buckets(self) -> tuple[int, ...]:
-        """Returns the ladder's buckets that are not tuned: a pool has ep equal blocks, and ep does not divide them."""
-        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._fits(size))
+        """Returns the ladder's buckets that no pool maps to, because a pool has a multiple of ep rows."""
+        return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._is_looked_up(size))
 
-    def _fits(self, rows: int) -> bool:
+    def can_have(self, rows: int) -> bool:
+        """Returns whether a rank's kernel can have this many rows. A pool has ep equal blocks, so a multiple of ep."""
         return self.layout != "pool" or rows % self.ep_size == 0
+
+    def served(self, bucket: int) -> range:
+        """Returns the row counts of a rank's kernel that map to `bucket`; empty if none do. See `Ladder.served`."""
+        rows = self.ladder.served(bucket, self.tune_max_num_tokens)
+        if self.layout != "pool" or not rows:
+            return rows
+        first = -(-rows[0] // self.ep_size) * self.ep_size
+        return range(first, rows[-1] + 1, self.ep_size)
+
+    def _is_looked_up(self, bucket: int) -> bool:
+        return self.can_have(bucket) or (self.ladder.name != "list" and bool(self.served(bucket)))
 
     def row_top_k(self, layer: MoELayer) -> int:
         """Returns the number of ids in a row that enters a rank's kernel: k, or 1 in the slot layout."""

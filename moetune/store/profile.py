@@ -32,21 +32,46 @@ class Rejection(FrozenModel):
     reason: str
 
 
+class ComparedRows(FrozenModel):
+    """How a bucket's tactic compares at one of the row counts that map to the bucket.
+
+    Attributes:
+        rows: the row count.
+        time_us: the tactic's mean time in µs over interleaved rounds. Each round uses one draw that the search did not
+            use.
+        default_tactic: what the engine would run with this many rows.
+        gain: the default's mean time over the tactic's, in the rounds in which both were timed.
+        gain_low, gain_high: the bounds of the gain's 95 % interval (paired bootstrap over these rounds).
+        noise: the A/A noise, relative.
+    """
+
+    rows: int
+    time_us: Finite
+    default_tactic: Tactic
+    gain: Finite
+    gain_low: Finite
+    gain_high: Finite
+    noise: Finite
+
+
 class Choice(FrozenModel):
     """The answer for one bucket.
 
     Attributes:
         rows: the bucket.
-        met_rows: the bucket's typical rows, or None if they are `rows`. Half of the draws have them (see
-            `workload.draws.typical_rows`).
+        met_rows: in profiles without `by_rows`, the bucket's typical rows; half of the draws had them, and the times
+            and the gain are means over all draws. Else None.
         tactic: the chosen tactic.
-        time_us: its mean time in µs over interleaved rounds. Each round uses one draw that the search did not use.
-        default_tactic: the default tactic.
-        default_time_us: `gain` times `time_us`. It is not a mean over all rounds, because a default that is much slower
-            is not timed in every round.
-        gain: the default's mean time over the tactic's, in the rounds in which both were timed.
-        gain_low, gain_high: the bounds of the gain's 95 % interval (paired bootstrap over these rounds).
-        noise: the A/A noise, relative.
+        time_us: its mean time in µs at the bucket's own rows, or at the nearest row count of `by_rows`.
+        default_tactic: the default tactic at the bucket's own rows.
+        default_time_us: `time_us` times the gain at the same row count. It is not a mean over all rounds, because a
+            default that is much slower is not timed in every round.
+        gain: the geometric mean of the gains of `by_rows`.
+        gain_low, gain_high: the bounds of its 95 % interval.
+        noise: the largest A/A noise of `by_rows`, relative.
+        by_rows: how the tactic compares at each of the row counts that stand for the bucket, ascending.
+        regret_high: by how much another finalist may be faster at one of these row counts, at 95 %, relative.
+        equally_fast: finalists that could serve the bucket just as well.
         stress_us: the tactic's time in µs for each factor on the busiest expert's load; infinite if it failed.
         default_stress_us: the same for the default tactic.
         tried: the number of tactics that the search timed, or that failed in it.
@@ -70,6 +95,9 @@ class Choice(FrozenModel):
     gain_low: Finite
     gain_high: Finite
     noise: Finite
+    by_rows: tuple[ComparedRows, ...] = ()
+    regret_high: Finite | None = None
+    equally_fast: tuple[Tactic, ...] = ()
     stress_us: dict[str, OrInfinity] = {}
     default_stress_us: dict[str, OrInfinity] = {}
     tried: int

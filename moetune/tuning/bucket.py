@@ -1,4 +1,4 @@
-"""One bucket of a tune: its draws, its search, its final."""
+"""Tunes one bucket: its draws, its search, its final comparisons."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning import final_comparison as final
+from moetune.tuning import final_comparison
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
-from moetune.tuning.verdict import choice, decide
+from moetune.tuning.final_comparison import FinalSamples, compare_right_ones
+from moetune.tuning.verdict import UNLIKELY_WEIGHT, choice, cliffs, decide, loss, stress_times
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
@@ -26,48 +27,85 @@ if TYPE_CHECKING:
     from moetune.search.base import Batch, Search, Times
     from moetune.store.journal import Journaled
 
-STARTS = 4
-"""How many finalists of the bucket before start the search of the next."""
+NUM_FINALISTS = 4
+"""The most finalists of a bucket that are warm starts of the next one's search."""
 SEARCH_SHARE = 0.6
-"""Of a bucket's share of the time budget, what its search may take; the final and its checks get the rest."""
+"""The search's share of a bucket's time budget; the final comparisons and their checks get the rest."""
 FINAL_SHARE = 0.25
+"""The final comparisons' share of a bucket's time budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCount:
+    """One row count at which a bucket's finalists are compared.
+
+    Attributes:
+        rows: the row count.
+        default: what the engine would run with this many rows.
+        weight: how much a slowdown at this row count matters.
+        problem: the problem with draws of this row count.
+    """
+
+    rows: int
+    default: Tactic
+    weight: float
+    problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One bucket to be tuned: its row count `rows`, its typical rows, and the problem with all draws.
+    """One bucket to be tuned.
 
-    `hints` and `failed` come from an interrupted run: the best tactics that it knew, and the tactics that failed, which
-    are no candidates any more.
+    Attributes:
+        rows: the row count by which it is looked up.
+        candidates: the tactics that may be timed.
+        default: the default tactic at the bucket's own rows.
+        problem: the problem with the draws of the search and of stress, and with those of the row count that has just
+            as many rows, if there is one.
+        row_counts: the row counts at which finalists are compared, the most likely first.
+        known_good: the best tactics of an interrupted run.
+        failed: the tactics that failed in an interrupted run. They are no candidates any more.
     """
 
     rows: int
-    typical_rows: int
     candidates: Candidates
     default: Tactic
     problem: Problem
-    hints: tuple[Tactic, ...] = ()
+    row_counts: tuple[RowCount, ...]
+    known_good: tuple[Tactic, ...] = ()
     failed: Mapping[Tactic, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
-        """Realizes all draws of one bucket, for the regime's rank."""
+        """Samples all draws of one bucket, for the regime's rank."""
         from moetune.backends.base import Problem
-        from moetune.workload.draws import bucket_draws, typical_rows
+        from moetune.workload.draws import compared_rows, final_draws, search_draws, typical_rows
 
-        typical = typical_rows(layer, regime, rows)
-        draws = bucket_draws(layer, regime, rows, typical)
+        shard = regime.shard(layer)
+        draws = search_draws(layer, regime, rows, typical_rows(layer, regime, rows))
         kernel_rows = len(draws[0].routing.topk_ids)
+        compared = compared_rows(layer, regime, rows)
+        final = {count: final_draws(layer, regime, count, len(compared)) for count in compared}
+        problem = Problem(layer, regime, kernel_rows, shard, (*draws, *final.get(kernel_rows, ())), device)
+        row_counts = (
+            RowCount(
+                count,
+                backend.default(layer, regime, count),
+                UNLIKELY_WEIGHT if count == rows != compared[0] else 1.0,
+                problem if count == kernel_rows else Problem(layer, regime, count, shard, final[count], device),
+            )
+            for count in compared
+        )
         return cls(
             rows,
-            typical,
             backend.candidates(layer, regime, kernel_rows, device),
             backend.default(layer, regime, rows),
-            Problem(layer, regime, kernel_rows, regime.shard(layer), draws, device),
+            problem,
+            tuple(row_counts),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
-        """The bucket with what an interrupted run left of it."""
+        """Returns the bucket with what an interrupted run knew about it."""
         past = journaled.of(self.rows, self.default)
         if not past.times_us and not past.failed:
             return self
@@ -75,52 +113,55 @@ class Bucket:
         failed = {tactic: past.failed[tactic] for tactic in offered if tactic in past.failed}
         kept = tuple(tactic for tactic in offered if tactic not in failed)
         candidates = replace(self.candidates, tactics=kept, excluded={**excluded, **failed})
-        return replace(self, candidates=candidates, hints=past.best(STARTS), failed=failed)
+        return replace(self, candidates=candidates, known_good=past.best(NUM_FINALISTS), failed=failed)
 
     @property
-    def num_row_counts(self) -> int:
+    def num_search_row_counts(self) -> int:
         """2 if the search's draws have two row counts (see `draws.sampled`), else 1."""
         return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
 
-    def search(self, backend: Backend, strategy: Strategy, starts: Sequence[Tactic]) -> Search:
-        """The backend's own search, or the exhaustive one where it has none or it is asked for.
+    def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:
+        """Returns the backend's own search, or the exhaustive one if it has none or `strategy` asks for that.
 
-        A search without starts looks wider than one with any, so hints alone never make it one with starts.
+        A search without warm starts looks wider than one with any. So what an interrupted run knew is used only
+        together with warm starts.
         """
         from moetune.backends.base import Searches
 
         if strategy == "auto" and isinstance(backend, Searches):
-            starts = tuple(dict.fromkeys((*self.hints, *starts))) if starts else ()
-            return backend.search(self.problem, self.candidates, starts)
+            warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
+            return backend.search(self.problem, self.candidates, warm_starts)
         return exhaustive(self.candidates.tactics)
 
 
 class BucketTuner:
-    """Searches one bucket, plays the final on draws that the search has not seen, and decides.
+    """Searches one bucket, compares its finalists on draws that the search has not used, and decides.
 
     Args:
-        bucket: what is tuned.
-        bench: where tactics are timed.
-        compilers: which compile them first.
+        bucket: the bucket.
+        bench_of: prepares a problem.
+        compilers: compile tactics before they run.
         share_s: the bucket's share of the time budget.
-        tell: is told what happens.
-        note: is given what each batch of the search brought: rounds, mean times in µs, and the reasons of failures.
-        final_s: about how many seconds the final may take; `final.SECONDS` by default.
+        report: gets the events.
+        note: gets the results of each batch of the search: rounds, mean times in µs, and the reasons of failures.
+        final_s: about how many seconds the first rounds of the final comparisons may take;
+            `final_comparison.SECONDS` by default.
     """
 
     def __init__(
         self,
         bucket: Bucket,
-        bench: BenchLike,
+        bench_of: Callable[[Problem], BenchLike],
         compilers: Compilers,
         share_s: float | None,
-        tell: OnEvent,
+        report: OnEvent,
         note: Callable[[int, Times, Mapping[Tactic, str]], None],
         final_s: float | None = None,
     ) -> None:
-        self._bucket, self._bench, self._compilers, self._tell = bucket, bench, compilers, tell
+        self._bucket, self._bench_of, self._compilers, self._report = bucket, bench_of, compilers, report
         self._note, self._final_s = note, final_s
         self._began, self._share_s = time.monotonic(), share_s
+        self._bench = bench_of(bucket.problem)
         self._uncompiled: dict[Tactic, str] = {}
         self._times: dict[Tactic, float] = {}
         self._tried: set[Tactic] = set()
@@ -136,7 +177,7 @@ class BucketTuner:
         return {**self._uncompiled, **self._bench.failures}
 
     def search(self, search: Search) -> tuple[Tactic, ...]:
-        """Measures what the search proposes; its finalists, or where the time ends the best so far."""
+        """Measures what the search proposes. Returns its finalists, or the best so far when the time ends."""
         batch = next(search)
         while True:
             times = self._measure(batch)
@@ -144,47 +185,86 @@ class BucketTuner:
             if self._share_s is not None and time.monotonic() - self._began > SEARCH_SHARE * self._share_s:
                 candidates = len(self._bucket.candidates.tactics)
                 if len(self._tried) < candidates:
-                    self._tell(SearchStopped(self._bucket.rows, len(self._tried), candidates))
-                return tuple(sorted(self._times, key=lambda tactic: self._times[tactic])[:STARTS])
+                    self._report(SearchStopped(self._bucket.rows, len(self._tried), candidates))
+                return tuple(sorted(self._times, key=lambda tactic: self._times[tactic])[:NUM_FINALISTS])
             try:
                 batch = search.send(times)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
 
     def choose(self, finalists: Sequence[Tactic]) -> Choice:
-        """Checks the finalists, plays the final and decides."""
+        """Checks the finalists, compares them at every row count of the bucket, and decides.
+
+        Raises:
+            NoResultError: a default tactic failed or computes a wrong result.
+        """
         bucket, bench, default = self._bucket, self._bench, self._bucket.default
-        if default in self._failures:
-            raise NoResultError(
-                f"The default tactic {default} failed at {bucket.rows} rows: {self._failures[default]}."
-            )
-        right = [tactic for tactic in finalists if tactic != default and bench.check(tactic, 0)]
-        if not bench.check(default, 0):
-            raise NoResultError(
-                f"The default tactic {default} is wrong at {bucket.rows} rows: {self._failures[default]}."
-            )
-        most_s = final.SECONDS if self._share_s is None else min(final.SECONDS, FINAL_SHARE * self._share_s)
-        draws = bucket.problem.draws
-        played = final.play(bench, default, right, draws, self._final_s, most_s=most_s)
-        verdict = decide(played, bench, draws, bucket.rows)
+        rejected = {**bucket.failed, **self._uncompiled}
+        self._require(default, self._failures, bucket.rows)
+        defaults = dict.fromkeys(count.default for count in bucket.row_counts)
+        right = [tactic for tactic in (*finalists, *defaults) if tactic != default and bench.check(tactic, 0)]
+        bench.check(default, 0)
+        self._require(default, self._failures, bucket.rows)
+        stress_us = stress_times(bench, right, default, bucket.problem.draws, self._times)
+        (*_, stressed) = bucket.problem.numbers("stress")
+        right = [tactic for tactic in right if bench.check(tactic, stressed)]
+        steep = cliffs({tactic: stress_us[tactic] for tactic in (*right, default)}, default, self._times)
+        rejected |= steep
+        remaining = [tactic for tactic in dict.fromkeys(right) if tactic not in steep]
+        comparisons: list[FinalSamples] = []
+        for count in bucket.row_counts:
+            samples, wrong = self._compare(count, (default, *remaining))
+            rejected |= wrong
+            comparisons.append(samples)
+            remaining = [tactic for tactic in samples.finalists if tactic in remaining and not loss(samples, tactic)]
+        verdict = decide(comparisons, default, [count.weight for count in bucket.row_counts])
         return choice(
-            played,
+            comparisons,
             verdict,
             bench,
-            [draw.routing for draw in draws if draw.kind == "search"],
+            [draw.routing for draw in bucket.problem.draws if draw.kind == "search"],
             rows=bucket.rows,
-            typical_rows=bucket.typical_rows,
+            default=default,
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
-            failed={**bucket.failed, **self._uncompiled},
+            stress_us=stress_us,
+            rejected=rejected,
         )
 
+    def _compare(self, count: RowCount, tactics: Sequence[Tactic]) -> tuple[FinalSamples, Mapping[Tactic, str]]:
+        """Returns the samples at one row count, without the tactics that fail there, and these with the reasons."""
+        is_search = count.problem is self._bucket.problem
+        bench = self._bench if is_search else self._bench_of(count.problem)
+        parts = len(self._bucket.row_counts)
+        most_s = final_comparison.SECONDS
+        if self._share_s is not None:
+            most_s = min(most_s, FINAL_SHARE * self._share_s)
+        samples = compare_right_ones(
+            bench,
+            count.default,
+            [tactic for tactic in tactics if tactic != count.default],
+            count.problem.numbers("final"),
+            count.rows,
+            seconds=None if self._final_s is None else self._final_s / parts,
+            most_s=most_s / parts,
+        )
+        self._require(self._bucket.default, bench.failures, count.rows)
+        return samples, dict(bench.failures)
+
+    @staticmethod
+    def _require(default: Tactic, failures: Mapping[Tactic, str], rows: int) -> None:
+        if default in failures:
+            raise NoResultError(f"The default tactic {default} failed at {rows} rows: {failures[default]}.")
+
     def _measure(self, batch: Batch) -> dict[Tactic, float]:
-        """Mean times in µs of those that ran, the batch's rounds of each row count; a wrong one never sets the pace."""
-        tactics, rounds = batch.tactics, batch.rounds * self._bucket.num_row_counts
+        """Returns the mean times in µs of the tactics that ran, over the batch's rounds of each row count.
+
+        Whatever leads is checked, so that no tactic that computes a wrong result leads.
+        """
+        tactics, rounds = batch.tactics, batch.rounds * self._bucket.num_search_row_counts
         rows, problem = self._bucket.rows, self._bucket.problem
         uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics, batch.likely_next)
-        uncompiled.pop(self._bucket.default, None)  # without it there is no result, so its first run has the last word
+        uncompiled.pop(self._bucket.default, None)  # there is no result without it, so its first run decides
         self._uncompiled |= uncompiled
         compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
         draws = list(islice(cycle(problem.numbers("search")), rounds))
@@ -201,5 +281,5 @@ class BucketTuner:
         for tactic in tactics:
             if tactic not in self._tried:
                 self._tried.add(tactic)
-                self._tell(TacticMeasured(rows, tactic, times.get(tactic), self._failures.get(tactic, "")))
+                self._report(TacticMeasured(rows, tactic, times.get(tactic), self._failures.get(tactic, "")))
         return times

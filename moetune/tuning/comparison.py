@@ -1,4 +1,4 @@
-"""`Comparison`: the profiles of several backends and who is fastest in each bucket, as versioned JSON."""
+"""Defines `Comparison`, the profiles of several backends and the fastest one in each bucket, as versioned JSON."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moetune.store.profile import Profile
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Family(FrozenModel):
-    """What became of one backend.
+class BackendResult(FrozenModel):
+    """The result of one backend.
 
-    `profile` is its answer, in the file `path`: None where it has none. `served`: nothing of it was measured.
-    `packaged`: it came with moetune. `failed` says what ended its tune; the profile then has the buckets before that.
-    `flags`: what selects these kernels, by engine.
+    `profile` is its profile, in the file `path`, or None if it has none. `served`: the profile was stored and nothing
+    was measured. `packaged`: it came with moetune. `failed` says why its tune ended early; the profile then has the
+    buckets before that. `flags`: the flags that select these kernels, by engine.
     """
 
     backend: str
@@ -34,10 +34,11 @@ class Family(FrozenModel):
 class ComparedBucket(FrozenModel):
     """One bucket's choices side by side.
 
-    `times_us`: where `interleaved` each backend's mean over the same rounds, else its own as it was tuned. `ratio`
-    is the time of `runner_up` over that of `winner`, with its 95 % bounds; `noise` the A/A noise floor.
-    `decided`: the bounds lie beyond the noise, else it is too close to call. Bounds and noise are None where times are
-    not interleaved, and nothing is decided then. `failed`: the backends that did not run in the final, and why.
+    `times_us`: each backend's mean time. If `interleaved`, all were timed in the same rounds; else these are the
+    profiles' times. `ratio` is the time of `runner_up` over that of `winner`, with its 95 % bounds; `noise` is the A/A
+    noise. `decided`: the bounds lie beyond the noise; otherwise it is too close to call. Bounds and noise are None if
+    the times are not interleaved, and then nothing is decided. `failed`: the backends that did not run side by side,
+    each with the reason.
     """
 
     rows: int
@@ -54,15 +55,16 @@ class ComparedBucket(FrozenModel):
 
 
 class Comparison(FrozenModel):
-    """All families of one layer under one regime on one device. `left_out`: the backends that could not try, and why.
+    """All backends for one layer under one regime on one device.
 
-    `buckets`: one for each in which any family has a choice, ascending.
+    `families` has the result of each backend that ran, `left_out` those that could not run, each with the reason.
+    `buckets` has one entry for each bucket in which any backend has a choice, ascending.
     """
 
     schema_version: Literal[1] = 1
     layer: MoELayer
     regime: Regime
     device: str
-    families: tuple[Family, ...]
+    families: tuple[BackendResult, ...]
     left_out: dict[str, str] = {}
     buckets: tuple[ComparedBucket, ...]

@@ -1,4 +1,4 @@
-"""What `tune` and `tune_all` tell while they work, in order."""
+"""Defines the events that `tune` and `tune_all` report while they work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moetune.store.profile import Choice, Profile
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The store had the whole answer; nothing was measured. `packaged`: it is one of those that come with moetune."""
+    """All choices were stored, so nothing was measured. `packaged`: the profile is one that comes with moetune."""
 
     profile: Profile
     path: Path
@@ -21,10 +21,10 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """There is the journal of an interrupted run.
+    """The journal of an interrupted run was found.
 
-    It knows something of the buckets `rows`; `failed` tactics that failed in them are not tried again. `unread` names
-    its lines that say nothing to this moetune.
+    It has measurements of the buckets `rows`. `failed` tactics failed in them and are not tried again. `unread` names
+    the lines of the journal that this moetune cannot read.
     """
 
     rows: tuple[int, ...]
@@ -34,7 +34,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class BucketStarted:
-    """Bucket `index` of `count` begins, its inputs ready: `tactics` candidates, the excluded ones and the reasons."""
+    """Bucket `index` of `count` begins. It has `tactics` candidates; `excluded` ones are listed with the reasons."""
 
     rows: int
     index: int
@@ -45,7 +45,7 @@ class BucketStarted:
 
 @dataclass(frozen=True, slots=True)
 class TacticMeasured:
-    """A tactic was timed for the first time in its bucket, or failed: then `time_us` is None and `reason` says why."""
+    """A tactic was timed for the first time in its bucket. If it failed, `time_us` is None and `reason` says why."""
 
     rows: int
     tactic: Tactic
@@ -55,7 +55,7 @@ class TacticMeasured:
 
 @dataclass(frozen=True, slots=True)
 class BucketChosen:
-    """Bucket `index` of `count` has its answer, and it is in the store."""
+    """The choice of bucket `index` of `count` is made and stored."""
 
     choice: Choice
     index: int
@@ -64,7 +64,7 @@ class BucketChosen:
 
 @dataclass(frozen=True, slots=True)
 class BucketsSkipped:
-    """The time budget ended before these buckets began; the next run goes on with them."""
+    """The time budget ended before these buckets began. The next run measures them."""
 
     rows: tuple[int, ...]
 
@@ -79,8 +79,8 @@ class SearchStopped:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyStarted:
-    """`tune_all` turns to backend `index` of `count`; the events that follow are those of its tune."""
+class BackendStarted:
+    """`tune_all` begins with backend `index` of `count`. The events that follow are those of its tune."""
 
     backend: str
     index: int
@@ -88,8 +88,8 @@ class FamilyStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyFailed:
-    """The tune of a backend ended early; the others go on."""
+class BackendFailed:
+    """The tune of a backend ended early. The other backends are tuned all the same."""
 
     backend: str
     reason: str
@@ -97,7 +97,7 @@ class FamilyFailed:
 
 @dataclass(frozen=True, slots=True)
 class BucketCompared:
-    """The choices of all backends are about to meet in bucket `index` of `count`."""
+    """The choices of all backends are about to be timed side by side in bucket `index` of `count`."""
 
     rows: int
     index: int
@@ -112,8 +112,8 @@ Event = (
     | SearchStopped
     | BucketChosen
     | BucketsSkipped
-    | FamilyStarted
-    | FamilyFailed
+    | BackendStarted
+    | BackendFailed
     | BucketCompared
 )
 OnEvent = Callable[[Event], None]

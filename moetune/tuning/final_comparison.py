@@ -1,133 +1,190 @@
-"""The final of a bucket: the default and the finalists are timed side by side."""
+"""Times the default and the finalists of a bucket at one row count, in interleaved rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from moetune.errors import NoResultError
 from moetune.spec.tactic import Tactic
-from moetune.stats import median, noise_floor, paired_ratio
+from moetune.stats import Ratio, median, noise_floor, paired_ratio
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
-    from moetune.workload.draws import Draw
-
-Sample = TypeVar("Sample")
 
 SECONDS = 1.0
-"""About how long the interleaved rounds of one final may take."""
+"""About how long the rounds of a bucket's final comparison may take, at all its row counts together."""
 SAMPLES = (20, 96)
-"""The least and the most paired samples of a final; the least of each row count, where there are two."""
+"""The least and the most paired samples of a tactic at one row count."""
 TRIES = 3
-"""How often a final is prolonged when too many of its rounds were disturbed."""
+"""How often rounds are taken again if too many of them were disturbed."""
 DISTURBED = 1.25
-"""A round is disturbed where two times of the same tactic differ by more than this factor."""
+"""A round is disturbed if two times of the same tactic differ by more than this factor."""
 OPENING = 6
-"""After so many rounds those leave that are behind: they would take much of the time to say what a few rounds say.
+"""After this many rounds the tactics that are clearly slower are dropped, because they would take much of the time.
 
-If the default does, these rounds are not counted for the others. Beside one that is far behind and keeps the GPU half
-idle, an H200 jumps between its power limit and the clock above: two tactics of 10 ms differ by 5.3 % (1 σ) from round
-to round, and by 1.1 % thereafter.
+If the default is dropped, these rounds are not counted for the remaining tactics. Beside a default that is much slower
+and leaves the GPU half idle, an H200 jumps between its power limit and the clock above it: two tactics of 10 ms differ
+by 5.3 % (1 σ) from round to round, and by 1.1 % without it.
 """
-FAR, BEHIND = 1.5, 1.1
-"""The default is behind if it is slower than the first times the best one, a finalist than the second times it."""
+DEFAULT_DROPPED, FINALIST_DROPPED = 1.5, 1.1
+"""The default is dropped if it takes more than the first times the leader's time, a finalist more than the second."""
 SETTLED = 0.005
-"""A final is settled when, at 95 %, nobody is faster than the leader by more than this. Until then it is prolonged.
-
-Where two row counts are played it never is, as the mean of all rounds says little there.
-"""
+"""Sampling ends when, at 95 %, no tactic is faster than the leader by more than this."""
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
-    """Paired samples in µs of the default and of every finalist, and the A/A noise floor.
+class FinalSamples:
+    """The paired samples of a final comparison at one row count, in µs.
 
-    Sample i of each was taken in one round, on `draws[i]`. Who left before the end has fewer: those of the first
-    rounds. `noise` is that of the default; where that is far behind, of who led. `rows`: the rows
-    of each round's draw. `opening`: how many rounds say nothing about who is the
-    fastest of those who went on, see `OPENING`.
+    Attributes:
+        rows: the row count.
+        default: the tactic to beat: what the engine would run with this many rows.
+        default_us: its samples. Sample i of every tactic was taken in one round, on `draws[i]`.
+        noise: the A/A noise of the default, or of the leader if the default was dropped.
+        finalists: the finalists' samples. A dropped tactic has fewer samples, those of the first rounds.
+        draws: the draw of each round.
+        opening: how many rounds are not counted for the remaining tactics, see `OPENING`.
     """
 
+    rows: int
     default: Tactic
     default_us: tuple[float, ...]
     noise: float
     finalists: Mapping[Tactic, tuple[float, ...]]
     draws: tuple[int, ...]
-    rows: tuple[int, ...]
     opening: int = 0
 
-    def counted(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """Of one tactic's samples, or what goes with them, those after the opening; all where it left with that."""
+    @property
+    def all_us(self) -> dict[Tactic, tuple[float, ...]]:
+        """The samples of the default and the finalists."""
+        return {self.default: self.default_us, **self.finalists}
+
+    @property
+    def remaining(self) -> tuple[Tactic, ...]:
+        """The tactics that were timed in every round."""
+        return tuple(tactic for tactic, series in self.all_us.items() if len(series) == len(self.draws))
+
+    def counted(self, samples: Sequence[float]) -> Sequence[float]:
+        """Returns a tactic's samples after the opening, or all if it was dropped after that."""
         return samples[self.opening :] or samples
 
+    def ratio(self, tactic: Tactic, other: Tactic) -> Ratio:
+        """Returns the time of `tactic` over that of `other`, in the counted rounds in which both were timed."""
+        mine, theirs = self.all_us[tactic], self.all_us[other]
+        if min(len(mine), len(theirs)) == len(self.draws):
+            mine, theirs = mine[self.opening :], theirs[self.opening :]
+        return common_ratio(mine, theirs)
 
-def play(
+    def slowdown(self, tactic: Tactic) -> float:
+        """Returns the time of `tactic` over that of the fastest tactic."""
+        series = self.all_us
+        fastest = min(self.remaining, key=lambda one: sum(self.counted(series[one])))
+        return self.ratio(tactic, fastest).value
+
+    def regret_high(self, tactic: Tactic) -> float:
+        """Returns by how much any other tactic may be faster than `tactic`, at 95 %, relative; at least 0."""
+        return max(0.0, *(self.ratio(tactic, other).high - 1 for other in self.remaining if other != tactic), 0.0)
+
+
+def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """Returns `paired_ratio` over the rounds in which both were timed, the first ones."""
+    rounds = min(len(numerator), len(denominator))
+    return paired_ratio(numerator[:rounds], denominator[:rounds])
+
+
+def compare_finalists(
     bench: BenchLike,
     default: Tactic,
     finalists: Sequence[Tactic],
-    draws: Sequence[Draw],
-    seconds: float | None = None,
+    draws: Sequence[int],
+    rows: int,
     *,
+    seconds: float | None = None,
     most_s: float | None = None,
-    pooled: bool = False,
-) -> Final:
-    """Interleaves the default, the finalists and the default again (A/A), on the final's draws in turn.
+) -> FinalSamples:
+    """Times the default and the finalists in interleaved rounds, on draws of one row count in turn.
 
-    After a few opening rounds those leave that are behind; where the default does, the leader is timed twice, and for
-    those who go on only what follows counts. As long as it is not settled who is the fastest, who may be it goes on.
+    One tactic is timed twice in each round (A/A): the default, or the leader if the default is much slower. After
+    `OPENING` rounds the clearly slower tactics are dropped. Then sampling continues until one tactic is best within
+    `SETTLED`, or the time ends.
 
-    A round in which one tactic took two different times says nothing about the others either: it is dropped for all
-    alike, as long as enough rounds remain. A finalist that fails in any round is no finalist any more.
+    A round is dropped for all tactics if the tactic that is timed twice took two different times in it, as long as
+    enough rounds remain. A finalist that fails in any round is no finalist any more.
 
     Args:
-        bench: where they are timed.
-        default: what must be beaten.
-        finalists: who may beat it, the likeliest first.
-        draws: the bench's draws; those of kind `final` are used.
-        seconds: about how long it may take before it is prolonged; `most_s` by default.
-        most_s: about how long in all, where the least rounds do not take longer; `SECONDS` by default.
-        pooled: whether the mean over all rounds decides, even if the draws have two row counts.
+        bench: where the tactics are timed.
+        default: the tactic to beat.
+        finalists: the others, the most promising first.
+        draws: the numbers of the bench's draws to use.
+        rows: the row count of these draws.
+        seconds: about how long the first rounds may take, before sampling is prolonged; `most_s` by default.
+        most_s: about how long all may take, unless the least number of rounds takes longer; `SECONDS` by default.
 
     Raises:
         NoResultError: the default failed.
     """
-    numbers = [number for number, draw in enumerate(draws) if draw.kind == "final"]
-    several = not pooled and len({draws[number].rows for number in numbers}) > 1
-    race = _Race(bench, default, finalists, numbers)
+    taken = _Samples(bench, default, finalists, draws)
     everyone = (*finalists, default)
-    race.run(everyone, 1, 1)  # who is timed twice must be known
-    race.run(everyone, OPENING - 1, OPENING - 1)
-    players = race.staying()
-    race.opening = 0 if default in players else len(race.draws)
-    opening_us, round_us = race.round_us(race.series), race.round_us(players)
+    taken.add(everyone, 1, 1)  # the first round decides which tactic is timed twice
+    taken.add(everyone, OPENING - 1, OPENING - 1)
+    remaining = taken.not_clearly_slower()
+    taken.opening = 0 if default in remaining else len(taken.draws)
+    opening_us, round_us = taken.round_us(taken.series), taken.round_us(remaining)
     most_us = 1e6 * (SECONDS if most_s is None else most_s)
     first_us = most_us if seconds is None else min(1e6 * seconds, most_us)
-    least = SAMPLES[0] * (2 if several else 1)
-    rounds = _num_rounds(round_us, first_us - OPENING * (opening_us - round_us), least)
-    race.run(players, rounds - OPENING, least - OPENING)
+    rounds = _num_rounds(round_us, first_us - OPENING * (opening_us - round_us))
+    taken.add(remaining, rounds - OPENING, SAMPLES[0] - OPENING)
     most = min(SAMPLES[1], int(most_us / max(round_us, 1.0)))
-    while (rounds := min(len(race.draws), most - len(race.draws))) > 0 and (players := race.unsettled(several)):
-        race.run(players, rounds, 1)
-    if not race.stayed():  # all who went on have failed
-        left = [tactic for tactic in race.series if tactic != default]
-        return play(bench, default, left, draws, seconds, most_s=most_s, pooled=pooled)
-    noise = noise_floor(*zip(*race.pairs[race.opening :], strict=True))
-    default_us = race.series.pop(default)
-    rows = tuple(draws[number].rows for number in race.draws)
-    return Final(default, default_us, noise, race.series, tuple(race.draws), rows, race.opening)
+    while (further := min(len(taken.draws), most - len(taken.draws))) > 0 and (remaining := taken.unsettled()):
+        taken.add(remaining, further, 1)
+    if not taken.complete():  # all remaining tactics have failed
+        dropped = [tactic for tactic in taken.series if tactic != default]
+        return compare_finalists(bench, default, dropped, draws, rows, seconds=seconds, most_s=most_s)
+    noise = noise_floor(*zip(*taken.pairs[taken.opening :], strict=True))
+    default_us = taken.series.pop(default)
+    return FinalSamples(rows, default, default_us, noise, taken.series, tuple(taken.draws), taken.opening)
 
 
-class _Race:
-    """A final that is being played.
+def compare_right_ones(
+    bench: BenchLike,
+    default: Tactic,
+    finalists: Sequence[Tactic],
+    draws: Sequence[int],
+    rows: int,
+    *,
+    seconds: float | None = None,
+    most_s: float | None = None,
+) -> FinalSamples:
+    """Compares finalists as `compare_finalists` does, then checks the outputs of the remaining ones.
+
+    Outputs are checked after the timing, on a draw with an odd number, because a search checks before it and on draw 0.
+    If a tactic is wrong, the others are compared again, because they may have been dropped for it.
+
+    Raises:
+        NoResultError: the default failed or computes a wrong result.
+    """
+    checked = draws[-1] if draws[-1] % 2 or len(draws) == 1 else draws[-2]
+    while True:
+        samples = compare_finalists(bench, default, finalists, draws, rows, seconds=seconds, most_s=most_s)
+        right = [bench.check(tactic, checked) for tactic in dict.fromkeys((default, *samples.remaining))]
+        if default in bench.failures:
+            raise NoResultError(f"The default tactic {default} failed at {rows} rows: {bench.failures[default]}.")
+        if all(right):
+            return samples
+        finalists = [tactic for tactic in finalists if tactic not in bench.failures]
+
+
+class _Samples:
+    """The samples of a final comparison that is being taken.
 
     Attributes:
-        series: samples in µs of all who have not failed.
-        draws: of the rounds.
-        pairs: samples in µs of who was timed twice in a round (A/A).
-        opening: how many rounds are not counted for those who went on; 0 where the default is one of them.
+        series: samples in µs of all tactics that have not failed.
+        draws: the draw of each round.
+        pairs: samples in µs of the tactic that was timed twice in a round (A/A).
+        opening: how many rounds are not counted for the remaining tactics; 0 if the default is one of them.
     """
 
     def __init__(self, bench: BenchLike, default: Tactic, finalists: Sequence[Tactic], draws: Sequence[int]) -> None:
@@ -137,25 +194,25 @@ class _Race:
         self.opening = 0
         self._bench, self._default, self._turns = bench, default, cycle(draws)
 
-    def run(self, players: Sequence[Tactic], rounds: int, least: int) -> None:
-        """That many rounds of `players`, one of them twice in each; should that one fail, again with the others.
+    def add(self, tactics: Sequence[Tactic], rounds: int, least: int) -> None:
+        """Takes rounds of `tactics`, one of them timed twice in each. If that one fails, the others are timed again.
 
         Args:
-            players: who is timed.
-            rounds: how many.
-            least: how many must be undisturbed, or all count.
+            tactics: the tactics; those that have failed are left out.
+            rounds: how many rounds.
+            least: how many of them must be undisturbed; if fewer are, all count.
 
         Raises:
             NoResultError: the default failed.
         """
-        while players := [player for player in players if player in self.series]:
-            twice = self._twice(players)
-            once = [player for player in players if player != twice]
-            (*taken, again), drawn = _rounds(self._bench, (twice, *once, twice), self._turns, rounds, least)
+        while tactics := [tactic for tactic in tactics if tactic in self.series]:
+            twice = self._timed_twice(tactics)
+            once = [tactic for tactic in tactics if tactic != twice]
+            (*taken, again), drawn = _take_rounds(self._bench, (twice, *once, twice), self._turns, rounds, least)
             failures = self._bench.failures
             if self._default in failures:
                 reason = failures[self._default]
-                raise NoResultError(f"The default tactic {self._default} failed in the final: {reason}.")
+                raise NoResultError(f"The default tactic {self._default} failed in the final comparison: {reason}.")
             further = dict(zip((twice, *once), taken, strict=True))
             self.series = {
                 tactic: (*series, *further.get(tactic, ()))
@@ -167,63 +224,58 @@ class _Race:
             if twice in self.series:
                 return
 
-    def staying(self) -> tuple[Tactic, ...]:
-        """Who goes on after the opening: who is not behind, or by chance may only seem so."""
+    def not_clearly_slower(self) -> tuple[Tactic, ...]:
+        """Returns the leader, and the tactics that are not clearly slower or may only seem so by chance."""
         medians = {tactic: median(series) for tactic, series in self.series.items()}
         leader, *others = sorted(medians, key=lambda tactic: medians[tactic])
 
-        def is_behind(tactic: Tactic) -> bool:
-            limit = FAR if tactic == self._default else BEHIND
-            seems_so = medians[tactic] > limit * medians[leader]
-            return seems_so and paired_ratio(self.series[tactic], self.series[leader]).low > 1
+        def is_slower(tactic: Tactic) -> bool:
+            limit = DEFAULT_DROPPED if tactic == self._default else FINALIST_DROPPED
+            seems_slower = medians[tactic] > limit * medians[leader]
+            return seems_slower and paired_ratio(self.series[tactic], self.series[leader]).low > 1
 
-        return (leader, *(tactic for tactic in others if not is_behind(tactic)))
+        return (leader, *(tactic for tactic in others if not is_slower(tactic)))
 
-    def stayed(self) -> dict[Tactic, tuple[float, ...]]:
-        """The samples in µs of who has played every round."""
+    def complete(self) -> dict[Tactic, tuple[float, ...]]:
+        """Returns the samples in µs of the tactics that were timed in every round."""
         return {tactic: series for tactic, series in self.series.items() if len(series) == len(self.draws)}
 
-    def unsettled(self, several: bool) -> tuple[Tactic, ...]:
-        """Who may be the fastest; nobody where at most `SETTLED` is left to be gained."""
-        stayed = self.stayed()
-        if len(stayed) < 2:
+    def unsettled(self) -> tuple[Tactic, ...]:
+        """Returns the tactics that may still be the fastest; none if at most `SETTLED` can be gained."""
+        complete = self.complete()
+        if len(complete) < 2:
             return ()
-        if several:
-            return tuple(stayed)
-        counted = {tactic: series[self.opening :] for tactic, series in stayed.items()}
+        counted = {tactic: series[self.opening :] for tactic, series in complete.items()}
         leader = min(counted, key=lambda tactic: sum(counted[tactic]))
         low = {tactic: paired_ratio(series, counted[leader]).low for tactic, series in counted.items()}
         if all(bound >= 1 - SETTLED for bound in low.values()):
             return ()
-        return tuple(tactic for tactic in stayed if low[tactic] <= 1)
+        return tuple(tactic for tactic in complete if low[tactic] <= 1)
 
-    def round_us(self, players: Collection[Tactic]) -> float:
-        """About how long a round of these takes."""
-        return sum(median(self.series[tactic]) for tactic in (*players, self._twice(players)))
+    def round_us(self, tactics: Collection[Tactic]) -> float:
+        """Returns about how long a round of these takes."""
+        return sum(median(self.series[tactic]) for tactic in (*tactics, self._timed_twice(tactics)))
 
-    def _twice(self, players: Collection[Tactic]) -> Tactic:
-        """Who is timed twice in a round: the default, as it is to be beaten; where that is far behind, the leader.
-
-        Before the first round, which tells it, the first.
-        """
-        medians = {tactic: median(self.series[tactic]) for tactic in players if self.series[tactic]}
-        leader = min(medians or players, key=lambda tactic: medians.get(tactic, 0.0))
-        is_near = self._default in medians and medians[self._default] <= FAR * medians[leader]
+    def _timed_twice(self, tactics: Collection[Tactic]) -> Tactic:
+        """Returns the default, or the leader if the default is much slower; before the first round any tactic."""
+        medians = {tactic: median(self.series[tactic]) for tactic in tactics if self.series[tactic]}
+        leader = min(medians or tactics, key=lambda tactic: medians.get(tactic, 0.0))
+        is_near = self._default in medians and medians[self._default] <= DEFAULT_DROPPED * medians[leader]
         return self._default if is_near else leader
 
 
-def _num_rounds(round_us: float, budget_us: float, least: int) -> int:
-    """How many rounds a final has before it is prolonged."""
-    return min(SAMPLES[1], max(least, int(budget_us / max(round_us, 1.0))))
+def _num_rounds(round_us: float, budget_us: float) -> int:
+    """Returns how many rounds are taken before sampling is prolonged."""
+    return min(SAMPLES[1], max(SAMPLES[0], int(budget_us / max(round_us, 1.0))))
 
 
-def _rounds(
+def _take_rounds(
     bench: BenchLike, tactics: Sequence[Tactic], turns: Iterator[int], rounds: int, least: int
 ) -> tuple[list[list[float]], list[int]]:
-    """Paired samples in µs by position, and their draws: of the rounds in which the first tactic and the last agree.
+    """Returns paired samples in µs by position, and their draws, of the undisturbed rounds.
 
-    Those are the same tactic. Of all rounds, where there are not `least` such after `TRIES`. Of a tactic that fails
-    there are none.
+    The first tactic and the last are the same one; a round is undisturbed if its two times agree. If `TRIES` times
+    `rounds` have fewer than `least` undisturbed ones, all are returned. A tactic that fails has no samples.
     """
     series: list[list[float]] = [[] for _ in tactics]
     draws: list[int] = []

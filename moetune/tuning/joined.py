@@ -1,4 +1,4 @@
-"""`JoinedBackend`: several families of kernels as one, so that a final can be played among them in one process."""
+"""Defines `JoinedBackend`, which runs the tactics of several backends, so that one process can time them in turn."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from moetune.spec.tactic import Tactic
 if TYPE_CHECKING:
     import torch
 
-FAMILY = "backend"
-"""The name in a joined tactic that says whose it is."""
+BACKEND = "backend"
+"""The name in a joined tactic whose value is the backend's name."""
 
 
 def joined(backend: str, tactic: Tactic) -> Tactic:
-    """A family's tactic as one of the joined backend's."""
-    return Tactic({FAMILY: backend, **tactic})
+    """Returns a backend's tactic as a tactic of the joined backend."""
+    return Tactic({BACKEND: backend, **tactic})
 
 
-def family(tactic: Tactic) -> str:
-    """Whose a joined tactic is."""
-    return str(tactic[FAMILY])
+def backend_of(tactic: Tactic) -> str:
+    """Returns the name of the backend that a joined tactic belongs to."""
+    return str(tactic[BACKEND])
 
 
 class JoinedBackend:
-    """The tactics of all of `backends`; each family keeps weights and inputs of its own on the device.
+    """Runs the tactics of all `backends`. Each backend keeps weights and inputs of its own on the device.
 
     Args:
-        backends: with different names; all compute the layer. The default is the first one's.
+        backends: have different names and all compute the layer. The default is the first one's.
     """
 
     name = "joined"
@@ -41,19 +41,19 @@ class JoinedBackend:
         self._backends = {backend.name: backend for backend in backends}
 
     def unavailable(self) -> tuple[str, str] | None:
-        """The first obstacle of any family."""
+        """Returns the first obstacle of any backend."""
         return next(filter(None, (backend.unavailable() for backend in self._backends.values())), None)
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """The first reason of any family."""
+        """Returns the first reason of any backend."""
         return next(filter(None, (backend.unsupported(layer, regime) for backend in self._backends.values())), None)
 
     def environment(self) -> dict[str, str]:
-        """All families' fields."""
+        """Returns the fields of all backends."""
         return {name: value for backend in self._backends.values() for name, value in backend.environment().items()}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
-        """All families' candidates."""
+        """Returns the candidates of all backends."""
         found = {name: backend.candidates(layer, regime, rows, device) for name, backend in self._backends.items()}
         return Candidates(
             tuple(joined(name, tactic) for name, of_one in found.items() for tactic in of_one.tactics),
@@ -61,16 +61,16 @@ class JoinedBackend:
         )
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """The first family's."""
+        """Returns the default of the first backend."""
         name, backend = next(iter(self._backends.items()))
         return joined(name, backend.default(layer, regime, rows))
 
     def tolerance(self, layer: MoELayer) -> float:
-        """The smallest of all."""
+        """Returns the smallest tolerance of all backends."""
         return min(backend.tolerance(layer) for backend in self._backends.values())
 
     def prepare(self, problem: Problem) -> JoinedRunner:
-        """Every family's own weights and inputs. One that cannot be prepared fails when it is run, and alone."""
+        """Prepares every backend. If one cannot be prepared, only its own tactics fail, when they are run."""
         runners: dict[str, Runner] = {}
         failed: dict[str, Exception] = {}
         for name, backend in self._backends.items():
@@ -82,23 +82,23 @@ class JoinedBackend:
 
 
 class JoinedRunner:
-    """Runs each tactic by its own family's runner."""
+    """Runs each tactic by the runner of its backend."""
 
     def __init__(self, runners: dict[str, Runner], failed: dict[str, Exception]) -> None:
         self._runners, self._failed = runners, failed
 
     def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
         """See `Runner.run`."""
-        name = family(tactic)
+        name = backend_of(tactic)
         if name in self._failed:
             error = self._failed[name]
             raise NoResultError(f"cannot be prepared: {type(error).__name__}: {error}")
-        return self._runners[name].run(Tactic({key: value for key, value in tactic.items() if key != FAMILY}), draw)
+        return self._runners[name].run(Tactic({key: value for key, value in tactic.items() if key != BACKEND}), draw)
 
     def reference(self, draw: int = 0) -> torch.Tensor:
-        """There is none that all share.
+        """Raises an error, because the backends have different weights and so share no reference.
 
         Raises:
-            UnsupportedError: always; a tactic is checked where it is tuned.
+            UnsupportedError: always; tactics are checked where they are tuned.
         """
-        raise UnsupportedError("Each family of kernels has weights of its own, so they share no reference.")
+        raise UnsupportedError("Each backend has weights of its own, so there is no shared reference.")

@@ -1,4 +1,4 @@
-"""The one loop that joins workload → measurement → search → choice → store."""
+"""Defines `tune`, which measures every bucket of a question and stores the choices, and `load`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
-from moetune.tuning.bucket import STARTS, BucketTuner
+from moetune.tuning.bucket import NUM_FINALISTS, BucketTuner
 from moetune.tuning.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
@@ -43,48 +43,48 @@ def tune(
     time_budget_s: float | None = None,
     on_event: OnEvent | None = None,
 ) -> Profile:
-    """Every bucket of the regime answered: from the store where it has the answer, else by measuring.
+    """Returns the choices of all buckets of a regime: the stored ones, and measures those that are missing.
 
-    Each bucket is saved as soon as it is known, and what its search measures before that is journaled. So the run after
-    an interrupted one goes on at the bucket where that stopped: it does not try again what failed there, and where the
-    search is given starts, from buckets that are known, what was best there comes first.
+    Each bucket is saved as soon as it is decided, and the measurements of its search are journaled before that. So a
+    run after an interrupted one goes on at the bucket where that stopped. It does not try again what failed there, and
+    times what was best there first, if other buckets already give its search warm starts.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
-        regime: how one rank meets the layer. Where no distribution was given at its construction,
-            `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: the family of kernels, by name or as it was made by `registry.backend`; `auto` is the first that can
-            run here and computes the layer. See `tune_all` for all of them.
-        store: a store or its folder; `MOETUNE_STORE`, else the user's cache folder, by default.
+        regime: the deployment. If it was constructed without a distribution,
+            `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` sets it.
+        backend: the backend, by name or as returned by `registry.backend`; `auto` is the first that can run here and
+            computes the layer. See `tune_all` for all of them.
+        store: a store or its folder; by default `MOETUNE_STORE`, or the user's cache folder if that is not set.
         frozen: never measure.
-        again: measure every bucket even where the store has it, and forget what an interrupted run knew.
-        device: a torch device; `cuda` where there is one, else `cpu`, by default.
-        rank: which one is measured, for all: `mean` has the load nearest the mean, `fullest` the most, or its number.
-            By default the regime's where that was given one, else `mean`, and `fullest` where shards are uneven.
+        again: measure every bucket even if it is stored, and forget the journal of an interrupted run.
+        device: a torch device; by default `cuda` if there is one, else `cpu`.
+        rank: the rank that is measured for all: `mean` has the load nearest the mean, `fullest` the most, or its
+            number. By default the regime's own if it was given one, else `mean`, and `fullest` if shards are uneven.
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic, for ground truth.
-        isolate: run kernels in a process of their own, which one that crashes or hangs takes down alone.
-        time_budget_s: about how long it may take. Each bucket gets an equal share of what is left; buckets that have
-            not begun by then are left for the next run, except the first.
-        on_event: is told what happens, in order.
+        isolate: run kernels in a process of their own, so that a crash or hang costs only that process.
+        time_budget_s: about how long the tune may take. Each bucket gets an equal share of the time left; buckets that
+            have not begun by then are left for the next run, except the first.
+        on_event: is called with each event, in order.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, a value out of range, `frozen` with `again`, or
             a store that cannot be written.
         UnsupportedError: the backend cannot run here, or does not compute this layer.
-        MissError: `frozen`, and the store lacks the answer.
-        NoResultError: the default tactic of a bucket failed or is wrong, so nothing can be compared with it.
+        MissError: `frozen`, and a choice is not stored.
+        NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared.
     """
-    tell = on_event or (lambda event: None)
+    report = on_event or (lambda event: None)
     check_options(frozen, again, time_budget_s)
     question = Question.of(layer, regime, backend, store, device, rank)
     path, stored = (None, None) if again else question.found()
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
     if stored and path and not missing:
-        tell(Served(stored, path, question.store.is_packaged(path)))
+        report(Served(stored, path, question.store.is_packaged(path)))
         return stored
     if frozen:
         if stored is None:
-            question.load()  # its miss says what differs
+            question.load()  # its error names the fields that differ
         raise MissError(
             f"The stored profile lacks the buckets {', '.join(map(str, missing))}.",
             "Run the same command without --frozen.",
@@ -94,10 +94,10 @@ def tune(
     journal = question.journal()
     if again:
         journal.remove()
-    with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, tell)) as choices:
+    with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, report)) as choices:
         for choice in choices:
             stored = question.store.save(question.profile(choice))
-            tell(BucketChosen(choice, missing.index(choice.rows), len(missing)))
+            report(BucketChosen(choice, missing.index(choice.rows), len(missing)))
     assert stored is not None
     if all(_has(stored, rows) for rows in question.regime.buckets):
         journal.remove()
@@ -113,10 +113,10 @@ def load(
     device: str | None = None,
     rank: RankWord | int | None = None,
 ) -> Profile:
-    """The stored profile of exactly this question, for this machine; arguments are those of `tune`.
+    """Returns the stored profile of exactly this question, for this machine; the arguments are those of `tune`.
 
     Raises:
-        MissError: there is none; it names every field in which the nearest stored profile differs.
+        MissError: there is none; the error names every field in which the nearest stored profile differs.
     """
     return Question.of(layer, regime, backend, store, device, rank).load()
 
@@ -133,9 +133,9 @@ def _choices(
     time_budget_s: float | None,
     stored: Profile | None,
     journal: Journal,
-    tell: OnEvent,
+    report: OnEvent,
 ) -> Generator[Choice]:
-    """The choice of one missing bucket after the other, as long as the time lasts."""
+    """Yields the choice of each missing bucket in turn, as long as the time lasts."""
     from moetune.backends.base import PacesFinal, ReportsPromising
     from moetune.measure.compiling import Compilers, capability_of
     from moetune.measure.worker import open_benches
@@ -144,40 +144,40 @@ def _choices(
     final_s = question.backend.final_s if isinstance(question.backend, PacesFinal) else None
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
-    _tell_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, tell)
+    _report_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, report)
     with ExitStack() as stack:
         bench_of = stack.enter_context(open_benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
-
         buckets = stack.enter_context(Prefetcher(question, missing, journaled, compilers)).buckets()
-        known = stored.choices if stored else ()
-        good: dict[int, Sequence[Tactic]] = {choice.rows: [choice.tactic] for choice in known}
+        fast: dict[int, Sequence[Tactic]] = (
+            {choice.rows: [choice.tactic] for choice in stored.choices} if stored else {}
+        )
         promising: Sequence[Tactic] = ()
         for index, rows in enumerate(missing):
             if end and index and time.monotonic() >= end:
-                tell(BucketsSkipped(tuple(missing[index:])))
+                report(BucketsSkipped(tuple(missing[index:])))
                 return
             bucket = next(buckets)
-            offered, bench = bucket.candidates, bench_of(bucket.problem)
-            tell(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
-            starts = _starts(good, rows)
-            search = bucket.search(backend, strategy, (*starts, *promising) if starts else ())
             share_s = max(0.0, end - time.monotonic()) / (len(missing) - index) if end else None
             note = partial(journal.note, rows, strategy)
-            tuned = BucketTuner(bucket, bench, compilers, share_s, tell, note, final_s)
-            good[rows] = tuned.search(search)
-            promising = backend.promising(tuned.times_us) if isinstance(backend, ReportsPromising) else ()
-            yield tuned.choose(good[rows])
+            tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, final_s)
+            offered = bucket.candidates
+            report(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
+            warm_starts = _warm_starts(fast, rows)
+            search = bucket.search(backend, strategy, (*warm_starts, *promising) if warm_starts else ())
+            fast[rows] = tuner.search(search)
+            promising = backend.promising(tuner.times_us) if isinstance(backend, ReportsPromising) else ()
+            yield tuner.choose(fast[rows])
 
 
-def _starts(good: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tactic, ...]:
-    """What was good in the buckets nearest to one of `rows`, the nearest bucket's first."""
-    nearest = sorted(good, key=lambda other: abs(math.log(other / rows)))
-    return tuple(dict.fromkeys(tactic for other in nearest for tactic in good[other]))[:STARTS]
+def _warm_starts(fast: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tactic, ...]:
+    """Returns the fast tactics of the other buckets, those of the bucket nearest to `rows` first."""
+    nearest = sorted(fast, key=lambda other: abs(math.log(other / rows)))
+    return tuple(dict.fromkeys(tactic for other in nearest for tactic in fast[other]))[:NUM_FINALISTS]
 
 
-def _tell_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], tell: OnEvent) -> None:
+def _report_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], report: OnEvent) -> None:
     past = {rows: journaled.of(rows, default) for rows, default in defaults.items()}
     known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
     if known or journaled.unread:
-        tell(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))
+        report(Resumed(known, sum(len(of_rows.failed) for of_rows in past.values()), journaled.unread))

@@ -1,14 +1,14 @@
-"""Which family of kernels is fastest, bucket by bucket: every one is tuned, then their choices meet side by side."""
+"""Defines `tune_all`, which tunes every backend that can run and compares their choices in every bucket."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from moetune.errors import MoetuneError, NoResultError, UnsupportedError
@@ -18,24 +18,18 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-from moetune.tuning import final_comparison as final
-from moetune.tuning.comparison import ComparedBucket, Comparison, Family
-from moetune.tuning.events import BucketCompared, Event, FamilyFailed, FamilyStarted, OnEvent, Served
+from moetune.tuning import side_by_side
+from moetune.tuning.comparison import BackendResult, Comparison
+from moetune.tuning.events import BackendFailed, BackendStarted, Event, OnEvent, Served
 from moetune.tuning.question import check_options, resolved
-from moetune.tuning.verdict import common_ratio
 
 if TYPE_CHECKING:
-    from moetune.backends.base import Backend, Problem
-    from moetune.measure.bench import BenchLike
-    from moetune.spec.tactic import Tactic
-    from moetune.workload.draws import Draw
+    from moetune.backends.base import Backend
 
-SECONDS = 0.5
-"""About how long the final among the families may take in one bucket."""
 TUNES_SHARE = 0.9
-"""Of a time budget, what the families' tunes get; the finals among them get the rest."""
+"""The share of a time budget for the tunes of all backends; comparing them gets the rest."""
 LEAST_S = 1e-3
-"""A family whose turn comes after the budget has ended still gets this; its first bucket is measured in any case."""
+"""The time budget of a backend that begins after the budget has ended. Its first bucket is measured in any case."""
 
 
 def tune_all(
@@ -51,27 +45,27 @@ def tune_all(
     time_budget_s: float | None = None,
     on_event: OnEvent | None = None,
 ) -> Comparison:
-    """Tunes every family of kernels that can run here, each into its own profile, and compares them in every bucket.
+    """Tunes every backend that can run here, each into a profile of its own, and compares them in every bucket.
 
-    A family that fails costs only itself. Profiles are measured apart, so their choices are timed once more, side by
-    side in one process, on draws that no search and no final has seen.
+    A backend that fails does not stop the others. Profiles are measured one after the other, so their choices are timed
+    once more, side by side in one process, on draws that no tune has used.
 
     Args:
         layer, regime, store, again, device, strategy, isolate, on_event: as `tune`.
-        frozen: never measure: the stored profiles only, their times as they are.
+        frozen: never measure; the times are those of the stored profiles.
         time_budget_s: about how long all of it may take.
 
     Raises:
         UsageError: as `tune`.
         UnsupportedError: no backend can run here and computes this layer.
-        MissError: `frozen`, and the store has no family's whole answer.
-        NoResultError: every family failed; what they had measured before is saved.
+        MissError: `frozen`, and no backend's whole profile is stored.
+        NoResultError: every backend failed; the buckets before that are saved.
     """
     from moetune.backends.registry import able
     from moetune.measure.probe import device_for
     from moetune.tuning.tune import load, tune
 
-    tell = on_event or (lambda event: None)
+    report = on_event or (lambda event: None)
     check_options(frozen, again, time_budget_s)
     layer, regime = resolved(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
@@ -83,56 +77,81 @@ def tune_all(
             "Tune on a machine with the GPU that you deploy on; `moetune doctor` says what each backend needs.",
         )
 
-    end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
-    families: list[Family] = []
-    errors: list[MoetuneError] = []
+    budget = _Budget.of(time_budget_s)
+    outcomes: list[_Outcome] = []
     for index, backend in enumerate(backends):
-        tell(FamilyStarted(backend.name, index, len(backends)))
-        share_s = time_budget_s
-        if time_budget_s is not None and len(backends) > 1:
-            left_s = end - time.monotonic() - (1 - TUNES_SHARE) * time_budget_s
-            share_s = max(left_s / (len(backends) - index), LEAST_S)
+        report(BackendStarted(backend.name, index, len(backends)))
         tuned = partial(
             tune, layer, regime, backend, store, frozen=frozen, again=again, device=device, strategy=strategy,
-            isolate=isolate, time_budget_s=share_s,
+            isolate=isolate, time_budget_s=budget.of_tune(index, len(backends)),
         )  # fmt: skip
         stored = None if frozen else partial(load, layer, regime, backend, store, device=device)
-        family, error = _family(backend, layer, tuned, stored, store, tell)
-        families.append(family)
-        if error:
-            errors.append(error)
-            if len(backends) > 1:  # else it is raised
-                tell(FamilyFailed(backend.name, family.failed))
+        outcome = _outcome(backend, layer, tuned, stored, store, report)
+        outcomes.append(outcome)
+        if outcome.error and len(backends) > 1:  # an only one is raised
+            report(BackendFailed(backend.name, outcome.result.failed))
+    if all(outcome.error for outcome in outcomes):
+        raise _no_result(outcomes)
 
-    if len(errors) == len(backends):
-        raise _no_result(families, errors)
-    profiles = {family.backend: family.profile for family in families if family.profile and family.profile.choices}
-    regime = next(iter(profiles.values())).regime
-    seconds = min(SECONDS, max(end - time.monotonic(), 0.0) / len(regime.buckets))
+    results = tuple(outcome.result for outcome in outcomes)
+    profiles = {result.backend: result.profile for result in results if result.profile and result.profile.choices}
+    first = next(iter(profiles.values()))
     if frozen or len(profiles) == 1:
-        buckets = [_apart(rows, times_us) for rows, times_us in _times_us(profiles).items()]
+        buckets = side_by_side.from_profiles(profiles)
     else:
-        rivals = [backend for backend in backends if backend.name in profiles]
-        buckets = list(_side_by_side(rivals, profiles, device_for(device), isolate, seconds, tell))
+        compared = [backend for backend in backends if backend.name in profiles]
+        seconds = budget.of_comparison(len(first.regime.buckets))
+        buckets = list(side_by_side.interleaved(compared, profiles, device_for(device), isolate, seconds, report))
     return Comparison(
         layer=layer,
-        regime=regime,
-        device=next(iter(profiles.values())).environment.device,
-        families=tuple(families),
+        regime=first.regime,
+        device=first.environment.device,
+        families=results,
         left_out=left_out,
         buckets=tuple(buckets),
     )
 
 
-def _family(
+@dataclass(frozen=True, slots=True)
+class _Budget:
+    """The time budget of `tune_all`: `time_s` from its start until `end`; `time_s` is None if there is no limit."""
+
+    time_s: float | None
+    end: float
+
+    @classmethod
+    def of(cls, time_s: float | None) -> _Budget:
+        return cls(time_s, time.monotonic() + (math.inf if time_s is None else time_s))
+
+    def of_tune(self, index: int, count: int) -> float | None:
+        """Returns the share of backend `index` of `count`: an equal part of what is left for all tunes."""
+        if self.time_s is None or count == 1:
+            return self.time_s
+        left_s = self.end - time.monotonic() - (1 - TUNES_SHARE) * self.time_s
+        return max(left_s / (count - index), LEAST_S)
+
+    def of_comparison(self, buckets: int) -> float:
+        """Returns the time to compare the backends in one of `buckets` buckets."""
+        return min(side_by_side.SECONDS, max(self.end - time.monotonic(), 0.0) / buckets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The result of one backend, and the error that ended its tune, if one did."""
+
+    result: BackendResult
+    error: MoetuneError | None
+
+
+def _outcome(
     backend: Backend,
     layer: MoELayer,
     tuned: Callable[..., Profile],
     stored: Callable[[], Profile] | None,
     store: Store,
-    tell: OnEvent,
-) -> tuple[Family, MoetuneError | None]:
-    """One backend tuned; where that fails, what it has nonetheless, and the error."""
+    report: OnEvent,
+) -> _Outcome:
+    """Tunes one backend. If that fails, the result has the buckets that are stored all the same."""
     from moetune.measure.reasons import reason_of
 
     served: Served | None = None
@@ -140,16 +159,14 @@ def _family(
     def listen(event: Event) -> None:
         nonlocal served
         served = event if isinstance(event, Served) else served
-        tell(event)
+        report(event)
 
     profile: Profile | None = None
     error: MoetuneError | None = None
-    failed = ""
     try:
         profile = tuned(on_event=listen)
     except Exception as raised:  # a package of kernels may raise anything
         error = raised if isinstance(raised, MoetuneError) else NoResultError(f"{backend.name}: {reason_of(raised)}.")
-        failed = error.message
         if stored is not None:
             with suppress(Exception):
                 profile = stored()  # the buckets before it failed
@@ -157,132 +174,23 @@ def _family(
     if profile is not None:
         question = (profile.layer, profile.regime, profile.backend, profile.environment)
         path = str(served.path if served else store.path(*question))
-    return Family(
+    result = BackendResult(
         backend=backend.name,
         profile=profile,
         path=path,
         served=served is not None,
         packaged=served is not None and served.packaged,
-        failed=failed,
+        failed=error.message if error else "",
         flags=dict(engine_flags(backend.name, layer.precision)),
-    ), error
+    )
+    return _Outcome(result, error)
 
 
-def _no_result(families: Sequence[Family], errors: Sequence[MoetuneError]) -> MoetuneError:
-    """What to raise where no family has a result: what all say, if they say one thing, else that none has one."""
-    if len(errors) == 1 or (errors and len({error.exit_code for error in errors} | {NoResultError.exit_code}) == 2):
+def _no_result(outcomes: Sequence[_Outcome]) -> MoetuneError:
+    """Returns the error if every backend failed: the first error if all exit codes agree, else a summary."""
+    errors = [outcome.error for outcome in outcomes if outcome.error]
+    codes = {error.exit_code for error in errors}
+    if len(errors) == 1 or (len(codes) == 1 and codes != {NoResultError.exit_code}):
         return errors[0]
-    reasons = "; ".join(f"{family.backend}: {family.failed}" for family in families)
+    reasons = "; ".join(f"{outcome.result.backend}: {outcome.result.failed}" for outcome in outcomes)
     return NoResultError(f"No backend has a result: {reasons}", "`moetune doctor` says what can run here.")
-
-
-def _apart(rows: int, times_us: dict[str, float], failed: Mapping[str, str] = {}) -> ComparedBucket:
-    """A bucket by the profiles' own times, which were not taken side by side."""
-    winner, *others = sorted(times_us, key=lambda name: times_us[name])
-    return ComparedBucket(
-        rows=rows,
-        times_us=times_us,
-        winner=winner,
-        runner_up=others[0] if others else None,
-        ratio=times_us[others[0]] / times_us[winner] if others else None,
-        failed=dict(failed),
-    )
-
-
-def _times_us(profiles: Mapping[str, Profile]) -> dict[int, dict[str, float]]:
-    """By rows, ascending, and backend: the time of its choice as it was tuned."""
-    buckets = sorted({choice.rows for profile in profiles.values() for choice in profile.choices})
-    return {
-        rows: {
-            name: choice.time_us
-            for name, profile in profiles.items()
-            for choice in profile.choices
-            if choice.rows == rows
-        }
-        for rows in buckets
-    }
-
-
-def _side_by_side(
-    backends: Sequence[Backend],
-    profiles: Mapping[str, Profile],
-    device: str,
-    isolate: bool,
-    seconds: float,
-    tell: OnEvent,
-) -> Iterator[ComparedBucket]:
-    """The buckets by a final among the families' choices."""
-    from moetune.measure.worker import open_benches
-    from moetune.tuning.joined import JoinedBackend, joined
-
-    tactics = {(name, choice.rows): joined(name, choice.tactic) for name, p in profiles.items() for choice in p.choices}
-    layer, regime = next((profile.layer, profile.regime) for profile in profiles.values())
-    by_rows = _times_us(profiles)
-    with open_benches(JoinedBackend(backends), device, isolate) as bench_of:
-        for index, (rows, times_us) in enumerate(by_rows.items()):
-            tell(BucketCompared(rows, index, len(by_rows)))
-            rivals = {tactics[name, rows]: name for name in sorted(times_us, key=lambda name: times_us[name])}
-            if len(rivals) == 1:
-                yield _apart(rows, times_us)
-                continue
-            try:
-                problem = _unseen(layer, regime, rows, device)
-                yield _played(bench_of(problem), rivals, problem.draws, seconds, rows, times_us)
-            except NoResultError as error:  # the process that was to hold all of them fails
-                yield _apart(rows, times_us, dict.fromkeys(times_us, error.message))
-
-
-def _unseen(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
-    """A bucket on draws after those of the searches and the finals."""
-    from moetune.backends.base import Problem
-    from moetune.workload.draws import side_by_side_draws
-
-    draws = side_by_side_draws(layer, regime, rows)
-    return Problem(layer, regime, len(draws[0].routing.topk_ids), regime.shard(layer), draws, device)
-
-
-def _played(
-    bench: BenchLike,
-    rivals: Mapping[Tactic, str],
-    draws: Sequence[Draw],
-    seconds: float,
-    rows: int,
-    times_us: dict[str, float],
-) -> ComparedBucket:
-    """The final among `rivals`, the fastest as tuned first."""
-    players = list(rivals)
-    while len(players) > 1:
-        leader, *others = players
-        try:
-            played = final.play(bench, leader, others, draws, most_s=seconds, pooled=True)
-        except NoResultError:
-            if leader not in bench.failures:  # the process fails, whatever it runs
-                raise
-            players = [tactic for tactic in others if tactic not in bench.failures]
-            continue
-        if played.finalists:
-            return _verdict(played, bench, rivals, rows)
-        players = [leader]
-    failed = {name: bench.failures[tactic] for tactic, name in rivals.items() if tactic in bench.failures}
-    left = {name: time_us for name, time_us in times_us.items() if name not in failed}
-    return _apart(rows, left or times_us, failed)
-
-
-def _verdict(played: final.Final, bench: BenchLike, rivals: Mapping[Tactic, str], rows: int) -> ComparedBucket:
-    series = {played.default: played.default_us, **played.finalists}
-    winner, second, *_ = sorted(series, key=lambda tactic: (-len(series[tactic]), sum(series[tactic])))
-    ratio = common_ratio(series[second], series[winner])
-    common = len(series[second])
-    return ComparedBucket(
-        rows=rows,
-        times_us={rivals[tactic]: fmean(times[:common]) for tactic, times in series.items()},
-        winner=rivals[winner],
-        runner_up=rivals[second],
-        ratio=ratio.value,
-        ratio_low=ratio.low,
-        ratio_high=ratio.high,
-        noise=played.noise,
-        interleaved=True,
-        decided=ratio.low > 1 + played.noise,
-        failed={rivals[tactic]: reason for tactic, reason in bench.failures.items() if tactic in rivals},
-    )

@@ -1,17 +1,19 @@
-"""What the samples of a final say: the tactic that wins, why others cannot, and the record of it."""
+"""Decides which tactic wins a bucket, from the samples of its final comparisons, and writes the record of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import repeat
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from moetune.spec.tactic import Tactic
-from moetune.stats import Ratio, median, paired_ratio
-from moetune.store.profile import Choice, Rejection
-from moetune.tuning.final_comparison import Final
+from moetune.stats import Ratio, median
+from moetune.store.profile import Choice, ComparedRows, Rejection
+from moetune.tuning.final_comparison import SETTLED, FinalSamples, common_ratio
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
@@ -19,106 +21,183 @@ if TYPE_CHECKING:
     from moetune.workload.routing import Routing
 
 CLIFF = 2.0
-"""A finalist that is slower than this times the best of all, the default included, on a stress draw cannot win."""
+"""A finalist that takes more than this times the best tactic's time on a stress draw cannot win."""
 STRESS_SAMPLES = 5
-"""How often all are timed on each stress draw where one seems to fall off a cliff; else once."""
-OWN_ROWS_WEIGHT = 0.5
-"""How much it counts to be behind on a bucket's own rows, where others are met in it.
+"""How often all are timed on each stress draw if one seems to have a cliff; else once."""
+UNLIKELY_WEIGHT = 0.5
+"""Weight of the slowdown at a bucket's own row count if no whole number of tokens produces it."""
 
-Tactics that are best for the one can be far behind for the other, and none be good for both.
-"""
+StressTimes = Mapping[Tactic, Mapping[str, float]]
+"""Each tactic's time in µs by the factor on the busiest expert's load; infinite if the tactic failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The tactic that won, its samples, its gain over the default, and who lost the win to a cliff."""
+    """The tactic that serves a bucket, and how it compares.
+
+    Attributes:
+        tactic: the winner, or the default.
+        gains: its gain over the default, in each comparison.
+        regret_high: by how much the fastest finalist may be faster at some row count, at 95 %, relative.
+        equally_fast: other tactics that could serve the bucket just as well.
+        slower: finalists that are faster than the default at one row count and slower at another, with the reason.
+    """
 
     tactic: Tactic
-    samples_us: tuple[float, ...]
-    gain: Ratio
-    stress_us: Mapping[str, float]
-    default_stress_us: Mapping[str, float]
-    cliffs: Mapping[Tactic, str]
+    gains: tuple[Ratio, ...]
+    regret_high: float
+    equally_fast: tuple[Tactic, ...]
+    slower: Mapping[Tactic, str]
 
 
-def decide(final: Final, bench: BenchLike, draws: Sequence[Draw], rows: int) -> Verdict:
-    """The fastest finalist that beats the default beyond noise, and neither fails nor falls off a cliff under stress.
+def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequence[float] | None = None) -> Verdict:
+    """Returns the verdict on a bucket.
 
-    Where there is none it is the default. Where draws alternate between two row counts, the fastest is who is the least
-    behind the best at that one at which it is further behind, the bucket's own counting `OWN_ROWS_WEIGHT`.
+    A finalist is eligible if it is faster than the default beyond noise at one of the row counts, and slower beyond
+    noise at none. The eligible one with the smallest worst-case slowdown against the fastest tactic wins; of those that
+    are within `SETTLED` of that, the one with the smallest mean slowdown. The default wins if no finalist is eligible.
+
+    An engine's default may be another tactic at each row count. Then the bucket's own default can be slower than those;
+    if it is, and no finalist is eligible, the tactic that is the least slow against them wins.
 
     Args:
-        final: who played.
-        bench: where finalists are timed under stress.
-        draws: the bench's draws; finalists are timed on those of kind `stress`.
-        rows: the bucket.
+        comparisons: the samples at each row count; the finalists of each are among those of the first.
+        default: the default tactic at the bucket's own rows.
+        weights: the weight of the slowdown in each comparison; 1 by default.
     """
-    stress_draws = {str(draw.stress_factor): at for at, draw in enumerate(draws) if draw.kind == "stress"}
-    better = [
+    weights = weights or (1.0,) * len(comparisons)
+    tactics = _in_all(comparisons, default)
+    gains = {tactic: tuple(_gain(samples, tactic) for samples in comparisons) for tactic in tactics}
+    losses = {tactic: reason for tactic in tactics if tactic != default and (reason := _any_loss(comparisons, tactic))}
+    safe = [tactic for tactic in tactics if tactic not in losses]
+    faster = [
         tactic
-        for tactic, series in _ranked(final, rows)
-        if common_ratio(series, final.default_us).high < 1 - final.noise
-        and median(series) < median(final.default_us)  # else its mean is better by a few disturbed rounds alone
+        for tactic in tactics
+        if tactic != default and any(map(_is_faster, comparisons, repeat(tactic), gains[tactic]))
     ]
-    stress_us = _stress(bench, (*better, final.default), stress_draws, 1)
-    if any(_cliff(tactic, stress_us) for tactic in better):
-        stress_us = _stress(bench, (*better, final.default), stress_draws, STRESS_SAMPLES)
-    cliffs: dict[Tactic, str] = {}
-    for tactic in better:
-        if tactic in bench.failures:
-            continue
-        if cliff := _cliff(tactic, stress_us):
-            cliffs[tactic] = cliff
-            continue
-        series = final.finalists[tactic]
-        gain = common_ratio(final.default_us, series)
-        return Verdict(tactic, series, gain, stress_us[tactic], stress_us[final.default], cliffs)
-    unchanged = paired_ratio(final.default_us, final.default_us)
-    of_default = stress_us[final.default]
-    return Verdict(final.default, final.default_us, unchanged, of_default, of_default, cliffs)
+    better = [tactic for tactic in faster if tactic in safe and mean_gain(gains[tactic]).value > 1]
+    if better:
+        eligible = better
+    elif _any_loss(comparisons, default):
+        eligible = [tactic for tactic in safe if tactic != default] or [_least_slow(gains)]
+    else:
+        eligible = [default]
+    slowdowns = {tactic: [samples.slowdown(tactic) for samples in comparisons] for tactic in tactics}
+
+    def worst(tactic: Tactic) -> float:
+        return max(weight * (slow - 1) for weight, slow in zip(weights, slowdowns[tactic], strict=True))
+
+    least = min(map(worst, eligible))
+    tied = [tactic for tactic in eligible if worst(tactic) <= least + SETTLED]
+    winner = min(tied, key=lambda tactic: sum(slowdowns[tactic]))
+    return Verdict(
+        winner,
+        gains[winner],
+        max(samples.regret_high(winner) for samples in comparisons),
+        tuple(tactic for tactic in safe if tactic != winner and _is_alike(comparisons, tactic, winner)),
+        {tactic: losses[tactic] for tactic in faster if tactic in losses},
+    )
+
+
+def stress_times(
+    bench: BenchLike,
+    finalists: Sequence[Tactic],
+    default: Tactic,
+    draws: Sequence[Draw],
+    usual_us: Mapping[Tactic, float],
+) -> StressTimes:
+    """Times finalists and default on the draws of kind `stress`, several times if a finalist seems to have a cliff.
+
+    Args:
+        bench: where they are timed, on `draws` by their positions.
+        finalists: the finalists.
+        default: the default tactic.
+        draws: the bench's draws.
+        usual_us: see `cliffs`.
+    """
+    tactics = tuple(dict.fromkeys((*finalists, default)))
+    numbers = {str(draw.stress_factor): number for number, draw in enumerate(draws) if draw.kind == "stress"}
+    times = _stress_times(bench, tactics, numbers, 1)
+    return _stress_times(bench, tactics, numbers, STRESS_SAMPLES) if cliffs(times, default, usual_us) else times
+
+
+def cliffs(stress_us: StressTimes, default: Tactic, usual_us: Mapping[Tactic, float]) -> dict[Tactic, str]:
+    """Returns the finalists that take more than `CLIFF` times the best time on a stress draw, with the reason.
+
+    A finalist that is slower than the best without stress too has no cliff unless stress makes the ratio `CLIFF` times
+    larger.
+
+    Args:
+        stress_us: the times under stress.
+        default: the default tactic; it is not among those returned.
+        usual_us: the mean times in µs without stress; a tactic that is missing counts as fast as any.
+    """
+    found: dict[Tactic, str] = {}
+    for tactic, times in stress_us.items():
+        for factor, time_us in times.items():
+            best = min(stress_us, key=lambda other: stress_us[other][factor])
+            best_us = stress_us[best][factor]
+            usual = max(1.0, usual_us.get(tactic, 0.0) / usual_us.get(best, math.inf))
+            if tactic != default and CLIFF * usual * best_us < time_us < math.inf:
+                found.setdefault(
+                    tactic,
+                    f"cliff: {time_us / best_us:.1f} times the best one's time with the busiest expert at {factor} "
+                    "times its load",
+                )
+    return found
 
 
 def choice(
-    final: Final,
+    comparisons: Sequence[FinalSamples],
     verdict: Verdict,
     bench: BenchLike,
     routings: Sequence[Routing],
     *,
     rows: int,
+    default: Tactic,
     tried: int,
     candidates: int,
-    typical_rows: int | None = None,
-    failed: Mapping[Tactic, str] | None = None,
+    stress_us: StressTimes | None = None,
+    rejected: Mapping[Tactic, str] | None = None,
 ) -> Choice:
-    """The record of a bucket that is decided.
+    """Returns the record of a bucket that is decided.
 
     Args:
-        final: who played.
-        verdict: who won.
+        comparisons: the samples at each row count.
+        verdict: the decision on them.
         bench: knows which tactics failed on it, and which were timed without a CUDA graph.
-        routings: the draws whose load is kept, of each local expert.
+        routings: the routings whose load is recorded, of each local expert.
         rows: the bucket.
+        default: the default tactic at the bucket's own rows.
         tried: how many tactics the search timed or saw fail.
         candidates: how many there are, excluded ones too.
-        typical_rows: the bucket's typical rows; its own by default.
-        failed: tactics that failed before they came to the bench, each with the reason.
+        stress_us: the times on the stress draws.
+        rejected: tactics that could not win, each with the reason.
     """
-    reasons = {**(failed or {}), **bench.failures, **verdict.cliffs}
-    time_us = fmean(final.counted(verdict.samples_us))
+    by_rows = sorted(
+        (_compared(samples, verdict.tactic, gain) for samples, gain in zip(comparisons, verdict.gains, strict=True)),
+        key=lambda compared: compared.rows,
+    )
+    own = min(by_rows, key=lambda compared: abs(compared.rows - rows))
+    gain = mean_gain(verdict.gains)
+    reasons = {**bench.failures, **(rejected or {}), **verdict.slower}
+    stress_us = stress_us or {}
     loads = [routing.load.tolist() for routing in routings]
     return Choice(
         rows=rows,
-        met_rows=None if typical_rows == rows else typical_rows,
         tactic=verdict.tactic,
-        time_us=time_us,
-        default_tactic=final.default,
-        default_time_us=time_us * verdict.gain.value,
-        gain=verdict.gain.value,
-        gain_low=verdict.gain.low,
-        gain_high=verdict.gain.high,
-        noise=final.noise,
-        stress_us=dict(verdict.stress_us),
-        default_stress_us=dict(verdict.default_stress_us),
+        time_us=own.time_us,
+        default_tactic=default,
+        default_time_us=own.time_us * own.gain,
+        gain=gain.value,
+        gain_low=gain.low,
+        gain_high=gain.high,
+        noise=max(samples.noise for samples in comparisons),
+        by_rows=tuple(by_rows),
+        regret_high=verdict.regret_high,
+        equally_fast=verdict.equally_fast,
+        stress_us=dict(stress_us.get(verdict.tactic, {})),
+        default_stress_us=dict(stress_us.get(default, {})),
         tried=tried,
         candidates=candidates,
         eager=bench.eager.get(verdict.tactic, ""),
@@ -129,56 +208,81 @@ def choice(
     )
 
 
-def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """`paired_ratio` over the rounds that both played: the first ones."""
-    rounds = min(len(numerator), len(denominator))
-    return paired_ratio(numerator[:rounds], denominator[:rounds])
+def mean_gain(gains: Sequence[Ratio]) -> Ratio:
+    """Returns the geometric mean of independent ratios, with its 95 % bounds.
+
+    The logarithms' half-widths are added in quadrature (propagation of independent errors).
+    """
+    count = len(gains)
+    mean = fmean(math.log(gain.value) for gain in gains)
+    below = math.hypot(*(math.log(gain.value / gain.low) for gain in gains)) / count
+    above = math.hypot(*(math.log(gain.high / gain.value) for gain in gains)) / count
+    return Ratio(math.exp(mean), math.exp(mean - below), math.exp(mean + above))
 
 
-def _ranked(final: Final, rows: int) -> list[tuple[Tactic, tuple[float, ...]]]:
-    """Returns the finalists and their samples: first those that stayed to the end, then by their worst slowdown."""
-    row_counts = sorted(set(final.rows))
-    weights = [OWN_ROWS_WEIGHT if count == rows else 1.0 for count in row_counts]
-
-    def means_us(series: Sequence[float]) -> list[float]:
-        counted = final.counted(list(zip(series, final.rows, strict=False)))
-        by_count = ([time for time, of in counted if of == count] for count in row_counts)
-        return [fmean(of_count or series) for of_count in by_count]
-
-    stayed = max(map(len, final.finalists.values()), default=0)
-    best: list[float] = [
-        min(column) for column in zip(*(means_us(s) for s in final.finalists.values() if len(s) == stayed), strict=True)
-    ]
-
-    def slowdown(series: Sequence[float]) -> float:
-        columns = zip(means_us(series), best, weights, strict=True)
-        return max(weight * (time / least - 1) for time, least, weight in columns)
-
-    return sorted(final.finalists.items(), key=lambda item: (-len(item[1]), slowdown(item[1])))
+def _in_all(comparisons: Sequence[FinalSamples], default: Tactic) -> list[Tactic]:
+    """Returns the tactics with samples in every comparison, the default first."""
+    common = [tactic for tactic in comparisons[-1].all_us if all(tactic in samples.all_us for samples in comparisons)]
+    return [default, *(tactic for tactic in common if tactic != default)]
 
 
-def _stress(
-    bench: BenchLike, tactics: Sequence[Tactic], stress_draws: Mapping[str, int], samples: int
+def _gain(samples: FinalSamples, tactic: Tactic) -> Ratio:
+    return common_ratio(samples.default_us, samples.all_us[tactic])
+
+
+def _is_faster(samples: FinalSamples, tactic: Tactic, gain: Ratio) -> bool:
+    """Returns whether a tactic is faster than the default beyond noise."""
+    # the medians too, else a few disturbed rounds of the default could make the mean
+    return gain.low > 1 / (1 - samples.noise) and median(samples.all_us[tactic]) < median(samples.default_us)
+
+
+def loss(samples: FinalSamples, tactic: Tactic) -> str:
+    """Returns how much slower than the default a tactic is, if it is slower beyond noise; else an empty string."""
+    gain = _gain(samples, tactic)
+    if gain.high < 1 and gain.value * (1 + samples.noise) < 1:
+        return f"slower than the default by {100 / gain.value - 100:.1f} % at {samples.rows} rows"
+    return ""
+
+
+def _any_loss(comparisons: Sequence[FinalSamples], tactic: Tactic) -> str:
+    return next(filter(None, (loss(samples, tactic) for samples in comparisons)), "")
+
+
+def _least_slow(gains: Mapping[Tactic, Sequence[Ratio]]) -> Tactic:
+    return max(gains, key=lambda tactic: min(gain.value for gain in gains[tactic]))
+
+
+def _is_alike(comparisons: Sequence[FinalSamples], tactic: Tactic, winner: Tactic) -> bool:
+    """Returns whether `tactic` is at no row count slower than the winner by more than `SETTLED`."""
+
+    def at(samples: FinalSamples) -> bool:
+        ratio = common_ratio(samples.all_us[tactic], samples.all_us[winner])
+        return ratio.value <= 1 + SETTLED and len(samples.all_us[tactic]) >= len(samples.all_us[winner])
+
+    return all(map(at, comparisons))
+
+
+def _compared(samples: FinalSamples, tactic: Tactic, gain: Ratio) -> ComparedRows:
+    return ComparedRows(
+        rows=samples.rows,
+        time_us=fmean(samples.counted(samples.all_us[tactic])),
+        default_tactic=samples.default,
+        gain=gain.value,
+        gain_low=gain.low,
+        gain_high=gain.high,
+        noise=samples.noise,
+    )
+
+
+def _stress_times(
+    bench: BenchLike, tactics: Sequence[Tactic], numbers: Mapping[str, int], samples: int
 ) -> dict[Tactic, dict[str, float]]:
-    """Median times in µs of each tactic on each stress draw, by its factor; infinite where it failed."""
-    draws = [draw for _ in range(samples) for draw in stress_draws.values()]
+    """Returns the median times in µs of each tactic on each stress draw, by its factor; infinite if it failed."""
+    draws = [draw for _ in range(samples) for draw in numbers.values()]
     taken = bench.samples(tactics, draws)
     return {
         tactic: {
-            factor: median(series[at :: len(stress_draws)]) if series else float("inf")
-            for at, factor in enumerate(stress_draws)
+            factor: median(series[at :: len(numbers)]) if series else math.inf for at, factor in enumerate(numbers)
         }
         for tactic, series in zip(tactics, taken, strict=True)
     }
-
-
-def _cliff(tactic: Tactic, stress_us: Mapping[Tactic, Mapping[str, float]]) -> str | None:
-    """Where a tactic falls off, in words, or None."""
-    for factor, time_us in stress_us[tactic].items():
-        best_us = min(times[factor] for times in stress_us.values())
-        if time_us > CLIFF * best_us:
-            return (
-                f"cliff: {time_us / best_us:.1f} times the best one's time with the busiest expert at {factor} "
-                "times its load"
-            )
-    return None

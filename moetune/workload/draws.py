@@ -21,6 +21,8 @@ FINAL_ROWS = (4096, 65536)
 much from each other; the most, because large draws take long to make."""
 FINAL_EXPERTS = 512
 """The least number of local experts that all draws of a final comparison have together."""
+FINAL_LEAST = 4
+"""The least number of draws of a final comparison at each of several row counts."""
 FINAL_DRAWS = 4
 """The most draws of a final comparison, as a multiple of the search's draws. The least is the number of the search."""
 
@@ -47,17 +49,33 @@ def as_draws(routings: Iterable[Routing], kind: DrawKind = "search") -> tuple[Dr
 def typical_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> int:
     """Returns the most likely row count that an engine maps to `bucket`.
 
-    This is the bucket itself if a whole number of tokens per rank produces it exactly, or if the ladder is a list.
-    Otherwise it comes from a token count: of all that map to the bucket, the one that the highest power of two divides.
-    Engines run batches of round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8). For example, 64 tokens
-    on each of 32 ranks produce 471 deduplicated rows of Qwen3-235B, and engines map 471 to the bucket 512.
+    This is the bucket itself if a whole number of tokens per rank produces it exactly, or if the ladder is a list (and
+    a pool can have it). Otherwise it comes from a token count: of all that map to the bucket, the one that the highest
+    power of two divides. Engines run batches of round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8).
+    For example, 64 tokens on each of 32 ranks produce 471 deduplicated rows of Qwen3-235B, and engines map 471 to the
+    bucket 512.
     """
     per_token = rows_for_tokens(layer, regime, 1, rank)
-    served = regime.ladder.served(bucket, regime.tune_max_num_tokens)
-    if regime.ladder.name == "list" or not served or (bucket / per_token).is_integer():
+    is_own = regime.ladder.name == "list" or (bucket / per_token).is_integer()
+    if is_own and regime.can_have(bucket):
         return bucket
-    tokens = _roundest(math.ceil(served[0] / per_token), math.floor(served[-1] / per_token))
-    return round(tokens * per_token) if tokens else bucket
+    tokens = _tokens(regime, bucket, per_token)
+    return round(_roundest(tokens) * per_token) if tokens else bucket
+
+
+def compared_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> tuple[int, ...]:
+    """Returns the row counts at which the tactics of `bucket` are compared, the most likely one first.
+
+    One tactic serves all rows that an engine maps to the bucket, so it is measured at up to four of them: the typical
+    rows, the fewest, the most, and the bucket itself. A bucket of a list is compared at its own rows alone.
+    """
+    typical = typical_rows(layer, regime, bucket, rank)
+    if regime.ladder.name == "list":
+        return (typical,)
+    served = regime.served(bucket)
+    ends = (served[0], served[-1]) if served else ()
+    own = (bucket,) if regime.can_have(bucket) else ()
+    return tuple(dict.fromkeys((typical, *ends, *own)))
 
 
 def sampled(
@@ -70,6 +88,8 @@ def sampled(
     rank: int | None = None,
 ) -> tuple[Draw, ...]:
     """Returns the bucket's draws with these numbers; even ones have `bucket` rows and odd ones `typical` rows.
+
+    All have `typical` rows if a pool cannot have `bucket` rows.
 
     The best tactic can differ between the two row counts, because a kernel's time jumps where an expert's rows begin
     another tile. The best tactic for 512 rows is up to 4 % slower than the best for 471 rows. For 4096 and 3768 rows it
@@ -85,8 +105,9 @@ def sampled(
     Raises:
         UsageError: as `routing.realize`.
     """
-    padded_rows = max(bucket, typical)
-    rows = {number: typical if number % 2 else bucket for number in numbers}
+    own = bucket if regime.can_have(bucket) else typical
+    padded_rows = max(own, typical)
+    rows = {number: typical if number % 2 else own for number in numbers}
     return tuple(
         Draw(padded(realize(layer, regime, of_draw, rank, number), padded_rows), of_draw, kind)
         for number, of_draw in rows.items()
@@ -102,13 +123,27 @@ def stressed(layer: MoELayer, regime: Regime, draw: Draw, factor: int, rank: int
     return Draw(stress(layer, regime, draw.routing, rank, factor), draw.rows, "stress", factor)
 
 
-def bucket_draws(layer: MoELayer, regime: Regime, bucket: int, typical: int) -> tuple[Draw, ...]:
-    """Returns all draws of one bucket for the regime's rank: of the search, of the final comparison, and of stress."""
-    end = regime.draws + num_final(regime.draws, bucket, regime.shard(layer).num_local)
+def search_draws(layer: MoELayer, regime: Regime, bucket: int, typical: int) -> tuple[Draw, ...]:
+    """Returns the draws of a bucket's search, then its stress draws, for the regime's rank, all of one padded shape."""
     search = sampled(layer, regime, bucket, typical, range(regime.draws), "search")
-    final = sampled(layer, regime, bucket, typical, range(regime.draws, end), "final")
-    stress_draws = (stressed(layer, regime, search[0], factor) for factor in STRESS_FACTORS)
-    return (*search, *final, *stress_draws)
+    return (*search, *(stressed(layer, regime, search[0], factor) for factor in STRESS_FACTORS))
+
+
+def final_draws(layer: MoELayer, regime: Regime, rows: int, num_row_counts: int = 1) -> tuple[Draw, ...]:
+    """Returns the draws of a final comparison at `rows` rows, which the search has not used.
+
+    Args:
+        layer, regime: what is sampled, for the regime's rank.
+        rows: the row count of all these draws.
+        num_row_counts: how many row counts the bucket is compared at; they share the bucket's number of draws.
+
+    Raises:
+        UsageError: as `routing.realize`.
+    """
+    in_all = num_final(regime.draws, rows, regime.shard(layer).num_local)
+    count = max(-(-in_all // num_row_counts), min(in_all, FINAL_LEAST))
+    numbers = range(regime.draws, regime.draws + count)
+    return as_draws((realize(layer, regime, rows, None, number) for number in numbers), "final")
 
 
 def side_by_side_draws(layer: MoELayer, regime: Regime, bucket: int) -> tuple[Draw, ...]:
@@ -134,10 +169,17 @@ def num_final(num_search: int, rows: int, num_local: int) -> int:
     return max(num_search, min(max(least, FINAL_EXPERTS // num_local), most, FINAL_DRAWS * num_search))
 
 
-def _roundest(first: int, last: int) -> int:
-    """Returns the number among `first` … `last` that the highest power of two divides, or 0 if there is no number."""
-    if first > last:
-        return 0
+def _tokens(regime: Regime, bucket: int, per_token: float) -> range:
+    """Returns the token counts of a rank whose rows map to `bucket`; `per_token` is the rows that one produces."""
+    served = regime.ladder.served(bucket, regime.tune_max_num_tokens)
+    if not served:
+        return range(0)
+    return range(math.ceil(served[0] / per_token), math.floor(served[-1] / per_token) + 1)
+
+
+def _roundest(counts: range) -> int:
+    """Returns the one of `counts` that the highest power of two divides."""
+    first, last = counts[0], counts[-1]
     step = 1 << last.bit_length() - 1
     while last // step * step < first:
         step //= 2

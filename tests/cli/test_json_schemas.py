@@ -6,8 +6,8 @@ from moetune.backends.registry import Diagnosis
 from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
-from moetune.store.profile import Choice, Profile
-from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.store.profile import Choice, ComparedRows, Profile
+from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 from moetune.tuning.outlook import Kernels, NearestProfile
 from moetune.tuning.plan import BucketPlan, Payload, Plan
 
@@ -15,8 +15,8 @@ DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(
 
 
 MODELS = (
-    MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, Family, ComparedBucket,
-    Kernels, NearestProfile,
+    MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, BackendResult,
+    ComparedBucket, ComparedRows, Kernels, NearestProfile,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from planted import PlantedBackend
 from moetune.backends import registry
 from moetune.store.profile import Profile
 from moetune.tuning import final_comparison as final
-from moetune.tuning import tune_all as compare
+from moetune.tuning import side_by_side, tune_all
 from moetune.tuning.comparison import Comparison
 
 QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
@@ -26,9 +26,9 @@ def families(monkeypatch):
     monkeypatch.setattr(registry, "backends", lambda: tuple(named))
     monkeypatch.setattr(registry, "backend", lambda name: named[name])
     monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, True))
-    for module in (final, compare):
+    for module in (final, side_by_side):
         monkeypatch.setattr(module, "SECONDS", 0.05)
-    monkeypatch.setattr(compare, "tune_all", partial(compare.tune_all, isolate=False, device="cpu"))
+    monkeypatch.setattr(tune_all, "tune_all", partial(tune_all.tune_all, isolate=False, device="cpu"))
     return named
 
 

@@ -150,7 +150,7 @@ def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
     routing = moetune.realize(layer, Regime(ep_size=8), 64)
     draws = (Draw(routing, 64, "final"), Draw(routing, 64, "stress", 2))
     bench = EngineBench(calls, Planted(), DEFAULT, 2e-2)
-    choice = choose(bench, (DEFAULT, *ranked), draws, 64, 64, 6)
+    choice = choose(bench, (DEFAULT, *ranked), draws, 64, 6)
     assert choice.tactic == ranked[1]
     assert set(timed) == {DEFAULT, *ranked[1:4]}
     (rejection,) = choice.rejected

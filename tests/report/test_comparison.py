@@ -9,7 +9,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
-from moetune.tuning.comparison import ComparedBucket, Comparison, Family
+from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 
 LAYER = MoELayer(name="small", num_experts=16, top_k=4, hidden_size=64, intermediate_size=32)
 REGIME = Regime(ep_size=4, attention_dp=True, ladder="8,64,512,4096", draws=2)
@@ -42,7 +42,7 @@ def _profile(backend, buckets):
 
 def _family(backend, buckets, **fields):
     profile = _profile(backend, buckets) if buckets else None
-    return Family(backend=backend, profile=profile, flags=dict(engine_flags(backend, LAYER.precision)), **fields)
+    return BackendResult(backend=backend, profile=profile, flags=dict(engine_flags(backend, LAYER.precision)), **fields)
 
 
 def _bucket(rows, triton, cutlass, **fields):

@@ -6,7 +6,7 @@ from shown import FAST, PROFILES, SLOW, WON, cut, made_choice, made_profile, pri
 
 from moetune.report.profile import gain_line, profile_report, profile_table
 from moetune.spec.regime import Regime
-from moetune.store.profile import Profile
+from moetune.store.profile import ComparedRows, Profile
 
 GOLDEN = """\
                   time  default
@@ -108,6 +108,18 @@ def test_nothing_of_a_packaged_profile_is_cut_at_80_columns(path):
 def test_half_the_draws_with_other_rows_are_listed_below_the_table():
     text = printed(*profile_report(made_profile(made_choice(8, 60.0), made_choice(64, 60.0, met_rows=63))))
     assert "typical rows (in parentheses): 64 (63)" in text
+
+
+def test_the_smallest_gain_of_all_row_counts_and_the_regret_are_said_below_the_table():
+    compared = [
+        ComparedRows(rows=rows, time_us=60.0, default_tactic=SLOW, gain=gain, gain_low=gain, gain_high=gain, noise=0.01)
+        for rows, gain in ((56, 1.25), (64, 1.2), (80, 0.998))
+    ]
+    choices = made_choice(8, 60.0), made_choice(64, 60.0, by_rows=tuple(compared), regret_high=0.013)
+    text = printed(*profile_report(made_profile(*choices)))
+    assert "compared at 3 row counts; the smallest gain is 1.00× at 80 rows" in text
+    assert "another finalist may be faster by at most 1.3 % (95 % bound)" in text
+    assert "smallest gain" not in printed(*profile_report(made_profile(made_choice(8, 60.0))))
 
 
 def test_the_bottom_lines_have_gain_day_device_versions_and_the_next_command():

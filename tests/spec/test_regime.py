@@ -142,7 +142,7 @@ def test_the_slug_is_readable():
         ({"ladder": "4,2"}, "ascending"),
         ({"ladder": "fast"}, "ladder"),
         ({"ladder": "1,200", "tune_max_num_tokens": 100}, "200"),
-        ({"layout": "pool", "ep_size": 3, "ladder": "pow2"}, "multiple of ep_size"),
+        ({"layout": "pool", "ep_size": 3, "ladder": "4,8"}, "multiples of 3"),
         ({"expert_parallel": 2}, "expert_parallel"),
     ],
 )

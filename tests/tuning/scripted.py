@@ -2,12 +2,10 @@
 
 import random
 from collections import Counter
-from itertools import cycle, islice
 
 from planted import tactic
 
-from moetune.tuning.final_comparison import SAMPLES, Final
-from moetune.workload.draws import Draw
+from moetune.tuning.final_comparison import SAMPLES, FinalSamples, compare_finalists
 
 DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
 
@@ -15,7 +13,7 @@ DEFAULT, GOOD, NEXT, POOR = map(tactic, ("default", "good", "next", "poor"))
 class Scripted:
     """A bench on which the default takes 10 µs and others 9, in disturbed rounds `slow(round)` times that.
 
-    Of who is timed twice the first time is never disturbed. `fails`: who, and from which round on.
+    Of the tactic that is timed twice, the first time is never disturbed. `fails`: a tactic, and from which round on.
     """
 
     def __init__(self, slow, fails=(None, 0)):
@@ -27,10 +25,10 @@ class Scripted:
         if who in tactics and self.rounds > since:
             self.failures[who] = "planted failure"
         slow = [self._slow(number) for number in range(start, self.rounds)]
-        series = [[(10.0 if played == tactic("default") else 9.0) * factor for factor in slow] for played in tactics]
+        series = [[(10.0 if one == tactic("default") else 9.0) * factor for factor in slow] for one in tactics]
         if len(tactics) > 1:
             series[0] = [9.0 if tactics[0] != tactic("default") else 10.0] * len(draws)
-        return [None if played in self.failures else of for played, of in zip(tactics, series, strict=True)]
+        return [None if one in self.failures else of for one, of in zip(tactics, series, strict=True)]
 
 
 class Uneven:
@@ -47,29 +45,26 @@ class Uneven:
         self.calls += 1
         if self._fails[0] in tactics and self.calls == self._fails[1]:
             self.failures[self._fails[0]] = "planted"
-        for played in dict.fromkeys(tactics):
-            self.rounds[played] += len(draws)
+        for one in dict.fromkeys(tactics):
+            self.rounds[one] += len(draws)
         return [None if t in self.failures else tuple(self.once_us(t, draw) for draw in draws) for t in tactics]
 
-    def once_us(self, played, draw):
-        return self.us[played][draw % 2] * random.Random(f"{played} {draw}").gauss(1, self.spread)
+    def once_us(self, one, draw):
+        return self.us[one][draw % 2] * random.Random(f"{one} {draw}").gauss(1, self.spread)
 
 
-def draws_of(num_search=16, num_final=64, typical=8):
-    """A bucket's draws as a bench numbers them; odd ones have `typical` rows, even ones the bucket's own 8."""
-    kinds = ["search"] * num_search + ["final"] * num_final
-    draws = [Draw(None, typical if number % 2 else 8, kind) for number, kind in enumerate(kinds)]
-    return (*draws, Draw(None, 8, "stress", 2))
-
-
-def final_of(finalists, default_us=(10.0,) * 20, rows=(8,)):
-    """A final comparison without noise; `rows` are those of its rounds by turns."""
-    draws = tuple(range(len(default_us)))
-    return Final(tactic("default"), default_us, 0.0, finalists, draws, tuple(islice(cycle(rows), len(draws))))
-
-
-DRAWS, TWO_ROW_COUNTS = draws_of(), draws_of(typical=7)
 UNSEEN = range(16, 80)
+"""The numbers of a final comparison's draws."""
+
+
+def compare(bench, default, finalists, **times):
+    """The final comparison of these tactics at 8 rows, on 64 draws."""
+    return compare_finalists(bench, default, finalists, UNSEEN, 8, **times)
+
+
+def final_of(finalists, default_us=(10.0,) * 20, rows=8, default=DEFAULT):
+    """The samples of a final comparison without noise."""
+    return FinalSamples(rows, default, tuple(default_us), 0.0, finalists, tuple(range(len(default_us))))
 
 
 TO_THE_END = (*UNSEEN, *UNSEEN)[: SAMPLES[1]]
@@ -84,8 +79,8 @@ class Unsteady(Uneven):
     def samples(self, tactics, draws):
         taken, factor = super().samples(tactics, draws), 0.92 if self.calls < 3 else 1.0
         return [
-            tuple(factor * us for us in series) if played == GOOD else series
-            for played, series in zip(tactics, taken, strict=True)
+            tuple(factor * us for us in series) if one == GOOD else series
+            for one, series in zip(tactics, taken, strict=True)
         ]
 
 
@@ -107,12 +102,12 @@ class Drifting:
             self.failures[self._fails[0]] = "planted"
         drift = [1 + 0.3 * self._chance.random() for _ in draws]
         taken, seen = [], set()
-        for played in tactics:
-            self.timed[played] += len(draws)
-            factor = self._apart if played in seen else 1.0
-            seen.add(played)
-            series = [self.us[played] * factor * each * self._chance.gauss(1, 1e-3) for each in drift]
-            if played == self._hiccup and self.calls == 1:
+        for one in tactics:
+            self.timed[one] += len(draws)
+            factor = self._apart if one in seen else 1.0
+            seen.add(one)
+            series = [self.us[one] * factor * each * self._chance.gauss(1, 1e-3) for each in drift]
+            if one == self._hiccup and self.calls == 1:
                 series[:2] = [3 * once_us for once_us in series[:2]]
-            taken.append(None if played in self.failures else tuple(series))
+            taken.append(None if one in self.failures else tuple(series))
         return taken

@@ -7,6 +7,7 @@ from runs import tune_planted
 
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
+from moetune.tuning import bucket as bucket_module
 from moetune.tuning import final_comparison as final_module
 from moetune.tuning.bucket import FINAL_SHARE
 from moetune.tuning.events import (
@@ -17,14 +18,14 @@ from moetune.tuning.events import (
 
 @pytest.fixture
 def finals_s(monkeypatch):
-    """Of every final that is played: about how long it may take, and how long if it is prolonged."""
-    given, real = [], final_module.play
+    """Of every final comparison: about how long it may take, and how long if it is prolonged."""
+    given, real = [], bucket_module.compare_right_ones
 
-    def recorded(bench, default, finalists, draws, seconds, *, most_s):
+    def recorded(bench, default, finalists, draws, rows, *, seconds, most_s):
         given.append((seconds, most_s))
-        return real(bench, default, finalists, draws, 0.01, most_s=min(most_s, 0.01))
+        return real(bench, default, finalists, draws, rows, seconds=0.01, most_s=min(most_s, 0.01))
 
-    monkeypatch.setattr(final_module, "play", recorded)
+    monkeypatch.setattr(bucket_module, "compare_right_ones", recorded)
     return given
 
 

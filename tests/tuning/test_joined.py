@@ -8,7 +8,7 @@ from moetune.backends.base import Backend, Problem
 from moetune.errors import UnsupportedError
 from moetune.measure.bench import Bench
 from moetune.spec.regime import Regime
-from moetune.tuning.joined import JoinedBackend, family, joined
+from moetune.tuning.joined import JoinedBackend, backend_of, joined
 from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
@@ -37,7 +37,7 @@ def test_it_is_a_backend_that_survives_a_pickle():
 def test_candidates_are_all_families_each_with_its_name():
     found = _both().candidates(LAYER, REGIME, 4, "cpu")
     assert found.tactics == (FAST, SLOW, joined("two", tactic("b")))
-    assert {family(excluded) for excluded in found.excluded} == {"one", "two"}
+    assert {backend_of(excluded) for excluded in found.excluded} == {"one", "two"}
     assert _both().default(LAYER, REGIME, 4) == FAST
 
 
@@ -57,5 +57,5 @@ def test_a_family_that_cannot_be_prepared_fails_alone_and_says_why():
 def test_there_is_no_reference_that_all_families_share():
     runner = _both().prepare(PROBLEM)
     assert torch.equal(runner.run(FAST), torch.ones(4, LAYER.hidden_size))
-    with pytest.raises(UnsupportedError, match="no reference"):
+    with pytest.raises(UnsupportedError, match="no shared reference"):
         runner.reference()

@@ -62,6 +62,39 @@ def test_a_tactic_with_a_cliff_cannot_win(plant):
     assert any(r.tactic == tactic("trap") and r.reason.startswith("cliff") for r in choice.rejected)
 
 
+def test_a_tactic_that_is_right_on_even_draws_only_cannot_win(plant):
+    """The search's check is on draw 0."""
+    plant(milliseconds={"default": 5.0, "liar": 0.5, "honest": 2.0}, wrong_on_odd_draws=frozenset({"liar"}))
+    for choice in tune_planted().choices:
+        assert choice.tactic == tactic("honest")
+        assert any(r.tactic == tactic("liar") and "wrong result" in r.reason for r in choice.rejected)
+
+
+def test_a_tactic_that_is_right_the_first_five_times_only_cannot_win(plant):
+    plant(milliseconds={"default": 5.0, "liar": 0.5, "honest": 2.0}, wrong_after={"liar": 5})
+    for choice in tune_planted().choices:
+        assert choice.tactic == tactic("honest")
+        assert any(r.tactic == tactic("liar") and "wrong result" in r.reason for r in choice.rejected)
+
+
+def test_a_tactic_that_is_wrong_under_stress_only_cannot_win(plant):
+    plant(milliseconds={"default": 5.0, "liar": 0.5, "honest": 2.0}, wrong_under_stress=frozenset({"liar"}))
+    for choice in tune_planted().choices:
+        assert choice.tactic == tactic("honest")
+
+
+def test_a_tactic_that_loses_at_one_row_count_of_the_bucket_cannot_win(plant):
+    """`own` is the fastest at the bucket's own rows and slower than the default at the most rows that map to it."""
+    backend = plant(milliseconds={"default": 5.0, "own": 1.0, "whole": 3.0}, milliseconds_at={("own", 6): 6.0})
+    profile = tune_planted(Regime(ladder="vllm", draws=4, tune_max_num_tokens=8))
+    by_rows = {choice.rows: choice for choice in profile.choices}
+    assert backend.prepared
+    assert [compared.rows for compared in by_rows[4].by_rows] == [4, 6]
+    assert by_rows[4].tactic == tactic("whole")
+    assert by_rows[4].gain == pytest.approx(5 / 3, rel=0.01)
+    assert by_rows[2].tactic == tactic("own")
+
+
 def test_without_a_working_default_there_is_no_result(plant):
     plant(milliseconds={"default": 1.0, "fast": 0.5}, raising=frozenset({"default"}))
     with pytest.raises(NoResultError, match="planted failure"):
@@ -84,7 +117,8 @@ def test_a_search_times_a_bucket_of_two_row_counts_with_its_rounds_of_each(plant
     monkeypatch.setattr(Bench, "__init__", prepare)
     monkeypatch.setattr(Bench, "samples", record)
     profile = tune_planted(Regime(ep_size=2, layout="deduplicated", tune_max_num_tokens=8, draws=4))
-    assert [(choice.rows, choice.met_rows) for choice in profile.choices] == [(1, None), (2, None), (4, 6), (8, None)]
+    compared = {choice.rows: [each.rows for each in choice.by_rows] for choice in profile.choices}
+    assert compared == {1: [1], 2: [2, 3], 4: [4, 6, 7], 8: [8]}
     rounds = searched[2][2]
     assert searched[6] == {4: rounds, 6: rounds}
 

@@ -9,8 +9,8 @@ from moetune.errors import MissError, NoResultError, UnsupportedError, UsageErro
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
 from moetune.tuning import final_comparison as final
-from moetune.tuning import tune_all as compare
-from moetune.tuning.events import BucketChosen, BucketCompared, FamilyFailed, FamilyStarted
+from moetune.tuning import side_by_side
+from moetune.tuning.events import BackendFailed, BackendStarted, BucketChosen, BucketCompared
 from moetune.tuning.tune_all import tune_all
 
 REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
@@ -19,7 +19,7 @@ REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=4)
 @pytest.fixture(autouse=True)
 def _short_finals(monkeypatch):
     monkeypatch.setattr(final, "SECONDS", 0.05)
-    monkeypatch.setattr(compare, "SECONDS", 0.05)
+    monkeypatch.setattr(side_by_side, "SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_the_fastest_family_wins_each_bucket_by_its_own_best_tactic(plant, tmp_p
     for family in comparison.families:
         assert {choice.tactic for choice in family.profile.choices} == {tactic("best")}
         assert Store(tmp_path).read(family.path) == family.profile
-    started = [event for event in events if isinstance(event, FamilyStarted)]
-    assert started == [FamilyStarted("triton", 0, 2), FamilyStarted("flashinfer-cutlass", 1, 2)]
+    started = [event for event in events if isinstance(event, BackendStarted)]
+    assert started == [BackendStarted("triton", 0, 2), BackendStarted("flashinfer-cutlass", 1, 2)]
     assert [event.rows for event in events if isinstance(event, BucketCompared)] == [4, 8]
 
 
@@ -121,7 +121,7 @@ def test_a_family_that_fails_midway_costs_only_itself_and_keeps_what_it_had(plan
         (4, "triton", "torch"),
         (8, "torch", None),
     ]
-    assert [event for event in events if isinstance(event, FamilyFailed)] == [FamilyFailed("triton", broken.failed)]
+    assert [event for event in events if isinstance(event, BackendFailed)] == [BackendFailed("triton", broken.failed)]
 
 
 def test_a_family_that_fails_only_side_by_side_leaves_the_bucket_to_the_others(plant, tmp_path):

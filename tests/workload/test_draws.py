@@ -9,9 +9,11 @@ from questions import VIEWS, moe, regime_of
 from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.draws import (
     STRESS_FACTORS,
-    bucket_draws,
+    compared_rows,
+    final_draws,
     num_final,
     sampled,
+    search_draws,
     side_by_side_draws,
     typical_rows,
     untouched,
@@ -84,12 +86,11 @@ def test_a_bucket_with_fewer_rows_than_its_typical_rows_is_padded():
     assert int((own.routing.topk_ids >= 0).any(1).sum()) == 256
 
 
-def test_a_bucket_has_draws_of_the_search_the_final_comparison_and_stress():
+def test_a_bucket_has_draws_of_the_search_and_of_stress():
     """Draw n has the ids that `realize` gives for the number n; stress draws are made from the first."""
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid", draws=4)
-    draws = bucket_draws(layer, regime, 512, 471)
-    kinds = ["search"] * 4 + ["final"] * num_final(4, 512, 4) + ["stress"] * len(STRESS_FACTORS)
-    assert [draw.kind for draw in draws] == kinds
+    draws = search_draws(layer, regime, 512, 471)
+    assert [draw.kind for draw in draws] == ["search"] * 4 + ["stress"] * len(STRESS_FACTORS)
     assert tuple(draw.stress_factor for draw in draws if draw.kind == "stress") == STRESS_FACTORS
     assert {draw.stress_factor for draw in draws if draw.kind != "stress"} == {None}
     for number, draw in enumerate(draws[: -len(STRESS_FACTORS)]):
@@ -100,12 +101,68 @@ def test_a_bucket_has_draws_of_the_search_the_final_comparison_and_stress():
         assert draw.rows == draws[0].rows
 
 
+@pytest.mark.parametrize(("num_row_counts", "count"), [(1, 64), (3, 22), (4, 16)])
+def test_the_row_counts_of_a_bucket_share_its_draws_and_none_is_one_of_the_search(num_row_counts, count):
+    layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid", draws=16)
+    draws = final_draws(layer, regime, 471, num_row_counts)
+    assert [(draw.kind, draw.rows, draw.routing.topk_ids.shape) for draw in draws] == [("final", 471, (471, 8))] * count
+    for number, draw in enumerate(draws):
+        assert torch.equal(draw.routing.topk_ids, realize(layer, regime, 471, draw=16 + number).topk_ids)
+
+
+@pytest.mark.parametrize(
+    ("view", "ep_size", "ladder", "bucket", "rows"),
+    [
+        ("none", 1, "vllm", 1, (1,)),
+        ("none", 1, "vllm", 8, (8, 7, 12)),
+        ("none", 1, "vllm", 128, (128, 113, 192)),
+        ("none", 1, "vllm", 4096, (4096, 3585, 4607)),
+        ("allgather", 8, "hybrid", 512, (512, 257)),
+        ("allgather", 8, "pow2", 512, (512, 1023)),
+        ("deduplicated", 32, "hybrid", 512, (471, 257, 512)),
+        ("pool", 24, "hybrid", 256, (192, 144, 240)),
+        ("pool", 24, "hybrid", 768, (768, 528)),
+        ("none", 1, "3,70,900", 70, (70,)),
+    ],
+)
+def test_a_bucket_is_compared_at_the_rows_that_stand_for_it(view, ep_size, ladder, bucket, rows):
+    layer = moe(128, 8) if view == "deduplicated" else moe(384, 8)
+    assert compared_rows(layer, regime_of(view, ep_size, ladder=ladder), bucket) == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(VIEWS)),
+    st.sampled_from([1, 2, 3, 6, 24]),
+    st.sampled_from(["hybrid", "pow2", "vllm"]),
+)
+def test_every_row_count_that_a_bucket_is_compared_at_maps_to_it_and_can_be_sampled(view, ep_size, ladder):
+    layer = moe(96, 4)
+    regime = regime_of(view, ep_size, ladder=ladder, tune_max_num_tokens=300)
+    for bucket in regime.buckets:
+        for rows in compared_rows(layer, regime, bucket):
+            served = regime.served(bucket)
+            assert rows == bucket or rows in served
+            assert len(realize(layer, regime, rows).topk_ids) == rows
+
+
+@pytest.mark.parametrize("ep_size", [6, 24, 48, 72])
+@pytest.mark.parametrize("ladder", ["hybrid", "pow2"])
+def test_every_pool_maps_to_a_bucket_that_is_tuned(ep_size, ladder):
+    regime = regime_of("pool", ep_size, ladder=ladder)
+    for tokens in range(1, 8192 // ep_size):
+        assert regime.ladder.lookup(ep_size * tokens, regime.tune_max_num_tokens) in regime.buckets
+    for bucket in regime.skipped_buckets:
+        assert not any(rows % ep_size == 0 for rows in regime.ladder.served(bucket, regime.tune_max_num_tokens))
+
+
 def test_backends_are_compared_on_draws_that_no_tune_uses():
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid", draws=2)
-    tuned = {draw.routing.topk_ids.numpy().tobytes() for draw in bucket_draws(layer, regime, 8, 7)}
+    tuned = (*search_draws(layer, regime, 8, 7), *final_draws(layer, regime, 8), *final_draws(layer, regime, 7))
+    used = {draw.routing.topk_ids.numpy().tobytes() for draw in tuned}
     compared = side_by_side_draws(layer, regime, 8)
     assert [(draw.kind, draw.rows) for draw in compared] == [("final", 8), ("final", 7)]
-    assert not tuned & {draw.routing.topk_ids.numpy().tobytes() for draw in compared}
+    assert not used & {draw.routing.topk_ids.numpy().tobytes() for draw in compared}
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ from moetune.measure.clock import CpuClock  # noqa: E402
 from moetune.spec.layer import MoELayer  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
-from moetune.tuning.final_comparison import play  # noqa: E402
+from moetune.tuning.final_comparison import compare_finalists  # noqa: E402
 from moetune.tuning.verdict import decide  # noqa: E402
-from moetune.workload.draws import Draw, as_draws  # noqa: E402
+from moetune.workload.draws import as_draws  # noqa: E402
 from moetune.workload.routing import realize  # noqa: E402
 
 OP = inspect.signature(flashinfer.cutlass_fused_moe)
@@ -334,7 +334,6 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
             5 * t_us if tactic == DEFAULT_TACTIC else t_us * (first[tactic["gemm1"]] + second[tactic["gemm2"]]) / best
         )
 
-    draws = (*[Draw(None, 16, "final")] * 16, *(Draw(None, 16, "stress", factor) for factor in (2, 3, 4)))
     starts, promising, warm = (), (), set()
     for rows in (128, 256):
         bench, search = (
@@ -351,9 +350,10 @@ def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, 
         except StopIteration as stop:
             starts, promising = stop.value, backend.promising(measured)
         searched = bench.spent[DEFAULT_TACTIC]
-        played = play(bench, DEFAULT_TACTIC, [t for t in starts if t != DEFAULT_TACTIC], draws, backend.final_s)
+        others = [tactic for tactic in starts if tactic != DEFAULT_TACTIC]
+        samples = compare_finalists(bench, DEFAULT_TACTIC, others, range(16), 16, seconds=backend.final_s)
         assert bench.spent[DEFAULT_TACTIC] - searched <= 8 * 5 * t_us
-        verdict = decide(played, bench, draws, rows)
+        verdict = decide([samples], DEFAULT_TACTIC)
         assert us(verdict.tactic) < 1.01 * t_us
     assert sum(bench.spent.values()) < most_t * t_us
 
