@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
+from moetune.workload.routing import realize
 
 DEEPSEEK_ROUTING = RoutingMethod(scoring="sigmoid", bias=True, num_groups=8, top_k_groups=4, scaling=2.5)
 VIEWS: dict[str, dict[str, str]] = {
@@ -39,6 +41,17 @@ def regime_of(view: str, ep_size: int, distribution: str = "random", **fields: A
     if view == "pool":
         fields.setdefault("ladder", [ep_size])
     return Regime(ep_size=ep_size, distribution=distribution, **VIEWS[view], **fields)
+
+
+def digest_of_ids() -> str:
+    """A digest of the ids of every view and distribution, with and without groups."""
+    digest = hashlib.sha256()
+    for layer in (moe(64, 4), moe(32, 4, DEEPSEEK_ROUTING)):
+        for view in VIEWS:
+            for distribution in ("balanced", "random"):
+                ids = realize(layer, regime_of(view, 8, distribution), 96, rank=1, draw=2).topk_ids
+                digest.update(repr(ids.tolist()).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def run_interpreted(*arguments):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+def run_interpreted(folder, *arguments):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", folder / "pytest", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -17,9 +17,9 @@ def run_interpreted(*arguments):
     assert "skipped" not in done.stdout
 
 
-def test_kernels_are_right_under_tritons_interpreter():
-    run_interpreted(*(str(HERE / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")))
+def test_kernels_are_right_under_tritons_interpreter(tmp_path):
+    run_interpreted(tmp_path, *(str(HERE / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")))
 
 
-def test_an_engines_own_kernel_is_right_under_tritons_interpreter(engine):
-    run_interpreted(str(HERE / "test_engine_forwards.py"), "-k", engine)
+def test_an_engines_own_kernel_is_right_under_tritons_interpreter(engine, tmp_path):
+    run_interpreted(tmp_path, str(HERE / "test_engine_forwards.py"), "-k", engine)
