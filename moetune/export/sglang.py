@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moetune.backends.grouped_triton.engine_files import release, sglang_folder
 from moetune.export.base import FOLDER, Export, as_json
-from moetune.export.triton import TritonProfile, parse_version, release
+from moetune.export.triton import TritonProfile, parse_version
 from moetune.store.profile import Profile
 
 FOLDER_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
@@ -32,10 +33,10 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     parse_version(version, NEWEST)
     measured = TritonProfile.of(profile, "sglang")
     text = as_json({str(rows): config for rows, config in measured.configs.items()})
-    folder = f"configs/triton_{release(measured.triton).replace('.', '_')}"
+    folder = f"configs/{sglang_folder(release(measured.triton))}"
     experts = [*measured.num_experts, *_with_fused_shared(measured)]
     return Export(
-        files={f"{folder}/{file_name(measured, num_experts)}": text for num_experts in experts},
+        files={f"{folder}/{measured.file(num_experts).sglang_name()}": text for num_experts in experts},
         usage=(
             f"Start SGLang with `{FOLDER_VARIABLE}={FOLDER}` (the folder that contains `configs`). SGLang then ignores "
             "its own files: if the model has layers of other shapes, copy their files here too. Ignore it if the log "
@@ -46,14 +47,6 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         warnings=(*measured.warnings("sglang", "zero"), *_warnings(measured)),
         notes=(*measured.notes("sglang"), *_notes(measured)),
     )
-
-
-def file_name(measured: TritonProfile, num_experts: int) -> str:
-    """Returns the name of the file that SGLang looks for."""
-    dtype = f",dtype={measured.dtype}" if measured.dtype else ""
-    block = f",block_shape={list(measured.block_shape)}" if measured.block_shape else ""
-    device = measured.profile.environment.device.replace(" ", "_")
-    return f"E={num_experts},N={measured.intermediate_size},device_name={device}{dtype}{block}.json"
 
 
 def _with_fused_shared(measured: TritonProfile) -> tuple[int, ...]:

@@ -1,9 +1,7 @@
 """Reads a profile for vLLM's and SGLang's grouped Triton GEMM, and warns if the engine would run another load.
 
-Both engines name a file by E (experts on one rank), N (intermediate size on one rank), the device, the dtype and the
-scale block, and look rows M up by the nearest key. The name contains neither top-k, H, ep nor the dispatch. Source:
-`get_config_file_name`, `get_moe_configs` and `try_get_optimal_moe_config` in vLLM's `fused_moe.py` and SGLang's
-`fused_moe_triton_config.py`.
+Both engines look rows M up by the nearest key of a file; `engine_files` has the files' names. Source:
+`get_moe_configs` and `try_get_optimal_moe_config` in vLLM's `fused_moe.py` and SGLang's `fused_moe_triton_config.py`.
 """
 
 from __future__ import annotations
@@ -11,38 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moetune.backends.grouped_triton.space import SCALE_BLOCK, VALUES, effective_block_size_k
+from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile, numbers
+from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.dispatcher import dispatchers, matching
 from moetune.spec.enums import Precision
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
 
-_DTYPES = {
-    Precision.BF16: None,
-    Precision.FP16: None,
-    Precision.FP32: "float32",
-    Precision.FP8_BLOCK: "fp8_w8a8",
-    Precision.FP8_TENSOR: "fp8_w8a8",
-}
-"""The result of `get_config_dtype_str` in both engines, for the precisions that run this kernel."""
-
 
 @dataclass(frozen=True, slots=True)
 class TritonProfile:
     """Contains what both engines need of a profile.
 
-    `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `intermediate_size`: N, I / tp.
-    `dtype`, `block_shape`: as in the file's name, None if it leaves them out. `configs`: rows M → the six tunables.
+    `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `configs`: rows M → the six tunables.
     `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what the kernel did with
     non-local slots, `drop` or `zero`.
     """
 
     profile: Profile
     num_experts: tuple[int, ...]
-    intermediate_size: int
-    dtype: str | None
-    block_shape: tuple[int, int] | None
     configs: dict[int, dict[str, int]]
     capability: tuple[int, ...]
     triton: str
@@ -62,10 +48,10 @@ class TritonProfile:
                 "Tune with --backend triton.",
             )
         layer, regime, strict = profile.layer, profile.regime, profile.environment.strict
-        if layer.precision not in _DTYPES:
+        if layer.precision not in DTYPES:
             raise UnsupportedError(
                 f"{engine}'s grouped Triton GEMM has no file for {layer.precision.value} experts.",
-                f"It has files for {', '.join(_DTYPES)}.",
+                f"It has files for {', '.join(DTYPES)}.",
             )
         if missing := ", ".join(sorted({"compute_capability", "triton", "remote"} - strict.keys())):
             raise UnsupportedError(
@@ -77,14 +63,15 @@ class TritonProfile:
         return cls(
             profile,
             tuple(experts),
-            regime.intermediate_size(layer),
-            _DTYPES[layer.precision],
-            (SCALE_BLOCK, SCALE_BLOCK) if blocks else None,
             {choice.rows: _config(choice.tactic, blocks, engine) for choice in profile.choices},
-            _numbers(strict["compute_capability"]),
+            numbers(strict["compute_capability"]),
             strict["triton"],
             strict["remote"],
         )
+
+    def file(self, num_experts: int) -> ConfigFile:
+        """Returns what names the file of ranks with `num_experts` experts."""
+        return ConfigFile.of(self.profile.layer, self.profile.regime, self.profile.environment.device, num_experts)
 
     @property
     def has_remote_slots(self) -> bool:
@@ -159,27 +146,9 @@ def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ..
     """
     if version is None:
         return newest
-    if not (numbers := _numbers(version)):
+    if not (given := numbers(version)):
         raise UsageError(f"Not a version: {version!r}.", "Write it like 0.20.2.")
-    return numbers
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Returns the leading numbers of a version: `3.6.0+git12ab` → (3, 6, 0)."""
-    found: list[int] = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        found.append(int(digits))
-        if digits != part:
-            break
-    return tuple(found)
-
-
-def release(version: str) -> str:
-    """Returns the leading numbers of a version as text: `3.6.0+git12ab` → `3.6.0`."""
-    return ".".join(map(str, _numbers(version)))
+    return given
 
 
 def _config(tactic: Tactic, block_scales: bool, engine: str) -> dict[str, int]:

@@ -1,11 +1,10 @@
 """Writes vLLM's fused-MoE configuration file, which it finds through `VLLM_TUNED_CONFIG_FOLDER`.
 
-Format: `get_config_file_name` and `get_moe_configs` of vLLM's `fused_moe.py`. `engine_flags` knows which kernel runs.
+Format: `get_moe_configs` of vLLM's `fused_moe.py`. `engine_files` names it, and `engine_flags` knows which kernel runs.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from moetune.export.base import FOLDER, Export, as_json
@@ -33,7 +32,7 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     remote = "drop" if parse_version(version, NEWEST) >= _DROPS_REMOTE_SINCE else "zero"
     text = as_json({"triton_version": measured.triton, **{str(rows): c for rows, c in measured.configs.items()}})
     return Export(
-        files={file_name(measured, num_experts): text for num_experts in measured.num_experts},
+        files={measured.file(num_experts).vllm_name: text for num_experts in measured.num_experts},
         usage=(
             f"Start vLLM with `{FOLDER_VARIABLE}={FOLDER}`. It looks here before its own files, and its log then says "
             "`Using configuration from …`. Use this folder for its own deployment only: k, H, ep and the dispatch are "
@@ -43,20 +42,6 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         warnings=(*measured.warnings("vllm", remote), *_other_kernels(measured)),
         notes=tuple(measured.notes("vllm")),
     )
-
-
-def file_name(measured: TritonProfile, num_experts: int) -> str:
-    """Returns the name of the file that vLLM looks for."""
-    dtype = f",dtype={measured.dtype}" if measured.dtype else ""
-    block = f",block_shape=[{','.join(map(str, measured.block_shape))}]" if measured.block_shape else ""
-    device = device_name(measured.profile.environment.device)
-    return f"E={num_experts},N={measured.intermediate_size},device_name={device}{dtype}{block}.json"
-
-
-def device_name(device: str) -> str:
-    """Returns the device's name as vLLM writes it in a file's name. All H200s have one name."""
-    name = re.sub(r"[\s/]+", "_", device)
-    return "NVIDIA_H200" if "H200" in name.split("_") else name
 
 
 def _other_kernels(measured: TritonProfile) -> Iterator[str]:

@@ -1,7 +1,7 @@
 import pytest
 from triton_profiles import profile
 
-from moetune.export.triton import TritonProfile, release
+from moetune.export.triton import TritonProfile
 from moetune.spec.layer import MoELayer
 from moetune.workload.routing import realize
 
@@ -29,10 +29,3 @@ def test_remote_slots_are_where_the_workload_has_them(regime):
     ids = realize(LAYER, stored.regime, rows=64).topk_ids
     remote = (ids < shard.first) | (ids >= shard.first + shard.num_local)
     assert TritonProfile.of(stored, "vllm").has_remote_slots is bool(remote.any())
-
-
-@pytest.mark.parametrize(
-    ("version", "numbers"), [("3.6.0", "3.6.0"), ("3.6.0+git12ab", "3.6.0"), ("3.6.0.post1", "3.6.0"), ("nightly", "")]
-)
-def test_release_is_the_leading_numbers(version, numbers):
-    assert release(version) == numbers

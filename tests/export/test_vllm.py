@@ -8,7 +8,7 @@ from triton_profiles import NAMES, STRICT, looked_up, profile, tactic, vllm_read
 
 from moetune.backends.grouped_triton.space import VALUES
 from moetune.errors import UnsupportedError, UsageError
-from moetune.export.vllm import device_name, export
+from moetune.export.vllm import export
 from moetune.spec.layer import MoELayer
 from moetune.spec.tactic import Tactic
 
@@ -38,20 +38,6 @@ def test_the_file_is_the_golden_one():
 )
 def test_names_are_those_of_bundled_files(layer, regime, name):
     assert list(export(profile(layer, **regime)).files) == [name]
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA H200", "NVIDIA_H200"),
-        ("NVIDIA H200 NVL", "NVIDIA_H200"),
-        ("NVIDIA H100 80GB HBM3", "NVIDIA_H100_80GB_HBM3"),
-        ("NVIDIA GH200 480GB", "NVIDIA_GH200_480GB"),
-        ("AMD Radeon R9 200 / HD", "AMD_Radeon_R9_200_HD"),
-    ],
-)
-def test_device_names(device, name):
-    assert device_name(device) == name
 
 
 @settings(max_examples=25, deadline=None)
