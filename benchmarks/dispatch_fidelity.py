@@ -131,8 +131,9 @@ def tuned(layer: MoELayer, regime: Regime, rows: int) -> Tactic:
     """Returns the tactic that `moetune tune` chooses for one bucket, measured in this process."""
     backend = _backend()
     bucket = Bucket.of(layer, regime, backend, "cuda", rows)
+    bench_of = partial(Bench, backend, have_run=_HAVE_RUN)
     with Compilers(backend, (9, 0)) as compilers:
-        tuner = BucketTuner(bucket, partial(Bench, backend), compilers, None, unheard, unheard, backend.final_s)
+        tuner = BucketTuner(bucket, bench_of, compilers, None, unheard, unheard, backend.final_s)
         return tuner.choose(tuner.search(bucket.search(backend, "auto", ()))).tactic
 
 
@@ -179,6 +180,9 @@ def _same_dummy(line: dict[str, Any], cell: dict[str, Any]) -> bool:
 def _of_rows(layer: MoELayer, kind: str) -> MoELayer:
     """Returns the layer with the kernel's number of ids in a row as its top-k, for packed routings of these rows."""
     return layer.model_copy(update={"top_k": 1}) if kind == "slot" else layer
+
+
+_HAVE_RUN: set[Tactic] = set()
 
 
 @cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import planted_time
 import torch
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -23,7 +23,7 @@ def tactic(name: str) -> Tactic:
 
 
 @dataclass
-class PlantedBackend:
+class PlantedBackend(Backend):
     """`milliseconds` by algorithm; algorithms in the sets do what the names say, in `killing` to their process.
 
     `milliseconds_at`: other times of an algorithm at a row count. `wrong_after`: how often an algorithm is right.

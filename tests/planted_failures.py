@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import planted_time
 from processes import eventually
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.errors import UnsupportedError
 from moetune.measure import bench, clock
 from moetune.spec.layer import MoELayer
@@ -79,7 +79,7 @@ def tactic(name: str, from_run: int = 1) -> Tactic:
 
 
 @dataclass
-class FailingBackend:
+class FailingBackend(Backend):
     """Its tactics fail as they are named; preparing fails at `bad_rows`, the reference at `bad_reference_rows`."""
 
     bad_rows: Mapping[int, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -51,7 +51,7 @@ def tactic(name: str, from_run: int = 1) -> Tactic:
 
 
 @dataclass
-class KernelBackend:
+class KernelBackend(Backend):
     """Its tactics are those of `tactics`, `default` among them."""
 
     tactics: tuple[Tactic, ...]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 from moetune.search.base import Search
+from moetune.search.exhaustive import exhaustive
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.spec.tactic import Tactic
@@ -63,104 +65,95 @@ class Runner(Protocol):
         ...
 
 
-@runtime_checkable
-class Backend(Protocol):
-    """A set of kernels. It is cheap to construct and imports torch and the kernels only when a method needs them."""
+class Backend(ABC):
+    """A set of kernels. It is cheap to construct and imports torch and the kernels only when a method needs them.
+
+    The abstract methods are what every backend has. The defaults of the others fit a backend with few tactics and
+    nothing to compile. A backend can be pickled, because it runs in processes of its own.
+
+    Attributes:
+        name: the backend's name in options and profiles.
+        final_s: about how many seconds one bucket's final comparison may take; None leaves that to the tune.
+        warms_once: whether a tactic that has run in a process needs no first run in a later problem of that process,
+            because nothing is compiled for a problem.
+    """
 
     name: str
+    final_s: float | None = None
+    warms_once: bool = False
 
+    @abstractmethod
     def unavailable(self) -> tuple[str, str] | None:
         """Returns why it cannot run on this machine and what to do next; None if it can run."""
-        ...
 
+    @abstractmethod
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why it does not compute this layer; None if it computes it."""
-        ...
 
+    @abstractmethod
     def environment(self) -> dict[str, str]:
         """Returns strict environment fields of its own, such as versions and a digest of the kernel; may be empty."""
-        ...
 
+    @abstractmethod
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Returns the tactics for one bucket. The default is one of them."""
-        ...
 
+    @abstractmethod
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """Returns the tactic that runs where nothing is tuned."""
-        ...
 
+    @abstractmethod
     def tolerance(self, layer: MoELayer) -> float:
         """Returns the largest relative Frobenius error against `Runner.reference` that a correct result may have."""
-        ...
 
+    @abstractmethod
     def prepare(self, problem: Problem) -> Runner:
         """Puts weights, inputs and routings on the device."""
-        ...
 
+    def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
+        """Returns a new search of one bucket. By default it times every tactic.
 
-@runtime_checkable
-class CompilesAhead(Protocol):
-    """A backend whose tactics can be compiled before they are run: by other processes, which have no GPU."""
+        Args:
+            problem: the bucket. The search uses its draws of kind `search`.
+            candidates: what `candidates` returned for it.
+            warm_starts: tactics that were fast in neighboring buckets, the best first; may be empty.
+        """
+        return exhaustive(candidates.tactics)
+
+    def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
+        """Returns what the next bucket's search gets as warm starts after the finalists, the best first.
+
+        Args:
+            times_us: the mean times of all tactics that the search of one bucket measured.
+        """
+        return ()
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
-        """The tactics of a bucket in the order in which its search will probably ask for them."""
-        ...
+        """Returns the tactics of a bucket that are worth compiling ahead, in the order in which they are needed."""
+        return ()
 
     def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
-        """What the code of each part of a tactic depends on: where keys are equal, compiling once is enough."""
-        ...
+        """Returns one key for each part of a tactic that can be compiled before it runs, by a process without a GPU.
+
+        A key is what the part's code depends on. Parts with equal keys are compiled once.
+        """
+        return ()
 
     def compile(
         self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
     ) -> None:
-        """Compiles that part, by its place among the keys, into a cache on disk.
+        """Compiles one part of a tactic into a cache on disk, where a run on a GPU finds it.
 
-        There a run on a device of that compute capability finds it.
+        Args:
+            layer: the layer to compile for.
+            regime: the deployment to compile for.
+            rows: the row count of the bucket.
+            tactic: the tactic.
+            part: the part's position in `compile_keys`.
+            capability: the compute capability of the GPU.
 
         Raises:
+            NotImplementedError: the backend has no parts to compile.
             Exception: whatever the compiler raises for a tactic that does not compile.
         """
-        ...
-
-
-@runtime_checkable
-class Searches(Protocol):
-    """A backend with too many tactics to time all: it knows a strategy, and what to expect of a tactic."""
-
-    def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
-        """A new search of one bucket.
-
-        Args:
-            problem: the bucket; its draws of kind `search` are the search's.
-            candidates: what `Backend.candidates` gave for it.
-            starts: tactics that were good in neighboring buckets, the best first; maybe none.
-        """
-        ...
-
-
-@runtime_checkable
-class ReportsPromising(Protocol):
-    """A backend that warm-starts a bucket's search with more than the finalists of the buckets before."""
-
-    def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
-        """Returns what the next bucket's search gets as further `starts`, the best first.
-
-        Args:
-            times_us: everything that the search of one bucket measured.
-        """
-        ...
-
-
-@runtime_checkable
-class WarmsOnce(Protocol):
-    """A backend whose tactics need no first run in a problem once they ran in another: nothing is compiled for it."""
-
-    warm: set[Tactic]
-    """The tactics that have run in this process; whoever runs one for the first time adds it."""
-
-
-@runtime_checkable
-class PacesFinal(Protocol):
-    """A backend that says how long the interleaved rounds of one bucket's final may take, about, in seconds."""
-
-    final_s: float
+        raise NotImplementedError(f"The backend {self.name} compiles nothing ahead.")

@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from moetune.backends.base import Backend, Problem, WarmsOnce
+from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, TimedCall, clock_for
 from moetune.measure.reasons import is_out_of_memory, reason_of
@@ -94,6 +94,8 @@ class Bench:
         problem: what the kernels compute. The arguments `draw` and `draws` of the methods are positions in its draws.
         clock: takes the times. By default `clock_for` the problem's device.
         observer: is notified of each activity.
+        have_run: the tactics that have run in this process, one set for all benches of `backend`. The bench adds to it.
+            If the backend's `warms_once` is true, they have no first run again.
 
     Attributes:
         failures: the tactics that did not run or gave a wrong result, each with the reason.
@@ -101,7 +103,13 @@ class Bench:
     """
 
     def __init__(
-        self, backend: Backend, problem: Problem, clock: Clock | None = None, observer: Observer | None = None
+        self,
+        backend: Backend,
+        problem: Problem,
+        clock: Clock | None = None,
+        observer: Observer | None = None,
+        *,
+        have_run: set[Tactic] | None = None,
     ) -> None:
         self.failures: dict[Tactic, str] = {}
         self.eager: dict[Tactic, str] = {}
@@ -110,7 +118,7 @@ class Bench:
         self._runner = backend.prepare(problem)
         self._clock = clock or clock_for(problem.device)
         self._tolerance = backend.tolerance(problem.layer)
-        self._warm = backend.warm if isinstance(backend, WarmsOnce) else set()
+        self._warm = have_run if backend.warms_once and have_run is not None else set()
         self._references: dict[int, torch.Tensor] = {}
         self._right: set[tuple[Tactic, int]] = set()
 

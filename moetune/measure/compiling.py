@@ -13,7 +13,7 @@ from enum import Enum, auto
 from multiprocessing.connection import Pipe, wait
 from typing import Any, Self
 
-from moetune.backends.base import Backend, CompilesAhead
+from moetune.backends.base import Backend
 from moetune.measure.child import Channel, Child
 from moetune.measure.reasons import reason_of
 from moetune.spec.layer import MoELayer
@@ -59,7 +59,7 @@ class Compilers:
         *,
         timeout_s: float = 120.0,
     ) -> None:
-        self._backend = backend if isinstance(backend, CompilesAhead) else None
+        self._backend = backend
         self._capability = capability
         self._most = processes or len(os.sched_getaffinity(0))
         self._reserve = self._most // RESERVE
@@ -130,7 +130,7 @@ class Compilers:
         return failed
 
     def _jobs(self, layer: MoELayer, regime: Regime, rows: int, tactics: Iterable[Tactic]) -> list[_Job]:
-        if self._backend is None or self._capability is None:
+        if self._capability is None:
             return []
         keys_of = self._backend.compile_keys
         return [
@@ -267,7 +267,7 @@ class _Compiled:
     reason: str | None = None
 
 
-def _serve(channel: Channel, backend: CompilesAhead) -> None:
+def _serve(channel: Channel, backend: Backend) -> None:
     """Is a process of the pool: sends None to acknowledge a job, and a `_Compiled` when the job is done."""
     while True:
         job: _Job = channel.receive()

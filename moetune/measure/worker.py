@@ -177,7 +177,8 @@ def open_benches(backend: Backend, device: str, isolate: bool) -> Iterator[Calla
         with Worker(backend, device) as worker:
             yield worker.bench
     else:
-        yield lambda problem: Bench(backend, problem)
+        have_run: set[Tactic] = set()
+        yield lambda problem: Bench(backend, problem, have_run=have_run)
 
 
 @dataclass(eq=False)
@@ -299,6 +300,7 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
 
         torch.cuda.set_device(torch.device(device).index or 0)
     reporter = _Reporter(channel)
+    have_run: set[Tactic] = set()
     bench: Bench | None = None
     while True:
         reporter.starts(Activity.IDLE)
@@ -309,7 +311,7 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
             else:
                 bench = answer = None  # frees the memory of the previous problem
                 reporter.starts(Activity.PREPARE)
-                bench = Bench(backend, request, observer=reporter)
+                bench = Bench(backend, request, observer=reporter, have_run=have_run)
         except DeviceLostError:
             return
         except MoetuneError as error:

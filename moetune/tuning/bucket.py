@@ -121,17 +121,15 @@ class Bucket:
         return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
 
     def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:
-        """Returns the backend's own search, or the exhaustive one if it has none or `strategy` asks for that.
+        """Returns the backend's own search, or the exhaustive one if `strategy` names it.
 
         A search without warm starts looks wider than one with any. So what an interrupted run knew is used only
         together with warm starts.
         """
-        from moetune.backends.base import Searches
-
-        if strategy == "auto" and isinstance(backend, Searches):
-            warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
-            return backend.search(self.problem, self.candidates, warm_starts)
-        return exhaustive(self.candidates.tactics)
+        if strategy == "exhaustive":
+            return exhaustive(self.candidates.tactics)
+        warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
+        return backend.search(self.problem, self.candidates, warm_starts)
 
 
 class BucketTuner:

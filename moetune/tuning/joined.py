@@ -28,7 +28,7 @@ def backend_of(tactic: Tactic) -> str:
     return str(tactic[BACKEND])
 
 
-class JoinedBackend:
+class JoinedBackend(Backend):
     """Runs the tactics of all `backends`. Each backend keeps weights and inputs of its own on the device.
 
     Args:

@@ -61,15 +61,12 @@ class Prefetcher:
         return _results(drawn)
 
     def _bucket(self, rows: int) -> Bucket:
-        from moetune.backends.base import CompilesAhead
-
         layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
         bucket = Bucket.of(layer, regime, backend, self._question.device, rows).resumed(self._journaled)
-        if isinstance(backend, CompilesAhead):
-            entering = bucket.problem.rows
-            likely = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
-            self._likely[entering] = likely
-            self._compilers.request(layer, regime, entering, likely[:COMPILED_FIRST])
+        entering = bucket.problem.rows
+        likely = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
+        self._likely[entering] = likely
+        self._compilers.request(layer, regime, entering, likely[:COMPILED_FIRST])
         return bucket
 
     def _compile_more(self, drawn: Sequence[Future[Bucket]]) -> None:

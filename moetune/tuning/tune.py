@@ -136,12 +136,10 @@ def _choices(
     report: OnEvent,
 ) -> Generator[Choice]:
     """Yields the choice of each missing bucket in turn, as long as the time lasts."""
-    from moetune.backends.base import PacesFinal, ReportsPromising
     from moetune.measure.compiling import Compilers, capability_of
     from moetune.measure.worker import open_benches
 
     end = time.monotonic() + time_budget_s if time_budget_s else None
-    final_s = question.backend.final_s if isinstance(question.backend, PacesFinal) else None
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
     _report_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, report)
@@ -160,13 +158,13 @@ def _choices(
             bucket = next(buckets)
             share_s = max(0.0, end - time.monotonic()) / (len(missing) - index) if end else None
             note = partial(journal.note, rows, strategy)
-            tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, final_s)
+            tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s)
             offered = bucket.candidates
             report(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
             warm_starts = _warm_starts(fast, rows)
             search = bucket.search(backend, strategy, (*warm_starts, *promising) if warm_starts else ())
             fast[rows] = tuner.search(search)
-            promising = backend.promising(tuner.times_us) if isinstance(backend, ReportsPromising) else ()
+            promising = backend.promising(tuner.times_us)
             yield tuner.choose(fast[rows])
 
 

@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from flashinfer_profiles import profile
+from planted import PlantedBackend
 
 from moetune.backends import registry
 from moetune.backends.base import Candidates
@@ -14,7 +15,8 @@ MADE = profile("flashinfer-cutlass", Regime(ep_size=8, ladder="1,2,4"))
 
 
 @dataclass
-class Fake:
+class Fake(PlantedBackend):
+    milliseconds: dict[str, float] = field(default_factory=dict)
     tactics: tuple[Tactic, ...] = tuple(choice.tactic for choice in MADE.choices)
     version: str = "0.7.2.post1"
     obstacle: tuple[str, str] | None = None

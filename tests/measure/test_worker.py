@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from moetune.backends.base import Problem
 from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import NoResultError, UnsupportedError
 from moetune.measure.bench import Activity
-from moetune.measure.worker import Timeouts, Worker
+from moetune.measure.worker import Timeouts, Worker, open_benches
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.draws import as_draws
@@ -258,3 +259,40 @@ def test_what_was_timed_without_a_graph_is_known_here_too():
         bench.samples([uncaptured, GOOD], [0])
         assert bench.eager == {uncaptured: "it synchronizes"}
         assert bench.failures == {}
+
+
+@dataclass
+class LoggingBackend(FailingBackend):
+    """Writes a line into `log` for each run of a tactic."""
+
+    log: str = ""
+    once: bool = False
+
+    @property
+    def warms_once(self):
+        return self.once
+
+    def prepare(self, problem):
+        return LoggingRunner(self.log)
+
+
+@dataclass
+class LoggingRunner:
+    log: str
+
+    def run(self, tactic, draw=0):
+        with open(self.log, "a") as log:
+            log.write(f"{tactic['name']}\n")
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("once", [True, False])
+def test_a_tactic_has_its_first_run_once_in_a_process_if_the_backend_warms_once(tmp_path, isolate, once):
+    log = tmp_path / "runs"
+    runs = []
+    with open_benches(LoggingBackend(log=str(log), once=once), "cpu", isolate) as bench_of:
+        for rows in (4, 8):
+            log.write_text("")
+            bench_of(problem(rows)).samples([GOOD], [0])
+            runs.append(len(log.read_text().split()))
+    assert runs[0] - runs[1] == once

@@ -53,7 +53,7 @@ def test_a_final_takes_no_more_than_its_share_of_the_time(plant, time_budget_s, 
 def test_a_time_budget_ends_searches_early_and_leaves_the_last_buckets_to_the_next_run(plant, planted_budget):
     backend = plant(milliseconds={"default": 5.0, "slow": 5.0})
 
-    def search(problem, candidates, starts):
+    def search(problem, candidates, warm_starts):
         yield Batch((tactic("default"),))
         yield Batch((tactic("slow"),), rounds=100)
         raise AssertionError("the search must have been ended")
@@ -75,7 +75,7 @@ def test_the_preparation_of_a_bucket_counts_against_its_share(plant, planted_bud
         planted_time.spend(400)
         return real(self, problem)
 
-    def search(problem, candidates, starts):
+    def search(problem, candidates, warm_starts):
         while True:
             batches.append((yield Batch((tactic("default"),))))
 

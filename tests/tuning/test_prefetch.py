@@ -34,7 +34,7 @@ def test_a_default_that_was_not_compiled_ahead_is_still_run(plant, monkeypatch, 
 
 
 def test_what_a_search_would_propose_next_is_compiled_meanwhile(plant, monkeypatch):
-    def search(self, problem, candidates, starts):
+    def search(self, problem, candidates, warm_starts):
         yield Batch((tactic("default"), tactic("fast")), likely_next=(tactic("slow"),))
         return tuple((yield Batch((tactic("default"),))))
 

@@ -105,8 +105,8 @@ def test_what_an_interrupted_search_found_best_starts_the_next_one_where_searche
     backend = plant(milliseconds={"default": 8.0, "slow": 4.0, "fast": 0.1})
     told = []
 
-    def search(problem, candidates, starts):
-        told.append((problem.rows, tuple(starts)))
+    def search(problem, candidates, warm_starts):
+        told.append((problem.rows, tuple(warm_starts)))
         times = yield Batch(tuple(map(tactic, ("default", "slow") if problem.rows == 4 else ("slow", "fast"))))
         return tuple(sorted(times, key=times.__getitem__))
 

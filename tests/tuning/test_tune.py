@@ -105,9 +105,9 @@ def test_a_search_times_a_bucket_of_two_row_counts_with_its_rounds_of_each(plant
     plant(milliseconds={"default": 0.2, "fast": 0.1})
     searched, prepared, samples = {}, Bench.__init__, Bench.samples
 
-    def prepare(bench, backend, problem, *options):
+    def prepare(bench, backend, problem, **options):
         bench.problem = problem
-        prepared(bench, backend, problem, *options)
+        prepared(bench, backend, problem, **options)
 
     def record(bench, tactics, draws):
         rows = Counter(bench.problem.draws[draw].rows for draw in draws)
@@ -136,9 +136,9 @@ def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
     backend = plant(milliseconds={"default": 8.0, "fast": 2.5, "faster": 0.1})
     told = []
 
-    def search(problem, candidates, starts):
+    def search(problem, candidates, warm_starts):
         if problem.rows == 8 or not told:
-            told.append(tuple(starts))
+            told.append(tuple(warm_starts))
         times = yield Batch((tactic("default"), tactic("fast")))
         return tuple(sorted(times, key=times.__getitem__))
 
@@ -156,8 +156,8 @@ def test_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant):
     backend = plant(milliseconds={"default": 1.0, "a": 0.1, "b": 0.1, "c": 0.1})
     winners, told = {1: "a", 8: "b", 64: "c"}, {}
 
-    def search(problem, candidates, starts):
-        told[problem.rows] = starts
+    def search(problem, candidates, warm_starts):
+        told[problem.rows] = warm_starts
         yield Batch((tactic(winners[problem.rows]),))
         return (tactic(winners[problem.rows]),)
 

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, unbuilt, version
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
@@ -41,14 +41,14 @@ rows. On an H200 a tune took 21.8 s for packed rows of Qwen3-235B on 4 ranks, Fl
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
 
 
-class FlashInferCutlassBackend:
+class FlashInferCutlassBackend(Backend):
     """Tunes FlashInfer's CUTLASS MoE op in bf16, and in fp8 with one scale a tensor, from compute capability 9.0."""
 
     name = "flashinfer-cutlass"
     final_s = FINAL_S
+    warms_once = True
 
     def __init__(self) -> None:
-        self.warm: set[Tactic] = set()
         self._able = False
         self._candidates: dict[tuple[Precision, str], Candidates] = {}
         self._weights: WeightCache[CutlassExperts] = WeightCache()
@@ -122,14 +122,14 @@ class FlashInferCutlassBackend:
         """Returns `DEFAULT_TACTIC`, which the op runs if FlashInfer's autotuner has no entry."""
         return DEFAULT_TACTIC
 
-    def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
+    def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a coordinate descent; see `coordinate`.
 
         It tries GEMM1's tactics with one good tactic of GEMM2, then GEMM2's tactics with the best tactic of GEMM1. If
-        there are `starts`, it tries only the values in them and a few others.
+        there are `warm_starts`, it tries only the values in them and a few others.
         """
         turn = bisect_left(problem.regime.buckets, problem.rows)
-        return coordinate(candidates.tactics, starts=starts, rounds=ROUNDS, turn=turn)
+        return coordinate(candidates.tactics, starts=warm_starts, rounds=ROUNDS, turn=turn)
 
     def promising(self, times_us: Mapping[Tactic, float]) -> Sequence[Tactic]:
         """Returns the tactics near the best of their line in one bucket; see `coordinate.promising`."""

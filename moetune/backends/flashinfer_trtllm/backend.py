@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.backends.flashinfer_trtllm.formats import FORMATS, ExpertSizes, Format, Fp8BlockLayout, format_of
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
@@ -26,7 +26,7 @@ HiddenDtype = Literal["bfloat16", "float16", "float32"]
 _ROUTED_TOP_K = 32
 
 
-class TrtllmBackend:
+class TrtllmBackend(Backend):
     """Tunes the op that routes from logits (SGLang's `flashinfer_trtllm`, vLLM's monolithic kernels).
 
     Args:
@@ -40,7 +40,7 @@ class TrtllmBackend:
         UsageError: an option has a value that is not allowed.
     """
 
-    name: ClassVar[str] = "flashinfer-trtllm"
+    name = "flashinfer-trtllm"
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class TrtllmRoutedBackend(TrtllmBackend):
         UsageError: an option has a value that is not allowed.
     """
 
-    name: ClassVar[str] = "flashinfer-trtllm-routed"
+    name = "flashinfer-trtllm-routed"
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.backends.grouped_triton import space
 from moetune.backends.grouped_triton.defaults import engine_default
 from moetune.backends.prepared import WeightCache
@@ -32,7 +32,7 @@ _ACTIVATIONS = (Activation.SILU, Activation.GELU)
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """Tunes a Triton grouped GEMM with the tunables of vLLM and SGLang. Both GEMMs of a layer run the same tactic.
 
     Args:
@@ -120,9 +120,9 @@ class TritonBackend:
         """Returns what the engine runs without a tuned file: SGLang's choice for its kernel, else vLLM's."""
         return engine_default(self._shapes(layer, regime, rows))
 
-    def search(self, problem: Problem, candidates: Candidates, starts: Sequence[Tactic]) -> Search:
+    def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a search that measures a twentieth of the candidates; see `halving`."""
-        return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=starts)
+        return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=warm_starts)
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
         """Returns the default, then the others by the prior; one of each set with equal priors precedes the rest."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.backends.base import Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Problem
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import Precision
@@ -85,7 +85,7 @@ SCRATCH_BYTES: Mapping[str, Callable[[ScratchSizes], int]] = {
 """Upper bounds of the bytes that one call allocates for the worst load: all slots local, all rows at one expert."""
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """Tunes six algorithms of one MoE layer in plain PyTorch; see `algorithms`.
 
     Args:
