@@ -55,16 +55,26 @@ def _plain(value: object) -> Plain:
 
 
 class MissError(MoetuneError):
-    """No stored profile matches. `differences` are those of the closest profile, whose file is `nearest`."""
+    """No stored profile matches. `differences` are those of the closest profile, whose file is `nearest`.
+
+    `near`: whether that profile differs in versions only, so that `near=True` serves it.
+    """
 
     exit_code = 3
 
     def __init__(
-        self, message: str, hint: str = "", differences: tuple[Difference, ...] = (), nearest: Path | None = None
+        self,
+        message: str,
+        hint: str = "",
+        differences: tuple[Difference, ...] = (),
+        nearest: Path | None = None,
+        *,
+        near: bool = False,
     ) -> None:
         super().__init__(message, hint)
         self.differences = differences
         self.nearest = nearest
+        self.near = near
 
 
 class StoreError(MoetuneError):

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
+from moetune.errors import Plain
 from moetune.spec.model import FrozenModel
 from moetune.store.profile import Profile
 from moetune.tuning.comparison import Comparison
@@ -32,6 +33,8 @@ class ExportDocument(FrozenModel):
     schema_version: Literal[1]
     target: str
     profile: str
+    near: dict[str, dict[str, Plain]]
+    neutral: dict[str, dict[str, Plain]]
     folder: str
     files: tuple[ExportedFile, ...]
     variables: dict[str, str]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Request, json_option, store_option, takes_request
+from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 
 SCHEMA_VERSION = 1
 EXAMPLE = """\
@@ -27,6 +27,7 @@ moetune export --model qwen3-235b-a22b --ep 8
 )
 @click.option("--force", is_flag=True, help="Replace files that have other content.")
 @store_option
+@near_option
 @json_option
 def export(
     path: Path | None,
@@ -36,6 +37,7 @@ def export(
     for_version: str | None,
     force: bool,
     store: Path | None,
+    near: bool,
     as_json: bool,
 ) -> None:
     """Write a stored profile as the files that an engine reads: the file PROFILE, or the one that answers the options.
@@ -46,11 +48,12 @@ def export(
     from moetune.cli.stored import stored_profile
     from moetune.cli.written import say, write_for
 
-    path, profile = stored_profile("export", path, request, store)
-    written = write_for(target, profile, path, out, for_version=for_version, force=force)
+    found = stored_profile("export", path, request, store, near)
+    written = write_for(target, found, out, for_version=for_version, force=force)
     if as_json:
         from moetune.cli.output import document
 
-        document({"schema_version": SCHEMA_VERSION, "profile": str(path), **written.document()})
+        versions = {"near": found.near, "neutral": found.neutral}
+        document({"schema_version": SCHEMA_VERSION, "profile": str(found.path), **versions, **written.document()})
     else:
         say(written)

@@ -28,6 +28,11 @@ store_option = click.option(
     metavar="DIR",
     help="The folder of profiles.  [default: $MOETUNE_STORE, otherwise the user's cache folder]",
 )
+near_option = click.option(
+    "--near",
+    is_flag=True,
+    help="If no profile matches, take the nearest one that differs in versions only, such as Triton's.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one versioned JSON document to stdout.")
 
 

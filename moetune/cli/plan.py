@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moetune.cli.help import Command, typed
-from moetune.cli.options import Request, json_option, store_option, takes_request
+from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document, patience, show
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
 @click.command(cls=Command, example=EXAMPLE)
 @takes_request()
 @store_option
+@near_option
 @json_option
-def plan(request: Request, store: Path | None, as_json: bool) -> None:
+def plan(request: Request, store: Path | None, near: bool, as_json: bool) -> None:
     """Show what the kernel of one rank gets in each bucket. Needs no GPU and measures nothing.
 
     For each bucket: rows, tokens per rank, local slots, slots per local expert, active experts, bytes on the wire,
@@ -40,7 +41,7 @@ def plan(request: Request, store: Path | None, as_json: bool) -> None:
         backends = backends_of(request)
         answer = plan_of(layer, regime, backends[0], request.device, rank=request.rank)
         kernels = _kernels(request, backends[0])
-        profile = _nearest(request, backends, store)
+        profile = _nearest(request, backends, store, near)
         answer = answer.model_copy(
             update={
                 "kernels": kernels,
@@ -73,7 +74,7 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
     )
 
 
-def _nearest(request: Request, backends: list[Backend], root: Path | None) -> NearestProfile | None:
+def _nearest(request: Request, backends: list[Backend], root: Path | None, near: bool) -> NearestProfile | None:
     """Returns the nearest stored profile. A store that cannot be read is a warning: the plan needs none."""
     from moetune.errors import StoreError, UnsupportedError
     from moetune.store.store import Store
@@ -84,7 +85,7 @@ def _nearest(request: Request, backends: list[Backend], root: Path | None) -> Ne
     keys = []
     for backend in backends:
         try:
-            keys.append(Question.of(request.layer, request.regime, backend, folder, request.device))
+            keys.append(Question.of(request.layer, request.regime, backend, folder, request.device, near=near))
         except UnsupportedError:  # its package is not installed, so no profile is for this environment
             continue
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Request, json_option, store_option, takes_request
+from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
 
@@ -18,8 +18,9 @@ EXAMPLE = "moetune show --model qwen3-235b-a22b --ep 8 --dispatch sglang:none"
 @click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
 @takes_request(required=False)
 @store_option
+@near_option
 @json_option
-def show(path: Path | None, request: Request | None, store: Path | None, as_json: bool) -> None:
+def show(path: Path | None, request: Request | None, store: Path | None, near: bool, as_json: bool) -> None:
     """Print a stored profile: the file PROFILE, or the one that answers the question given as options.
 
     Profiles are looked up in the store, then among those packaged with moetune. Nothing is measured. If there is no
@@ -29,9 +30,9 @@ def show(path: Path | None, request: Request | None, store: Path | None, as_json
     from moetune.report.profile import profile_report
     from moetune.store.store import Store
 
-    path, profile = stored_profile("show", path, request, store)
-    packaged = Store(store).is_packaged(path)
+    found = stored_profile("show", path, request, store, near)
+    packaged = Store(store).is_packaged(found.path)
     if as_json:
-        document(profile, path=str(path), packaged=packaged)
+        document(found.profile, path=str(found.path), packaged=packaged, near=found.near, neutral=found.neutral)
     else:
-        show_all(*profile_report(profile, path, packaged=packaged))
+        show_all(*profile_report(found.profile, found.path, packaged=packaged, near=found.near, neutral=found.neutral))

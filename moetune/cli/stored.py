@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 from moetune.cli.options import Request
 from moetune.errors import MissError, MoetuneError, UnsupportedError, UsageError
+from moetune.store.match import Match
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
-    from moetune.store.profile import Profile
     from moetune.store.store import Store
 
 
-def stored_profile(command: str, path: Path | None, request: Request | None, root: Path | None) -> tuple[Path, Profile]:
-    """Returns a profile and its file. Measures nothing.
+def stored_profile(
+    command: str, path: Path | None, request: Request | None, root: Path | None, near: bool = False
+) -> Match:
+    """Returns a profile, its file, and the versions in which it differs from the request's. Measures nothing.
 
     Args:
         command: the command's name, for the error.
@@ -23,6 +25,8 @@ def stored_profile(command: str, path: Path | None, request: Request | None, roo
         request: the request whose profile is looked up if there is no path. For `auto`, the first backend that has a
             profile is taken.
         root: the folder of the store.
+        near: whether the request also accepts a profile of other versions. For `auto`, the first backend that has a
+            profile that matches is taken before one that has a near one.
 
     Raises:
         UsageError: neither a path nor a request is given, or both are, or there is no such file.
@@ -34,6 +38,8 @@ def stored_profile(command: str, path: Path | None, request: Request | None, roo
 
     if (path is None) == (request is None):
         raise UsageError(f"`moetune {command}` takes either a profile's path or --model.", "See `moetune store list`.")
+    if near and path is not None:
+        raise UsageError("--near looks a profile up; a profile's path needs no look-up.", "Give --model, or no --near.")
     folder = Store(root)
     if path is not None:
         if not path.exists() and (model := _model(str(path))):
@@ -41,10 +47,9 @@ def stored_profile(command: str, path: Path | None, request: Request | None, roo
                 f"There is no profile {path}: it is the name of a model.",
                 f"Give --model {model} and the deployment, as in `moetune {command} --help`.",
             )
-        return path, folder.read(path)
+        return Match(path, folder.read(path))
     assert request is not None
-    profile = _loaded(request, folder)
-    return folder.find(profile.layer, profile.regime, profile.backend, profile.environment)[0], profile
+    return _found(request, folder, near)
 
 
 def backends_of(request: Request) -> list[Backend]:
@@ -69,13 +74,17 @@ def _model(text: str) -> str | None:
     return text if text.lower() in presets.names() or text.lower() in repositories.known() else None
 
 
-def _loaded(request: Request, folder: Store) -> Profile:
-    from moetune.tuning.tune import load
+def _found(request: Request, folder: Store, near: bool) -> Match:
+    from moetune.tuning.question import Question
 
     failed: list[MoetuneError] = []
-    for backend in backends_of(request):
-        try:
-            return load(request.layer, request.regime, backend, folder, device=request.device)
-        except (MissError, UnsupportedError) as error:
-            failed.append(error)
+    backends = backends_of(request)
+    for accepted in (False, True) if near else (False,):
+        for backend in backends:
+            try:
+                return Question.of(
+                    request.layer, request.regime, backend, folder, request.device, near=accepted
+                ).match()
+            except (MissError, UnsupportedError) as error:
+                failed.append(error)
     raise next((error for error in failed if isinstance(error, MissError)), failed[0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Request, json_option, store_option, takes_request
+from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document, show
 from moetune.spec.enums import STRATEGIES, Strategy
 
@@ -21,6 +22,7 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
 @takes_request()
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure. A miss ends with exit code 3.")
+@near_option
 @click.option("--again", is_flag=True, help="Measure every bucket again, even if a profile has it.")
 @click.option(
     "--strategy",
@@ -41,6 +43,7 @@ def tune(
     request: Request,
     store: Path | None,
     frozen: bool,
+    near: bool,
     again: bool,
     strategy: Strategy,
     out: Path | None,
@@ -58,6 +61,7 @@ def tune(
     """
     from moetune.cli.progress import Progress
     from moetune.cli.written import request_for_engine, say, write_for
+    from moetune.store.match import Match
     from moetune.store.profile import Profile
     from moetune.store.store import Store
     from moetune.tuning.tune import tune as tune_of
@@ -74,6 +78,7 @@ def tune(
             store=folder,
             device=request.device,
             frozen=frozen,
+            near=near,
             again=again,
             strategy=strategy,
             time_budget_s=time_budget,
@@ -86,14 +91,16 @@ def tune(
         return
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
-    packaged = bool(served and served.packaged)
-    written = write_for(str(request.engine), answer, Path(path), out) if out is not None else None
+    found = Match(path, answer, served.differences if served else ())
+    written = write_for(str(request.engine), found, out) if out is not None else None
+    state: dict[str, Any] = {"served": served is not None, "packaged": bool(served and served.packaged)}
+    state |= {"near": found.near, "neutral": found.neutral}
     if as_json:
         exported = {} if written is None else {"exported": written.document()}
-        document(answer, path=str(path), served=served is not None, packaged=packaged, **exported)
+        document(answer, path=str(path), **state, **exported)
         return
     from moetune.report.profile import profile_report
 
-    show(*profile_report(answer, path, served=served is not None, packaged=packaged, exported=written is not None))
+    show(*profile_report(answer, path, exported=written is not None, **state))
     if written is not None:
         say(written)

@@ -13,7 +13,7 @@ from moetune.errors import UsageError
 
 if TYPE_CHECKING:
     from moetune.cli.options import Request
-    from moetune.store.profile import Profile
+    from moetune.store.match import Match
 
 
 class Written(NamedTuple):
@@ -47,10 +47,8 @@ class Written(NamedTuple):
         }
 
 
-def write_for(
-    target: str, profile: Profile, path: Path, out: Path, *, for_version: str | None = None, force: bool = False
-) -> Written:
-    """Writes the profile in `path` below `out`, as the files that the engine `target` reads.
+def write_for(target: str, found: Match, out: Path, *, for_version: str | None = None, force: bool = False) -> Written:
+    """Writes a profile below `out`, as the files that the engine `target` reads. Warns if the profile is a near one.
 
     Raises:
         UsageError: no such engine or version.
@@ -60,10 +58,16 @@ def write_for(
     from moetune.export import export
     from moetune.export.base import FOLDER
     from moetune.export.write import write
+    from moetune.report.lines import near_line, neutral_line
 
+    path, profile = found.path, found.profile
     version = ["--for-version", for_version] if for_version else []
     command = shlex.join(["moetune", "export", str(path), "--to", target, "--out", str(out), *version])
-    result = export(profile, target, version=for_version, source=str(path), command=command)
+    warnings = (f"{near_line(found.near)}.",) if found.near else ()
+    notes = (f"{neutral_line(found.neutral)}.",) if found.neutral else ()
+    result = export(
+        profile, target, version=for_version, source=str(path), command=command, warnings=warnings, notes=notes
+    )
     if target in ("flashinfer", "trtllm"):
         from moetune.export.check import check
 

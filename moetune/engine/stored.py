@@ -18,6 +18,7 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import UNTUNED, Tactic
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
+from moetune.store.versions import versions_of
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -90,12 +91,13 @@ def _matches(answers: Answers, profile: Profile) -> bool:
         profile.backend == answers.backend
         and not answers.regime.differing(profile.regime)
         and profile.layer.shape == answers.layer.shape
-        and _same_machine(answers.environment, profile.environment)
+        and _same_machine(answers.backend, answers.environment, profile.environment)
     )
 
 
-def _same_machine(engine: Environment, offline: Environment) -> bool:
-    wanted = {name: value for name, value in engine.strict.items() if name not in OF_A_CALL}
+def _same_machine(backend: str, engine: Environment, offline: Environment) -> bool:
+    ignored = {*OF_A_CALL, *versions_of(backend).neutral}
+    wanted = {name: value for name, value in engine.strict.items() if name not in ignored}
     return (
         offline.device == engine.device
         and wanted.items() <= offline.strict.items()

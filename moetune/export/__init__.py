@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from moetune.errors import UsageError
@@ -37,7 +38,16 @@ def exporter(target: str) -> Exporter:
     return found
 
 
-def export(profile: Profile, target: str, *, version: str | None = None, source: str = "", command: str = "") -> Export:
+def export(
+    profile: Profile,
+    target: str,
+    *,
+    version: str | None = None,
+    source: str = "",
+    command: str = "",
+    warnings: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Export:
     """Returns all files for one profile, below a folder named by the regime's slug.
 
     Args:
@@ -46,13 +56,16 @@ def export(profile: Profile, target: str, *, version: str | None = None, source:
         version: the engine's (or FlashInfer's) version. [default: the newest that the exporter knows]
         source: the profile's path. The provenance file contains it.
         command: the command that writes these files again. The provenance file contains it.
+        warnings, notes: sentences that are added to those of the exporter.
 
     Raises:
         UsageError: an unknown engine or version.
         UnsupportedError: the engine cannot use a profile of this backend.
         NoResultError: the profile is empty.
     """
-    return bundle(profile, target, exporter(target)(profile, version), source, command)
+    exported = exporter(target)(profile, version)
+    exported = replace(exported, warnings=(*warnings, *exported.warnings), notes=(*notes, *exported.notes))
+    return bundle(profile, target, exported, source, command)
 
 
 def export_profile(

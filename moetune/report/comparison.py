@@ -20,7 +20,14 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
     for family in comparison.families:
         if family.profile is None:
             continue
-        report = profile_report(family.profile, family.path, served=family.served, packaged=family.packaged)
+        report = profile_report(
+            family.profile,
+            family.path,
+            served=family.served,
+            packaged=family.packaged,
+            near=family.near,
+            neutral=family.neutral,
+        )
         reported += report[2:] if reported else report  # layer and regime are the same for all
     if len([family for family in comparison.families if family.profile]) > 1:
         reported += [comparison_table(comparison), *map(Text, _verdicts(comparison))]

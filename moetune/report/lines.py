@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from moetune.report.tactics import reasons_counted
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
+from moetune.store.match import Differing
 
 _LADDERS = {
     "vllm": " (the batch sizes of vLLM's tuned files)",
@@ -43,6 +44,30 @@ def routing_line(routing: RoutingMethod) -> str:
     parts += [] if routing.renormalize else ["not renormalized"]
     parts += [f"× {routing.scaling:g}"] if routing.scaling != 1.0 else []
     return ", ".join(parts)
+
+
+def neutral_line(neutral: Differing) -> str:
+    """Returns `measured with torch 2.11 (here 2.14); torch does not change what this kernel runs`."""
+    verb = "does" if len(neutral) == 1 else "do"
+    return f"measured with {versions(neutral)}; {listed(neutral)} {verb} not change what this kernel runs"
+
+
+def near_line(near: Differing) -> str:
+    """Returns `near: measured with triton 3.6.0 (here 3.8.0); other tactics may be fastest here`."""
+    return f"near: measured with {versions(near)}; other tactics may be fastest here"
+
+
+def versions(differing: Differing) -> str:
+    """Returns `torch 2.11 (here 2.14) and cuda 13.0 (here 13.1)`."""
+    return listed(
+        f"{name} {each['stored'] or 'none'} (here {each['wanted'] or 'none'})" for name, each in differing.items()
+    )
+
+
+def listed(words: Iterable[str]) -> str:
+    """Returns `a`, `a and b` or `a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def span(values: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moetune.report.command import command, shortest
 from moetune.report.format import ENGINES, count, human_bytes, human_flops
-from moetune.report.lines import layer_line, reason_lines, regime_line, skipped_lines
+from moetune.report.lines import layer_line, near_line, neutral_line, reason_lines, regime_line, skipped_lines, versions
 from moetune.report.table import add_numbers, new_table
 
 if TYPE_CHECKING:
@@ -192,7 +192,12 @@ def _profile_line(profile: NearestProfile | None) -> str:
         return "profile: none is stored."
     origin = "packaged" if profile.packaged else "stored"
     if profile.answers:
-        return f"profile: a {origin} one answers this question."
+        line = f"profile: a {origin} one answers this question."
+        lines = [near_line(profile.near)] if profile.near else []
+        lines += [neutral_line(profile.neutral)] if profile.neutral else []
+        return " ".join([line, *(f"{text[0].upper()}{text[1:]}." for text in lines)])
+    if profile.near:
+        return f"profile: none for these versions. The nearest, {origin}, was measured with {versions(profile.near)}."
     measured = f"measured with {profile.backend} on {profile.device}"
     if profile.other_layer:
         precision = f" in {profile.differing['precision']['stored']}" if "precision" in profile.differing else ""

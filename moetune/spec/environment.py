@@ -10,9 +10,10 @@ from moetune.spec.model import FrozenModel, digest_of
 class Environment(FrozenModel):
     """The machine and library versions of a measurement.
 
-    `device` is the GPU's or the CPU's name. A profile is served only where every field of `strict` is equal
-    (on a CPU: model, threads, torch; on a GPU: its name, compute capability, torch, CUDA, and what the backend
-    adds); `informative` (driver, host, moetune's version …) is kept and may differ.
+    `device` is the GPU's or the CPU's name. `strict` has, on a CPU: model, threads, torch; on a GPU: its name, compute
+    capability, torch, CUDA, and what the backend adds. A profile is served only where every field of `strict` is equal
+    that can change the rank of a tactic (see `store.versions`). `informative` (driver, host, moetune's version …) is
+    kept and may differ.
     """
 
     device: str

@@ -9,25 +9,32 @@ from pathlib import Path
 from moetune.errors import Difference, MissError
 from moetune.spec.regime import Regime
 from moetune.store.key import Key
+from moetune.store.match import Match
 from moetune.store.profile import Profile
 
 HINT = "Run `moetune tune` with the same options to measure it."
+NEAR_HINT = "Give --near to use it as it is, or run `moetune tune` with the same options to measure here."
 NAMED = 3
 """Number of differences that the message names; all are in `MissError.differences`."""
 
 
-def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path) -> MissError:
+def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: Match | None = None) -> MissError:
     """Returns the error for a key that no profile matches.
 
-    The closest profile has the fewest differences, and of those the nearest EP and TP sizes. A profile of the same
-    layer is always closer than one of another.
+    The closest profile is the near one if there is one. Otherwise it has the fewest differences, and of those the
+    nearest EP and TP sizes. A profile of the same layer is always closer than one of another.
 
     Args:
         key: the key that was looked up.
         profiles: all profiles of the store, with their files.
         root: the store's folder.
+        near: the nearest profile, if it differs in versions only.
     """
     asked = f"No profile of {key.layer.name} under {key.regime.slug} by {key.backend} on {key.environment.device}."
+    if near is not None:
+        changing = tuple(each for each in near.differences if each.field in near.near)
+        message = f"{asked} The closest has {_named(changing)}."
+        return MissError(message, NEAR_HINT, near.differences, near.path, near=True)
     found = [(path, profile, key.differences(profile)) for path, profile in profiles]
     if not found:
         return MissError(f"{asked} The store {root} is empty.", HINT)

@@ -24,6 +24,7 @@ from moetune.store.files import move_aside, replace
 from moetune.store.folders import PACKAGED_VARIABLE, STORE_VARIABLE, default_root, expanded, packaged_root
 from moetune.store.journal import Journal
 from moetune.store.key import Key
+from moetune.store.match import Match, nearest_match
 from moetune.store.miss import miss
 from moetune.store.profile import Profile
 from moetune.store.reading import read_profile
@@ -77,10 +78,30 @@ class Store:
         return self.find(layer, regime, backend, environment)[1]
 
     def find(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> tuple[Path, Profile]:
-        """Returns the stored profile of a question, and its file. Falls back to a packaged profile.
+        """Returns the stored profile of a question, and its file. Raises the errors of `match`."""
+        found = self.match(layer, regime, backend, environment)
+        return found.path, found.profile
 
-        Layer, regime, backend and strict environment must be equal to those in the file, wherever the file lies. The
-        layer's name may differ.
+    def match(
+        self,
+        layer: MoELayer,
+        regime: Regime,
+        backend: str,
+        environment: Environment,
+        *,
+        near: bool = False,
+        exact: bool = False,
+    ) -> Match:
+        """Returns the stored profile of a question. Falls back to a packaged profile.
+
+        Layer, regime and backend must be equal to those in the file, wherever the file lies. The layer's name may
+        differ. A profile of equal strict environment is taken before one that differs in neutral fields (see
+        `store.versions`).
+
+        Args:
+            layer, regime, backend, environment: the question.
+            near: a profile that differs in versions is also taken, if none matches.
+            exact: no strict field may differ.
 
         Raises:
             MissError: no profile matches. Its `differences` to the closest profile are empty if there is no profile.
@@ -92,8 +113,11 @@ class Store:
             with suppress(FileNotFoundError, NotADirectoryError):
                 profile = self._read(path)
                 if not key.differences(profile):
-                    return path, profile
-        raise miss(key, self._profiles(), self.root)
+                    return Match(path, profile)
+        beside = None if exact else nearest_match(key, self._beside(key))
+        if beside is not None and (near or not beside.near):
+            return beside
+        raise miss(key, self._profiles(), self.root, beside)
 
     def read(self, path: Path | str) -> Profile:
         """Returns the profile in one file, of this store or elsewhere.
@@ -201,6 +225,12 @@ class Store:
                     raise damaged from None
         except UsageError as refused:
             raise DamagedProfileError(damaged.message, f"It could not be moved aside: {refused.message}") from None
+
+    def _beside(self, key: Key) -> Iterator[tuple[Path, Profile]]:
+        """Yields every valid profile of a key's device, layer, regime and backend."""
+        for root in self.roots:
+            folder, pattern = (root / key.path).parent, f"{key.backend}-*.json"
+            yield from ((path, found) for path, found in _read_all(folder.glob(pattern)) if isinstance(found, Profile))
 
     def _profiles(self) -> Iterator[tuple[Path, Profile]]:
         """Yields every valid profile with its file."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moetune.errors import Plain
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
@@ -18,8 +19,9 @@ class BackendResult(FrozenModel):
     """The result of one backend.
 
     `profile` is its profile, in the file `path`, or None if it has none. `served`: the profile was stored and nothing
-    was measured. `packaged`: it came with moetune. `failed` says why its tune ended early; the profile then has the
-    buckets before that. `flags`: the flags that select these kernels, by engine.
+    was measured. `packaged`: it came with moetune. `near` and `neutral`: the versions in which a served profile's
+    environment differs, those that can change ranks and those that cannot. `failed` says why its tune ended early; the
+    profile then has the buckets before that. `flags`: the flags that select these kernels, by engine.
     """
 
     backend: str
@@ -27,6 +29,8 @@ class BackendResult(FrozenModel):
     path: str = ""
     served: bool = False
     packaged: bool = False
+    near: dict[str, dict[str, Plain]] = {}
+    neutral: dict[str, dict[str, Plain]] = {}
     failed: str = ""
     flags: dict[str, str]
 

@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetune.errors import Difference
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """All choices were stored, so nothing was measured. `packaged`: the profile is one that comes with moetune."""
+    """All choices were stored, so nothing was measured. `packaged`: the profile is one that comes with moetune.
+
+    `differences` are the versions in which its environment differs.
+    """
 
     profile: Profile
     path: Path
     packaged: bool = False
+    differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

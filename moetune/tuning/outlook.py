@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from moetune.errors import Difference, MissError, Plain
+from moetune.errors import MissError, Plain
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
-from moetune.store.profile import Profile
+from moetune.store.match import Match
 from moetune.tuning.question import Question
 
 
@@ -35,7 +34,8 @@ class NearestProfile(FrozenModel):
 
     `path`: its file. `packaged`: whether it comes with moetune. `layer`: its layer's name. `backend`, `device`: what
     was measured, and on what. `differing`: the fields in which it differs from the question, each with `wanted` and
-    `stored`; empty if it answers the question.
+    `stored`; empty if it answers the question. `near`: if it differs in versions only, those that can change
+    the rank of a tactic. `neutral`: the versions in which it differs that cannot.
     """
 
     path: str
@@ -44,6 +44,8 @@ class NearestProfile(FrozenModel):
     backend: str
     device: str
     differing: dict[str, dict[str, Plain]]
+    near: dict[str, dict[str, Plain]] = {}
+    neutral: dict[str, dict[str, Plain]] = {}
 
     @property
     def answers(self) -> bool:
@@ -76,25 +78,22 @@ def nearest_profile(questions: Iterable[Question]) -> NearestProfile | None:
     nearest: NearestProfile | None = None
     for question in questions:
         try:
-            path, profile = question.store.find(
-                question.layer, question.regime, question.backend.name, question.environment
-            )
+            return _described(question, question.match(), answers=True)
         except MissError as miss:
-            if nearest is None and miss.nearest is not None:
-                nearest = _described(question, miss.nearest, question.store.read(miss.nearest), miss.differences)
-        else:
-            return _described(question, path, profile)
+            if miss.nearest is not None and (nearest is None or (miss.near and not nearest.near)):
+                closest = Match(miss.nearest, question.store.read(miss.nearest), miss.differences)
+                nearest = _described(question, closest, near=miss.near)
     return nearest
 
 
-def _described(
-    question: Question, path: Path, profile: Profile, differences: tuple[Difference, ...] = ()
-) -> NearestProfile:
+def _described(question: Question, match: Match, *, answers: bool = False, near: bool = False) -> NearestProfile:
     return NearestProfile(
-        path=str(path),
-        packaged=question.store.is_packaged(path),
-        layer=profile.layer.name,
-        backend=profile.backend,
-        device=profile.environment.device,
-        differing={each.field: each.plain() for each in differences},
+        path=str(match.path),
+        packaged=question.store.is_packaged(match.path),
+        layer=match.profile.layer.name,
+        backend=match.profile.backend,
+        device=match.profile.environment.device,
+        differing={} if answers else {each.field: each.plain() for each in match.differences},
+        near=match.near if answers or near else {},
+        neutral=match.neutral if answers or near else {},
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.journal import Journal
+from moetune.store.match import Match
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The key of a stored profile, the store that may hold it, and the device that measures it."""
+    """The key of a stored profile, the store that may hold it, and the device that measures it.
+
+    `near`: whether a stored profile of other versions answers it, if none matches.
+    """
 
     layer: MoELayer
     regime: Regime
@@ -32,6 +37,7 @@ class Question:
     environment: Environment
     store: Store
     device: str
+    near: bool = False
 
     @classmethod
     def of(
@@ -42,8 +48,9 @@ class Question:
         store: Store | Path | str | None = None,
         device: str | None = None,
         rank: RankWord | int | None = None,
+        near: bool = False,
     ) -> Question:
-        """Returns the question with all defaults filled in; the arguments are those of `tune`.
+        """Returns the question with all defaults filled in; the arguments are those of `load`.
 
         Raises:
             UsageError: the regime does not fit the layer, a name is unknown, or there is no such rank.
@@ -55,17 +62,21 @@ class Question:
         chosen = registry.chosen(backend, layer, regime)
         device = device_for(device)
         store = store if isinstance(store, Store) else Store(store)
-        return cls(layer, regime, chosen, environment(chosen, device), store, device)
+        return cls(layer, regime, chosen, environment(chosen, device), store, device, near)
 
     def load(self) -> Profile:
-        """Returns the stored profile.
+        """Returns the stored profile. Raises the errors of `match`."""
+        return self.match().profile
+
+    def match(self) -> Match:
+        """Returns the stored profile, its file, and the versions in which it differs.
 
         Raises:
             MissError: there is none; the error names every field in which the nearest stored profile differs. Its
                 hint does not ask to tune on a machine on which the backend cannot run.
         """
         try:
-            return self.store.load(self.layer, self.regime, self.backend.name, self.environment)
+            return self.store.match(self.layer, self.regime, self.backend.name, self.environment, near=self.near)
         except MissError as miss:
             if (obstacle := self.backend.unavailable()) is None:
                 raise
@@ -73,14 +84,20 @@ class Question:
                 f"Backend {self.backend.name} cannot run here: {obstacle[0]}. Run `moetune tune` with the same options "
                 "on a machine with the GPU that you deploy on."
             )
-            raise MissError(miss.message, hint, miss.differences, miss.nearest) from None
+            raise MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near) from None
 
-    def found(self) -> tuple[Path, Profile] | tuple[None, None]:
-        """Returns the stored profile and its file, or a pair of None."""
-        try:
-            return self.store.find(self.layer, self.regime, self.backend.name, self.environment)
-        except MissError:
-            return None, None
+    def found(self) -> Match | None:
+        """Returns what answers the question as a whole; else the profile of this very environment; None if none.
+
+        A profile of another environment answers with all its buckets or not at all. Some choices of it in a profile of
+        this environment would hide what they were measured with.
+        """
+        question = self.layer, self.regime, self.backend.name, self.environment
+        with suppress(MissError):
+            match = self.store.match(*question, near=self.near)
+            if not match.differences or len(match.profile.choices) == len(self.regime.buckets):
+                return match
+        return None
 
     def journal(self) -> Journal:
         """Returns the journal of a tune of this question."""
@@ -126,13 +143,18 @@ def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None 
     return layer, of_rank(layer, regime, rank)
 
 
-def check_options(frozen: bool, again: bool, time_budget_s: float | None) -> None:
+def check_options(frozen: bool, again: bool, time_budget_s: float | None, near: bool = False) -> None:
     """Checks the options of `tune` that may contradict each other.
 
     Raises:
-        UsageError: `frozen` is given with `again`, or the time budget is not positive.
+        UsageError: `frozen` is given with `again`, `near` without `frozen`, or the time budget is not positive.
     """
     if time_budget_s is not None and not time_budget_s > 0:
         raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
     if frozen and again:
         raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
+    if near and not frozen:
+        raise UsageError(
+            "--near serves a stored profile of other versions, and nothing is measured.",
+            "Add --frozen, or give --start near to check its tactics here.",
+        )

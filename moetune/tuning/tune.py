@@ -35,6 +35,7 @@ def tune(
     store: Store | Path | str | None = None,
     *,
     frozen: bool = False,
+    near: bool = False,
     again: bool = False,
     device: str | None = None,
     rank: RankWord | int | None = None,
@@ -57,6 +58,7 @@ def tune(
             computes the layer. See `tune_all` for all of them.
         store: a store or its folder; by default `MOETUNE_STORE`, or the user's cache folder if that is not set.
         frozen: never measure.
+        near: with `frozen`: if no stored profile matches, take the nearest one that differs in versions only.
         again: measure every bucket even if it is stored, and forget the journal of an interrupted run.
         device: a torch device; by default `cuda` if there is one, else `cpu`.
         rank: the rank that is measured for all: `mean` has the load nearest the mean, `fullest` the most, or its
@@ -75,20 +77,19 @@ def tune(
         NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared.
     """
     report = on_event or (lambda event: None)
-    check_options(frozen, again, time_budget_s)
-    question = Question.of(layer, regime, backend, store, device, rank)
-    path, stored = (None, None) if again else question.found()
+    check_options(frozen, again, time_budget_s, near)
+    question = Question.of(layer, regime, backend, store, device, rank, near)
+    found = None if again else question.found()
+    stored = found.profile if found else None
     missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
-    if stored and path and not missing:
-        report(Served(stored, path, question.store.is_packaged(path)))
-        return stored
+    if found and not missing:
+        packaged = question.store.is_packaged(found.path)
+        report(Served(found.profile, found.path, packaged, found.differences))
+        return found.profile
     if frozen:
-        if stored is None:
-            question.load()  # its error names the fields that differ
-        raise MissError(
-            f"The stored profile lacks the buckets {', '.join(map(str, missing))}.",
-            "Run the same command without --frozen.",
-        )
+        partial = question.load()  # if there is none, its error names the fields that differ
+        lacking = ", ".join(str(rows) for rows in question.regime.buckets if not _has(partial, rows))
+        raise MissError(f"The stored profile lacks the buckets {lacking}.", "Run the same command without --frozen.")
     question.require_support()
     question.store.ensure_writable()
     journal = question.journal()
@@ -112,13 +113,19 @@ def load(
     *,
     device: str | None = None,
     rank: RankWord | int | None = None,
+    near: bool = False,
 ) -> Profile:
-    """Returns the stored profile of exactly this question, for this machine; the arguments are those of `tune`.
+    """Returns the stored profile of this question, for this machine.
+
+    Args:
+        layer, regime, backend, store, device, rank: as `tune`.
+        near: if there is none, take the nearest profile that differs in versions only. Its `environment` says with
+            which versions it was measured.
 
     Raises:
         MissError: there is none; the error names every field in which the nearest stored profile differs.
     """
-    return Question.of(layer, regime, backend, store, device, rank).load()
+    return Question.of(layer, regime, backend, store, device, rank, near).load()
 
 
 def _has(profile: Profile | None, rows: int) -> bool:

@@ -16,6 +16,7 @@ from moetune.inputs.engine_flags import engine_flags
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.store.match import Match
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 from moetune.tuning import side_by_side
@@ -38,6 +39,7 @@ def tune_all(
     store: Store | Path | str | None = None,
     *,
     frozen: bool = False,
+    near: bool = False,
     again: bool = False,
     device: str | None = None,
     strategy: Strategy = "auto",
@@ -51,7 +53,7 @@ def tune_all(
     once more, side by side in one process, on draws that no tune has used.
 
     Args:
-        layer, regime, store, again, device, strategy, isolate, on_event: as `tune`.
+        layer, regime, store, near, again, device, strategy, isolate, on_event: as `tune`.
         frozen: never measure; the times are those of the stored profiles.
         time_budget_s: about how long all of it may take.
 
@@ -66,7 +68,7 @@ def tune_all(
     from moetune.tuning.tune import load, tune
 
     report = on_event or (lambda event: None)
-    check_options(frozen, again, time_budget_s)
+    check_options(frozen, again, time_budget_s, near)
     layer, regime = resolved(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
     backends, left_out = able(layer, regime)
@@ -82,8 +84,8 @@ def tune_all(
     for index, backend in enumerate(backends):
         report(BackendStarted(backend.name, index, len(backends)))
         tuned = partial(
-            tune, layer, regime, backend, store, frozen=frozen, again=again, device=device, strategy=strategy,
-            isolate=isolate, time_budget_s=budget.of_tune(index, len(backends)),
+            tune, layer, regime, backend, store, frozen=frozen, near=near, again=again, device=device,
+            strategy=strategy, isolate=isolate, time_budget_s=budget.of_tune(index, len(backends)),
         )  # fmt: skip
         stored = None if frozen else partial(load, layer, regime, backend, store, device=device)
         outcome = _outcome(backend, layer, tuned, stored, store, report)
@@ -174,12 +176,15 @@ def _outcome(
     if profile is not None:
         question = (profile.layer, profile.regime, profile.backend, profile.environment)
         path = str(served.path if served else store.path(*question))
+    match = Match(served.path, served.profile, served.differences) if served else None
     result = BackendResult(
         backend=backend.name,
         profile=profile,
         path=path,
         served=served is not None,
         packaged=served is not None and served.packaged,
+        near=match.near if match else {},
+        neutral=match.neutral if match else {},
         failed=error.message if error else "",
         flags=dict(engine_flags(backend.name, layer.precision)),
     )

@@ -58,7 +58,7 @@ def test_the_default_is_served_as_flashinfers_own(tuner, layer, regime, tmp_path
     "other",
     [
         {"backend": "flashinfer-trtllm"},
-        {"strict": {"torch": "1.0"}},
+        {"strict": {"threads": "99"}},
         {"strict": {"flashinfer": "0.7.2"}},
         {"layer": {"hidden_size": 64}},
         {"layer": {"precision": "fp8_block"}},
@@ -75,6 +75,12 @@ def test_another_question_is_measured(tuner, layer, regime, tmp_path, other):
     seen, _, runner = warmed_up(tuner, layer, regime, tmp_path)
     assert len(seen.tuned) == len(BUCKETS)
     assert runner.seen
+
+
+def test_a_profile_of_another_torch_is_served(tuner, layer, regime, tmp_path):
+    saved(tmp_path, layer, regime, strict={"torch": "1.0"})
+    seen, _, runner = warmed_up(tuner, layer, regime, tmp_path)
+    assert (len(seen.served), runner.seen) == (len(BUCKETS), [])
 
 
 def test_experts_that_lie_otherwise_are_measured(tuner, layer, regime, tmp_path):

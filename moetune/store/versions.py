@@ -1,0 +1,56 @@
+"""Which versions of the environment may differ between a stored profile and the question that it answers.
+
+A strict field is neutral to a backend if it cannot change the rank of its tactics. A profile that was measured with
+another value of it answers all the same. Other fields can change ranks, but leave the meaning of a tactic as it is. A
+profile that differs in these is near.
+
+`triton`: a run launches Triton kernels, and one memset that is the same for every tactic. Triton compiles the kernels
+with its own LLVM and its own ptxas. Torch provides the memory, the stream and the CUDA graph, so neither its version
+nor its CUDA version matters. Triton's version and the kernel's source decide what is compiled. A tactic has the same
+meaning in all of them: tile sizes, warps and stages.
+
+`flashinfer-cutlass`, `flashinfer-trtllm`, `flashinfer-trtllm-routed`: FlashInfer's build compiles the kernels, and
+torch provides their memory and their stream. `cuda` stands for the CUDA version of that build; another compiler can
+change ranks. A tactic is a position in a list that is compiled into FlashInfer. So another version of FlashInfer is
+not even near, because the same number can mean another kernel there.
+
+`torch`: the kernels are torch's own, so its version and its CUDA version change what runs. An algorithm keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The strict fields of one backend that may differ.
+
+    Args:
+        neutral: the fields that cannot change the rank of a tactic.
+        near: the fields that can change ranks, but not what a tactic means.
+    """
+
+    neutral: frozenset[str] = frozenset()
+    near: frozenset[str] = frozenset()
+
+    def are_near(self, fields: frozenset[str]) -> bool:
+        """Returns whether a profile that differs in `fields` is near a question."""
+        return fields <= self.neutral | self.near
+
+
+_FLASHINFER = Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda"}))
+_VERSIONS: Final[Mapping[str, Versions]] = {
+    "triton": Versions(neutral=frozenset({"torch", "cuda"}), near=frozenset({"triton", "kernel_source"})),
+    "flashinfer-cutlass": _FLASHINFER,
+    "flashinfer-trtllm": _FLASHINFER,
+    "flashinfer-trtllm-routed": _FLASHINFER,
+    "torch": Versions(near=frozenset({"torch", "cuda"})),
+}
+
+
+def versions_of(backend: str) -> Versions:
+    """Returns which versions may differ for a backend; none for a backend that is not known."""
+    return _VERSIONS.get(backend, Versions())

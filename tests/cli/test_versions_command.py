@@ -1,0 +1,103 @@
+"""What commands say of a packaged profile on a host with other versions."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hosts import simulate
+
+from moetune.store.folders import packaged_root
+
+QUESTION = ("--model", "qwen3-30b-a3b", "--ep", "4", "--dispatch", "none", "--backend", "triton")
+NEUTRAL = {"torch": {"wanted": "2.14.0+cu130", "stored": "2.11.0+cu130"}}
+NEAR = {"triton": {"wanted": "3.8.0", "stored": "3.6.0"}}
+NEUTRAL_LINE = "easured with torch 2.11.0+cu130 (here 2.14.0+cu130); torch does not change what this kernel runs"
+NEAR_LINE = "ear: measured with triton 3.6.0 (here 3.8.0); other tactics may be fastest here"
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    """Simulates a host with the given Triton, and returns the words of the question."""
+    monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "1")
+    assert packaged_root() is not None
+
+    def with_triton(version):
+        simulate(monkeypatch, torch_version="2.14.0+cu130", cuda="13.0", triton=version)
+        return (*QUESTION, "--store", tmp_path / "store")
+
+    return with_triton
+
+
+def text_of(result):
+    assert result.exit_code == 0, result.stderr
+    return " ".join(result.stdout.split())
+
+
+def test_a_profile_of_another_torch_is_shown_tuned_and_exported_with_one_line_about_it(moetune, host, tmp_path):
+    question = host("3.6.0")
+    for command in (["show"], ["tune", "--frozen"], ["tune"]):
+        text = text_of(moetune(*command, *question))
+        assert f"m{NEUTRAL_LINE}" in text
+        assert "may be fastest" not in text
+        document = json.loads(moetune(*command, *question, "--json").stdout)
+        assert (document["near"], document["neutral"]) == ({}, NEUTRAL)
+    assert "served from the packaged profiles, nothing was measured" in text_of(moetune("tune", *question))
+    exported = moetune("export", *question, "--to", "vllm", "--out", tmp_path / "out")
+    assert f"note: m{NEUTRAL_LINE}." in exported.stderr.splitlines()
+
+
+def test_without_near_a_profile_of_another_triton_is_a_miss_that_names_near(moetune, host, tmp_path):
+    question = host("3.8.0")
+    for command in (["show"], ["tune", "--frozen"], ["export", "--to", "vllm", "--out", tmp_path / "out"]):
+        missed = moetune(*command, *question)
+        assert missed.exit_code == 3
+        error, hint, view = missed.stderr.splitlines()[-3:]
+        assert error.endswith("The closest has triton 3.6.0 instead of 3.8.0.")
+        assert "--near" in hint
+        assert view.startswith("View the closest: moetune show ")
+
+
+def test_with_near_it_is_served_and_every_output_names_the_field(moetune, host, tmp_path):
+    question = (*host("3.8.0"), "--near")
+    for command in (["show"], ["tune", "--frozen"]):
+        text = text_of(moetune(*command, *question))
+        assert f"n{NEAR_LINE}" in text
+        assert f"m{NEUTRAL_LINE}" in text
+        document = json.loads(moetune(*command, *question, "--json").stdout)
+        assert (document["near"], document["neutral"]) == (NEAR, NEUTRAL)
+    words = ("export", *question, "--to", "vllm", "--out", tmp_path / "out")
+    exported = moetune(*words)
+    assert exported.exit_code == 0
+    assert f"warning: n{NEAR_LINE}." in exported.stderr.splitlines()
+    (provenance,) = (tmp_path / "out").rglob("*.moetune.json")
+    assert f"n{NEAR_LINE}." in json.loads(provenance.read_text())["warnings"]
+    document = json.loads(moetune(*words, "--json").stdout)
+    assert (document["near"], document["neutral"]) == (NEAR, NEUTRAL)
+
+
+def test_plan_names_the_near_profile_and_with_near_it_answers(moetune, host, monkeypatch):
+    from moetune.backends.grouped_triton.backend import TritonBackend
+
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
+    question = host("3.8.0")
+    assert (
+        "profile: none for these versions. The nearest, packaged, was measured with triton 3.6.0 (here 3.8.0)."
+    ) in text_of(moetune("plan", *question))
+    profile = json.loads(moetune("plan", *question, "--json").stdout)["profile"]
+    assert (profile["differing"].keys(), profile["near"], profile["neutral"]) == ({"torch", "triton"}, NEAR, NEUTRAL)
+
+    text = text_of(moetune("plan", *question, "--near"))
+    assert f"profile: a packaged one answers this question. N{NEAR_LINE}. M{NEUTRAL_LINE}." in text
+    document = json.loads(moetune("plan", *question, "--near", "--json").stdout)
+    assert (document["profile"]["differing"], document["profile"]["near"]) == ({}, NEAR)
+    assert document["next_command"].startswith("moetune show ")
+
+
+def test_near_needs_a_look_up(moetune, host):
+    question = host("3.8.0")
+    assert "Add --frozen" in moetune("tune", *question, "--near").stderr
+    (path, *_) = packaged_root().rglob("*.json")
+    refused = moetune("show", path, "--near")
+    assert refused.exit_code == 2
+    assert "needs no look-up" in refused.stderr
