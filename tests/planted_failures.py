@@ -80,10 +80,16 @@ def tactic(name: str, from_run: int = 1) -> Tactic:
 
 @dataclass
 class FailingBackend(Backend):
-    """Its tactics fail as they are named; preparing fails at `bad_rows`, the reference at `bad_reference_rows`."""
+    """Its tactics fail as they are named; preparing fails at `bad_rows`, the reference at `bad_reference_rows`.
+
+    `killed`: how many processes are killed as they begin `prepare`, `reference` or a tactic from its run `from_run` on.
+    They are counted in files in `folder`, because processes share nothing else.
+    """
 
     bad_rows: Mapping[int, str] = field(default_factory=dict)
     bad_reference_rows: Mapping[int, str] = field(default_factory=dict)
+    killed: Mapping[str | Tactic, int] = field(default_factory=dict)
+    folder: str = ""
     name: str = "failing"
 
     def unavailable(self) -> None:
@@ -105,36 +111,58 @@ class FailingBackend(Backend):
         return 1e-2
 
     def prepare(self, problem: Problem) -> FailingRunner:
-        import torch  # noqa: F401  # here, not in a first run, which has one second
-
         planted_time.install()
         if (way := self.bad_rows.get(problem.rows)) == "is unsupported":
             raise UnsupportedError("No such rows.", "Ask for others.")
         if way:
             WAYS[way]()
-        return FailingRunner(self.bad_reference_rows.get(problem.rows))
+        self.maybe_kill("prepare")
+        return FailingRunner(self, self.bad_reference_rows.get(problem.rows))
+
+    def maybe_kill(self, step: str | Tactic) -> None:
+        """Kills this process, unless as many as planted have been."""
+        if step in self.killed:
+            count = os.path.join(self.folder, f"{list(self.killed).index(step)}")
+            with open(count, "a") as file:
+                file.write(".")
+            if os.path.getsize(count) <= self.killed[step]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of one value. It imports torch only when it is compared, because most processes only time."""
+
+    value: int
+
+    def float(self) -> torch.Tensor:
+        import torch
+
+        return torch.tensor([self.value], dtype=torch.float32)
 
 
 @dataclass
 class FailingRunner:
+    backend: FailingBackend
     bad_reference: str | None
     runs: Counter[Tactic] = field(default_factory=Counter)
 
-    def run(self, tactic: Tactic, draw: int = 0) -> torch.Tensor:
+    def run(self, tactic: Tactic, draw: int = 0) -> Output:
         self.runs[tactic] += 1
-        if self.runs[tactic] >= tactic["from_run"] and (way := WAYS.get(str(tactic["name"]))):
-            way()
+        if self.runs[tactic] >= tactic["from_run"]:
+            if way := WAYS.get(str(tactic["name"])):
+                way()
+            self.backend.maybe_kill(tactic)
+        if tactic["name"] == "dies beside others" and len(self.runs) > 1:
+            _dereference_null()
         planted_time.spend(1.0)
-        import torch
+        return Output(0 if tactic["name"] == "zeros" else 1)
 
-        return torch.full((1,), 0.0 if tactic["name"] == "zeros" else 1.0)
-
-    def reference(self, draw: int = 0) -> torch.Tensor:
+    def reference(self, draw: int = 0) -> Output:
+        self.backend.maybe_kill("reference")
         if self.bad_reference:
             WAYS[self.bad_reference]()
-        import torch
-
-        return torch.ones(1)
+        return Output(1)
 
 
 def problem(rows: int = 4) -> Problem:

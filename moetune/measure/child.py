@@ -113,7 +113,7 @@ class Child:
             )
         try:
             self.channel.send((serve, arguments))
-        except BrokenPipeError:  # the process has already ended; the next `receive` raises EOFError
+        except ConnectionError:  # the process has already ended; the next `receive` raises EOFError
             pass
         except BaseException:
             self.kill()

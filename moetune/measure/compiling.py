@@ -6,16 +6,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from multiprocessing.connection import Pipe, wait
 from typing import Any, Self
 
 from moetune.backends.base import Backend
 from moetune.measure.child import Channel, Child
-from moetune.measure.reasons import reason_of
+from moetune.measure.reasons import both, reason_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -23,6 +23,8 @@ from moetune.spec.tactic import Tactic
 NICENESS = 10
 RESERVE = 3
 """One process out of this many is kept free for tactics that a caller waits for."""
+STARTS = 4
+"""How often a process is started for one job before the job fails because the processes die as they start."""
 START_S = 300.0
 """A process that has not acknowledged a job within this time is killed, and the job fails."""
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -41,8 +43,9 @@ class Compilers:
     """A pool of processes that compile, with low priority and without a GPU. It is a context manager.
 
     Processes start when there are requests and end with the context. The parts of a tactic are compiled in parallel.
-    If a process dies or hangs, the tactic that it was compiling fails. If it dies while idle, no tactic fails. On a
-    CPU, or with a backend that does not compile ahead, requests do nothing.
+    If a process hangs, the tactic that it was compiling fails. If it dies, the tactic is compiled once more, in a new
+    process while no other one compiles, and fails if that process dies too. If a process dies while idle, no tactic
+    fails. On a CPU, or with a backend that does not compile ahead, requests do nothing.
 
     Args:
         backend: the backend. It is pickled, so its class must be defined in a module.
@@ -179,10 +182,12 @@ class Compilers:
                 child.kill()
 
     def _assign(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
-        while len(busy) < self._most and (job := self._next(len(busy))):
-            if idle:
+        while len(busy) < self._most and (job := self._next(busy.values())):
+            if idle and not job.died:
                 child, state = idle.pop(), _State.ASSIGNED
             else:
+                if idle:
+                    idle.pop().kill()  # it makes room for the new process
                 child, state = Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS), _State.STARTING
             busy[child.channel.connection] = _Busy(child, job, state, START_S)
             with suppress(OSError):  # if the process is dead, `_receive` finds that out
@@ -193,12 +198,7 @@ class Compilers:
         try:
             answer = process.child.channel.receive()
         except (EOFError, OSError):
-            reason = str(process.child.died())
-            if process.state is _State.ASSIGNED:  # the job had not begun, so it did not end the process
-                with self._changed:
-                    self._queue.appendleft(process.job)
-            else:
-                self._finish(process.job, reason)
+            self._died(process, str(process.child.died()))
             return
         if answer is None:
             busy[ready] = _Busy(process.child, process.job, _State.COMPILING, self._timeout_s)
@@ -206,16 +206,36 @@ class Compilers:
             idle.append(process.child)
             self._finish(process.job, answer.reason)
 
-    def _next(self, busy: int) -> _Job | None:
+    def _died(self, process: _Busy, reason: str) -> None:
+        """Puts the job of a dead process back to the front of the queue, or lets it fail; see `_State`."""
+        job = process.job
+        match process.state:
+            case _State.COMPILING if job.died:
+                self._finish(job, both(job.died, reason))
+                return
+            case _State.COMPILING:
+                job = replace(job, died=reason)
+            case _State.STARTING if job.starts + 1 >= STARTS:
+                self._finish(job, reason)
+                return
+            case _State.STARTING:
+                job = replace(job, starts=job.starts + 1)
+        with self._changed:
+            self._queue.appendleft(job)
+
+    def _next(self, busy: Collection[_Busy]) -> _Job | None:
         """Returns the next job, or None if there is none to start now.
 
-        A job that no caller waits for starts only while more processes than the reserve are free.
+        A job that no caller waits for starts only while more processes than the reserve are free. A job during which a
+        process died starts only while no other process has one, and no other job starts beside it.
         """
         with self._changed:
             if not self._queue or self._closed:
                 return None
+            if busy and (self._queue[0].died or any(each.job.died for each in busy)):
+                return None
             awaited = self._queue[0].key in self._awaited
-            return self._queue.popleft() if awaited or busy < max(1, self._most - self._reserve) else None
+            return self._queue.popleft() if awaited or len(busy) < max(1, self._most - self._reserve) else None
 
     def _finish(self, job: _Job, reason: str | None) -> None:
         with self._changed:
@@ -232,17 +252,21 @@ class _Job:
     tactic: Tactic
     part: int
     capability: tuple[int, int]
+    died: str = ""
+    """How the process ended in which it was compiled before; empty if none did."""
+    starts: int = 0
+    """How many processes died before they acknowledged it."""
 
 
 class _State(Enum):
-    """The states of a process that has a job. Where the process ends, the state decides whether the job fails."""
+    """The states of a process that has a job. Where the process dies, the state decides whether the job fails."""
 
     STARTING = auto()
-    """The process is new and has not acknowledged its first job. The job fails; a retry could go on for ever."""
+    """The process is new and has not acknowledged its first job. The job goes back to the queue, `STARTS` − 1 times."""
     ASSIGNED = auto()
     """The process was idle and has not acknowledged the job. The job has not begun and goes back to the queue."""
     COMPILING = auto()
-    """The process has acknowledged the job. The job fails."""
+    """The process has acknowledged the job. The job is compiled once more; the second time it fails."""
 
 
 @dataclass(frozen=True, slots=True)

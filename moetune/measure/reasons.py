@@ -43,9 +43,16 @@ def reason_of_death(returncode: int, last_line: str = "") -> str:
     return shortened(f"{how}: {last_line}" if last_line else how)
 
 
-def shortened(text: str) -> str:
-    """Returns `text`, cut to `MOST_CHARACTERS` with an ellipsis if it is longer."""
-    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+def both(first: str, second: str) -> str:
+    """Returns the reason of a tactic that failed twice, the second time alone in a new process."""
+    if first == second:
+        return f"{shortened(first, MOST_CHARACTERS - 7)}, twice"
+    return shortened(f"{shortened(first, MOST_CHARACTERS // 2)}; tried again: {second}")
+
+
+def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
+    """Returns `text`, cut to `most` characters with an ellipsis if it is longer."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _signal_name(number: int) -> str:

@@ -1,11 +1,15 @@
 """`Worker` runs kernels in another process, because kernels can crash, hang, exhaust memory or break the CUDA context.
 
-If a kernel does one of these, its tactic fails and a new process is started. The calling process is not affected.
+If a kernel does one of these, a new process is started. The calling process is not affected.
+
+A process may also be killed from outside, for instance when memory runs out. So a tactic during which the process dies
+is tried once more, alone in a new process, and fails only if it ends that one too. A tactic that hangs fails at once.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +19,16 @@ from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError, MoetuneError, NoResultError
 from moetune.measure.bench import Activity, Bench, BenchLike, Series
 from moetune.measure.child import Channel, Child
-from moetune.measure.reasons import reason_of, shortened
+from moetune.measure.reasons import both, reason_of, shortened
 from moetune.spec.tactic import Tactic
 
 GLANCE_S = 0.1
 """The interval at which the parent reads the status of the process."""
+RETRIES = 3
+"""How often one request is sent again, to a new process, after deaths of the process that no tactic caused.
+
+It is also how often a tactic that runs alone, but ends the process beside others, is timed beside others again.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,7 @@ class Worker:
 
         Raises:
             MoetuneError: the backend refuses the problem.
-            NoResultError: the preparation failed, or the process ended during it.
+            NoResultError: the preparation failed, or processes ended during it again and again.
         """
         bench = WorkerBench(self, problem)
         self._request(bench, None)
@@ -104,28 +113,31 @@ class Worker:
         """Sends a request to the process and returns the answer. None only prepares the bench's problem.
 
         Raises:
-            _TacticLostError: a tactic ended the process. The tactic is among the bench's failures.
+            _TacticLostError: the process ended or hangs, and a tactic ran. The bench has noted that.
             MoetuneError: something else failed.
         """
-        fresh = self._child is None
-        try:
-            if self._prepared is not bench:
-                self._prepared = None
-                self._exchange(bench, bench.problem)
-                self._prepared = bench
-            return self._exchange(bench, request) if request else None
-        except _ProcessLostError as lost:
-            status = lost.status
-            if status.tactic is not None:
-                bench.failures.setdefault(status.tactic, shortened(f"{lost.how} during {status.activity}"))
-                raise _TacticLostError from None
-            if status.activity is Activity.IDLE and not fresh:  # it was killed from outside, between two requests
-                return self._request(bench, request)
-            raise NoResultError(
-                f"The worker process for {bench.problem.rows} rows of {bench.problem.layer.name} on {self._device} "
-                f"failed during {status.activity}: {lost.how}.",
-                "No tactic caused this. Check the free memory, the driver, and that the backend can be imported.",
-            ) from None
+        deaths = 0
+        while True:
+            try:
+                if self._prepared is not bench:
+                    self._prepared = None
+                    self._exchange(bench, bench.problem)
+                    self._prepared = bench
+                return self._exchange(bench, request) if request else None
+            except _ProcessLostError as lost:
+                status = lost.status
+                if status.tactic is not None:
+                    bench._ended(status.tactic, f"{lost.how} during {status.activity}", lost.hung)
+                    raise _TacticLostError from None
+                deaths += 1
+                if lost.hung or deaths > RETRIES:
+                    again = "" if lost.hung else f", {deaths} times in a row"
+                    raise NoResultError(
+                        f"The worker process for {bench.problem.rows} rows of {bench.problem.layer.name} on "
+                        f"{self._device} failed during {status.activity}{again}: {lost.how}.",
+                        "No tactic caused this. Check the free memory, the driver, and that the backend can be "
+                        "imported.",
+                    ) from None
 
     def _exchange(self, bench: WorkerBench, request: object) -> Any:
         child = self._start()
@@ -135,7 +147,7 @@ class Worker:
             status = child.channel.noted()
             how = str(child.died())
             self.close()
-            raise _ProcessLostError(status, how) from None
+            raise _ProcessLostError(status, how, hung=False) from None
         except BaseException:
             self.close()  # or the answer to this request would be taken for the answer to the next
             raise
@@ -156,7 +168,7 @@ class Worker:
                 reasons = bench.eager if isinstance(message, _Eager) else bench.failures
                 reasons[message.tactic] = message.reason
             elif self._now_s() > max(status.since, sent) + limit_s and status == child.channel.noted():
-                raise _ProcessLostError(status, f"hung: not finished within {limit_s:g} s")
+                raise _ProcessLostError(status, f"hung: not finished within {limit_s:g} s", hung=True)
 
     def _start(self) -> Child:
         if self._child is None:
@@ -196,35 +208,65 @@ class WorkerBench:
     problem: Problem
     failures: dict[Tactic, str] = field(default_factory=dict)
     eager: dict[Tactic, str] = field(default_factory=dict)
+    _suspects: dict[Tactic, str] = field(default_factory=dict)
+    """The tactics during which the process died once, with the reason; each is tried alone next."""
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """Times tactics; see `Bench.samples`. If a tactic ends the process, the others are timed again without it.
+        """Times tactics; see `Bench.samples`.
+
+        If the process dies while a tactic runs, the tactic is timed alone in a new process. If it ends that one too, it
+        fails. Then the tactics that have not failed are timed again.
 
         Raises:
-            NoResultError: the process failed, but not in a tactic.
+            NoResultError: processes failed again and again, but not in a tactic.
         """
+        ran_alone: Counter[Tactic] = Counter()
         while running := [tactic for tactic in tactics if tactic not in self.failures]:
+            alone = next((tactic for tactic in running if tactic in self._suspects), None)
             try:
-                answer = self.worker._request(self, _Request("samples", (running, list(draws))))
+                if alone is None:
+                    answer = self.worker._request(self, _Request("samples", (running, list(draws))))
+                    break
+                self.worker._request(self, _Request("samples", ([alone], list(draws))))
             except _TacticLostError:
                 continue
-            series = iter(answer)
-            ran = set(running)
-            return [next(series) if tactic in ran else None for tactic in tactics]
-        return [None] * len(tactics)
+            ran_alone[alone] += 1
+            reason = self._suspects.pop(alone)
+            if ran_alone[alone] > RETRIES and alone not in self.failures:
+                self.failures[alone] = shortened(f"{reason} beside others, {ran_alone[alone]} times")
+        else:
+            return [None] * len(tactics)
+        series = iter(answer)
+        ran = set(running)
+        return [next(series) if tactic in ran else None for tactic in tactics]
 
     def check(self, tactic: Tactic, draw: int) -> bool:
-        """Checks a tactic's output; see `Bench.check`.
+        """Checks a tactic's output; see `Bench.check`. If the process dies during the check, it is done once more.
 
         Raises:
-            NoResultError: the process failed, but not in the tactic.
+            NoResultError: processes failed again and again, but not in the tactic.
         """
+        while tactic not in self.failures:
+            try:
+                right = bool(self.worker._request(self, _Request("check", (tactic, draw))))
+            except _TacticLostError:
+                continue
+            self._suspects.pop(tactic, None)
+            return right
+        return False
+
+    def _ended(self, tactic: Tactic, reason: str, hung: bool) -> None:
+        """Notes that the process died or hung while `tactic` ran. It fails if it hung, or if this is the second time.
+
+        A tactic that the process has already reported as failed keeps that reason.
+        """
+        first = self._suspects.pop(tactic, None)
         if tactic in self.failures:
-            return False
-        try:
-            return bool(self.worker._request(self, _Request("check", (tactic, draw))))
-        except _TacticLostError:
-            return False
+            return
+        if hung or first is not None:
+            self.failures[tactic] = shortened(reason) if first is None else both(first, reason)
+        else:
+            self._suspects[tactic] = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,15 +308,16 @@ class _ProcessLostError(Exception):
     Args:
         status: what it was doing.
         how: how it ended.
+        hung: whether it hangs; else it has ended.
     """
 
-    def __init__(self, status: _Status, how: str) -> None:
+    def __init__(self, status: _Status, how: str, *, hung: bool) -> None:
         super().__init__(how)
-        self.status, self.how = status, how
+        self.status, self.how, self.hung = status, how, hung
 
 
 class _TacticLostError(Exception):
-    """A tactic ended the process. The tactic is among the bench's failures."""
+    """The process ended or hangs, and a tactic ran. The bench has noted that."""
 
 
 class _Reporter:

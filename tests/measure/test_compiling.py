@@ -121,9 +121,9 @@ def test_a_process_is_kept_free_for_what_is_waited_for(log):
 def test_each_failure_costs_that_tactic_alone_and_is_named(log, before):
     bad = {
         tactic("raises"): "RuntimeError: planted failure",
-        tactic("segfaults"): "killed by SIGSEGV",
+        tactic("segfaults"): "killed by SIGSEGV, twice",
         tactic("spins"): "hung: not compiled within 4 s",
-        tactic("exits"): "the process exited with status 3: free(): invalid pointer",
+        tactic("exits"): "the process exited with status 3: free(): invalid pointer, twice",
     }
     with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=2, timeout_s=4) as compilers:
         assert compilers.wait(LAYER, REGIME, 4, [NAMES[0], *bad, NAMES[1]]) == bad
@@ -143,6 +143,31 @@ def test_a_process_that_dies_idle_costs_no_tactic(log, before):
         assert eventually(lambda: not is_running(idle))
         assert compilers.wait(LAYER, REGIME, 4, NAMES[1:3]) == {}
         assert compiled(log) == ["a", "b", "c"]
+    assert children() == before
+
+
+def test_a_process_that_is_killed_from_outside_as_it_compiles_costs_no_tactic(log, before):
+    with Compilers(held(log, "a"), HOPPER, processes=1) as compilers:
+        compilers.request(LAYER, REGIME, 4, NAMES[:3])
+        assert eventually(lambda: compiled(log) == ["a"])
+        (compiling_a,) = children() - before
+        os.kill(compiling_a, signal.SIGKILL)
+        assert eventually(lambda: compiled(log) == ["a", "a"])
+        gate(log).touch()
+        assert compilers.wait(LAYER, REGIME, 4, NAMES[:3]) == {}
+    assert compiled(log) == ["a", "a", "b", "c"]
+    assert children() == before
+
+
+def test_a_job_during_which_a_process_died_runs_alone_in_a_new_process(log, before):
+    alone = tactic("segfaults")
+    with Compilers(CompilingBackend(log=str(log)), HOPPER, processes=3) as compilers:
+        assert compilers.wait(LAYER, REGIME, 4, NAMES[:3]) == {}
+        assert compilers.wait(LAYER, REGIME, 4, [alone, *NAMES]) == {alone: "killed by SIGSEGV, twice"}
+        assert len(children() - before) <= 3
+    lines = [line.split("|") for line in log.read_text().splitlines()]
+    _, second = (at for at, line in enumerate(lines) if line[0] == "segfaults")
+    assert lines[second][5] not in {line[5] for line in lines[:second]}
     assert children() == before
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moetune.measure.reasons import MOST_CHARACTERS, reason_of, reason_of_death
+from moetune.measure.reasons import MOST_CHARACTERS, both, reason_of, reason_of_death
 
 
 @given(st.text())
@@ -57,3 +57,12 @@ def test_shared_memory_of_a_block_is_not_the_memory_that_runs_out():
 )
 def test_a_death_is_named(returncode, last_line, reason):
     assert reason_of_death(returncode, last_line) == reason
+
+
+def test_two_reasons_are_one_line_that_has_both():
+    assert both("killed by SIGSEGV", "killed by SIGSEGV") == "killed by SIGSEGV, twice"
+    assert both("a", "b") == "a; tried again: b"
+    long = both("a" * 300, "b" * 300)
+    assert len(long) == MOST_CHARACTERS
+    assert "a…; tried again: b" in long
+    assert both("a" * 300, "a" * 300).endswith("…, twice")

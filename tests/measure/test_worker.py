@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from moetune.backends.base import Problem
 from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import NoResultError, UnsupportedError
 from moetune.measure.bench import Activity
-from moetune.measure.worker import Timeouts, Worker, open_benches
+from moetune.measure.worker import RETRIES, Timeouts, Worker, open_benches
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.draws import as_draws
@@ -78,11 +79,11 @@ def test_whatever_a_tactic_does_costs_that_tactic_and_nothing_else(bench, hang_c
         tactic("raises"): "RuntimeError: planted failure",
         tactic("exhausts memory"): "out of memory: MemoryError: 200 GiB",
         HANGS_AT_ONCE: "hung: not finished within 60 s during its first run",
-        tactic("segfaults"): "killed by SIGSEGV during its first run",
-        tactic("exits"): "the process exited with status 3: free(): invalid pointer during its first run",
-        tactic("is killed"): "killed by SIGKILL, as the system does when memory runs out during its first run",
+        tactic("segfaults"): "killed by SIGSEGV during its first run, twice",
+        tactic("exits"): "the process exited with status 3: free(): invalid pointer during its first run, twice",
+        tactic("is killed"): "killed by SIGKILL, as the system does when memory runs out during its first run, twice",
         tactic("loses the device"): "RuntimeError: CUDA error: an illegal memory access was encountered",
-        tactic("segfaults", from_run=3): "killed by SIGSEGV during its timing",
+        tactic("segfaults", from_run=3): "killed by SIGSEGV during its timing, twice",
         HANGS_LATER: "hung: not finished within 60.25 s during its timing",
         tactic("raises", from_run=4): "RuntimeError: planted failure",
     }
@@ -117,7 +118,7 @@ def test_a_wrong_result_is_found_and_a_right_one_passes(bench):
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("segfaults", "killed by SIGSEGV during its check"),
+        ("segfaults", "killed by SIGSEGV during its check, twice"),
         ("raises", "RuntimeError: planted failure"),
         ("loses the device", "RuntimeError: CUDA error: an illegal memory access was encountered"),
     ],
@@ -129,7 +130,10 @@ def test_a_tactic_that_fails_in_its_check_is_not_right(bench, way, reason):
 
 
 def test_without_a_reference_no_tactic_fails(worker):
-    for rows, said in ((8, "reference computation: the process exited with status 3"), (9, "planted failure")):
+    for rows, said in (
+        (8, "reference computation, 4 times in a row: the process exited with status 3"),
+        (9, "planted failure"),
+    ):
         bench = worker.bench(problem(rows))
         with pytest.raises(NoResultError, match=said) as error:
             bench.check(GOOD, 0)
@@ -139,7 +143,9 @@ def test_without_a_reference_no_tactic_fails(worker):
 
 
 def test_a_problem_that_cannot_be_prepared_is_an_error_and_the_next_one_works(worker):
-    with pytest.raises(NoResultError, match=r"5 rows of tiny on cpu failed during the preparation: killed by SIGSEGV"):
+    with pytest.raises(
+        NoResultError, match=r"5 rows of tiny on cpu failed during the preparation, 4 times in a row: killed by SIGSEGV"
+    ):
         worker.bench(problem(5))
     with pytest.raises(NoResultError, match="RuntimeError: planted failure"):
         worker.bench(problem(6))
@@ -164,6 +170,72 @@ def test_a_process_killed_from_outside_between_requests_is_replaced(bench, other
     assert bench.samples([GOOD], [0]) != [None]
     assert bench.failures == {}
     assert children() - other_processes != {pid}
+
+
+@pytest.fixture
+def killed_worker(tmp_path):
+    """Starts a worker whose processes are killed as planted, and returns the bench."""
+    with ExitStack() as stack:
+
+        def start(killed):
+            backend = FailingBackend(killed=killed, folder=str(tmp_path))
+            return stack.enter_context(Worker(backend, "cpu", timeouts=TIMEOUTS)).bench(problem())
+
+        yield start
+
+
+def test_tactics_that_are_killed_from_outside_once_are_measured(killed_worker):
+    at_once, later = tactic("a"), tactic("b", from_run=3)
+    bench = killed_worker({"prepare": 1, at_once: 1, later: 1})
+    series = bench.samples([GOOD, at_once, later, GOOD], [0, 1, 0])
+    assert [len(samples) for samples in series] == [3, 3, 3, 3]
+    assert bench.failures == {}
+
+
+def test_a_check_and_its_reference_that_are_killed_from_outside_are_done_again(killed_worker):
+    bench = killed_worker({"reference": 2, OTHER: 1, tactic("zeros"): 1})
+    assert bench.check(OTHER, 0)
+    assert not bench.check(tactic("zeros"), 0)
+    assert bench.failures == {tactic("zeros"): "wrong result: relative error 1.0e+00, allowed 1e-02"}
+
+
+def test_a_tactic_that_ran_alone_after_a_kill_may_be_killed_again_later(killed_worker):
+    bench = killed_worker({tactic("a"): 1})
+    assert bench.samples([GOOD, tactic("a")], [0]) != [None, None]
+    os.kill(bench.worker._child.pid, signal.SIGKILL)
+    bench._ended(tactic("a"), "killed by SIGKILL during its timing", hung=False)
+    assert None not in bench.samples([GOOD, tactic("a")], [0])
+    assert bench.failures == {}
+
+
+def test_processes_that_die_again_and_again_are_an_error_that_blames_no_tactic(killed_worker):
+    with pytest.raises(NoResultError, match="during the preparation, 4 times in a row: killed by SIGKILL"):
+        killed_worker({"prepare": RETRIES + 1})
+    assert killed_worker({"prepare": RETRIES}).samples([GOOD], [0]) != [None]
+
+
+def test_a_tactic_that_dies_in_two_ways_fails_with_both(killed_worker):
+    exits = tactic("exits", from_run=2)
+    bench = killed_worker({exits: 1})
+    bench._ended(exits, "killed by SIGKILL, as the system does when memory runs out during its check", hung=False)
+    assert bench.samples([exits, GOOD], [0])[0] is None
+    assert bench.failures[exits].startswith("killed by SIGKILL, as the system does when memory runs out during its")
+    assert "; tried again: the process exited with status 3" in bench.failures[exits]
+
+
+def test_a_hang_after_a_death_is_no_second_chance(bench):
+    bench._ended(OTHER, "killed by SIGKILL during its timing", hung=False)
+    assert bench.failures == {}
+    bench._ended(OTHER, "hung: not finished within 1 s during its timing", hung=True)
+    said = "killed by SIGKILL during its timing; tried again: hung: not finished within 1 s during its timing"
+    assert bench.failures == {OTHER: said}
+
+
+def test_a_tactic_that_dies_beside_others_alone_is_not_tried_for_ever(killed_worker):
+    social = tactic("dies beside others")
+    bench = killed_worker({})
+    assert [bool(samples) for samples in bench.samples([GOOD, social], [0])] == [True, False]
+    assert bench.failures == {social: "killed by SIGSEGV during its timing beside others, 4 times"}
 
 
 def test_nothing_to_time_needs_no_request(bench):
