@@ -12,7 +12,7 @@ from moetune.inputs import launch_sglang, launch_trtllm, launch_vllm
 from moetune.inputs.flag_table import table
 from moetune.inputs.launch_command import ServerCommand, find
 from moetune.inputs.launch_line import Line, known_text, parse
-from moetune.inputs.launch_model import Deployed, model_named, precision_asked
+from moetune.inputs.launch_model import Deployed, changed_precision, model_named
 from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
 
@@ -70,9 +70,9 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
     _require_no_more_words(line, server.program)
     layer = layer_of({**found, **beside})
     if "precision" not in beside:
-        asked = precision_asked(line, layer.precision)
-        if asked is not None:
-            found["precision"] = str(asked)
+        changed = changed_precision(line, layer.precision)
+        if changed is not None:
+            found["precision"] = str(changed)
             layer = layer_of({**found, **beside})
     deployed = Deployed(layer, beside, warnings)
     found |= _READERS[server.engine](line, deployed)

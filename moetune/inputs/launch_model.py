@@ -84,7 +84,7 @@ def model_named(line: Line, *, precise: bool) -> Model:
     return Model(found.preset, None if found.precision == repositories.UNKNOWN else found.precision)
 
 
-def precision_asked(line: Line, own: Precision) -> Precision | None:
+def changed_precision(line: Line, own: Precision) -> Precision | None:
     """Returns the precision to which `--quantization` or `--dtype` changes experts stored as `own`, or None.
 
     Raises:
@@ -92,12 +92,12 @@ def precision_asked(line: Line, own: Precision) -> Precision | None:
         UsageError: `--hf-overrides` changes the experts.
     """
     _require_no_overrides(line)
-    asked = line.text("quantization", "quant")
-    if asked is not None:
-        key = asked.lower().replace("_", "-")
+    name = line.text("quantization", "quant")
+    if name is not None:
+        key = name.lower().replace("_", "-")
         if key not in _QUANTIZATIONS:
             raise UnsupportedError(
-                f"--quantization {asked} is not supported.",
+                f"--quantization {name} is not supported.",
                 f"Pass --precision to override it. Supported: {', '.join(_QUANTIZATIONS)}.",
             )
         return None if key == "fp8" and own is not Precision.BF16 else _QUANTIZATIONS[key]

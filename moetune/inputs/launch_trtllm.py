@@ -38,8 +38,8 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     settings = settings_file.read(path, "--extra_llm_api_options") if path else {}
     tp = _number(settings, "tensor_parallel_size") or line.number("tp-size", "tensor-parallel-size", "tp") or 1
     ep = _experts_over(line, settings, tp)
-    asked = setting(settings, "enable_attention_dp")
-    own_tokens = line.switch("enable-attention-dp") if asked is None else str(asked).lower() in TRUE
+    given = setting(settings, "enable_attention_dp")
+    own_tokens = line.switch("enable-attention-dp") if given is None else str(given).lower() in TRUE
     word = "none"
     if own_tokens:
         forced = line.variable("TRTLLM_FORCE_COMM_METHOD") or line.variable("TRTLLM_FORCE_ALLTOALL_METHOD")

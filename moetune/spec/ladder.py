@@ -1,9 +1,11 @@
-"""`Ladder`: the row counts that are tuned, and the rule by which an engine maps run-time rows to one of them.
+"""Defines `Ladder`: the row counts that are tuned, and the rule by which an engine maps a row count to one of them.
 
-Rules, each checked against the engine's source: TensorRT-LLM `round_rule` (TensorRT-LLM #13667: after dividing by ep
-under attention DP, the last power of two, but past 8192 the larger maximum); FlashInfer
-`get_hybrid_num_tokens_buckets` / `map_to_hybrid_bucket` (0.6.18 … 0.7.2.post1); vLLM `try_get_optimal_moe_config`
-(nearest key, the smaller one of two equally near).
+Each rule was checked against the engine's source:
+
+- `pow2`: `round_rule` of TensorRT-LLM (TensorRT-LLM #13667). It divides the rows by ep under attention DP, then rounds
+  them down to a power of two. If the maximum is larger than 8192, it maps all rows above 8192 to the maximum.
+- `hybrid`: `get_hybrid_num_tokens_buckets` and `map_to_hybrid_bucket` of FlashInfer (0.6.18 … 0.7.2.post1).
+- `vllm`: `try_get_optimal_moe_config` of vLLM. It takes the nearest key, and the smaller one of two equally near.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from moetune.spec.model import FrozenModel
 
 Rounding = Literal["floor", "ceil", "nearest"]
 POW2_LAST = 8192
+"""The largest power of two among the buckets of `pow2`."""
 VLLM_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 SPELLINGS = "pow2, hybrid, vllm or a list like 1,2,4 (pow2/8: run-time rows are divided by 8 first)"
 
@@ -43,7 +46,7 @@ class Ladder(FrozenModel):
 
     @classmethod
     def parse(cls, spelled: object) -> Ladder:
-        """Returns a `Ladder` from a spelling (`"pow2"`, `"pow2/8"`, `"1,2,4"`), a sequence of ints, or itself.
+        """Returns the ladder that is spelled like `"pow2"`, `"pow2/8"` or `"1,2,4"`, or given as ints or a `Ladder`.
 
         Raises:
             UsageError: the spelling is none of these.
@@ -72,7 +75,7 @@ class Ladder(FrozenModel):
 
     @property
     def rounding(self) -> Rounding:
-        """How rows between two buckets are mapped; those that `pow2` has past 8192 go to its maximum all the same."""
+        """The rule for rows between two buckets. `pow2` does not apply it to rows above 8192; see `lookup`."""
         return {"pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "list": "ceil"}[self.name]  # type: ignore[return-value]
 
     def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
@@ -95,10 +98,10 @@ class Ladder(FrozenModel):
                 return tuple(size for size in self.sizes if size <= tune_max_num_tokens)
 
     def lookup(self, rows: int, tune_max_num_tokens: int) -> int:
-        """Returns the bucket to which the engine maps `rows` run-time rows.
+        """Returns the bucket to which the engine maps `rows` rows.
 
-        As in FlashInfer the result of `hybrid` can be no bucket (a miss there): with a maximum of 100, 65 … 99
-        rows map to 128.
+        As in FlashInfer, `hybrid` can return a row count that is no bucket, so that FlashInfer finds no entry: with a
+        maximum of 100, it maps 65 to 99 rows to 128.
         """
         rows = max(1, rows // self.divisor)
         if self.name == "hybrid":
@@ -123,7 +126,7 @@ class Ladder(FrozenModel):
         def looked_up(rows: int) -> int:
             return self.lookup(rows * self.divisor, tune_max_num_tokens)
 
-        rows = range(1, tune_max_num_tokens)  # FlashInfer can look these up above the maximum, so not with it
+        rows = range(1, tune_max_num_tokens)  # `hybrid` can map these above the maximum, so the maximum comes below
         first = bisect.bisect_left(rows, bucket, key=looked_up)
         found = rows[first : bisect.bisect_right(rows, bucket, key=looked_up)]
         if looked_up(tune_max_num_tokens) == bucket:

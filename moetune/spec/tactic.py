@@ -1,4 +1,4 @@
-"""`Tactic`: one choice a kernel offers."""
+"""Defines `Tactic`, one choice that a kernel offers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from pydantic_core import core_schema
 
 Value = int | bool | str
 
-
 UNTUNED = -1
-"""FlashInfer's number of no tactic: the kernel chooses by itself."""
+"""FlashInfer's number for no tactic. The kernel then makes its own choice."""
 
 
 class Tactic(Mapping[str, Value]):
-    """A small frozen, hashable mapping of names to ints, bools or strings; JSON as it is.
+    """A frozen, hashable mapping of names to ints, bools or strings. Its JSON is an object with the same entries.
 
     >>> Tactic(BLOCK_SIZE_M=64, num_warps=4)["num_warps"]
     4
+
+    Raises:
+        TypeError: a name is no string, or a value is of another type.
     """
 
     __slots__ = ("_items", "_key")
@@ -31,7 +33,7 @@ class Tactic(Mapping[str, Value]):
             if not isinstance(name, str) or not isinstance(value, int | str):
                 raise TypeError(f"A tactic maps names to ints, bools or strings; given {name!r}: {value!r}.")
         object.__setattr__(self, "_items", items)
-        # a bool is no int here, though Python's True == 1
+        # the types are part of the key, because True == 1 in Python
         key = frozenset((name, type(value).__name__, value) for name, value in items.items())
         object.__setattr__(self, "_key", key)
 
@@ -57,7 +59,7 @@ class Tactic(Mapping[str, Value]):
         return f"Tactic({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
     def __str__(self) -> str:
-        """One value alone as it is, else `name=value` pairs: for tables."""
+        """Returns a single value without its name, and several as `name=value` pairs. Tables show this."""
         if len(self) == 1:
             return str(next(iter(self.values())))
         return " ".join(f"{name}={value}" for name, value in self.items())

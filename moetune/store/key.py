@@ -1,4 +1,4 @@
-"""`Key`: the layer, regime, backend and environment that a profile answers for."""
+"""Defines `Key`, which identifies a profile in a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moetune.store.profile import Profile
 
 
 class Key(NamedTuple):
-    """What a profile is stored and found under."""
+    """The layer, regime, backend and environment of a profile. It is stored and found under them."""
 
     layer: MoELayer
     regime: Regime
@@ -40,7 +40,7 @@ class Key(NamedTuple):
         return folder / f"{self.backend}-{self.environment.digest}.json"
 
     def differences(self, stored: Profile) -> tuple[Difference, ...]:
-        """Returns the fields in which `stored` differs from this key. Names and informative fields do not count."""
+        """Returns the fields in which `stored` differs from this key, except names and informative fields."""
         fields = {
             **_unequal(self.layer.shape, stored.layer.shape),
             **self.regime.differing(stored.regime),

@@ -1,4 +1,4 @@
-"""`plan`: what each bucket's kernel will see, move and compute, and what travels, before anything is measured."""
+"""Defines `plan`, which computes the load, traffic, bytes and operations of each bucket without a measurement."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WEIGHT_BITS: Mapping[Precision, Fraction] = {
     Precision.INT8_W8A8: Fraction(8),
     Precision.W4A8: 4 + Fraction(16, 128),
 }
-"""Bits of one weight, its share of the block scales and zero points included; groups are of 128 where they vary."""
+"""Bits of one weight, with its share of block scales and zero points. Group sizes that vary are taken as 128."""
 INPUT_BITS: Mapping[Precision, Fraction] = {
     Precision.FP32: Fraction(32),
     Precision.BF16: Fraction(16),
@@ -65,21 +65,27 @@ INPUT_BITS: Mapping[Precision, Fraction] = {
     Precision.INT8_W8A8: Fraction(8),
     Precision.W4A8: Fraction(8),
 }
-"""Bits of one value that enters a GEMM, its share of the block scales included; what leaves one is 16 bits wide."""
+"""Bits of one value that enters a GEMM, with its share of block scales. Values that leave a GEMM have 16 bits."""
 
 
 class BucketPlan(FrozenModel):
-    """What one rank's kernel sees in one bucket, on average over draws.
+    """The expected load of one rank's kernel in one bucket, on average over draws.
 
-    `met_rows` enter the kernel for `tokens_per_rank` tokens of each rank. Where no number of tokens brings just the
-    `rows` by which the bucket is looked up, they are others; half the dummies have these. `local_slots` of their slots
-    are the rank's, `slots_per_expert` on each of its experts, of which `active_experts` have any.
-
-    `received_bytes` and `combine_bytes` reach the rank from the others, for bf16 activations and the first routing of
-    `Plan.wire`, at `max(1, round(tokens_per_rank))` tokens. `weight_bytes`: the weights of the active experts.
-    `activation_bytes`: what both GEMMs read and write, S·(H + 2·I/tp) and S·(I/tp + H) values for S local slots.
-    `flops`: 2·S·3·H·I/tp. `tactics`: how many would be tried, None where `Plan.tactics_unknown` says why;
-    `excluded_tactics`: those left out, with the reasons.
+    Attributes:
+        rows: the bucket.
+        met_rows: the typical rows: `rows`, or the most likely row count that maps to it. All loads are for these rows.
+        tokens_per_rank: the tokens of each rank that produce `met_rows`.
+        local_slots: the slots of local experts.
+        slots_per_expert: `local_slots` over the number of local experts.
+        active_experts: the local experts that have a slot.
+        received_bytes: the bytes that the dispatch sends to this rank, for bf16 activations and the first routing of
+            `Plan.wire`, at `max(1, round(tokens_per_rank))` tokens.
+        combine_bytes: the bytes that the combine sends back to this rank: the results of its tokens.
+        weight_bytes: the weights of the active experts.
+        activation_bytes: what both GEMMs read and write: S·(H + 2·I/tp) and S·(I/tp + H) values for S local slots.
+        flops: 2·S·3·H·I/tp.
+        tactics: the number of candidates; None if `Plan.tactics_unknown` says why.
+        excluded_tactics: the excluded tactics, each with the reason.
     """
 
     rows: int
@@ -98,9 +104,14 @@ class BucketPlan(FrozenModel):
 
 
 class Payload(FrozenModel):
-    """One way in which a token can travel: its activation, its routing, and the bytes of every tensor.
+    """The bytes of one token for one format of its activation and one of its routing.
 
-    `ratio`: how many times smaller than the first way of the plan (bf16 activations), to two decimals.
+    Attributes:
+        activation: the format of the activation.
+        routing: the format of the routing.
+        payload_bytes_per_token: the bytes of all tensors.
+        ratio: how many times smaller it is than the plan's first entry, which has bf16 activations, to two decimals.
+        tensors: the bytes of each tensor.
     """
 
     activation: Literal["bf16", "fp8", "fp4"]
@@ -111,15 +122,26 @@ class Payload(FrozenModel):
 
 
 class Plan(FrozenModel):
-    """The plan of one rank. `buckets` ascend; `skipped_buckets` are those that a pool cannot have; `wire` is empty
-    where nothing is dispatched. `regime` is the one that `tune` would measure: with the rank that it would take.
+    """The plan of one rank.
 
-    `simulated`: whether the law behind the loads comes from the layer's own router on seeded logits, because it is
-    grouped; else it is in closed form. `hit_fraction`: the chance that a token has something for this rank.
-    `resident_bytes`: the weights of all its experts.
-
-    The command line fills in the rest: `kernels`, the stored `profile` that is nearest, and `next_command`, what to run
-    next; None where there is nothing to run.
+    Attributes:
+        layer: the layer.
+        regime: the regime that `tune` would measure, with the rank that it would choose.
+        rank: the rank of the plan.
+        first_expert: the rank's first physical expert.
+        num_local_experts: how many physical experts it holds.
+        resident_bytes: the weights of all local experts.
+        hit_fraction: the chance that a token has a slot on this rank.
+        simulated: whether the loads come from the layer's router on seeded logits, because it has groups. Otherwise
+            they are in closed form.
+        backend: the backend for which tactics are counted.
+        tactics_unknown: why they cannot be counted here; empty if they can.
+        skipped_buckets: the ladder's buckets that no pool maps to.
+        buckets: the plan of each bucket, ascending.
+        wire: the formats in which a token can travel; empty if nothing is dispatched.
+        kernels: the kernels that run the experts. Only the command line sets this and the next two fields.
+        profile: the nearest stored profile.
+        next_command: the command to run next; None if there is none.
     """
 
     schema_version: Literal[1] = 1
@@ -149,15 +171,15 @@ def plan(
     *,
     rank: RankWord | int | None = None,
 ) -> Plan:
-    """What `rank`'s kernel will see in each bucket of `regime`, and what would be tried. Measures nothing.
+    """Returns the expected load of a rank's kernel in each bucket, and the number of candidates. Measures nothing.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
-        regime: how one rank meets the layer. Where no distribution was given at its construction,
-            `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` gives it.
-        backend: whose tactics are counted, as `tune` takes it.
-        device: the torch device they are counted for; `cuda` where there is one, else `cpu`, by default.
-        rank: of 0 … ep_size − 1, or `mean` or `fullest`; by default the one that `tune` would measure.
+        regime: the deployment. If it was constructed without a distribution,
+            `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` sets it.
+        backend: the backend for which tactics are counted, as in `tune`.
+        device: the torch device for which tactics are counted; by default `cuda` if there is one, else `cpu`.
+        rank: 0 … ep_size − 1, `mean` or `fullest`; by default the rank that `tune` would measure.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, or no such rank.
@@ -197,7 +219,7 @@ def plan(
 def _candidates(
     layer: MoELayer, regime: Regime, backend: Backend, device: str | None
 ) -> tuple[dict[int, Candidates], str]:
-    """Each bucket's candidates; none, and why, where the backend cannot tell."""
+    """Returns the candidates of each bucket, or no candidates and the reason if the backend cannot list them."""
     from moetune.measure.probe import device_for
 
     if reason := backend.unsupported(layer, regime):
@@ -242,7 +264,7 @@ def _bucket(
 
 
 def _expert_bytes(layer: MoELayer, regime: Regime) -> float:
-    """One expert's weights on this rank, scales and biases (16 bits each) included."""
+    """Returns the bytes of one expert's weights on this rank, with scales and with biases of 16 bits each."""
     bits = layer.weights_per_expert // regime.tp_size * WEIGHT_BITS[layer.precision]
     if layer.expert_bias:
         bits += 16 * (layer.activation.halves * regime.intermediate_size(layer) + layer.hidden_size)
@@ -250,7 +272,7 @@ def _expert_bytes(layer: MoELayer, regime: Regime) -> float:
 
 
 def _payloads(layer: MoELayer, regime: Regime) -> tuple[Payload, ...]:
-    """Every activation with every routing that can travel in the regime's dispatch, the plainest first."""
+    """Returns every format of activation with every format of routing that the regime's dispatch can carry."""
     from moetune.workload.wire import WIRE_ACTIVATIONS, WIRE_ROUTINGS, wire
 
     if regime.dispatch == "none":

@@ -146,21 +146,21 @@ def _counts_by_best(layer: MoELayer) -> tuple[tuple[Counts, float], ...]:
     experts that are not skipped are the token's.
     """
     method, group_size = layer.routing, layer.num_experts // layer.routing.num_groups
-    met: dict[Counts, float] = {(): 1.0}
+    ways: dict[Counts, float] = {(): 1.0}
     for taken in range(layer.top_k):
-        after: defaultdict[Counts, float] = defaultdict(float)
-        for counts, chance in met.items():
-            unmet = method.num_groups - len(counts) if len(counts) < method.top_k_groups else 0
-            left = group_size * (len(counts) + unmet) - taken
-            if unmet:
-                after[tuple(sorted((*counts, 1)))] += chance * unmet * group_size / left
+        longer: defaultdict[Counts, float] = defaultdict(float)
+        for counts, chance in ways.items():
+            new_groups = method.num_groups - len(counts) if len(counts) < method.top_k_groups else 0
+            left = group_size * (len(counts) + new_groups) - taken
+            if new_groups:
+                longer[tuple(sorted((*counts, 1)))] += chance * new_groups * group_size / left
             for at, count in enumerate(counts):
                 if count == group_size:
                     continue
                 one_more = tuple(sorted((*counts[:at], count + 1, *counts[at + 1 :])))
-                after[one_more] += chance * (group_size - count) / left
-        met = after
-    return tuple(((*(0,) * (method.num_groups - len(counts)), *counts), chance) for counts, chance in met.items())
+                longer[one_more] += chance * (group_size - count) / left
+        ways = longer
+    return tuple(((*(0,) * (method.num_groups - len(counts)), *counts), chance) for counts, chance in ways.items())
 
 
 def _groups(layer: MoELayer, shard: Shard) -> list[Group]:

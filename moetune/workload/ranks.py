@@ -12,50 +12,50 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 
 
-def tuned_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> int:
+def tuned_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = None) -> int:
     """Returns the rank that a tune measures.
 
     `mean` chooses the rank with the load nearest to the mean of all ranks, and `fullest` the one with the highest load.
     A rank's load is the expected number of a token's slots on it (k·L/E without redundant experts). If ranks tie, the
     router has groups and the layout is deduplicated or pool, the spread of their experts over the groups decides in
     the same way: the more even the spread, the more tokens reach the rank. Of ranks that still tie, the lowest number
-    is returned. If all ranks are alike, the result is 0, for every value of `asked`.
+    is returned. If all ranks are alike, the result is 0, for every value of `rank`.
 
     Args:
         layer, regime: the deployment.
-        asked: `mean`, `fullest` or the number of a rank. None means `mean` for equal shards and `fullest` for unequal
+        rank: `mean`, `fullest` or the number of a rank. None means `mean` for equal shards and `fullest` for unequal
             shards.
 
     Raises:
-        UsageError: `asked` is another word, there is no such rank, or the regime does not fit the layer.
+        UsageError: `rank` is another word, there is no such rank, or the regime does not fit the layer.
     """
-    if asked not in (None, *RANK_WORDS) and type(asked) is not int:
-        raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {asked!r}.")
+    if rank not in (None, *RANK_WORDS) and type(rank) is not int:
+        raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {rank!r}.")
     even = equal_shards(layer, regime)
-    if isinstance(asked, int):
-        regime.shard(layer, asked)
-        return 0 if alike(layer, regime) else asked
+    if isinstance(rank, int):
+        regime.shard(layer, rank)
+        return 0 if alike(layer, regime) else rank
     if alike(layer, regime):
         return 0
-    choose = _fullest if (asked or ("mean" if even else "fullest")) == "fullest" else _nearest_to_mean
-    ranks = choose(list(range(regime.ep_size)), lambda rank: _load(layer, regime, rank))
+    choose = _fullest if (rank or ("mean" if even else "fullest")) == "fullest" else _nearest_to_mean
+    ranks = choose(list(range(regime.ep_size)), lambda one: _load(layer, regime, one))
     if layer.routing.grouped and regime.layout in ("deduplicated", "pool"):
-        ranks = choose(ranks, lambda rank: -_crowding(layer, regime.shard(layer, rank)))
+        ranks = choose(ranks, lambda one: -_crowding(layer, regime.shard(layer, one)))
     return ranks[0]
 
 
-def of_rank(layer: MoELayer, regime: Regime, asked: RankWord | int | None = None) -> Regime:
+def of_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = None) -> Regime:
     """Returns `regime` with the rank that `tuned_rank` returns. Results are stored under this regime.
 
-    If `asked` is None and `regime` was constructed with a rank, that rank takes the place of `asked`.
+    If `rank` is None, it is the rank with which `regime` was constructed, if there is one.
 
     Raises:
         UsageError: as `tuned_rank`.
     """
-    if asked is None and "rank" in regime.model_fields_set:
-        asked = regime.rank
-    rank = tuned_rank(layer, regime, asked)
-    return regime if asked is None and rank == regime.rank else regime.model_copy(update={"rank": rank})
+    if rank is None and "rank" in regime.model_fields_set:
+        rank = regime.rank
+    tuned = tuned_rank(layer, regime, rank)
+    return regime if rank is None and tuned == regime.rank else regime.model_copy(update={"rank": tuned})
 
 
 def alike(layer: MoELayer, regime: Regime) -> bool:

@@ -77,13 +77,13 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
         )
     shard = regime.shard(layer, rank)
     drawn_for = representative_shard(layer, regime, rank)
-    dummy = _Dummy(layer, regime, rows, drawn_for, draw)
-    ids, weights = dummy.balanced() if regime.distribution == "balanced" else dummy.random()
+    sampler = _Sampler(layer, regime, rows, drawn_for, draw)
+    ids, weights = sampler.balanced() if regime.distribution == "balanced" else sampler.random()
     if shard != drawn_for:
         ids = torch.where(ids < 0, ids, (ids + shard.first) % shard.num_physical)
     ids = ids.int()
     if weights is None:
-        weights = _random_weights(dummy.generator, ids, layer.routing.scaling)
+        weights = _random_weights(sampler.generator, ids, layer.routing.scaling)
     return Routing(ids, weights, _load(ids, shard))
 
 
@@ -150,7 +150,7 @@ Ids = tuple[torch.Tensor, torch.Tensor | None]
 """Ids of physical experts `[M, k]`, and the router's weights for them, or None if no router chose them."""
 
 
-class _Dummy:
+class _Sampler:
     """Samples one draw for the rank of `shard`."""
 
     def __init__(self, layer: MoELayer, regime: Regime, rows: int, shard: Shard, draw: int) -> None:

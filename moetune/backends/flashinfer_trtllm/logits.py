@@ -102,6 +102,7 @@ def complete_rows(ids: torch.Tensor, shard: Shard) -> torch.Tensor:
             f"{len(non_local)}.",
             "Use the backend flashinfer-trtllm-routed.",
         )
+    # the text is part of the seed, so another word for non-local would change the ids
     generator = seeded_generator("foreign experts", tuple(ids.shape), shard.first)
     keys = torch.rand(free.shape, generator=generator)
     whole = empty[rows].all(1)
