@@ -17,11 +17,12 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel by its version and hash, and the members that tests read."""
+    """One wheel by its version and hash, and the members and folders that tests read."""
 
     version: str
     sha256: str
     members: tuple[str, ...]
+    folder: str
 
 
 WHEELS = {
@@ -29,11 +30,13 @@ WHEELS = {
         "0.33.0",
         "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa",
         ("vllm/plugins/__init__.py", "vllm/model_executor/layers/fused_moe/fused_moe.py"),
+        "vllm/model_executor/layers/fused_moe/configs/",
     ),
     "sglang": Wheel(
         "0.5.23",
         "00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937",
         ("sglang/srt/plugins/__init__.py", "sglang/kernels/ops/moe/fused_moe_triton_kernels.py"),
+        "sglang/srt/layers/moe/moe_runner/triton_utils/configs/",
     ),
 }
 """The engine versions that moetune was checked against. The hashes are of the Linux x86-64 wheels for Python 3.11."""
@@ -50,7 +53,7 @@ def local_sources(engine: str) -> Path | None:
 
 
 def download(engine: str, folder: Path) -> Path:
-    """Downloads the engine's wheel with pip and unpacks the pinned members into `folder`.
+    """Downloads the engine's wheel with pip and unpacks what tests read into `folder`.
 
     Raises:
         RuntimeError: pip finds no such wheel, or its hash is another one.
@@ -69,7 +72,8 @@ def download(engine: str, folder: Path) -> Path:
         raise RuntimeError(f"pip cannot download {engine} {wheel.version}: {done.stderr.strip()}")
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        for member in wheel.members:
+        in_folder = [member for member in archive.namelist() if member.startswith(wheel.folder)]
+        for member in (*wheel.members, *in_folder):
             archive.extract(member, folder)
     path.unlink()
     (folder / engine / "__init__.py").touch()

@@ -53,13 +53,11 @@ def _backends() -> str:
     for name in backends():
         parameters = inspect.signature(type(backend(name)).__init__).parameters
         for key, hint in option_types(name).items():
-            values = next((option.choices for option in OPTIONS if option.sets == f"backend.{key}"), ()) or allowed(
-                name, key, hint
-            )
+            named = next((option for option in OPTIONS if option.sets == f"backend.{key}"), None)
+            values = named.choices if named else allowed(name, key, hint)
+            other = str((named and named.metavar) or getattr(hint, "__name__", ""))
             default = parameters[key].default
-            rows.append(
-                (name, f"`{key}`", ", ".join(values) or hint.__name__, "" if default is None else str(default).lower())
-            )
+            rows.append((name, f"`{key}`", ", ".join(values) or other, "" if default is None else str(default).lower()))
     return f"{_BACKENDS}\n\n{_table(('backend', 'key', 'values', 'default'), rows)}"
 
 

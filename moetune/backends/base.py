@@ -53,6 +53,21 @@ class Candidates:
     excluded: Mapping[Tactic, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Default:
+    """What runs where nothing is tuned.
+
+    Attributes:
+        tactic: the tactic.
+        source: where it is from; empty if the backend does not say.
+        warning: a sentence if an engine would run something else.
+    """
+
+    tactic: Tactic
+    source: str = ""
+    warning: str = ""
+
+
 class Runner(Protocol):
     """A prepared problem: weights, inputs and routings lie on the device."""
 
@@ -101,6 +116,10 @@ class Backend(ABC):
     @abstractmethod
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """Returns the tactic that runs where nothing is tuned."""
+
+    def explained_default(self, layer: MoELayer, regime: Regime, rows: int) -> Default:
+        """Returns the result of `default` with its source. By default it has none."""
+        return Default(self.default(layer, regime, rows))
 
     @abstractmethod
     def tolerance(self, layer: MoELayer) -> float:

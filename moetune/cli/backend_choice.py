@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {("sglang", "triton"): {"remote": "zero"}}
-"""What an engine's own kernel does, by engine and backend, if no option of the backend is given."""
+"""What an engine's own kernel does, by engine and backend, if no option that selects a kernel is given."""
+_ANY_KERNEL = {"engine_configs"}
+"""Options that do not select a kernel."""
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -27,7 +29,7 @@ def choose(
     Args:
         name: a backend's name, `auto` or None.
         given: options of the backend, as text by name. They alone can determine the backend.
-        engine: the engine whose dispatcher is given. It decides what its kernels do if `given` is empty.
+        engine: the engine whose dispatcher is given. It decides what its kernels do if `given` does not.
         layer: the layer, and
         regime: the regime that `auto` has to compute.
 
@@ -39,7 +41,8 @@ def choose(
     named = backend_named(name, given)
     if named is None:
         return registry.preferred(layer, regime), True
-    return backend_with(named, given or engine_options(engine, named)), False
+    of_engine = _NONE if given.keys() - _ANY_KERNEL else engine_options(engine, named)
+    return backend_with(named, {**of_engine, **given}), False
 
 
 def backend_named(name: str | None, given: Mapping[str, str]) -> str | None:

@@ -234,6 +234,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
         default="zero for --kernel sglang or a dispatcher of sglang, otherwise drop",
     ),
     Option(
+        "engine_configs",
+        Group.KERNELS,
+        "backend.engine_configs",
+        "A folder of the engine's tuned Triton files. Their rows are the default that tactics are compared with.",
+        "DIR",
+        default="that of the installed vLLM; of SGLang for --kernel sglang",
+    ),
+    Option(
         "backend_option",
         Group.KERNELS,
         "",

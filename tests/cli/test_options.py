@@ -135,6 +135,19 @@ def test_every_kernel_and_treatment_on_offer_is_one_of_the_backends(kernel, remo
     assert TritonBackend(kernel, remote).kernel == kernel
 
 
+def test_a_folder_of_tuned_files_chooses_the_triton_backend_and_no_kernel_of_it(tmp_path, moetune):
+    asked: Any = request_of("qwen3-30b-a3b", engine_configs=str(tmp_path)).backend
+    assert (asked.name, asked.kernel, asked.remote) == ("triton", "builtin", "drop")
+    asked = request_of("qwen3-30b-a3b", engine_configs=str(tmp_path), ep=8, dispatch="sglang:none").backend
+    assert asked.remote == "zero"
+    asked = request_of(
+        "qwen3-30b-a3b", engine_configs=str(tmp_path), kernel="vllm", ep=8, dispatch="sglang:none"
+    ).backend
+    assert (asked.kernel, asked.remote) == ("vllm", "drop")
+    refused = moetune("tune", "--model", "qwen3-30b-a3b", "--engine-configs", str(tmp_path / "absent"))
+    _refused(refused, "--engine-configs must be a folder", "Give the folder of vLLM's tuned files")
+
+
 def _backend_option(*pairs, **given):
     return request_of("deepseek-r1", backend_option=pairs, **given).backend
 

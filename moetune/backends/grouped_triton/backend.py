@@ -7,11 +7,13 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moetune.backends.base import Backend, Candidates, Problem
-from moetune.backends.grouped_triton import space
+from moetune.backends.base import Backend, Candidates, Default, Problem
+from moetune.backends.grouped_triton import shipped, space
 from moetune.backends.grouped_triton.defaults import engine_default
+from moetune.backends.grouped_triton.engine_files import ConfigFile
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.search.base import Search
@@ -39,19 +41,27 @@ class TritonBackend(Backend):
         kernel: the grouped GEMM that is timed: `builtin`, or that of an installed `vllm` or `sglang`.
         remote: how non-local slots are treated: `drop` skips them (vLLM from 0.20), `zero` runs blocks that write
             zeros for them (earlier vLLM, SGLang). By default `zero` for the kernel `sglang`, else `drop`.
+        engine_configs: a folder with the tuned files of the kernel's engine (vLLM for the builtin kernel), whose rows
+            are the defaults. By default that of the installed engine.
 
     Raises:
-        UsageError: `kernel` or `remote` is none of these.
+        UsageError: `kernel` or `remote` is none of these, or `engine_configs` is no folder.
     """
 
     name = "triton"
 
-    def __init__(self, kernel: str = "builtin", remote: Remote | None = None) -> None:
+    def __init__(
+        self, kernel: str = "builtin", remote: Remote | None = None, engine_configs: Path | str | None = None
+    ) -> None:
         if kernel not in ("builtin", "vllm", "sglang"):
             raise UsageError(f"Unknown kernel {kernel!r}.", "Choose one of builtin, vllm, sglang.")
         if remote not in (None, "drop", "zero"):
             raise UsageError(f"Unknown treatment of non-local slots {remote!r}.", "Choose drop or zero.")
         self.kernel = kernel
+        self._engine = "sglang" if kernel == "sglang" else "vllm"
+        self._engine_configs = engine_configs
+        if engine_configs is not None:
+            shipped.EngineConfigs.of(self._engine, engine_configs)
         self._weights: WeightCache[TritonExperts] = WeightCache()
         self.remote: Remote = remote or ("zero" if kernel == "sglang" else "drop")
 
@@ -117,8 +127,45 @@ class TritonBackend(Backend):
         )
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
-        """Returns what the engine runs without a tuned file: SGLang's choice for its kernel, else vLLM's."""
-        return engine_default(self._shapes(layer, regime, rows))
+        """Returns what the engine runs if moetune tunes nothing; see `explained_default`."""
+        return self.explained_default(layer, regime, rows).tactic
+
+    def explained_default(self, layer: MoELayer, regime: Regime, rows: int) -> Default:
+        """Returns the row of the tuned file that the engine ships for the layer and the GPU, else its heuristic.
+
+        The engine is SGLang for its kernel, else vLLM. Without a GPU the default is the heuristic. It is so too for a
+        row that the kernel cannot run.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        shapes = self._shapes(layer, regime, rows)
+        heuristic = engine_default(shapes)
+        device = shipped.device_name()
+        if device is None:
+            return Default(heuristic, "heuristic")
+        configs = shipped.EngineConfigs.of(self._engine, self._engine_configs)
+        file = ConfigFile.of(layer, regime, device, regime.shard(layer).num_local)
+        row = configs.row(file, rows, importlib.metadata.version("triton"))
+        if row is None:
+            return Default(heuristic, f"heuristic ({configs.absent(file)})")
+        limits, named = space.Limits.of("cuda"), configs.named(row.name)
+        tactic = shipped.runnable(row.values, self._engine, shapes, limits)
+        if isinstance(tactic, str):
+            return Default(
+                heuristic,
+                f"heuristic (a row of {named} cannot run)",
+                f"moetune's kernel cannot run row {row.key} of {named}: {tactic}. The default is {configs.title}'s "
+                "heuristic instead.",
+            )
+        if row.down is not None and shipped.runnable(row.down, self._engine, shapes, limits) != tactic:
+            return Default(
+                tactic,
+                f"{named}, for both GEMMs",
+                f"{configs.title} runs the second GEMM by {row.down_name}. moetune runs both GEMMs with one "
+                f"configuration, so the default is that of the first GEMM, of {named}.",
+            )
+        return Default(tactic, named)
 
     def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a search that measures a twentieth of the candidates; see `halving`."""

@@ -8,7 +8,7 @@ from triton_numerics import errors_of_stages, rounded_reference, run_in_stages, 
 
 from moetune.backends.base import Problem
 from moetune.backends.grouped_triton.backend import TritonBackend
-from moetune.backends.grouped_triton.space import VALUES
+from moetune.backends.grouped_triton.space import VALUES, tactic_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -72,6 +72,13 @@ def test_right_for_every_kind_of_tile(precision):
     runner = runner_of(layer_of(precision), REGIMES["packed"], 21)
     for tactic in TACTICS:
         assert_right(runner, tactic, precision)
+
+
+@pytest.mark.parametrize("values", [(8, 64, 128, 2, 1, 7), (16, 16, 32, 4, 2, 1)])
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_right_for_tiles_of_shipped_files_that_no_search_times(precision, values):
+    runner = runner_of(layer_of(precision), REGIMES["packed"], 21)
+    assert_right(runner, tactic_of(*values), precision)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
