@@ -62,6 +62,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.model import digest_of
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.store.folders import PACKAGED_VARIABLE
 from moetune.store.profile import Profile
 from moetune.tuning.events import BucketChosen, BucketStarted, Event
 from moetune.workload.draws import as_draws
@@ -441,8 +442,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if holds(lines, options.least_gain) else 1
     end = time.time() + options.seconds
     options.vllm = vllm_folder(options.vllm)
+    os.environ[PACKAGED_VARIABLE] = "0"  # the profiles are those of the store alone
     left = measure_all(options, selected([text for text in options.only.split(",") if text]), end)
-    print("\n".join(left) or "All is measured.", file=sys.stderr)
+    print(f"{len(left)} deployments are not complete." if left else "All is measured.", file=sys.stderr)
     return 1 if left else 0
 
 

@@ -120,6 +120,8 @@ def holds(lines: Sequence[Line], least_gain: float = LEAST_GAIN) -> bool:
 def markdown(lines: Sequence[Line], least_gain: float = LEAST_GAIN) -> str:
     """Returns a table with a line for each deployment, the geometric means, and the cells that are slower."""
     found = deployed(lines)
+    if not found:
+        return "The journal has no cell."
     compared = [other for other in OTHERS if any(each.against(other) for each in found)]
     head = [f"over {NAMES[other]} | worst cell | slower" for other in compared]
     text = [

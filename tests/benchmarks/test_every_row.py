@@ -28,6 +28,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.ladder import VLLM_BUCKETS
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.store.folders import PACKAGED_VARIABLE
 from moetune.store.profile import Profile
 from moetune.tuning.events import BucketStarted
 
@@ -332,6 +333,22 @@ def test_a_process_that_dies_costs_its_deployment_alone(tmp_path, capsys, monkey
     assert every_row.measure_all(options_of(tmp_path), deployments, 0.0)[1].endswith(": the time is up")
 
 
+def test_the_measure_command_uses_no_packaged_profile_and_says_what_is_not_complete(tmp_path, monkeypatch, capsys):
+    given = []
+    monkeypatch.setenv(PACKAGED_VARIABLE, "1")
+
+    def measure_all(options, deployments, end):
+        given.append((options.tune, deployments, os.environ[PACKAGED_VARIABLE]))
+        return ["a: why"] if options.tune else []
+
+    monkeypatch.setattr(every_row, "measure_all", measure_all)
+    arguments = ["measure", str(tmp_path / "j.jsonl"), "--store", str(tmp_path), "--only", "minimax,cutlass"]
+    assert every_row.main(arguments) == 0
+    assert every_row.main([*arguments, "--tune"]) == 1
+    assert given == [(tuning, every_row.selected(["minimax", "cutlass"]), "0") for tuning in (False, True)]
+    assert "All is measured.\n1 deployments are not complete." in capsys.readouterr().err
+
+
 def test_a_folder_that_is_no_vllm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit, match="has no model_executor"):
@@ -411,6 +428,7 @@ def test_a_cell_slower_than_vllms_file_alone_is_listed_too():
 
 def test_missing_cells_and_a_small_mean_gain_do_not_hold():
     assert not report.holds([])
+    assert report.markdown([]) == "The journal has no cell."
     assert not report.holds(GOOD[:-1])
     assert "| 39 of 40 |" in report.markdown(GOOD[:-1])
     small = [planted_cell(line["rows"], 96.0) for line in GOOD]
