@@ -22,6 +22,7 @@ from moetune.tuning.events import (
     BucketCompared,
     BucketsSkipped,
     BucketStarted,
+    DefaultDiffers,
     Event,
     Resumed,
     SearchStopped,
@@ -94,6 +95,10 @@ class Progress:
             self._task = self._bar.add_task("", total=event.count, left="estimating")
             self._bar.start()
         self._update(f"{event.rows} rows: {event.tactics} tactics")
+
+    @_show.register
+    def _default_differs(self, event: DefaultDiffers) -> None:
+        self._line(f"warning: {event.warning}")
 
     @_show.register
     def _tactic_measured(self, event: TacticMeasured) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,14 +172,21 @@ def _at_row_counts(choices: Sequence[Choice]) -> list[str]:
 
 
 def _default(profile: Profile) -> str:
-    """Returns the default tactic if all buckets have the same, otherwise the number of defaults and their source."""
+    """Returns the default tactic if all buckets have the same, otherwise the number of defaults; and their sources."""
     defaults = {choice.default_tactic for choice in profile.choices}
-    if len(defaults) == 1:
-        return tactic_line(*defaults)
-    if profile.backend == "triton":
+    sources = Counter(choice.default_source for choice in profile.choices)
+    triton = profile.backend == "triton"
+    number = f"{len(defaults)} {'configurations' if triton else 'tactics, by the rows'}"
+    shown = tactic_line(*defaults) if len(defaults) == 1 else number
+    if len(sources) > 1:
+        named = (f"{source or 'not recorded'} ({_counted(count, 'bucket')})" for source, count in sources.most_common())
+        return f"{shown}: {', '.join(named)}"
+    (source,) = sources
+    is_heuristic = triton and source.partition(" ")[0] in ("", "heuristic")
+    if is_heuristic and (source or len(defaults) > 1):
         engine = "SGLang" if profile.environment.strict.get("kernel") == "sglang" else "vLLM"
-        return f"{len(defaults)} configurations of {engine}'s heuristic"
-    return f"{len(defaults)} tactics, by the rows"
+        source = f"{engine}'s {source or 'heuristic'}"
+    return f"{shown} of {source}" if source else shown
 
 
 def _where(path: Path | str, served: bool, packaged: bool) -> Text:

@@ -64,6 +64,8 @@ class Choice(FrozenModel):
         tactic: the chosen tactic.
         time_us: its mean time in µs at the bucket's own rows, or at the nearest row count of `by_rows`.
         default_tactic: the default tactic at the bucket's own rows.
+        default_source: where the default tactic is from: an engine's heuristic, or a tuned file that the engine ships.
+            Empty if the backend has one source only, and in profiles that do not record it.
         default_time_us: `time_us` times the gain at the same row count. It is not a mean over all rounds, because a
             default that is much slower is not timed in every round.
         gain: the geometric mean of the gains of `by_rows`.
@@ -90,6 +92,7 @@ class Choice(FrozenModel):
     tactic: Tactic
     time_us: Finite
     default_tactic: Tactic
+    default_source: str = ""
     default_time_us: Finite
     gain: Finite
     gain_low: Finite

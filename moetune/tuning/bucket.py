@@ -65,6 +65,8 @@ class Bucket:
         row_counts: the row counts at which finalists are compared, the most likely first.
         known_good: the best tactics of an interrupted run.
         failed: the tactics that failed in an interrupted run. They are no candidates any more.
+        default_source: where the default is from.
+        default_warnings: a sentence for each default of a row count that is not what an engine runs.
     """
 
     rows: int
@@ -74,6 +76,8 @@ class Bucket:
     row_counts: tuple[RowCount, ...]
     known_good: tuple[Tactic, ...] = ()
     failed: Mapping[Tactic, str] = field(default_factory=dict)
+    default_source: str = ""
+    default_warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
@@ -87,10 +91,12 @@ class Bucket:
         compared = compared_rows(layer, regime, rows)
         final = {count: final_draws(layer, regime, count, len(compared)) for count in compared}
         problem = Problem(layer, regime, kernel_rows, shard, (*draws, *final.get(kernel_rows, ())), device)
+        defaults = {count: backend.explained_default(layer, regime, count) for count in (rows, *compared)}
+        default = defaults[rows]
         row_counts = (
             RowCount(
                 count,
-                backend.default(layer, regime, count),
+                defaults[count].tactic,
                 UNLIKELY_WEIGHT if count == rows != compared[0] else 1.0,
                 problem if count == kernel_rows else Problem(layer, regime, count, shard, final[count], device),
             )
@@ -98,10 +104,12 @@ class Bucket:
         )
         return cls(
             rows,
-            backend.candidates(layer, regime, kernel_rows, device),
-            backend.default(layer, regime, rows),
+            _with_default(backend.candidates(layer, regime, kernel_rows, device), default.tactic),
+            default.tactic,
             problem,
             tuple(row_counts),
+            default_source=default.source,
+            default_warnings=tuple(dict.fromkeys(each.warning for each in defaults.values() if each.warning)),
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
@@ -130,6 +138,14 @@ class Bucket:
             return exhaustive(self.candidates.tactics)
         warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
         return backend.search(self.problem, self.candidates, warm_starts)
+
+
+def _with_default(candidates: Candidates, default: Tactic) -> Candidates:
+    """Returns the candidates with the bucket's default, which can be another than that of the kernel's rows."""
+    if default in candidates.tactics:
+        return candidates
+    excluded = {tactic: reason for tactic, reason in candidates.excluded.items() if tactic != default}
+    return replace(candidates, tactics=(default, *candidates.tactics), excluded=excluded)
 
 
 class BucketTuner:
@@ -223,6 +239,7 @@ class BucketTuner:
             [draw.routing for draw in bucket.problem.draws if draw.kind == "search"],
             rows=bucket.rows,
             default=default,
+            default_source=bucket.default_source,
             tried=len(self._tried),
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
             stress_us=stress_us,

@@ -49,6 +49,14 @@ class BucketStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class DefaultDiffers:
+    """The default of bucket `rows` is not what an engine runs; `warning` says why. Each text is reported once."""
+
+    rows: int
+    warning: str
+
+
+@dataclass(frozen=True, slots=True)
 class TacticMeasured:
     """A tactic was timed for the first time in its bucket. If it failed, `time_us` is None and `reason` says why."""
 
@@ -113,6 +121,7 @@ Event = (
     Served
     | Resumed
     | BucketStarted
+    | DefaultDiffers
     | TacticMeasured
     | SearchStopped
     | BucketChosen

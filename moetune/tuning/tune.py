@@ -18,8 +18,16 @@ from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journal, Journaled
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
-from moetune.tuning.bucket import NUM_FINALISTS, BucketTuner
-from moetune.tuning.events import BucketChosen, BucketsSkipped, BucketStarted, OnEvent, Resumed, Served
+from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
+from moetune.tuning.events import (
+    BucketChosen,
+    BucketsSkipped,
+    BucketStarted,
+    DefaultDiffers,
+    OnEvent,
+    Resumed,
+    Served,
+)
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
 
@@ -158,6 +166,7 @@ def _choices(
             {choice.rows: [choice.tactic] for choice in stored.choices} if stored else {}
         )
         promising: Sequence[Tactic] = ()
+        warned: set[str] = set()
         for index, rows in enumerate(missing):
             if end and index and time.monotonic() >= end:
                 report(BucketsSkipped(tuple(missing[index:])))
@@ -168,6 +177,7 @@ def _choices(
             tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s)
             offered = bucket.candidates
             report(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
+            _report_defaults(bucket, warned, report)
             warm_starts = _warm_starts(fast, rows)
             search = bucket.search(backend, strategy, (*warm_starts, *promising) if warm_starts else ())
             fast[rows] = tuner.search(search)
@@ -179,6 +189,14 @@ def _warm_starts(fast: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tacti
     """Returns the fast tactics of the other buckets, those of the bucket nearest to `rows` first."""
     nearest = sorted(fast, key=lambda other: abs(math.log(other / rows)))
     return tuple(dict.fromkeys(tactic for other in nearest for tactic in fast[other]))[:NUM_FINALISTS]
+
+
+def _report_defaults(bucket: Bucket, warned: set[str], report: OnEvent) -> None:
+    """Reports the bucket's warnings that are not in `warned`, and adds them to it."""
+    for warning in bucket.default_warnings:
+        if warning not in warned:
+            warned.add(warning)
+            report(DefaultDiffers(bucket.rows, warning))
 
 
 def _report_resumed(journaled: Journaled, defaults: Mapping[int, Tactic], report: OnEvent) -> None:

@@ -155,6 +155,7 @@ def choice(
     *,
     rows: int,
     default: Tactic,
+    default_source: str = "",
     tried: int,
     candidates: int,
     stress_us: StressTimes | None = None,
@@ -169,6 +170,7 @@ def choice(
         routings: the routings whose load is recorded, of each local expert.
         rows: the bucket.
         default: the default tactic at the bucket's own rows.
+        default_source: where it is from.
         tried: how many tactics the search timed or saw fail.
         candidates: how many there are, excluded ones too.
         stress_us: the times on the stress draws.
@@ -188,6 +190,7 @@ def choice(
         tactic=verdict.tactic,
         time_us=own.time_us,
         default_tactic=default,
+        default_source=default_source,
         default_time_us=own.time_us * own.gain,
         gain=gain.value,
         gain_low=gain.low,

@@ -9,7 +9,7 @@ from moetune.cli.output import patience
 from moetune.cli.progress import Progress
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.events import BucketChosen, BucketStarted, Event, TacticMeasured
+from moetune.tuning.events import BucketChosen, BucketStarted, DefaultDiffers, Event, TacticMeasured
 
 GAINED = {"gain": 1.25, "gain_low": 1.2, "gain_high": 1.3}
 TACTIC = {
@@ -58,6 +58,12 @@ def test_a_tactic_that_failed_is_named_shortly(capsys):
         progress(BucketStarted(8, 0, 1, 6, {}))
         progress(TacticMeasured(8, Tactic(TACTIC), None, "out of shared memory"))
     assert capsys.readouterr().err == "8 rows: 16×64×128 group=1 warps=4 stages=3 failed: out of shared memory\n"
+
+
+def test_a_default_that_no_engine_runs_is_a_warning(capsys):
+    with Progress() as progress:
+        progress(DefaultDiffers(8, "vLLM runs something else."))
+    assert capsys.readouterr().err == "warning: vLLM runs something else.\n"
 
 
 def test_the_time_left_is_the_mean_of_the_finished_buckets(capsys, monkeypatch):

@@ -56,6 +56,30 @@ def test_a_default_that_changes_with_the_rows_is_counted(backend, strict, said):
     assert max(map(len, lines)) <= 90
 
 
+SHIPPED = "shipped file E=128,N=768,device_name=NVIDIA_H200.json of vllm 0.33.0"
+
+
+@pytest.mark.parametrize(
+    ("sources", "defaults", "said"),
+    [
+        (["heuristic"] * 2, (SLOW, FAST), "2 configurations of vLLM's heuristic"),
+        (["heuristic (vllm is not installed)"] * 2, (SLOW, FAST), "2 configurations of vLLM's heuristic (vllm is not "),
+        (["heuristic"] * 2, (SLOW, SLOW), "16×64×128 group=1 warps=4 stages=4 of vLLM's heuristic"),
+        ([SHIPPED] * 2, (SLOW, FAST), f"2 configurations of {SHIPPED}"),
+        ([SHIPPED] * 2, (SLOW, SLOW), f"16×64×128 group=1 warps=4 stages=4 of {SHIPPED}"),
+        ([SHIPPED, "heuristic"], (SLOW, FAST), f"2 configurations: {SHIPPED} (1 bucket), heuristic (1 bucket)"),
+        (["", SHIPPED], (SLOW, FAST), f"2 configurations: not recorded (1 bucket), {SHIPPED} (1 bucket)"),
+    ],
+)
+def test_the_default_is_shown_with_its_source(sources, defaults, said):
+    choices = [
+        made_choice(rows, 60.0, default, default_source=source)
+        for rows, default, source in zip((8, 64), defaults, sources, strict=True)
+    ]
+    profile = made_profile(*choices, backend="triton", kernel="builtin")
+    assert f"tactics tried per bucket; the default: {said}" in printed(*profile_report(profile), width=300)
+
+
 def test_what_could_not_win_is_counted_by_its_reason():
     wrong = [{"tactic": FAST, "reason": f"its result is wrong by {error}"} for error in (0.5, 0.25)]
     profile = made_profile(made_choice(8, 60.0, rejected=wrong), made_choice(64, 60.0))
