@@ -17,25 +17,25 @@ from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 def comparison_report(comparison: Comparison) -> list[RenderableType]:
     """Returns every profile, the fastest backend of each bucket, and the engine flags that select each backend."""
     reported: list[RenderableType] = []
-    for family in comparison.families:
-        if family.profile is None:
+    for result in comparison.families:
+        if result.profile is None:
             continue
         report = profile_report(
-            family.profile,
-            family.path,
-            served=family.served,
-            packaged=family.packaged,
-            near=family.near,
-            neutral=family.neutral,
+            result.profile,
+            result.path,
+            served=result.served,
+            packaged=result.packaged,
+            near=result.near,
+            neutral=result.neutral,
         )
         reported += report[2:] if reported else report  # layer and regime are the same for all
-    if len([family for family in comparison.families if family.profile]) > 1:
+    if len([result for result in comparison.families if result.profile]) > 1:
         reported += [comparison_table(comparison), *map(Text, _verdicts(comparison))]
-    reported += [Text(_flags(family)) for family in comparison.families if family.profile]
+    reported += [Text(_flags(result)) for result in comparison.families if result.profile]
     reported += [
-        Text(f"{family.backend} failed: {family.failed}", style="yellow")
-        for family in comparison.families
-        if family.failed
+        Text(f"{result.backend} failed: {result.failed}", style="yellow")
+        for result in comparison.families
+        if result.failed
     ]
     reported += [
         Text(f"{bucket.rows} rows: {backend} did not run side by side: {reason}", style="yellow")
@@ -49,7 +49,7 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
 def comparison_table(comparison: Comparison) -> Table:
     """Returns a row for each bucket: each backend's time, the fastest, and how much longer the runner-up takes."""
     scale, unit = time_unit([time_us for bucket in comparison.buckets for time_us in bucket.times_us.values()])
-    backends = [family.backend for family in comparison.families if family.profile]
+    backends = [result.backend for result in comparison.families if result.profile]
     table = new_table()
     add_numbers(table, "rows", *(f"{_folded(backend)}\n({unit})" for backend in backends))
     table.add_column("fastest", overflow="fold")
@@ -94,6 +94,6 @@ def _verdicts(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _flags(family: BackendResult) -> str:
-    flags = [f"{ENGINES[engine]} {flag}" for engine, flag in family.flags.items()]
-    return f"{family.backend}: {' · '.join(flags) or 'no flag of an engine selects it'}"
+def _flags(result: BackendResult) -> str:
+    flags = [f"{ENGINES[engine]} {flag}" for engine, flag in result.flags.items()]
+    return f"{result.backend}: {' · '.join(flags) or 'no flag of an engine selects it'}"

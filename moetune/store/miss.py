@@ -30,14 +30,14 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
         root: the store's folder.
         near: the nearest profile, if it differs in versions only.
     """
-    asked = f"No profile of {key.layer.name} under {key.regime.slug} by {key.backend} on {key.environment.device}."
+    no_profile = f"No profile of {key.layer.name} under {key.regime.slug} by {key.backend} on {key.environment.device}."
     if near is not None:
         changing = tuple(each for each in near.differences if each.field in near.near)
-        message = f"{asked} The closest has {_named(changing)}."
+        message = f"{no_profile} The closest has {_named(changing)}."
         return MissError(message, NEAR_HINT, near.differences, near.path, near=True)
     found = [(path, profile, key.differences(profile)) for path, profile in profiles]
     if not found:
-        return MissError(f"{asked} The store {root} is empty.", HINT)
+        return MissError(f"{no_profile} The store {root} is empty.", HINT)
     path, closest, differences = min(
         found,
         key=lambda entry: (
@@ -48,7 +48,7 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
         ),
     )
     if closest.environment.device == key.environment.device:
-        message = f"{asked} The closest has {_named(differences)}."
+        message = f"{no_profile} The closest has {_named(differences)}."
     else:
         of = "" if closest.layer.shape == key.layer.shape else f", of {closest.layer.name},"
         torch = closest.environment.strict.get("torch")
