@@ -101,13 +101,13 @@ class Replay:
 def replay(search: Search, cell: Cell, chance: random.Random, final_rounds: int = 20) -> Replay:
     """Runs a search on a recorded cell, then the final: the best mean of many timings, the default among them."""
     measured: set[Tactic] = set()
-    finalists = _play(search, cell, chance, measured)
+    finalists = _searched(search, cell, chance, measured)
     final = {t: cell.time_us(t, final_rounds, chance) for t in dict.fromkeys((cell.default, *finalists))}
     chosen = min(final, key=lambda tactic: final[tactic])
     return Replay(finalists, len(measured), cell.truth[chosen] / cell.best_us - 1)
 
 
-def _play(search: Generator, cell: Cell, chance: random.Random, measured: set[Tactic]) -> tuple[Tactic, ...]:
+def _searched(search: Generator, cell: Cell, chance: random.Random, measured: set[Tactic]) -> tuple[Tactic, ...]:
     try:
         batch = next(search)
         while True:

@@ -61,7 +61,7 @@ def test_what_is_exported_is_what_was_tuned(block):
 
 
 @pytest.mark.parametrize("block", [block for block in TUNED if lines(block, *ENGINES) and "yaml" not in block])
-def test_the_launch_line_brings_what_was_tuned(block):
+def test_the_launch_line_has_the_regime_that_was_tuned(block):
     (started,) = lines(block, *ENGINES)
     tuned, _ = question(lines(block, "moetune tune")[0])
     assert regime_of_launch(started) == tuned.regime
@@ -75,7 +75,7 @@ def test_the_plugins_variable_is_the_launch_lines_deployment(block):
     assert asked.regime.differing(brought).keys() <= {"ladder", "tune_max_num_tokens"}, "the op's own buckets are taken"
 
 
-def test_a_tensorrt_llm_launch_line_with_its_settings_brings_what_was_tuned(tmp_path):
+def test_a_tensorrt_llm_launch_line_with_its_settings_has_the_regime_that_was_tuned(tmp_path):
     settings = tmp_path / "extra.yaml"
     settings.write_text("\n".join(re.findall(r"`(enable_attention_dp: .*?)` and `(moe_config: .*?)`", TEXT)[0]))
     (block,) = (block for block in TUNED if lines(block, "trtllm-serve"))

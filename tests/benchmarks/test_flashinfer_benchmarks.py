@@ -55,7 +55,7 @@ def test_a_journal_is_read_again_and_a_torn_line_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("torn", ['{"model": "b", "ro', '{"model":"b","us":{"1":2}', '{"model":"b","rows":8}', "12"])
 def test_what_is_added_after_a_torn_line_is_found_by_the_next_reader(tmp_path, torn):
-    """A line may be cut anywhere, also behind a brace, or lack its newline alone."""
+    """A line may be cut anywhere, also after a brace, or lack its newline alone."""
     path = tmp_path / "journal.jsonl"
     Journal(path).add(model="a", rows=4)
     with path.open("a") as file:
@@ -161,7 +161,7 @@ LAYER = MoELayer(num_experts=64, top_k=4, hidden_size=64, intermediate_size=64)
 
 
 @pytest.mark.parametrize("kind", fidelity.KINDS)
-def test_traffic_is_what_each_dispatch_brings(kind):
+def test_traffic_is_what_each_dispatch_produces(kind):
     regime = fidelity.regime_of(8, kind)
     shard = regime.shard(LAYER)
     routing = fidelity.traffic(LAYER, regime, 256, 0)
@@ -189,7 +189,7 @@ def test_traffic_differs_by_draw_and_repeats_by_number():
     assert not torch.equal(first, other)
 
 
-def test_regrets_are_told_by_kind_and_choice():
+def test_regrets_are_listed_by_kind_and_choice():
     lines = [
         {
             "kind": "slot",
@@ -217,7 +217,7 @@ def test_regrets_are_told_by_kind_and_choice():
 FLAT, STEEP, SLOW = [100.0] * 5, [100.0, 100.0, 300.0, 400.0, 500.0], [300.0] * 5
 
 
-def test_a_cliff_is_what_is_at_one_load_twice_as_far_behind_as_at_another():
+def test_a_cliff_is_a_tactic_whose_slowdown_at_one_load_is_twice_that_at_another():
     line = {"us": {"gemm1": {"0": FLAT, "44": STEEP, "9": SLOW}}}
     assert cliffs.cliffs([line], "gemm1") == {"44": 5.0}
     growing = {"us": {"gemm1": {"0": [100.0, 200.0], "1": [110.0, 210.0]}}}  # all slow down alike
@@ -237,7 +237,7 @@ def test_a_cliff_that_lies_before_the_first_load_is_known_from_other_rows():
     assert cliffs.cliffs([fewer, more], "gemm1") == {"44": 10.0}
 
 
-def test_who_picked_a_tactic_that_is_over_its_cliff_is_told():
+def test_choices_that_are_over_their_cliff_are_named():
     us = {"gemm1": {"0": FLAT, "44": STEEP, "9": SLOW}, "gemm2": {"45": FLAT}}
     line = {"us": us, "own": [44, 45], "moetune": [9, 45]}
     found = {gemm: cliffs.cliffs([line], gemm) for gemm in cliffs.GEMMS}

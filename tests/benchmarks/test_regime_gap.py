@@ -171,7 +171,7 @@ def test_without_its_own_tactic_a_cell_keeps_the_others_times_and_claims_no_rati
     assert "| 4 | packed | failed |  | – | failed | – | ? | – | – |" in report.markdown([row], [], [])
 
 
-def test_a_job_that_raises_is_told_and_one_out_of_time_is_not_an_error():
+def test_a_job_that_raises_is_reported_and_one_out_of_time_is_not_an_error():
     def late():
         raise gap._TimeUpError
 
@@ -192,7 +192,7 @@ def test_the_summary_has_geomean_and_worst_of_each_pair_of_loads():
     assert set(found) == {("allgather", "packed"), ("pool", "packed"), (DEFAULT, "packed")}
 
 
-def test_the_table_tells_own_same_slower_missing_and_failed():
+def test_the_table_distinguishes_own_same_slower_missing_and_failed():
     text = report.markdown(CELLS, [], ["pool at EP32, 16 rows: why"])
     assert "### a, EP8" in text
     assert "| 16 | packed | 100.0 | 1.0% | +25.0 % | own | – | – | same | – |" in text

@@ -246,7 +246,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_anything_is_measured(m
     assert planted.prepared == []
 
 
-def test_a_tactic_that_fails_is_told_and_does_not_stop_the_run(moetune, question, planted):
+def test_a_tactic_that_fails_is_reported_and_does_not_stop_the_run(moetune, question, planted):
     planted.milliseconds["broken"] = 0.1
     planted.raising = frozenset({"broken"})
     result = moetune("tune", *question)
@@ -349,7 +349,7 @@ def test_a_damaged_profile_is_named_listed_and_stays_where_it_is_outside_the_sto
     assert [entry["path"] for entry in document["unreadable"]] == [str(inside)]
 
 
-def test_store_list_tells_what_each_profile_answers(moetune, question):
+def test_store_list_shows_what_each_profile_answers(moetune, question):
     assert "has no profile yet" in moetune("store", "list").stdout
     tuned = _document(moetune("tune", *question, "--json"))
     (entry,) = _document(moetune("store", "list", "--json"))["profiles"]

@@ -240,7 +240,7 @@ def test_precision_replaces_the_weights_own(moetune):
     assert json.loads(result.stdout)["layer"]["precision"] == "bf16"
 
 
-def test_dp_alone_is_a_packed_alltoall_and_says_who_brings_it(moetune):
+def test_dp_alone_is_a_packed_alltoall_and_names_the_dispatchers_with_it(moetune):
     result = moetune("plan", "--json", *QWEN, "--ep", "8", "--dp", "--ladder", "8")
     regime = json.loads(result.stdout)["regime"]
     assert (regime["dispatch"], regime["layout"]) == ("alltoall", "packed")
@@ -321,7 +321,7 @@ def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
         ("tune_max_num_tokens", "tune_max_num_tokens"),
     ],
 )
-def test_the_help_tells_the_regimes_own_defaults(option, field):
+def test_the_help_shows_the_regimes_own_defaults(option, field):
     """It names them without building a model, which takes longer than the help may."""
     (described,) = (parameter.help for parameter in plan.params if parameter.name == option)
     assert f"[default: {Regime.model_fields[field].default}]" in described
@@ -361,7 +361,7 @@ REPLICAS = ("--model", "deepseek-r1", "--ep", "8", "--redundant-experts", "32", 
     ("words", "rank", "slots"),
     [((), 1, 576), (("--rank", "mean"), 1, 576), (("--rank", "fullest"), 1, 576), (("--rank", "0"), 0, 320)],
 )
-def test_the_rank_that_is_tuned_has_the_load_nearest_the_mean_or_is_the_one_asked(moetune, words, rank, slots):
+def test_the_rank_that_is_tuned_has_the_load_nearest_the_mean_or_is_the_one_given(moetune, words, rank, slots):
     document = json.loads(moetune("plan", "--json", *REPLICAS, *words, "--ladder", "512").stdout)
     (bucket,) = document["buckets"]
     assert (document["rank"], document["regime"].get("rank", 0)) == (rank, rank)

@@ -17,7 +17,7 @@ QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
 
 
 @pytest.fixture
-def families(monkeypatch):
+def backends(monkeypatch):
     """Two backends in this process, in place of all, with short finals."""
     planted = [
         PlantedBackend({"default": 1.0, "best": us}, name=name) for name, us in (("triton", 0.6), ("torch", 0.1))
@@ -33,7 +33,7 @@ def families(monkeypatch):
 
 
 @pytest.fixture
-def question(tiny, families):
+def question(tiny, backends):
     return ("--model", tiny(), *QUESTION)
 
 
@@ -44,12 +44,12 @@ def test_json_is_one_document_with_all_profiles_and_the_comparison(moetune, ques
     document = json.loads(result.stdout)
     assert list(document)[:3] == ["schema_version", "layer", "regime"]
     comparison = Comparison.model_validate(document)
-    assert [family.backend for family in comparison.families] == ["triton", "torch"]
-    assert all(Profile.model_validate(family["profile"]).choices for family in document["families"])
+    assert [result.backend for result in comparison.families] == ["triton", "torch"]
+    assert all(Profile.model_validate(result["profile"]).choices for result in document["families"])
     assert [(bucket.rows, bucket.winner) for bucket in comparison.buckets] == [(4, "torch"), (8, "torch")]
 
 
-def test_the_tables_and_the_progress_say_which_family_is_at_it_who_wins_and_by_which_flag(moetune, question):
+def test_the_progress_names_the_backend_and_the_tables_the_fastest_one_with_its_flag(moetune, question):
     result = moetune("tune", *question)
     assert "triton, 1 of 2 backends:" in result.stderr
     assert "torch, 2 of 2 backends:" in result.stderr
@@ -60,30 +60,30 @@ def test_the_tables_and_the_progress_say_which_family_is_at_it_who_wins_and_by_w
     assert result.stdout.count("profile: ") == 2
 
 
-def test_a_family_that_fails_is_reported_and_only_all_failing_exits_1(moetune, question, families):
-    families["triton"].raising = frozenset({"default"})
+def test_a_backend_that_fails_is_reported_and_only_if_all_fail_is_the_exit_code_1(moetune, question, backends):
+    backends["triton"].raising = frozenset({"default"})
     result = moetune("tune", *question)
     assert result.exit_code == 0
     assert "triton failed: The default tactic" in result.stderr
     assert "triton failed: The default tactic" in result.stdout
-    families["torch"].raising = frozenset({"default"})
+    backends["torch"].raising = frozenset({"default"})
     result = moetune("tune", *question, "--again")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("error: No backend has a result: triton: ")
 
 
-def test_a_frozen_miss_of_all_families_exits_3(moetune, question, families):
+def test_a_frozen_miss_of_all_backends_exits_3(moetune, question, backends):
     assert moetune("tune", *question, "--frozen").exit_code == 3
     assert moetune("tune", *question).exit_code == 0
-    prepared = [len(backend.prepared) for backend in families.values()]
+    prepared = [len(backend.prepared) for backend in backends.values()]
     result = moetune("tune", *question, "--frozen")
     assert result.exit_code == 0
     assert "at 4, 8 rows the times come from separate runs" in result.stdout
-    assert [len(backend.prepared) for backend in families.values()] == prepared
+    assert [len(backend.prepared) for backend in backends.values()] == prepared
 
 
-def test_show_takes_auto_for_the_first_family_that_has_a_profile(moetune, question, families):
+def test_show_takes_auto_for_the_first_backend_that_has_a_profile(moetune, question, backends):
     missed = moetune("show", *question)
     assert missed.exit_code == 3
     assert "by triton" in missed.stderr

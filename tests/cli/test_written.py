@@ -21,7 +21,7 @@ TACTIC = {
 
 @pytest.fixture
 def tuned(monkeypatch):
-    """A tune that answers any question with one bucket, and the questions that it was asked."""
+    """A tune that answers any question with one bucket, and the questions that it got."""
     asked = []
 
     def answer(layer, regime, *, backend, on_event, **options):

@@ -81,7 +81,7 @@ def asked(monkeypatch):
     return questions
 
 
-def test_both_gemms_take_moetunes_answer_and_it_is_asked_once(tuner, layer, regime, asked):
+def test_both_gemms_take_moetunes_answer_and_it_is_tuned_once(tuner, layer, regime, asked):
     runner = MoERunner(layer, regime)
     with moetune.warmup(layer, regime) as seen:
         assert call(runner, layer, regime, rows=8) == [8, 108]

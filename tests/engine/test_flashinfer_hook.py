@@ -162,7 +162,7 @@ def test_another_layers_op_is_tuned_as_flashinfer_does_it(tuner, layer, regime):
     assert not seen.tuned | seen.served | seen.missed
 
 
-def test_a_nested_warmup_asks_its_own_question_until_it_ends(tuner, layer, regime):
+def test_a_nested_warmup_has_its_own_question_until_it_ends(tuner, layer, regime):
     pure_ep = Regime(ep_size=4, draws=4, ladder="hybrid", tune_max_num_tokens=8)
     op, inner, again = (Trtllm(layer, regime) for _ in range(3))
     with moetune.warmup(layer, regime):

@@ -37,7 +37,7 @@ def test_the_second_start_measures_nothing(trtllm, layer, regime, monkeypatch):
     assert not second.tuned | second.missed
 
 
-def test_a_second_layer_of_the_model_asks_nothing_again(trtllm, layer, regime):
+def test_a_second_layer_of_the_model_tunes_nothing_again(trtllm, layer, regime):
     with moetune.warmup(layer, regime) as seen:
         trtllm()
         runs = len(trtllm.runner.seen)

@@ -58,7 +58,7 @@ def test_a_tactic_that_is_not_listed_is_refused(here):
 
 
 @pytest.mark.parametrize("fake", [Fake(obstacle=("no device", "get one")), Fake(version="0.7.1")])
-def test_another_version_or_a_backend_that_cannot_run_is_not_asked(here, fake):
+def test_another_version_or_a_backend_that_cannot_run_lists_no_tactics(here, fake):
     assert not listed.check(here(fake) and MADE)
     assert fake.asked == []
 

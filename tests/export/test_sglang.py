@@ -79,7 +79,7 @@ def test_the_fused_shared_expert_has_a_file_of_its_own_and_a_warning_where_no_ra
         ({"ep_size": 8, "layout": "pool"}, "With sglang:flashinfer sglang runs FlashInfer's kernels"),
     ],
 )
-def test_a_load_that_sglang_does_not_bring_to_triton_is_warned_of(regime, warned):
+def test_a_load_that_sglang_does_not_give_to_triton_is_warned_of(regime, warned):
     warnings = " ".join(export(profile("qwen3-30b-a3b", strict=ZERO, **regime)).warnings)
     assert (warned in warnings) if warned else warnings == ""
 

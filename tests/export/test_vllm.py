@@ -82,7 +82,7 @@ def test_every_rank_of_uneven_shards_finds_its_file():
         ({"ep_size": 8, "layout": "packed", "ladder": "pow2/8"}, "divides run-time rows by 8"),
     ],
 )
-def test_a_load_that_vllm_does_not_bring_to_triton_is_warned_of(regime, warned):
+def test_a_load_that_vllm_does_not_give_to_triton_is_warned_of(regime, warned):
     warnings = " ".join(export(profile("qwen3-30b-a3b", **regime)).warnings)
     assert (warned in warnings) if warned else warnings == ""
 

@@ -202,7 +202,7 @@ def test_tensorrt_llms_pools_are_powers_of_two_a_block(ep_size, first, last):
     assert all(rows % ep_size == 0 and (rows // ep_size).bit_count() == 1 for rows in regime.buckets)
 
 
-def test_tensorrt_llm_splits_unevenly_behind_its_dispatch_alone():
+def test_tensorrt_llm_splits_unevenly_only_if_it_dispatches():
     assert "uneven_shards" not in dispatcher.resolve("trtllm:allgather", LAYER, 6, attention_dp=False)
     assert dispatcher.resolve("trtllm:nvlink_two_sided", LAYER, 6, tp_size=2)["uneven_shards"]  # it gathers then
 

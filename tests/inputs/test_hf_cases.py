@@ -290,7 +290,7 @@ MISTRAL_LARGE_3 = {
         (MISTRAL_LARGE_3, (128, 4, 7168, 4096), Precision.FP8_TENSOR, Activation.SILU),
     ],
 )
-def test_a_family_is_read_by_its_config_class(config, expected, precision, activation):
+def test_a_model_type_is_read_by_its_config_class(config, expected, precision, activation):
     layer = layer_from_config(config)
     assert sizes(layer) == expected
     assert (layer.precision, layer.activation) == (precision, activation)
@@ -307,7 +307,7 @@ def test_a_family_is_read_by_its_config_class(config, expected, precision, activ
         (GEMMA_4, {"scoring": "softmax", "renormalize": True}),
     ],
 )
-def test_a_family_routes_as_its_model_does(config, expected):
+def test_a_model_type_routes_as_its_model_does(config, expected):
     routing = layer_from_config(config).routing
     assert {field: getattr(routing, field) for field in expected} == expected
 
@@ -369,7 +369,7 @@ def test_a_dense_model_is_said_to_be_no_mixture_of_experts(dense):
         {"model_type": "new", "moe": {"count": 8}},
     ],
 )
-def test_a_mixture_of_an_unknown_family_names_the_options_for_its_sizes(unknown):
+def test_the_error_of_an_unknown_model_type_names_the_options_for_its_sizes(unknown):
     with pytest.raises(UsageError, match="unknown model_type 'new") as error:
         layer_from_config(unknown)
     assert "--experts 256 --top-k 8 --hidden 7168 --intermediate 2048" in error.value.hint

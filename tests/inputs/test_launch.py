@@ -184,7 +184,7 @@ def test_sglang_s_documented_deepep_line_says_why_it_cannot_be_tuned():
         options(f"{line} --moe-runner-backend deep_gemm")
 
 
-def test_flashinfer_s_kernels_bring_their_backend_and_ladder():
+def test_flashinfer_s_kernels_set_their_backend_and_ladder():
     line = "sglang serve --model-path nvidia/DeepSeek-R1-0528-FP4 --tp 4 --ep 4 --moe-runner-backend flashinfer_trtllm"
     assert options(line) == {
         "model": "deepseek-r1",

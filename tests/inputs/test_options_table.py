@@ -79,6 +79,6 @@ def test_an_unknown_option_of_the_library_is_refused():
         ("--launch 'cargo run'", "finds no server"),
     ],
 )
-def test_what_cannot_be_asked_is_named(spelled, message):
+def test_an_invalid_option_is_named(spelled, message):
     with pytest.raises(UsageError, match=message):
         parse(spelled)

@@ -53,7 +53,7 @@ def test_what_the_text_sets_is_expanded():
 
 
 @pytest.mark.parametrize("written", ["$EP", "${EP}", "$(nproc)", "`nproc`", "$1", "${ARGS[@]}", "$((1+2))"])
-def test_what_it_does_not_set_is_told_apart(written):
+def test_what_it_does_not_set_is_kept_apart(written):
     (command,) = commands(f'a -x {written} "{written}"')
     assert [word.unexpanded for word in command.words] == [(), (), (written,), (written,)]
     (quoted,) = commands(f"a '{written}'")

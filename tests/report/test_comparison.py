@@ -40,7 +40,7 @@ def _profile(backend, buckets):
     return Profile(layer=LAYER, regime=REGIME, backend=backend, environment=environment, choices=choices)
 
 
-def _family(backend, buckets, **fields):
+def _result(backend, buckets, **fields):
     profile = _profile(backend, buckets) if buckets else None
     return BackendResult(backend=backend, profile=profile, flags=dict(engine_flags(backend, LAYER.precision)), **fields)
 
@@ -55,9 +55,9 @@ COMPARISON = Comparison(
     regime=REGIME,
     device="NVIDIA H200",
     families=(
-        _family("triton", {8: 60.0, 64: 101.0, 512: 240.0}, failed="The default tactic failed at 4096 rows."),
-        _family("flashinfer-cutlass", {8: 72.0, 64: 100.0, 512: 300.0, 4096: 2134.0}, path="/store/cutlass.json"),
-        _family("torch", {}, failed="no memory"),
+        _result("triton", {8: 60.0, 64: 101.0, 512: 240.0}, failed="The default tactic failed at 4096 rows."),
+        _result("flashinfer-cutlass", {8: 72.0, 64: 100.0, 512: 300.0, 4096: 2134.0}, path="/store/cutlass.json"),
+        _result("torch", {}, failed="no memory"),
     ),
     left_out={"flashinfer-trtllm": "needs compute capability 10.0"},
     buckets=(
@@ -80,7 +80,7 @@ def _printed(*renderables):
     return text.getvalue()
 
 
-def test_the_table_says_who_is_fastest_by_how_much_and_where_nobody_can_tell():
+def test_the_table_says_which_backend_is_fastest_by_how_much_and_where_it_is_too_close_to_call():
     printed = [line.rstrip() for line in _printed(comparison_table(COMPARISON)).splitlines() if line.strip()]
     assert printed == [line for line in GOLDEN.splitlines() if line.strip()]
 
@@ -103,13 +103,13 @@ def test_the_report_says(said):
     assert said in _printed(*comparison_report(COMPARISON))
 
 
-def test_layer_and_regime_are_told_once_and_every_profile_has_its_table():
+def test_layer_and_regime_are_shown_once_and_every_profile_has_its_table():
     printed = _printed(*comparison_report(COMPARISON))
     assert printed.count("small: 16 experts") == 1
     assert printed.count("backend ") >= 2
 
 
-def test_one_family_alone_needs_no_table_of_comparison():
+def test_one_backend_alone_needs_no_table_of_comparison():
     alone = COMPARISON.model_copy(update={"families": COMPARISON.families[:1], "buckets": ()})
     assert "up takes" not in _printed(*comparison_report(alone))
 
@@ -120,13 +120,13 @@ def test_the_document_is_read_as_it_was_written():
 
 def test_five_backends_fit_in_80_columns():
     names = ("triton", "flashinfer-trtllm", "flashinfer-trtllm-routed", "flashinfer-cutlass", "torch")
-    families = tuple(_family(name, {8: 60.0}) for name in names)
+    results = tuple(_result(name, {8: 60.0}) for name in names)
     times = dict.fromkeys(names, 12345.6)
     bucket = ComparedBucket(
         rows=8, times_us={**times, "torch": 60.0}, winner=names[2], runner_up=names[1], ratio=1.2, ratio_low=1.18,
         ratio_high=1.22, noise=0.01, interleaved=True, decided=True,
     )  # fmt: skip
-    table = comparison_table(COMPARISON.model_copy(update={"families": families, "buckets": (bucket,)}))
+    table = comparison_table(COMPARISON.model_copy(update={"families": results, "buckets": (bucket,)}))
     console = Console(width=80, highlight=False)
     with console.capture() as captured:
         console.print(table)

@@ -88,14 +88,14 @@ def test_what_could_not_win_is_counted_by_its_reason():
     assert "could not win" not in printed(*profile_report(made_profile(made_choice(8, 60.0))))
 
 
-def test_a_time_that_was_taken_without_a_graph_is_told():
+def test_a_time_that_was_taken_without_a_graph_is_marked():
     profile = made_profile(made_choice(8, 60.0, eager="it synchronizes"), made_choice(64, 60.0))
     text = printed(*profile_report(profile))
     assert "timed without a CUDA graph, launch overhead included, per bucket:\n  0–1  it synchronizes\n" in text
     assert "CUDA graph" not in printed(*profile_report(made_profile(made_choice(8, 60.0))))
 
 
-def test_the_report_of_a_profile_says_what_stands_behind_it():
+def test_the_report_of_a_profile_says_how_it_was_measured():
     text = printed(*profile_report(made_profile(made_choice(8, 60.0), made_choice(64, 70.0)), "/store/profile.json"))
     assert "6 of 6 tactics tried per bucket; the default: eager" in text
     assert "\neager: a loop over the active experts, with two GEMMs for each\n" in text
@@ -106,7 +106,7 @@ def test_the_report_of_a_profile_says_what_stands_behind_it():
     assert "busy" not in text
 
 
-def test_a_busy_machine_is_told():
+def test_a_busy_machine_is_reported():
     assert "this machine was busy" in printed(*profile_report(made_profile(made_choice(4096, 60.0))))
 
 

@@ -96,7 +96,7 @@ def test_hopeless_values_are_timed_once_and_the_rest_with_more_rounds():
         assert best.tactics == tuple(sorted(once.tactics, key=times.get)[:LEAST])
 
 
-def test_starts_are_tried_first_and_shrink_the_sweeps():
+def test_warm_starts_are_tried_first_and_shrink_the_sweeps():
     times = planted()
     near = sorted(PAIRS[1:], key=times.get)[:10]
     batches, finalists = finish(coordinate(PAIRS, starts=near, explore=12), times)
@@ -139,7 +139,7 @@ def test_along_a_ladder_warm_starts_follow_a_best_that_moves():
     assert max(counts) <= 1.6 * (len(FIRST) + len(SECOND))
 
 
-def test_starts_that_are_no_candidates_are_ignored():
+def test_warm_starts_that_are_no_candidates_are_ignored():
     times = planted()
     foreign = [Tactic(gemm1=999, gemm2=46), Tactic(algorithm="dense")]
     assert finish(coordinate(PAIRS, starts=foreign), times) == finish(coordinate(PAIRS), times)
@@ -194,7 +194,7 @@ def test_promising_are_those_near_the_best_in_order():
 
 
 def test_promising_is_what_is_near_the_best_of_its_own_line():
-    """GEMM1 was swept beside a poor GEMM2: its second best value is far behind the best pair, and as good as ever."""
+    """GEMM1 was swept beside a poor GEMM2. Its second best value is far slower than the best pair, and promising."""
     times = {Tactic(gemm1=a, gemm2=50): 100.0 + us for a, us in enumerate((0.0, 10.0, 60.0))}
     times |= {Tactic(gemm1=0, gemm2=b): us for b, us in ((51, 50.0), (52, 90.0))}
     alone = Tactic(gemm1=7, gemm2=70)

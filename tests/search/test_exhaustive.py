@@ -52,7 +52,7 @@ def test_the_second_timing_counts():
     assert stop.value.value == (TACTICS[1], TACTICS[0])
 
 
-def test_a_tactic_far_behind_the_best_is_no_finalist():
+def test_a_tactic_far_slower_than_the_best_is_no_finalist():
     times = {t: 10.0 if t["number"] < 6 else 10.1 * WITHIN for t in TACTICS}
     assert _finish(exhaustive(TACTICS), times)[1] == TACTICS[:6]
 

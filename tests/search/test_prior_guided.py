@@ -20,8 +20,8 @@ def bowl(tactic: Tactic) -> float:
     return 1.0 + ((int(tactic["x"]) - 13) ** 2 + (int(tactic["y"]) - 4) ** 2) / 100
 
 
-def play(search, time_us):
-    """The batches of a search and its finalists; `time_us` returns None for a tactic that fails."""
+def finish(search, time_us):
+    """Returns the batches of a search and its finalists; `time_us` returns None for a tactic that fails."""
     batches: list[Batch] = []
     try:
         batches.append(next(search))
@@ -33,7 +33,7 @@ def play(search, time_us):
 
 
 def test_without_a_prior_it_finds_the_bottom_of_a_bowl_in_a_tenth_of_the_measurements():
-    batches, finalists = play(halving(GRID, share=0.1), bowl)
+    batches, finalists = finish(halving(GRID, share=0.1), bowl)
     assert len({tactic for batch in batches for tactic in batch.tactics}) <= len(GRID) // 10
     assert bowl(finalists[0]) <= 1.05
 
@@ -41,23 +41,23 @@ def test_without_a_prior_it_finds_the_bottom_of_a_bowl_in_a_tenth_of_the_measure
 def test_a_prior_whose_best_lies_elsewhere_is_corrected():
     prior = {tactic: bowl(Tactic(x=int(tactic["x"]) + 3, y=int(tactic["y"]) - 3)) for tactic in GRID}
     assert bowl(min(prior, key=prior.__getitem__)) > 1.15
-    _, finalists = play(halving(GRID, predicted_us=prior, share=0.1), bowl)
+    _, finalists = finish(halving(GRID, predicted_us=prior, share=0.1), bowl)
     assert bowl(finalists[0]) <= 1.05
 
 
-def test_the_default_and_the_starts_are_in_the_first_batch():
+def test_the_default_and_the_warm_starts_are_in_the_first_batch():
     starts = (Tactic(x=5, y=5), Tactic(x=6, y=5))
-    batches, _ = play(halving(GRID, starts=starts), bowl)
+    batches, _ = finish(halving(GRID, starts=starts), bowl)
     assert {GRID[0], *starts} <= set(batches[0].tactics)
 
 
 def test_a_start_that_is_no_candidate_is_ignored():
-    batches, _ = play(halving(GRID, starts=(Tactic(x=99, y=99),)), bowl)
+    batches, _ = finish(halving(GRID, starts=(Tactic(x=99, y=99),)), bowl)
     assert all(tactic in GRID for batch in batches for tactic in batch.tactics)
 
 
 def test_the_last_rung_times_a_quarter_again_and_more_often():
-    batches, finalists = play(halving(GRID, rounds=3, more_rounds=11), bowl)
+    batches, finalists = finish(halving(GRID, rounds=3, more_rounds=11), bowl)
     *first, last = batches
     measured = [tactic for batch in first for tactic in batch.tactics]
     assert {batch.rounds for batch in first} == {3}
@@ -69,7 +69,7 @@ def test_the_last_rung_times_a_quarter_again_and_more_often():
 
 def test_what_it_says_is_likely_next_comes_next_where_the_prior_holds():
     prior = {tactic: bowl(tactic) for tactic in GRID}
-    batches, _ = play(halving(GRID, predicted_us=prior, share=0.1), bowl)
+    batches, _ = finish(halving(GRID, predicted_us=prior, share=0.1), bowl)
     *first, last = batches
     assert len(first) > 2
     for batch, following in pairwise(first):
@@ -88,7 +88,7 @@ def test_whatever_fails_no_tactic_is_proposed_twice_in_the_first_rungs_and_final
     tactics = tuple(Tactic(n=number) for number in range(size))
     prior = {tactic: chance.uniform(1, 9) for tactic in tactics}
     times = {tactic: None if tactic["n"] in failing else chance.uniform(1, 9) for tactic in tactics}
-    batches, finalists = play(halving(tactics, predicted_us=prior, share=share), times.__getitem__)
+    batches, finalists = finish(halving(tactics, predicted_us=prior, share=share), times.__getitem__)
     first = [tactic for batch in batches if batch.rounds == 4 for tactic in batch.tactics]
     assert len(first) == len(set(first)) == min(size, max(8, int(share * size)))
     assert all(times[tactic] is not None for tactic in finalists)
@@ -141,7 +141,7 @@ def test_on_recorded_tables_a_twentieth_of_the_measurements_is_enough(path, caps
 def test_on_recorded_tables_most_of_what_is_proposed_was_said_to_be_likely(path):
     said, proposed = 0, 0
     for cell in cells(path):
-        (first, *following, _), _ = play(halving(tuple(cell.truth), predicted_us=cell.predicted_us), cell.truth.get)
+        (first, *following, _), _ = finish(halving(tuple(cell.truth), predicted_us=cell.predicted_us), cell.truth.get)
         likely = set(first.likely_next)
         for batch in following:
             said += len(likely & set(batch.tactics))

@@ -1,4 +1,4 @@
-"""Equal questions have equal keys, every field counts, and what cannot be asked is refused in one line."""
+"""Equal questions have equal keys, every field counts, and an invalid regime is refused in one line."""
 
 import pytest
 from hypothesis import given
@@ -66,7 +66,7 @@ def test_a_rank_is_in_the_key_unless_it_is_0(regime, data):
     assert other.slug == regime.slug + (f"-rank{rank}" if rank else "")
 
 
-def test_a_shard_is_the_regimes_ranks_unless_another_is_asked():
+def test_a_shard_is_the_regimes_ranks_unless_another_is_given():
     regime = Regime(ep_size=4, rank=2)
     assert regime.shard(LAYER).first == 32
     assert regime.shard(LAYER, 0).first == 0
@@ -146,7 +146,7 @@ def test_the_slug_is_readable():
         ({"expert_parallel": 2}, "expert_parallel"),
     ],
 )
-def test_what_cannot_be_asked_is_a_one_line_usage_error(given, named):
+def test_an_invalid_regime_is_a_one_line_usage_error(given, named):
     with pytest.raises(UsageError) as error:
         Regime(**given)
     assert named in str(error.value)

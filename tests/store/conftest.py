@@ -50,5 +50,5 @@ def packaged(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def backed(store: Store, packaged: Store) -> Store:
-    """The store, with the packaged profiles behind it."""
+    """The store, which falls back to the packaged profiles."""
     return Store(store.root, packaged.root)

@@ -21,9 +21,9 @@ class Scripted:
 
     def samples(self, tactics, draws):
         start, self.rounds = self.rounds, self.rounds + len(draws)
-        who, since = self._fails
-        if who in tactics and self.rounds > since:
-            self.failures[who] = "planted failure"
+        failing, since = self._fails
+        if failing in tactics and self.rounds > since:
+            self.failures[failing] = "planted failure"
         slow = [self._slow(number) for number in range(start, self.rounds)]
         series = [[(10.0 if one == tactic("default") else 9.0) * factor for factor in slow] for one in tactics]
         if len(tactics) > 1:
@@ -34,7 +34,7 @@ class Scripted:
 class Uneven:
     """Tactics by their µs on even and on odd draws, besides that uneven by `spread`, each in its own way.
 
-    Counts the rounds of each. `fails`: who, and in which call.
+    Counts the rounds of each. `fails`: a tactic, and in which call it fails.
     """
 
     def __init__(self, us, spread=0.0, fails=(None, 0)):
@@ -87,8 +87,8 @@ class Unsteady(Uneven):
 class Drifting:
     """Tactics by their µs, all times a factor that drifts from round to round; counts how often each was timed.
 
-    `hiccup`: who takes three times as long in the first two rounds. `apart`: by what factor the second of two series of
-    one tactic is longer. `fails`: who, and from which call on.
+    `hiccup`: a tactic that takes three times as long in the first two rounds. `apart`: by what factor the second of two
+    series of one tactic is longer. `fails`: a tactic, and the call from which on it fails.
     """
 
     def __init__(self, us, *, hiccup=None, apart=1.0, fails=(None, 0)):

@@ -34,19 +34,19 @@ def test_it_is_a_backend_that_survives_a_pickle():
     assert again.tolerance(LAYER) == 1e-5
 
 
-def test_candidates_are_all_families_each_with_its_name():
+def test_candidates_are_those_of_all_backends_each_with_its_name():
     found = _both().candidates(LAYER, REGIME, 4, "cpu")
     assert found.tactics == (FAST, SLOW, joined("two", tactic("b")))
     assert {backend_of(excluded) for excluded in found.excluded} == {"one", "two"}
     assert _both().default(LAYER, REGIME, 4) == FAST
 
 
-def test_each_tactic_is_run_by_its_own_family():
+def test_each_tactic_is_run_by_its_own_backend():
     fast, slow = Bench(_both(), PROBLEM).samples((FAST, SLOW), [0] * 5)
     assert min(slow) > 4000 > 2000 > sorted(fast)[2]
 
 
-def test_a_family_that_cannot_be_prepared_fails_alone_and_says_why():
+def test_a_backend_that_cannot_be_prepared_fails_alone_and_says_why():
     bench = Bench(_both(Broken), PROBLEM)
     fast, slow = bench.samples((FAST, SLOW), [0, 0])
     assert len(fast) == 2
@@ -54,7 +54,7 @@ def test_a_family_that_cannot_be_prepared_fails_alone_and_says_why():
     assert "no room for its weights" in bench.failures[SLOW]
 
 
-def test_there_is_no_reference_that_all_families_share():
+def test_there_is_no_reference_that_all_backends_share():
     runner = _both().prepare(PROBLEM)
     assert torch.equal(runner.run(FAST), torch.ones(4, LAYER.hidden_size))
     with pytest.raises(UnsupportedError, match="no shared reference"):

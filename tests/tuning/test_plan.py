@@ -22,7 +22,7 @@ def test_the_payloads_of_deepseek_r1_under_allgather_are_those_of_the_published_
     assert planned.wire[0].tensors == {"hidden_states": 14336, "router_logits": 1024}
 
 
-def test_a_grouped_router_is_simulated_and_brings_about_half_of_the_tokens_at_ep8():
+def test_a_grouped_router_is_simulated_and_sends_about_half_of_the_tokens_at_ep8():
     planned = plan("deepseek-r1", Regime(ep_size=8, attention_dp=True, layout="deduplicated", ladder="64"))
     assert planned.simulated
     assert 0.45 <= planned.hit_fraction <= 0.50
@@ -83,11 +83,11 @@ def test_the_variable_gives_the_default_distribution_and_a_given_one_beats_it(mo
 
 
 @pytest.mark.parametrize(
-    "asked", [{"rank": 4}, {"backend": "nope"}, {"regime": Regime(ep_size=3)}, {"layer": "no-such-model"}]
+    "given", [{"rank": 4}, {"backend": "nope"}, {"regime": Regime(ep_size=3)}, {"layer": "no-such-model"}]
 )
-def test_what_cannot_be_asked_is_a_usage_error(asked):
+def test_an_invalid_argument_is_a_usage_error(given):
     with pytest.raises(UsageError):
-        plan(**{"layer": SMALL, "regime": Regime(ep_size=4), **asked})
+        plan(**{"layer": SMALL, "regime": Regime(ep_size=4), **given})
 
 
 @given(

@@ -101,12 +101,12 @@ def test_an_interrupt_amid_a_batch_leaves_what_failed_in_it(plant, tmp_path, mon
     assert (left.rows, left.tactic, left.reason) == (4, tactic("broken"), "RuntimeError: planted failure")
 
 
-def test_what_an_interrupted_search_found_best_starts_the_next_one_where_searches_are_warm_started(plant):
+def test_what_an_interrupted_search_found_best_is_a_warm_start_of_the_next_one_if_there_are_others(plant):
     backend = plant(milliseconds={"default": 8.0, "slow": 4.0, "fast": 0.1})
-    told = []
+    given = []
 
     def search(problem, candidates, warm_starts):
-        told.append((problem.rows, tuple(warm_starts)))
+        given.append((problem.rows, tuple(warm_starts)))
         times = yield Batch(tuple(map(tactic, ("default", "slow") if problem.rows == 4 else ("slow", "fast"))))
         return tuple(sorted(times, key=times.__getitem__))
 
@@ -114,10 +114,10 @@ def test_what_an_interrupted_search_found_best_starts_the_next_one_where_searche
     for rows in (4, 8):
         with pytest.raises(KeyboardInterrupt):
             tune_planted(on_event=_interrupt_at(rows))
-    assert told[-1] == (8, (tactic("slow"), tactic("default")))
-    assert {starts for rows, starts in told if rows == 4} == {()}
+    assert given[-1] == (8, (tactic("slow"), tactic("default")))
+    assert {starts for rows, starts in given if rows == 4} == {()}
     tune_planted()
-    assert told[-1] == (8, (tactic("fast"), tactic("slow")))
+    assert given[-1] == (8, (tactic("fast"), tactic("slow")))
 
 
 def test_where_the_default_itself_failed_everything_is_tried_again(plant):
@@ -133,7 +133,7 @@ def test_where_the_default_itself_failed_everything_is_tried_again(plant):
     assert not [event for event in events if isinstance(event, Resumed)]
 
 
-def test_a_damaged_line_of_the_journal_is_told_and_does_not_stop_the_run(plant, tmp_path):
+def test_a_damaged_line_of_the_journal_is_reported_and_does_not_stop_the_run(plant, tmp_path):
     plant(milliseconds={"default": 1.0})
     with pytest.raises(KeyboardInterrupt):
         tune_planted(store=tmp_path, on_event=_interrupt_at(4))

@@ -132,13 +132,13 @@ def test_the_load_is_stored_with_the_choice(plant):
 
 
 def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
-    """It proposes one tactic besides the default, and in the next bucket is told which ones were good."""
+    """It proposes one tactic besides the default, and in the next bucket it gets the fast ones as warm starts."""
     backend = plant(milliseconds={"default": 8.0, "fast": 2.5, "faster": 0.1})
-    told = []
+    given = []
 
     def search(problem, candidates, warm_starts):
-        if problem.rows == 8 or not told:
-            told.append(tuple(warm_starts))
+        if problem.rows == 8 or not given:
+            given.append(tuple(warm_starts))
         times = yield Batch((tactic("default"), tactic("fast")))
         return tuple(sorted(times, key=times.__getitem__))
 
@@ -146,18 +146,18 @@ def test_a_search_of_the_backend_s_own_is_used_and_warm_started(plant):
     profile = tune_planted()
     assert {choice.tactic for choice in profile.choices} == {tactic("fast")}
     assert {choice.tried for choice in profile.choices} == {2}
-    assert told[0] == ()
-    assert told[-1] == (tactic("fast"), tactic("default"))
+    assert given[0] == ()
+    assert given[-1] == (tactic("fast"), tactic("default"))
     exhaustive = tune_planted(again=True, strategy="exhaustive")
     assert {choice.tactic for choice in exhaustive.choices} == {tactic("faster")}
 
 
-def test_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant):
+def test_warm_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant):
     backend = plant(milliseconds={"default": 1.0, "a": 0.1, "b": 0.1, "c": 0.1})
-    winners, told = {1: "a", 8: "b", 64: "c"}, {}
+    winners, given = {1: "a", 8: "b", 64: "c"}, {}
 
     def search(problem, candidates, warm_starts):
-        told[problem.rows] = warm_starts
+        given[problem.rows] = warm_starts
         yield Batch((tactic(winners[problem.rows]),))
         return (tactic(winners[problem.rows]),)
 
@@ -169,9 +169,9 @@ def test_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant):
     regime = Regime(ladder="1,8,64", draws=1)
     with pytest.raises(KeyboardInterrupt):
         tune_planted(regime, on_event=interrupt)
-    assert told == {1: (), 8: (tactic("a"),)}
+    assert given == {1: (), 8: (tactic("a"),)}
     tune_planted(regime)
-    assert told[64] == (tactic("b"), tactic("a"))
+    assert given[64] == (tactic("b"), tactic("a"))
 
 
 def test_in_a_worker_a_tactic_that_kills_its_process_costs_only_itself(tmp_path):

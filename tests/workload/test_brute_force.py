@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from questions import VIEWS, moe
+from sampling_cases import VIEWS, moe
 
 from moetune.inputs.presets import layer as layer_of
 from moetune.spec.layer import MoELayer, RoutingMethod

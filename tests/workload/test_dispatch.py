@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questions import VIEWS, deepseek_r1, moe, regime_of
+from sampling_cases import VIEWS, deepseek_r1, moe, regime_of
 
 from moetune.workload.dispatch import (
     active_experts,
@@ -96,7 +96,7 @@ def test_redundant_experts_agree_with_simulation_within_four_sigma(view: str, re
         assert abs(float(measured.mean()) - figure) <= 4 * sigma + 1e-9
 
 
-def test_deepseek_r1_brings_just_under_half_of_its_tokens_to_a_rank_at_ep_8():
+def test_deepseek_r1_sends_just_under_half_of_its_tokens_to_a_rank_at_ep_8():
     layer, regime = deepseek_r1(), regime_of("deduplicated", 8)
     expected = expect(layer, regime, 64)
     assert expected.simulated

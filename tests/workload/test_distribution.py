@@ -87,6 +87,6 @@ def test_dealing_goes_round(rows: int, top_k: int):
     assert dealt.dtype == torch.int32
 
 
-def test_dealing_counts_leaves_holes_behind_them():
+def test_dealing_counts_leaves_holes_after_them():
     dealt = deal_counts(torch.tensor([5, 6, 7]), torch.tensor([2, 0, 3, 1]), 3)
     assert dealt.tolist() == [[5, 6, -1], [-1, -1, -1], [7, 5, 6], [7, -1, -1]]

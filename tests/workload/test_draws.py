@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from questions import VIEWS, moe, regime_of
+from sampling_cases import VIEWS, moe, regime_of
 
 from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.draws import (

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from questions import deepseek_r1, moe
+from sampling_cases import deepseek_r1, moe
 
 from moetune.spec.layer import RoutingMethod
 from moetune.workload.distribution import random_logits, seeded_generator

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from questions import VIEWS, Question, deepseek_r1, digest_of_ids, moe, questions, regime_of
+from sampling_cases import VIEWS, SamplingCase, deepseek_r1, digest_of_ids, moe, regime_of, sampling_cases
 
 from moetune.errors import UsageError
 from moetune.workload.dispatch import expect
@@ -20,8 +20,8 @@ from moetune.workload.routing import Routing, realize, stress
 brief = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def local_mask(question: Question, routing: Routing) -> torch.Tensor:
-    shard = question.regime.shard(question.layer, question.rank)
+def local_mask(case: SamplingCase, routing: Routing) -> torch.Tensor:
+    shard = case.regime.shard(case.layer, case.rank)
     return (routing.topk_ids >= shard.first) & (routing.topk_ids < shard.first + shard.num_local)
 
 
@@ -45,13 +45,13 @@ def same(one: Routing, other: Routing) -> bool:
 
 
 @brief
-@given(questions())
-def test_shapes_ranges_and_load_fit_the_question(question: Question):
-    layer, regime = question.layer, question.regime
-    shard = regime.shard(layer, question.rank)
-    routing = realize(*question.arguments)
+@given(sampling_cases())
+def test_shapes_ranges_and_load_fit_the_case(case: SamplingCase):
+    layer, regime = case.layer, case.regime
+    shard = regime.shard(layer, case.rank)
+    routing = realize(*case.arguments)
     width = 1 if regime.layout == "slot" else layer.top_k
-    assert routing.topk_ids.shape == routing.topk_weights.shape == (question.rows, width)
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (case.rows, width)
     assert (routing.topk_ids.dtype, routing.topk_weights.dtype) == (torch.int32, torch.float32)
     assert -1 <= int(routing.topk_ids.min()) <= int(routing.topk_ids.max()) < shard.num_physical
     assert routing.load.dtype == torch.int64
@@ -61,22 +61,22 @@ def test_shapes_ranges_and_load_fit_the_question(question: Question):
 
 
 @brief
-@given(questions())
-def test_non_negative_ids_of_a_row_are_distinct(question: Question):
-    assert rows_are_distinct(realize(*question.arguments).topk_ids, question.layer.num_experts)
+@given(sampling_cases())
+def test_non_negative_ids_of_a_row_are_distinct(case: SamplingCase):
+    assert rows_are_distinct(realize(*case.arguments).topk_ids, case.layer.num_experts)
 
 
 @brief
-@given(questions(redundant=True))
-def test_no_row_holds_two_replicas_of_an_expert(question: Question):
-    routing = realize(*question.arguments)
-    assert rows_are_distinct(routing.topk_ids, question.layer.num_experts)
-    local = local_mask(question, routing)
+@given(sampling_cases(redundant=True))
+def test_no_row_holds_two_replicas_of_an_expert(case: SamplingCase):
+    routing = realize(*case.arguments)
+    assert rows_are_distinct(routing.topk_ids, case.layer.num_experts)
+    local = local_mask(case, routing)
     assert int(local.sum()) == int(routing.load.sum())
-    shard = question.regime.shard(question.layer, question.rank)
-    match question.regime.layout:
+    shard = case.regime.shard(case.layer, case.rank)
+    match case.regime.layout:
         case "packed":
-            assert local.sum(1).tolist() == [min(question.layer.top_k, shard.num_local)] * question.rows
+            assert local.sum(1).tolist() == [min(case.layer.top_k, shard.num_local)] * case.rows
         case "deduplicated":
             assert local.any(1).all()
             assert (routing.topk_ids >= 0).all()
@@ -89,25 +89,25 @@ def test_no_row_holds_two_replicas_of_an_expert(question: Question):
 
 
 @brief
-@given(questions(distributions=("balanced",)))
-def test_balanced_counts_in_scope_differ_by_at_most_one(question: Question):
-    routing = realize(*question.arguments)
-    if question.regime.dispatch == "alltoall":
+@given(sampling_cases(distributions=("balanced",)))
+def test_balanced_counts_in_scope_differ_by_at_most_one(case: SamplingCase):
+    routing = realize(*case.arguments)
+    if case.regime.dispatch == "alltoall":
         assert spread(routing.load) <= 1
     else:
-        assert spread(counts_of(routing.topk_ids, question.layer.num_experts)) <= 1
+        assert spread(counts_of(routing.topk_ids, case.layer.num_experts)) <= 1
 
 
 @brief
-@given(questions(views=("none", "allgather", "packed", "slot"), distributions=("balanced",), redundant=True))
-def test_balance_counts_slots_where_replicas_can_be_kept_apart(question: Question):
-    layer, regime = question.layer, question.regime
-    shard = regime.shard(layer, question.rank)
+@given(sampling_cases(views=("none", "allgather", "packed", "slot"), distributions=("balanced",), redundant=True))
+def test_balance_counts_slots_where_replicas_can_be_kept_apart(case: SamplingCase):
+    layer, regime = case.layer, case.regime
+    shard = regime.shard(layer, case.rank)
     slots = shard.num_physical if regime.layout is None else shard.num_local
     copies = math.ceil(slots / min(layer.num_experts, slots))
     width = 1 if regime.layout == "slot" else min(layer.top_k, slots)
     assume(copies * width <= slots)
-    routing = realize(*question.arguments)
+    routing = realize(*case.arguments)
     counts = routing.load if regime.layout else counts_of(routing.topk_ids, shard.num_physical)
     assert spread(counts) <= 1
 
@@ -136,12 +136,12 @@ def test_sixty_four_rows_at_ep_32_leave_no_half_of_the_ranks_idle(distribution: 
 
 
 @brief
-@given(questions(views=("packed",)))
-def test_packed_has_exactly_min_k_l_local_slots_in_every_row(question: Question):
-    shard = question.regime.shard(question.layer, question.rank)
-    routing = realize(*question.arguments)
-    per_row = local_mask(question, routing).sum(1)
-    assert per_row.tolist() == [min(question.layer.top_k, shard.num_local)] * question.rows
+@given(sampling_cases(views=("packed",)))
+def test_packed_has_exactly_min_k_l_local_slots_in_every_row(case: SamplingCase):
+    shard = case.regime.shard(case.layer, case.rank)
+    routing = realize(*case.arguments)
+    per_row = local_mask(case, routing).sum(1)
+    assert per_row.tolist() == [min(case.layer.top_k, shard.num_local)] * case.rows
     assert (routing.topk_ids >= 0).all()
 
 
@@ -150,10 +150,10 @@ def test_packed_has_exactly_min_k_l_local_slots_in_every_row(question: Question)
 def test_gpt_oss_120b_at_ep_64_has_two_local_and_two_non_local_ids_a_row(distribution: str, rows: int):
     layer, regime = moe(128, 4), regime_of("packed", 64, distribution)
     for rank in (0, 17, 63):
-        question = Question(layer, regime, rows, rank)
-        routing = realize(*question.arguments)
+        case = SamplingCase(layer, regime, rows, rank)
+        routing = realize(*case.arguments)
         assert routing.load.tolist() == [rows, rows]
-        assert local_mask(question, routing).sum(1).tolist() == [2] * rows
+        assert local_mask(case, routing).sum(1).tolist() == [2] * rows
         assert rows_are_distinct(routing.topk_ids, 128)
 
 
@@ -163,10 +163,10 @@ def test_packed_without_enough_local_experts_leaves_k_at_most_l_unchanged():
 
 
 @brief
-@given(questions(views=("deduplicated",)))
-def test_deduplicated_rows_have_at_least_one_local_id_and_no_hole(question: Question):
-    routing = realize(*question.arguments)
-    assert local_mask(question, routing).any(1).all()
+@given(sampling_cases(views=("deduplicated",)))
+def test_deduplicated_rows_have_at_least_one_local_id_and_no_hole(case: SamplingCase):
+    routing = realize(*case.arguments)
+    assert local_mask(case, routing).any(1).all()
     assert (routing.topk_ids >= 0).all()
 
 
@@ -186,31 +186,31 @@ def test_deduplicated_local_slots_have_the_mean_of_the_routers_law(layer, ep_siz
 
 
 @settings(brief, max_examples=20)
-@given(questions(views=("deduplicated",), distributions=("balanced",)))
-def test_balanced_deduplicated_rows_follow_the_law_by_rounded_quotas(question: Question):
-    counts = local_mask(question, realize(*question.arguments)).sum(1).bincount(minlength=question.layer.top_k + 1)
-    shard = representative_shard(question.layer, question.regime, question.rank)
-    law = local_slot_law(question.layer, shard, question.regime.seed)
+@given(sampling_cases(views=("deduplicated",), distributions=("balanced",)))
+def test_balanced_deduplicated_rows_follow_the_law_by_rounded_quotas(case: SamplingCase):
+    counts = local_mask(case, realize(*case.arguments)).sum(1).bincount(minlength=case.layer.top_k + 1)
+    shard = representative_shard(case.layer, case.regime, case.rank)
+    law = local_slot_law(case.layer, shard, case.regime.seed)
     for count, chance in enumerate(law.probabilities[1:], 1):
-        assert abs(int(counts[count]) - question.rows * chance / law.hit_fraction) < 1
+        assert abs(int(counts[count]) - case.rows * chance / law.hit_fraction) < 1
 
 
 @brief
-@given(questions(views=("slot",)))
-def test_slot_has_one_local_id_a_row(question: Question):
-    routing = realize(*question.arguments)
-    assert routing.topk_ids.shape == (question.rows, 1)
-    assert int(routing.load.sum()) == question.rows
+@given(sampling_cases(views=("slot",)))
+def test_slot_has_one_local_id_a_row(case: SamplingCase):
+    routing = realize(*case.arguments)
+    assert routing.topk_ids.shape == (case.rows, 1)
+    assert int(routing.load.sum()) == case.rows
 
 
 @brief
-@given(questions(views=("pool",)))
-def test_a_pools_arrived_rows_lie_in_front_of_their_block_and_are_deduplicated_rows(question: Question):
-    routing = realize(*question.arguments)
+@given(sampling_cases(views=("pool",)))
+def test_a_pools_arrived_rows_lie_in_front_of_their_block_and_are_deduplicated_rows(case: SamplingCase):
+    routing = realize(*case.arguments)
     arrived = (routing.topk_ids >= 0).all(1)
     assert (arrived | (routing.topk_ids == -1).all(1)).all()
-    assert (local_mask(question, routing).any(1) == arrived).all()
-    blocks = arrived.view(question.regime.ep_size, -1).int()
+    assert (local_mask(case, routing).any(1) == arrived).all()
+    blocks = arrived.view(case.regime.ep_size, -1).int()
     assert (blocks[:, 1:] <= blocks[:, :-1]).all()
 
 
@@ -226,20 +226,20 @@ def test_a_pools_arrived_rows_are_the_hit_fraction_of_the_tokens():
 
 
 @brief
-@given(questions(views=("none", "allgather")))
-def test_global_dispatches_carry_k_ids_in_every_row(question: Question):
-    routing = realize(*question.arguments)
+@given(sampling_cases(views=("none", "allgather")))
+def test_global_dispatches_carry_k_ids_in_every_row(case: SamplingCase):
+    routing = realize(*case.arguments)
     assert (routing.topk_ids >= 0).all()
-    assert int(counts_of(routing.topk_ids, question.layer.num_experts).sum()) == question.rows * question.layer.top_k
+    assert int(counts_of(routing.topk_ids, case.layer.num_experts).sum()) == case.rows * case.layer.top_k
 
 
 @brief
-@given(questions())
-def test_where_ranks_are_alike_another_has_the_same_ids_shifted_by_whole_shards(question: Question):
-    layer, regime = question.layer, question.regime
+@given(sampling_cases())
+def test_where_ranks_are_alike_another_has_the_same_ids_shifted_by_whole_shards(case: SamplingCase):
+    layer, regime = case.layer, case.regime
     assume(alike(layer, regime))
-    mine, first = realize(*question.arguments), realize(layer, regime, question.rows, 0)
-    offset = regime.shard(layer, question.rank).first
+    mine, first = realize(*case.arguments), realize(layer, regime, case.rows, 0)
+    offset = regime.shard(layer, case.rank).first
     shifted = torch.where(first.topk_ids < 0, -1, (first.topk_ids + offset) % layer.num_experts)
     assert torch.equal(mine.topk_ids, shifted)
     assert torch.equal(mine.topk_weights, first.topk_weights)
@@ -247,9 +247,9 @@ def test_where_ranks_are_alike_another_has_the_same_ids_shifted_by_whole_shards(
 
 
 @brief
-@given(questions(), st.integers(0, 20))
-def test_a_draw_repeats_exactly(question: Question, draw: int):
-    assert same(realize(*question.arguments, draw=draw), realize(*question.arguments, draw=draw))
+@given(sampling_cases(), st.integers(0, 20))
+def test_a_draw_repeats_exactly(case: SamplingCase, draw: int):
+    assert same(realize(*case.arguments, draw=draw), realize(*case.arguments, draw=draw))
 
 
 @pytest.mark.parametrize("distribution", ["balanced", "random"])
@@ -277,7 +277,7 @@ def test_two_processes_realize_identical_ids():
     environment = {"PYTHONHASHSEED": "2", "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION": "balanced", "PATH": ""}
     here = str(Path(__file__).parent)
     printed = subprocess.run(
-        [sys.executable, "-c", "from questions import digest_of_ids; print(digest_of_ids())"],
+        [sys.executable, "-c", "from sampling_cases import digest_of_ids; print(digest_of_ids())"],
         env={**environment, "PYTHONPATH": ":".join([here, *sys.path])},
         capture_output=True,
         text=True,
@@ -305,8 +305,8 @@ def test_random_ids_are_uniform_over_seeds(view: str, routing):
 def test_uneven_shards_are_served(view: str):
     layer, regime = moe(10, 3), regime_of(view, 4, "balanced", uneven_shards=True)
     for rank, num_local in enumerate((3, 3, 2, 2)):
-        question = Question(layer, regime, 24, rank)
-        routing = realize(*question.arguments)
+        case = SamplingCase(layer, regime, 24, rank)
+        routing = realize(*case.arguments)
         assert len(routing.load) == num_local
         assert rows_are_distinct(routing.topk_ids, 10)
         if regime.dispatch == "alltoall":
@@ -322,8 +322,8 @@ def test_uneven_shards_are_served(view: str):
 )
 def test_every_expert_chosen_is_no_special_case(view, distribution, num_experts, top_k, ep_size):
     rows = 2 * ep_size
-    question = Question(moe(num_experts, top_k), regime_of(view, ep_size, distribution), rows, ep_size - 1)
-    routing = realize(*question.arguments)
+    case = SamplingCase(moe(num_experts, top_k), regime_of(view, ep_size, distribution), rows, ep_size - 1)
+    routing = realize(*case.arguments)
     if view == "slot":
         assert int(routing.load.sum()) == rows
     else:
@@ -357,10 +357,10 @@ def test_what_cannot_be_realized_is_a_usage_error(view, rows, rank, draw, said):
 
 
 @brief
-@given(questions(), st.sampled_from([2, 3, 4]))
-def test_stress_raises_the_busiest_expert_and_keeps_rows_valid(question: Question, factor: int):
-    layer, regime, _, rank = question.arguments
-    before = realize(*question.arguments)
+@given(sampling_cases(), st.sampled_from([2, 3, 4]))
+def test_stress_raises_the_busiest_expert_and_keeps_rows_valid(case: SamplingCase, factor: int):
+    layer, regime, _, rank = case.arguments
+    before = realize(*case.arguments)
     after = stress(layer, regime, before, rank, factor)
     busiest = int(before.load.argmax())
     holding = int((before.topk_ids >= 0).any(1).sum())
@@ -369,22 +369,22 @@ def test_stress_raises_the_busiest_expert_and_keeps_rows_valid(question: Questio
     assert torch.equal(after.topk_ids < 0, before.topk_ids < 0)
     unchanged = torch.arange(len(before.load)) != busiest
     assert (after.load[unchanged] <= before.load[unchanged]).all()
-    free = int((local_mask(question, before).any(1) & ~(before.topk_ids == _slot(question, busiest)).any(1)).sum())
+    free = int((local_mask(case, before).any(1) & ~(before.topk_ids == _slot(case, busiest)).any(1)).sum())
     if int(after.load[busiest] - before.load[busiest]) <= free:
         assert int(after.load.sum()) == int(before.load.sum())
 
 
-def _slot(question: Question, local: int) -> int:
-    return question.regime.shard(question.layer, question.rank).first + local
+def _slot(case: SamplingCase, local: int) -> int:
+    return case.regime.shard(case.layer, case.rank).first + local
 
 
 @brief
-@given(questions(redundant=True))
-def test_stress_keeps_replicas_apart(question: Question):
-    before = realize(*question.arguments)
-    after = stress(question.layer, question.regime, before, question.rank, 3)
-    assert rows_are_distinct(after.topk_ids, question.layer.num_experts)
-    assert int(after.load.max()) <= question.rows
+@given(sampling_cases(redundant=True))
+def test_stress_keeps_replicas_apart(case: SamplingCase):
+    before = realize(*case.arguments)
+    after = stress(case.layer, case.regime, before, case.rank, 3)
+    assert rows_are_distinct(after.topk_ids, case.layer.num_experts)
+    assert int(after.load.max()) <= case.rows
 
 
 def test_stress_repeats_and_refuses_a_factor_below_one():

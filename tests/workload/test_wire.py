@@ -1,7 +1,7 @@
 """Bytes on the wire against sums by hand."""
 
 import pytest
-from questions import VIEWS, deepseek_r1, moe, regime_of
+from sampling_cases import VIEWS, deepseek_r1, moe, regime_of
 
 from moetune.errors import UsageError
 from moetune.workload.law import local_slot_law

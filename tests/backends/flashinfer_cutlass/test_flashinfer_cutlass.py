@@ -179,7 +179,7 @@ def test_candidates_are_all_pairs_that_fit_the_device_the_untuned_one_first(op, 
     ) - TOO_BIG
 
 
-def test_the_runner_is_asked_as_the_op_asks_it(op):
+def test_the_runner_is_made_with_the_op_s_arguments(op):
     FlashInferCutlassBackend().candidates(small(precision="fp8_tensor"), Regime(ep_size=4, layout="slot"), 16, "cuda")
     (made,) = FakeRunner.made
     assert (made["x_dtype"], made["weight_dtype"], made["output_dtype"]) == (
@@ -281,7 +281,7 @@ def test_weights_are_kept_for_the_next_bucket_and_made_anew_for_another_shard(op
     assert other.data_ptr() != first.data_ptr()
 
 
-def test_a_search_sweeps_less_once_it_has_starts(op):
+def test_a_search_sweeps_less_once_it_has_warm_starts(op):
     backend, layer, regime = FlashInferCutlassBackend(), small(), Regime(ep_size=4)
     found = backend.candidates(layer, regime, 16, "cuda")
 
@@ -322,7 +322,7 @@ class Timed:
 
 
 @pytest.mark.parametrize(("t_us", "most_t"), [(2100.0, 650), (310.0, 700)], ids=["4096 rows", "128 rows"])
-def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_behind(op, t_us, most_t):
+def test_a_warm_bucket_keeps_to_its_budget_though_the_default_is_far_slower(op, t_us, most_t):
     """In units of a good tactic's time; see `FINAL_S`. The default, five times as slow, is timed in few rounds."""
     chance, backend = random.Random(3), FlashInferCutlassBackend()
     first, second = ({at: part * (1 + chance.expovariate(1)) for at in range(126)} for part in (0.6, 0.4))
@@ -414,7 +414,7 @@ def test_without_a_gpu_it_says_so_and_prepares_nothing():
         backend.candidates(small(), Regime(), 4, "cpu")
 
 
-def test_an_ampere_gpu_is_told_what_is_needed(op, monkeypatch):
+def test_on_an_ampere_gpu_the_reason_names_the_needed_capability(op, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     reason, hint = FlashInferCutlassBackend().unavailable()
     assert "9.0" in reason
@@ -422,7 +422,7 @@ def test_an_ampere_gpu_is_told_what_is_needed(op, monkeypatch):
     assert "triton" in hint
 
 
-def test_a_flashinfer_without_profile_ids_is_told_to_be_upgraded(op):
+def test_the_hint_for_a_flashinfer_without_profile_ids_is_an_upgrade(op):
     op.__signature__ = OP.replace(parameters=[p for p in OP.parameters.values() if p.name != "profile_ids"])
     reason, hint = FlashInferCutlassBackend().unavailable()
     assert "profile_ids" in reason
@@ -446,7 +446,7 @@ def test_an_unbuilt_module_without_nvcc_is_explained(empty_caches):
     assert "jit-cache" in hint
 
 
-def test_an_unbuilt_module_with_nvcc_is_told_how_to_be_built(empty_caches):
+def test_the_hint_for_an_unbuilt_module_says_how_nvcc_builds_it(empty_caches):
     (empty_caches / "cuda/bin").mkdir(parents=True)
     (empty_caches / "cuda/bin/nvcc").touch()
     reason, hint = unbuilt("90")

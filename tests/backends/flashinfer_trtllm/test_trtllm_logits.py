@@ -125,7 +125,7 @@ def test_empty_slots_become_distinct_experts_of_other_ranks(
 
 @pytest.mark.parametrize("ep_size", [8, 32])
 def test_rows_of_nothing_keep_within_the_groups_of_the_layers_router(ep_size: int) -> None:
-    """Of a bucket's draws some have fewer rows, the rest is −1; all draws must meet the same routing kernel."""
+    """Of a bucket's draws some have fewer rows, the rest is −1; all draws must have the same routing kernel."""
     asked, regime = preset("deepseek-r1"), Regime(ep_size=ep_size, layout="deduplicated", ladder="hybrid")
     shard = regime.shard(asked)
     for draw in sampled(asked, regime, 512, typical_rows(asked, regime, 512), range(2), "search"):

@@ -1,4 +1,4 @@
-"""Small layers of every format, and the problems that the tests ask."""
+"""Small layers of every format, and the problems that the tests prepare."""
 
 from __future__ import annotations
 

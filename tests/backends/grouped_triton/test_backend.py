@@ -64,7 +64,7 @@ def test_the_kernel_and_what_becomes_of_remote_slots_are_strict():
     assert drop.keys() == {"triton", "kernel", "kernel_source", "remote"}
 
 
-def test_sglang_zeroes_and_vllm_drops_unless_told():
+def test_by_default_sglang_zeroes_and_vllm_drops():
     assert TritonBackend("sglang").remote == "zero"
     assert TritonBackend("vllm").remote == "drop"
     assert TritonBackend("sglang", "drop").remote == "drop"
@@ -92,7 +92,7 @@ def test_without_a_gpu_it_says_so_and_prepares_nothing():
         TritonBackend().prepare(Problem(layer, regime, 4, regime.shard(layer), ()))
 
 
-def test_the_likeliest_tactic_to_be_asked_for_is_the_default(monkeypatch):
+def test_the_likeliest_tactic_is_the_default(monkeypatch):
     backend, regime = TritonBackend(), Regime(ep_size=8, attention_dp=True)
     layer = preset("qwen3-235b-a22b")
     limits = space.Limits((9, 0), 232448, 255, 65536)

@@ -166,7 +166,7 @@ def test_every_algorithm_knows_biases_activations_and_weights_on_the_input(
 
 
 def test_ids_other_than_a_rows_own_change_nothing() -> None:
-    """Foreign ids and -1 are the same to a rank."""
+    """Non-local ids and -1 are the same to a rank."""
     layer = small_layer(expert_bias=True)
     problem = problem_of(layer, PURE_EP, 16, "global")
     first, second = (draw.routing for draw in problem.draws)
@@ -309,7 +309,7 @@ def test_weights_and_inputs_depend_on_the_seed_alone() -> None:
     assert one._experts.w2.std() == pytest.approx(48**-0.5, rel=0.05)
 
 
-def test_no_row_meets_the_same_input_in_two_draws() -> None:
+def test_no_row_has_the_same_input_in_two_draws() -> None:
     runner = TorchBackend().prepare(problem_of(small_layer(), PURE_EP, 4))
     first, second = runner._draws[0][0], runner._draws[1][0]
     assert not (first == second).all(dim=1).any()

@@ -55,7 +55,7 @@ def digest_of_ids() -> str:
 
 
 @dataclass(frozen=True)
-class Question:
+class SamplingCase:
     layer: MoELayer
     regime: Regime
     rows: int
@@ -67,12 +67,12 @@ class Question:
 
 
 @st.composite
-def questions(
+def sampling_cases(
     draw: st.DrawFn,
     views: tuple[str, ...] = tuple(VIEWS),
     distributions: tuple[str, ...] = ("balanced", "random"),
     redundant: bool = False,
-) -> Question:
+) -> SamplingCase:
     """M 1 … 4096 (mostly small), E 4 … 512, k 1 … 16, ep 1 … 64 dividing the slots, routers with and without groups."""
     num_experts = draw(st.sampled_from([4, 5, 6, 8, 12, 16, 24, 60, 64, 128, 160, 256, 384, 512]) | st.integers(4, 512))
     redundant_experts = draw(st.integers(1, 2 * num_experts)) if redundant else 0
@@ -101,4 +101,4 @@ def questions(
         seed=draw(st.integers(0, 1)),
         redundant_experts=redundant_experts,
     )
-    return Question(moe(num_experts, top_k, routing), regime, rows, draw(st.integers(0, ep_size - 1)))
+    return SamplingCase(moe(num_experts, top_k, routing), regime, rows, draw(st.integers(0, ep_size - 1)))
