@@ -12,24 +12,30 @@ from dataclasses import dataclass
 from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile, numbers
 from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k
 from moetune.errors import UnsupportedError, UsageError
+from moetune.export.fewest import fewest
 from moetune.inputs.dispatcher import dispatchers, matching
 from moetune.spec.enums import Precision
 from moetune.spec.tactic import Tactic
-from moetune.store.profile import Profile
+from moetune.store.profile import Choice, Profile
+
+Config = tuple[tuple[str, int], ...]
+"""The tunables by name, in the engines' order."""
 
 
 @dataclass(frozen=True, slots=True)
 class TritonProfile:
     """Contains what both engines need of a profile.
 
-    `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `configs`: rows M → the six tunables.
-    `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what the kernel did with
-    non-local slots, `drop` or `zero`.
+    `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `configs`: rows M → the six tunables. Of
+    equally fast tactics, those are taken that make the fewest configurations. `num_replaced`: for how many rows M these
+    are not the choice's own. `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what
+    the kernel did with non-local slots, `drop` or `zero`.
     """
 
     profile: Profile
     num_experts: tuple[int, ...]
     configs: dict[int, dict[str, int]]
+    num_replaced: int
     capability: tuple[int, ...]
     triton: str
     remote: str
@@ -59,11 +65,14 @@ class TritonProfile:
                 "Tune on the GPU that will serve.",
             )
         blocks = layer.precision is Precision.FP8_BLOCK
+        options = [_options(choice, blocks, engine) for choice in profile.choices]
+        taken = fewest(options)
         experts = {regime.shard(layer, rank).num_local: None for rank in (0, regime.ep_size - 1)}
         return cls(
             profile,
             tuple(experts),
-            {choice.rows: _config(choice.tactic, blocks, engine) for choice in profile.choices},
+            {choice.rows: dict(config) for choice, config in zip(profile.choices, taken, strict=True)},
+            sum(config != own[0] for config, own in zip(taken, options, strict=True)),
             numbers(strict["compute_capability"]),
             strict["triton"],
             strict["remote"],
@@ -116,6 +125,10 @@ class TritonProfile:
     def notes(self, engine: str) -> Iterator[str]:
         """Yields a sentence for each difference that needs no action."""
         regime = self.profile.regime
+        distinct = len({tuple(config.items()) for config in self.configs.values()})
+        counts = f"{_counted(distinct, 'configuration')} for {_counted(len(self.configs), 'row count')}"
+        replaced = f"; for {self.num_replaced} of these an equally fast tactic stands in, so that there are fewer"
+        yield f"The file has {counts}{replaced if self.num_replaced else ''}."
         if regime.ladder.rounding != "nearest":
             rounds = {"floor": "down", "ceil": "up"}[regime.ladder.rounding]
             yield (
@@ -151,14 +164,23 @@ def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ..
     return given
 
 
-def _config(tactic: Tactic, block_scales: bool, engine: str) -> dict[str, int]:
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _options(choice: Choice, block_scales: bool, engine: str) -> list[Config]:
+    """Returns the configurations that may serve a bucket: its choice's, and those of the equally fast tactics."""
+    return [_config(tactic, block_scales, engine) for tactic in (choice.tactic, *choice.equally_fast)]
+
+
+def _config(tactic: Tactic, block_scales: bool, engine: str) -> Config:
     """Returns the six tunables in the engines' order. BLOCK_SIZE_K is clamped to the scale block."""
     if set(tactic) != set(VALUES) or not all(type(value) is int and value > 0 for value in tactic.values()):
         raise UnsupportedError(
             f"{engine}'s kernel has the tunables {', '.join(VALUES)}, positive integers; the profile has {tactic}.",
             "Tune with --backend triton.",
         )
-    return {
-        name: effective_block_size_k(tactic, block_scales) if name == "BLOCK_SIZE_K" else int(tactic[name])
+    return tuple(
+        (name, effective_block_size_k(tactic, block_scales) if name == "BLOCK_SIZE_K" else int(tactic[name]))
         for name in VALUES
-    }
+    )

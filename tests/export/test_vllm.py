@@ -125,7 +125,7 @@ def test_a_profile_that_treats_remote_slots_otherwise_than_this_vllm_is_warned_o
 
 def test_a_ladder_that_rounds_otherwise_and_a_missing_bucket_are_noted():
     nearest = export(profile(ladder="vllm", tune_max_num_tokens=8)).notes
-    assert nearest == ()
+    assert nearest == ("The file has 4 configurations for 4 row counts.",)
     notes = " ".join(export(profile(tactics={1: tactic(16, 32, 64, 1, 4, 3)}, ladder="1,2,8")).notes)
     assert "takes the nearest bucket" in notes
     assert "rounds up" in notes
