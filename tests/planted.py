@@ -26,7 +26,8 @@ def tactic(name: str) -> Tactic:
 class PlantedBackend(Backend):
     """`milliseconds` by algorithm; algorithms in the sets do what the names say, in `killing` to their process.
 
-    `milliseconds_at`: other times of an algorithm at a row count. `wrong_after`: how often an algorithm is right.
+    `milliseconds_at`: other times of an algorithm at a row count, `milliseconds_from` from that many rows on.
+    `wrong_after`: how often an algorithm is right.
     """
 
     milliseconds: dict[str, float]
@@ -36,6 +37,7 @@ class PlantedBackend(Backend):
     wrong_under_stress: frozenset[str] = frozenset()
     wrong_after: dict[str, int] = field(default_factory=dict)
     milliseconds_at: dict[tuple[str, int], float] = field(default_factory=dict)
+    milliseconds_from: dict[tuple[str, int], float] = field(default_factory=dict)
     cliff: frozenset[str] = frozenset()
     killing: frozenset[str] = frozenset()
     name: str = "planted"
@@ -79,10 +81,16 @@ class PlantedRunner:
             os.kill(os.getpid(), signal.SIGKILL)
         of_draw = self.problem.draws[draw]
         slower = 10 if of_draw.kind == "stress" and name in self.backend.cliff else 1
-        milliseconds = self.backend.milliseconds_at.get((name, of_draw.rows), self.backend.milliseconds[name])
-        planted_time.spend(milliseconds * slower)
+        planted_time.spend(self._milliseconds(name, of_draw.rows) * slower)
         self.runs[name] += 1
         return self.reference(draw) * (2.0 if self._is_wrong(name, draw) else 1.0)
+
+    def _milliseconds(self, name: str, rows: int) -> float:
+        later = {
+            since: ms for (one, since), ms in self.backend.milliseconds_from.items() if one == name and since <= rows
+        }
+        usual = later[max(later)] if later else self.backend.milliseconds[name]
+        return self.backend.milliseconds_at.get((name, rows), usual)
 
     def _is_wrong(self, name: str, draw: int) -> bool:
         backend = self.backend

@@ -196,7 +196,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         Group.WORKLOAD,
         "regime.ladder",
         "The buckets to tune: a named ladder or a list of row counts.",
-        "pow2|hybrid|vllm|1,2,4",
+        "pow2|hybrid|vllm|adaptive|1,2,4",
         default="pow2",
     ),
     Option(

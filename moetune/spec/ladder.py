@@ -11,6 +11,7 @@ Each rule was checked against the engine's source:
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -23,13 +24,27 @@ Rounding = Literal["floor", "ceil", "nearest"]
 POW2_LAST = 8192
 """The largest power of two among the buckets of `pow2`."""
 VLLM_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
-SPELLINGS = "pow2, hybrid, vllm or a list like 1,2,4 (pow2/8: run-time rows are divided by 8 first)"
+BETWEEN_BUCKETS = (3, 6, 12, 20, 28, 40, 56, 80, 112, 184, 360, 728, 1280, 1792, 2560, 3584, 6144, 8192)
+"""The buckets of `adaptive` between and above those of `vllm`."""
+ADAPTIVE_STEP = 1.25
+"""Two neighboring buckets of a profile with the ladder `adaptive` that have different choices are at most this factor
+apart."""
+SPELLINGS = "pow2, hybrid, vllm, adaptive or a list like 1,2,4 (pow2/8: run-time rows are divided by 8 first)"
+
+
+_ROUNDING: dict[str, Rounding] = {
+    "pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "adaptive": "nearest", "list": "ceil",
+}  # fmt: skip
 
 
 class Ladder(FrozenModel):
-    """Buckets and look-up rule. `sizes` are the buckets of a `list`, in rows, ascending; empty for the others."""
+    """Buckets and look-up rule.
 
-    name: Literal["pow2", "hybrid", "vllm", "list"] = "pow2"
+    `sizes` are the buckets of a `list`, in rows, ascending; empty for the others. `adaptive` begins with the buckets of
+    `vllm` and those between them; a profile adds buckets where the choices of two neighbors differ.
+    """
+
+    name: Literal["pow2", "hybrid", "vllm", "adaptive", "list"] = "pow2"
     sizes: tuple[int, ...] = ()
     divisor: int = 1
 
@@ -60,7 +75,7 @@ class Ladder(FrozenModel):
             raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
         share = int(divisor or 1)
         match text:
-            case "pow2" | "hybrid" | "vllm":
+            case "pow2" | "hybrid" | "vllm" | "adaptive":
                 return cls(name=text, divisor=share)
             case _:
                 pass
@@ -76,7 +91,7 @@ class Ladder(FrozenModel):
     @property
     def rounding(self) -> Rounding:
         """The rule for rows between two buckets. `pow2` does not apply it to rows above 8192; see `lookup`."""
-        return {"pow2": "floor", "hybrid": "ceil", "vllm": "nearest", "list": "ceil"}[self.name]  # type: ignore[return-value]
+        return _ROUNDING[self.name]
 
     def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
         """Returns the row counts to tune, ascending, none above `tune_max_num_tokens`."""
@@ -94,8 +109,14 @@ class Ladder(FrozenModel):
                 return tuple(sorted({size for size in steps if size <= tune_max_num_tokens} | {tune_max_num_tokens}))
             case "vllm":
                 return tuple(size for size in VLLM_BUCKETS if size <= tune_max_num_tokens)
+            case "adaptive":
+                return tuple(size for size in sorted((*VLLM_BUCKETS, *BETWEEN_BUCKETS)) if size <= tune_max_num_tokens)
             case "list":
                 return tuple(size for size in self.sizes if size <= tune_max_num_tokens)
+
+    def is_searched(self, bucket: int) -> bool:
+        """Returns whether a bucket has a search of its own. Else its neighbors' fast tactics are compared."""
+        return self.name != "adaptive" or bucket in VLLM_BUCKETS
 
     def lookup(self, rows: int, tune_max_num_tokens: int) -> int:
         """Returns the bucket to which the engine maps `rows` rows.
@@ -120,8 +141,13 @@ class Ladder(FrozenModel):
     def served(self, bucket: int, tune_max_num_tokens: int) -> range:
         """Returns the rows in the kernel that map to `bucket`; empty if none do.
 
-        The last bucket of `nearest` ends as far above as it begins below, though all larger rows go there.
+        The last bucket of `vllm` ends as far above as it begins below, though all larger rows go there. Any row count
+        can be a bucket of `adaptive`; then it serves the rows within half of `ADAPTIVE_STEP`.
         """
+        if self.name == "adaptive":
+            half = math.sqrt(ADAPTIVE_STEP)
+            last = bucket if bucket == BETWEEN_BUCKETS[-1] else math.floor(bucket * half)
+            return range(math.ceil(bucket / half), min(last, tune_max_num_tokens) + 1)
 
         def looked_up(rows: int) -> int:
             return self.lookup(rows * self.divisor, tune_max_num_tokens)

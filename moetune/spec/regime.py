@@ -265,9 +265,10 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
     """Returns the default maximum if `maximum` leads to the same buckets and look-ups, so that both have one key.
 
-    This can happen with vLLM's ladder, because its last bucket is fixed.
+    This can happen with the ladders `vllm` and `adaptive`, because their last bucket is fixed.
     """
-    if ladder.name != "vllm" or isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
+    has_fixed_end = ladder.name in ("vllm", "adaptive")
+    if not has_fixed_end or isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
         return maximum
     default = DEFAULT_TUNE_MAX_NUM_TOKENS
     last = ladder.buckets(default)[-1]

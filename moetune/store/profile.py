@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
@@ -150,7 +150,11 @@ class Profile(FrozenModel):
         rows = [choice.rows for choice in self.choices]
         if rows != sorted(set(rows)):
             raise UsageError(f"A profile's buckets must be ascending and distinct, given {rows}.")
-        if others := set(rows) - set(self.regime.buckets):
+        if self.regime.ladder.name == "adaptive":
+            buckets: Collection[int] = range(1, self.regime.tune_max_num_tokens + 1)
+        else:
+            buckets = self.regime.buckets
+        if others := set(rows) - set(buckets):
             raise UsageError(
                 f"A profile has choices for its regime's buckets {list(self.regime.buckets)} only, given "
                 f"{sorted(others)}."
@@ -228,6 +232,9 @@ class Profile(FrozenModel):
         ladder, maximum = self.regime.ladder, self.regime.tune_max_num_tokens
 
         def position(rows: int) -> int:
+            if ladder.name == "adaptive":
+                rows = max(1, rows // ladder.divisor)
+                return min(range(len(buckets)), key=lambda at: abs(buckets[at] - rows))
             return min(bisect_left(buckets, ladder.lookup(rows, maximum)), len(buckets) - 1)
 
         every_rows = range(maximum * ladder.divisor + 1)

@@ -132,10 +132,13 @@ class Bucket:
         """Returns the backend's own search, or the exhaustive one if `strategy` names it.
 
         A search without warm starts looks wider than one with any. So what an interrupted run knew is used only
-        together with warm starts.
+        together with warm starts. A bucket that the ladder gives no search of its own times its warm starts alone.
         """
         if strategy == "exhaustive":
             return exhaustive(self.candidates.tactics)
+        if warm_starts and not self.problem.regime.ladder.is_searched(self.rows):
+            offered = dict.fromkeys((self.default, *warm_starts))
+            return exhaustive([tactic for tactic in offered if tactic in self.candidates.tactics])
         warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
         return backend.search(self.problem, self.candidates, warm_starts)
 

@@ -37,7 +37,7 @@ class Prefetcher:
     """
 
     def __init__(self, question: Question, rows: Sequence[int], journaled: Journaled, compilers: Compilers) -> None:
-        self._question, self._rows = question, rows
+        self.question, self._rows = question, rows
         self._journaled, self._compilers = journaled, compilers
         self._likely: dict[int, Sequence[Tactic]] = {}
         self._threads = ThreadPoolExecutor(REALIZERS, "moetune-realize")
@@ -54,15 +54,18 @@ class Prefetcher:
 
     def buckets(self) -> Iterator[Bucket]:
         """Returns the buckets in turn. An error in making one is raised when it is its turn."""
-        if not draws_ahead(self._question.device):
-            return map(self._bucket, self._rows)
-        drawn = deque(self._threads.submit(self._bucket, rows) for rows in self._rows)
+        if not draws_ahead(self.question.device):
+            return map(self.bucket, self._rows)
+        drawn = deque(self._threads.submit(self.bucket, rows) for rows in self._rows)
         self._threads.submit(self._compile_more, tuple(drawn))
         return _results(drawn)
 
-    def _bucket(self, rows: int) -> Bucket:
-        layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
-        bucket = Bucket.of(layer, regime, backend, self._question.device, rows).resumed(self._journaled)
+    def bucket(self, rows: int) -> Bucket:
+        """Returns one bucket. If it has a search of its own, its likeliest tactics are compiled first."""
+        layer, regime, backend = self.question.layer, self.question.regime, self.question.backend
+        bucket = Bucket.of(layer, regime, backend, self.question.device, rows).resumed(self._journaled)
+        if not regime.ladder.is_searched(rows):
+            return bucket
         entering = bucket.problem.rows
         likely = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
         self._likely[entering] = likely
@@ -72,7 +75,7 @@ class Prefetcher:
     def _compile_more(self, drawn: Sequence[Future[Bucket]]) -> None:
         wait(drawn)
         for entering, tactics in sorted(self._likely.items()):
-            self._compilers.request(self._question.layer, self._question.regime, entering, tactics[COMPILED_FIRST:])
+            self._compilers.request(self.question.layer, self.question.regime, entering, tactics[COMPILED_FIRST:])
 
 
 def draws_ahead(device: str) -> bool:

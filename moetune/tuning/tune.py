@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from moetune.tuning.events import (
 )
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
+from moetune.tuning.refine import further_bucket, missing_buckets
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -89,14 +92,14 @@ def tune(
     question = Question.of(layer, regime, backend, store, device, rank, near)
     found = None if again else question.found()
     stored = found.profile if found else None
-    missing = tuple(rows for rows in question.regime.buckets if again or not _has(stored, rows))
+    missing = missing_buckets(question.regime, stored)
     if found and not missing:
         packaged = question.store.is_packaged(found.path)
         report(Served(found.profile, found.path, packaged, found.differences))
         return found.profile
     if frozen:
         partial = question.load()  # if there is none, its error names the fields that differ
-        lacking = ", ".join(str(rows) for rows in question.regime.buckets if not _has(partial, rows))
+        lacking = ", ".join(map(str, missing_buckets(question.regime, partial)))
         raise MissError(f"The stored profile lacks the buckets {lacking}.", "Run the same command without --frozen.")
     question.require_support()
     question.store.ensure_writable()
@@ -104,11 +107,11 @@ def tune(
     if again:
         journal.remove()
     with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, report)) as choices:
-        for choice in choices:
-            stored = question.store.save(question.profile(choice))
-            report(BucketChosen(choice, missing.index(choice.rows), len(missing)))
+        for chosen in choices:
+            stored = question.store.save(question.profile(chosen.choice))
+            report(BucketChosen(chosen.choice, chosen.index, chosen.count))
     assert stored is not None
-    if all(_has(stored, rows) for rows in question.regime.buckets):
+    if not missing_buckets(question.regime, stored):
         journal.remove()
     return stored
 
@@ -136,8 +139,13 @@ def load(
     return Question.of(layer, regime, backend, store, device, rank, near).load()
 
 
-def _has(profile: Profile | None, rows: int) -> bool:
-    return profile is not None and any(choice.rows == rows for choice in profile.choices)
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A choice, which is number `index` of `count` so far."""
+
+    choice: Choice
+    index: int
+    count: int
 
 
 def _choices(
@@ -149,46 +157,71 @@ def _choices(
     stored: Profile | None,
     journal: Journal,
     report: OnEvent,
-) -> Generator[Choice]:
-    """Yields the choice of each missing bucket in turn, as long as the time lasts."""
+) -> Generator[_Chosen]:
+    """Yields the choice of each missing bucket in turn, then those that the ladder adds, as long as the time lasts.
+
+    Buckets with a search of their own come first, because the others are tuned from their neighbors' fast tactics.
+    """
     from moetune.measure.compiling import Compilers, capability_of
     from moetune.measure.worker import open_benches
 
-    end = time.monotonic() + time_budget_s if time_budget_s else None
+    end = time.monotonic() + time_budget_s if time_budget_s else math.inf
     journaled = journal.read()
     layer, regime, backend = question.layer, question.regime, question.backend
     _report_resumed(journaled, {rows: backend.default(layer, regime, rows) for rows in missing}, report)
+    known = {choice.rows: choice for choice in stored.choices} if stored else {}
+    fast: dict[int, Sequence[Tactic]] = {
+        rows: (choice.tactic, *choice.equally_fast)[:NUM_FINALISTS] for rows, choice in known.items()
+    }
+    order = sorted(missing, key=lambda rows: not regime.ladder.is_searched(rows))
+    promising: Sequence[Tactic] = ()
+    warned: set[str] = set()
     with ExitStack() as stack:
         bench_of = stack.enter_context(open_benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
-        buckets = stack.enter_context(Prefetcher(question, missing, journaled, compilers)).buckets()
-        fast: dict[int, Sequence[Tactic]] = (
-            {choice.rows: [choice.tactic] for choice in stored.choices} if stored else {}
-        )
-        promising: Sequence[Tactic] = ()
-        warned: set[str] = set()
-        for index, rows in enumerate(missing):
-            if end and index and time.monotonic() >= end:
-                report(BucketsSkipped(tuple(missing[index:])))
+        prefetcher = stack.enter_context(Prefetcher(question, order, journaled, compilers))
+        buckets = chain(prefetcher.buckets(), _added(prefetcher, known))
+        for index, bucket in enumerate(buckets):
+            left = tuple(order[index:])
+            if index and time.monotonic() >= end:
+                report(BucketsSkipped(left or (bucket.rows,)))
                 return
-            bucket = next(buckets)
-            share_s = max(0.0, end - time.monotonic()) / (len(missing) - index) if end else None
-            note = partial(journal.note, rows, strategy)
+            share_s = max(0.0, end - time.monotonic()) / max(len(left), 1) if time_budget_s else None
+            note = partial(journal.note, bucket.rows, strategy)
             tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s)
-            offered = bucket.candidates
-            report(BucketStarted(rows, index, len(missing), len(offered.tactics), offered.excluded))
+            offered, count = bucket.candidates, max(len(order), index + 1)
+            report(BucketStarted(bucket.rows, index, count, len(offered.tactics), offered.excluded))
             _report_defaults(bucket, warned, report)
-            warm_starts = _warm_starts(fast, rows)
-            search = bucket.search(backend, strategy, (*warm_starts, *promising) if warm_starts else ())
-            fast[rows] = tuner.search(search)
+            if regime.ladder.is_searched(bucket.rows):
+                warm_starts = _warm_starts(fast, bucket.rows)
+                warm_starts = (*warm_starts, *promising) if warm_starts else ()
+            else:
+                warm_starts = _neighbors_tactics(fast, bucket.rows)
+            fast[bucket.rows] = tuner.search(bucket.search(backend, strategy, warm_starts))
             promising = backend.promising(tuner.times_us)
-            yield tuner.choose(fast[rows])
+            choice = known[bucket.rows] = tuner.choose(fast[bucket.rows])
+            yield _Chosen(choice, index, count)
 
 
-def _warm_starts(fast: Mapping[int, Iterable[Tactic]], rows: int) -> tuple[Tactic, ...]:
+def _added(prefetcher: Prefetcher, known: Mapping[int, Choice]) -> Iterator[Bucket]:
+    """Yields the buckets that the ladder `adaptive` adds, each once the choices before it are in `known`."""
+    if prefetcher.question.regime.ladder.name == "adaptive":
+        while rows := further_bucket([known[rows] for rows in sorted(known)]):
+            yield prefetcher.bucket(rows)
+
+
+def _warm_starts(fast: Mapping[int, Sequence[Tactic]], rows: int) -> tuple[Tactic, ...]:
     """Returns the fast tactics of the other buckets, those of the bucket nearest to `rows` first."""
     nearest = sorted(fast, key=lambda other: abs(math.log(other / rows)))
     return tuple(dict.fromkeys(tactic for other in nearest for tactic in fast[other]))[:NUM_FINALISTS]
+
+
+def _neighbors_tactics(fast: Mapping[int, Sequence[Tactic]], rows: int) -> tuple[Tactic, ...]:
+    """Returns the fast tactics of the next smaller and the next larger bucket."""
+    below = max((other for other in fast if other < rows), default=None)
+    above = min((other for other in fast if other > rows), default=None)
+    neighbors = [other for other in (below, above) if other is not None]
+    return tuple(dict.fromkeys(tactic for other in neighbors for tactic in fast[other][:NUM_FINALISTS]))
 
 
 def _report_defaults(bucket: Bucket, warned: set[str], report: OnEvent) -> None:

@@ -1,11 +1,13 @@
 """Each engine's buckets and look-up rule."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
-from moetune.spec.ladder import VLLM_BUCKETS, Ladder
+from moetune.spec.ladder import ADAPTIVE_STEP, VLLM_BUCKETS, Ladder
 
 MAXIMA = st.integers(1, 20_000)
 
@@ -82,13 +84,30 @@ def test_vllm_tunes_its_own_list():
     assert Ladder.parse("vllm").buckets(100) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96)
 
 
+def test_adaptive_begins_with_vllms_list_and_no_two_buckets_are_far_apart():
+    ladder = Ladder.parse("adaptive")
+    buckets = ladder.buckets(8192)
+    assert set(VLLM_BUCKETS) < set(buckets)
+    assert all(ladder.is_searched(bucket) == (bucket in VLLM_BUCKETS) for bucket in buckets)
+    for lower, upper in pairwise(buckets):
+        assert upper <= max(1.5 * lower, lower + 2)
+
+
+@given(st.integers(1, 8192))
+def test_a_bucket_of_adaptive_serves_rows_within_half_a_step(bucket):
+    served = Ladder.parse("adaptive").served(bucket, 8192)
+    assert bucket in served
+    assert served[-1] <= ADAPTIVE_STEP**0.5 * bucket
+    assert served[0] >= bucket / ADAPTIVE_STEP**0.5
+
+
 def test_a_list_rounds_up_and_stays_at_its_last_bucket():
     ladder = Ladder.parse("1,10,100")
     assert [ladder.lookup(rows, 100) for rows in (1, 2, 10, 11, 100, 101)] == [1, 10, 10, 100, 100, 100]
 
 
 @given(
-    spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "1", "3,70,900", "pow2/8", "vllm/3"]),
+    spelled=st.sampled_from(["pow2", "vllm", "adaptive", "1,2,4", "1", "3,70,900", "pow2/8", "vllm/3"]),
     maximum=MAXIMA,
     rows=st.integers(1, 100_000),
 )
@@ -101,7 +120,7 @@ def test_a_lookup_ends_at_a_bucket(spelled, maximum, rows):
         assert buckets[-1] <= maximum
 
 
-@given(spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "hybrid"]), maximum=MAXIMA)
+@given(spelled=st.sampled_from(["pow2", "vllm", "adaptive", "1,2,4", "hybrid"]), maximum=MAXIMA)
 def test_a_bucket_looks_itself_up(spelled, maximum):
     ladder = Ladder.parse(spelled)
     for bucket in ladder.buckets(maximum):
@@ -144,7 +163,7 @@ def test_below_a_maximum_that_is_no_power_of_two_flashinfer_looks_above_it():
     assert hybrid.served(5000, 5000) == range(4097, 5001)
 
 
-@pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "1,2,4", "pow2/8", "1,5/2"])
+@pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "adaptive", "1,2,4", "pow2/8", "1,5/2"])
 def test_a_spelling_round_trips(spelled):
     assert str(Ladder.parse(spelled)) == spelled
     assert Ladder.parse(str(Ladder.parse(spelled))) == Ladder.parse(spelled)
