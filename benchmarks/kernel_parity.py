@@ -25,8 +25,9 @@ from gpu_numerics import interleaved_us, problem_of, tactic
 from triton_numerics import compile_tactic
 
 from moetune.backends.grouped_triton import space
-from moetune.backends.grouped_triton.backend import Remote, TritonBackend
+from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.defaults import default_config
+from moetune.backends.grouped_triton.kernel_versions import Remote
 from moetune.inputs.presets import layer as preset
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic

@@ -40,6 +40,19 @@ WHEELS = {
     ),
 }
 """The engine versions that moetune was checked against. The hashes are of the Linux x86-64 wheels for Python 3.11."""
+OLDER_VLLM = {
+    version: Wheel(
+        version,
+        sha256,
+        ("vllm/model_executor/layers/fused_moe/fused_moe.py",),
+        "vllm/model_executor/layers/fused_moe/configs/",
+    )
+    for version, sha256 in {
+        "0.20.2": "22a7dd06eb03371298e13d6100f3dedbf307352342aaf08e87c929c60aae9b4d",
+        "0.26.0": "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de",
+    }.items()
+}
+"""Versions of vLLM whose kernel or its default is not the newest's."""
 
 
 def local_sources(engine: str) -> Path | None:
@@ -52,19 +65,20 @@ def local_sources(engine: str) -> Path | None:
     return None
 
 
-def download(engine: str, folder: Path) -> Path:
-    """Downloads the engine's wheel with pip and unpacks what tests read into `folder`.
+def download(engine: str, folder: Path, wheel: Wheel | None = None) -> Path:
+    """Downloads a wheel of the engine (by default that of `WHEELS`) with pip and unpacks what tests read into `folder`.
 
     Raises:
         RuntimeError: pip finds no such wheel, or its hash is another one.
     """
-    wheel = WHEELS[engine]
+    wheel = wheel or WHEELS[engine]
     folder.mkdir(parents=True)
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{engine}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     target = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", "3.11"]
     target += ["--abi", "cp311", "--abi", "abi3"]
-    target += ["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux_2_34_x86_64"]
+    for glibc in ("2_28", "2_34", "2_35"):
+        target += ["--platform", f"manylinux_{glibc}_x86_64"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
     command += [*target, "--dest", str(folder), "-r", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)

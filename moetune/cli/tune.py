@@ -11,6 +11,7 @@ import click
 from moetune.cli.help import Command
 from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document, show
+from moetune.errors import UsageError
 from moetune.spec.enums import STRATEGIES, Strategy
 
 EXAMPLE = """\
@@ -37,6 +38,12 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
     metavar="DIR",
     help="Also write the files that the engine of --launch or --dispatch reads, like `moetune export`.",
 )
+@click.option(
+    "--for-version",
+    metavar="V",
+    help="With --export: the engine's version. vLLM's also decides which kernel is measured.  [default: the newest "
+    "known]",
+)
 @click.option("--time-budget", type=float, metavar="S", help="Stop after about S seconds.  [default: no limit]")
 @json_option
 def tune(
@@ -47,6 +54,7 @@ def tune(
     again: bool,
     strategy: Strategy,
     out: Path | None,
+    for_version: str | None,
     time_budget: float | None,
     as_json: bool,
 ) -> None:
@@ -68,7 +76,9 @@ def tune(
     from moetune.tuning.tune_all import tune_all
 
     if out is not None:
-        request = request_for_engine(request)
+        request = request_for_engine(request, for_version)
+    elif for_version is not None:
+        raise UsageError("--for-version needs --export.", "Give --export DIR, or leave --for-version out.")
     folder = Store(store)
     with Progress() as progress:
         tune_request = tune_all if request.auto else partial(tune_of, backend=request.backend)
@@ -92,7 +102,7 @@ def tune(
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     found = Match(path, answer, served.differences if served else ())
-    written = write_for(str(request.engine), found, out) if out is not None else None
+    written = write_for(str(request.engine), found, out, for_version=for_version) if out is not None else None
     state: dict[str, Any] = {"served": served is not None, "packaged": bool(served and served.packaged)}
     state |= {"near": found.near, "neutral": found.neutral}
     if as_json:

@@ -78,13 +78,19 @@ def write_for(target: str, found: Match, out: Path, *, for_version: str | None =
     return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes))
 
 
-def request_for_engine(request: Request) -> Request:
+def request_for_engine(request: Request, for_version: str | None = None) -> Request:
     """Returns the request with the backend that the engine's files need, if the backend was left to moetune.
 
+    Args:
+        request: the command's request.
+        for_version: the engine's version. vLLM's decides how the Triton kernel computes.
+
     Raises:
-        UsageError: no engine is given, or it reads no file for the given backend.
+        UsageError: no engine is given, it reads no file for the given backend, or the kernel that was chosen computes
+            in another way than that version's.
     """
     from moetune.backends import registry
+    from moetune.backends.grouped_triton.backend import TritonBackend
     from moetune.cli.backend_choice import backend_with, engine_options
 
     engine, regime = request.engine, request.regime
@@ -99,12 +105,14 @@ def request_for_engine(request: Request) -> Request:
         name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
         return replace(request, backend=registry.backend(name), auto=False)
     if request.auto:
-        return replace(request, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
-    if request.backend.name != "triton":
+        request = replace(request, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
+    if not isinstance(request.backend, TritonBackend):
         raise UsageError(
             f"--export: {engine} reads files for Triton kernels only, not for {request.backend.name}.",
             "Tune without --export. moetune's plugin gives the profile to the engine (docs/engines.md).",
         )
+    if engine == "vllm" and for_version is not None:
+        return replace(request, backend=request.backend.for_version(for_version, request.layer, regime))
     return request
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 from moetune.backends.grouped_triton.engine_files import release, sglang_folder
 from moetune.export.base import FOLDER, Export, as_json
-from moetune.export.triton import TritonProfile, parse_version
+from moetune.export.kernel_check import kernel_warnings, require_same_kernel, target_version
+from moetune.export.triton import TritonProfile
 from moetune.store.profile import Profile
 
 FOLDER_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-NEWEST = (0, 5, 23)
 _OLD_FALLBACKS = ("3.4.0", "3.3.1", "3.2.0", "3.1.0")
 
 
@@ -27,11 +27,12 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         version: SGLang's version. All known versions have the same format.
 
     Raises:
-        UsageError: `version` is no version.
+        UsageError: `version` is no version, or its kernel runs these tactics in another way.
         UnsupportedError: SGLang's Triton kernel cannot use this profile.
     """
-    parse_version(version, NEWEST)
     measured = TritonProfile.of(profile, "sglang")
+    require_same_kernel(measured, "sglang", version)
+    remote = target_version("sglang", version).remote
     text = as_json({str(rows): config for rows, config in measured.configs.items()})
     folder = f"configs/{sglang_folder(release(measured.triton))}"
     experts = [*measured.num_experts, *_with_fused_shared(measured)]
@@ -44,7 +45,11 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
             "deployment only: k, H, ep and the dispatch are not in a file's name."
         ),
         variables={FOLDER_VARIABLE: FOLDER},
-        warnings=(*measured.warnings("sglang", "zero"), *_warnings(measured)),
+        warnings=(
+            *measured.warnings("sglang", remote),
+            *kernel_warnings(measured, "sglang", version),
+            *_warnings(measured),
+        ),
         notes=(*measured.notes("sglang"), *_notes(measured)),
     )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile, numbers
-from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k
-from moetune.errors import UnsupportedError, UsageError
+from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile
+from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion, kernel_version, numbers
+from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k, has_remote_slots
+from moetune.errors import UnsupportedError
 from moetune.export.fewest import fewest
 from moetune.inputs.dispatcher import dispatchers, matching
 from moetune.spec.enums import Precision
@@ -29,7 +30,7 @@ class TritonProfile:
     `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `configs`: rows M → the six tunables. Of
     equally fast tactics, those are taken that make the fewest configurations. `num_replaced`: for how many rows M these
     are not the choice's own. `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what
-    the kernel did with non-local slots, `drop` or `zero`.
+    the kernel did with non-local slots, `drop` or `zero`. `version`: what the measured kernel does otherwise.
     """
 
     profile: Profile
@@ -39,6 +40,7 @@ class TritonProfile:
     capability: tuple[int, ...]
     triton: str
     remote: str
+    version: KernelVersion = NEWEST
 
     @classmethod
     def of(cls, profile: Profile, engine: str) -> TritonProfile:
@@ -76,6 +78,7 @@ class TritonProfile:
             numbers(strict["compute_capability"]),
             strict["triton"],
             strict["remote"],
+            kernel_version("vllm", strict["kernel_version"]) if "kernel_version" in strict else NEWEST,
         )
 
     def file(self, num_experts: int) -> ConfigFile:
@@ -85,11 +88,7 @@ class TritonProfile:
     @property
     def has_remote_slots(self) -> bool:
         """Whether rows in the kernel have non-local slots (or empty ones: −1)."""
-        layer, regime = self.profile.layer, self.profile.regime
-        shard = regime.shard(layer)
-        if shard.num_local == shard.num_physical or regime.layout == "slot":
-            return False
-        return regime.layout != "packed" or shard.num_local < layer.top_k
+        return has_remote_slots(self.profile.layer, self.profile.regime)
 
     def warnings(self, engine: str, remote: str) -> Iterator[str]:
         """Yields a sentence for each reason why `engine`, which treats non-local slots by `remote` has another load."""
@@ -149,19 +148,6 @@ def _reaching_triton(engine: str) -> list[str]:
         if known.engine == engine and known.tunable and known.regime.get("layout") != "pool":
             by_load.setdefault(str(known.regime), str(known))
     return list(by_load.values())
-
-
-def parse_version(version: str | None, newest: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a version as numbers (`0.20.2` → (0, 20, 2)), or `newest` if none is given.
-
-    Raises:
-        UsageError: `version` does not start with a number.
-    """
-    if version is None:
-        return newest
-    if not (given := numbers(version)):
-        raise UsageError(f"Not a version: {version!r}.", "Write it like 0.20.2.")
-    return given
 
 
 def _counted(count: int, noun: str) -> str:

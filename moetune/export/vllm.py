@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moetune.export.base import FOLDER, Export, as_json
-from moetune.export.triton import TritonProfile, parse_version
+from moetune.export.kernel_check import kernel_notes, kernel_warnings, require_same_kernel, target_version
+from moetune.export.triton import TritonProfile
 from moetune.inputs.engine_flags import preferred_to_triton
 from moetune.store.profile import Profile
 
 FOLDER_VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
-NEWEST = (0, 33)
-_DROPS_REMOTE_SINCE = (0, 20)
 
 
 def export(profile: Profile, version: str | None = None, /) -> Export:
@@ -22,14 +21,15 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
 
     Args:
         profile: a profile of the backend triton.
-        version: vLLM's version. Before 0.20 it did not skip non-local slots.
+        version: vLLM's version; see `kernel_versions`. [default: the newest known]
 
     Raises:
-        UsageError: `version` is no version.
+        UsageError: `version` is no version, or its kernel runs these tactics in another way.
         UnsupportedError: vLLM's Triton kernel cannot use this profile.
     """
     measured = TritonProfile.of(profile, "vllm")
-    remote = "drop" if parse_version(version, NEWEST) >= _DROPS_REMOTE_SINCE else "zero"
+    require_same_kernel(measured, "vllm", version)
+    remote = target_version("vllm", version).remote
     text = as_json({"triton_version": measured.triton, **{str(rows): c for rows, c in measured.configs.items()}})
     return Export(
         files={measured.file(num_experts).vllm_name: text for num_experts in measured.num_experts},
@@ -39,8 +39,12 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
             "not in a file's name."
         ),
         variables={FOLDER_VARIABLE: FOLDER},
-        warnings=(*measured.warnings("vllm", remote), *_other_kernels(measured)),
-        notes=tuple(measured.notes("vllm")),
+        warnings=(
+            *measured.warnings("vllm", remote),
+            *kernel_warnings(measured, "vllm", version),
+            *_other_kernels(measured),
+        ),
+        notes=(*measured.notes("vllm"), *kernel_notes(measured, "vllm", version)),
     )
 
 

@@ -231,7 +231,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "backend.remote",
         "How the Triton kernel treats slots of non-local experts: drop them or write zeros.",
         choices=("drop", "zero"),
-        default="zero for --kernel sglang or a dispatcher of sglang, otherwise drop",
+        default="zero for --kernel sglang, a dispatcher of sglang, or a kernel_version before 0.31; otherwise drop",
     ),
     Option(
         "engine_configs",

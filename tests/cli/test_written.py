@@ -85,3 +85,25 @@ def test_kernels_that_read_no_file_are_refused():
     request = request_of("qwen3-30b-a3b", ep=8, dispatch="vllm:allgather_reducescatter", backend="flashinfer-cutlass")
     with pytest.raises(UsageError, match="reads files for Triton kernels only, not for flashinfer-cutlass"):
         request_for_engine(request)
+
+
+FP8 = "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep --moe-backend triton"
+
+
+def test_a_tune_for_an_older_vllm_measures_its_kernel(moetune, tuned, tmp_path):
+    words = ("tune", "--launch", FP8, "--export", tmp_path / "out", "--store", tmp_path / "store")
+    moetune(*words, "--for-version", "0.20.2")
+    moetune(*words)
+    versions = [backend.environment().get("kernel_version") for _, _, backend in tuned]
+    assert versions == ["0.19", None]
+
+
+def test_a_version_without_an_export_and_a_contradicting_kernel_are_refused_before_anything_is_tuned(
+    moetune, tuned, tmp_path
+):
+    alone = moetune("tune", "--launch", FP8, "--for-version", "0.20.2")
+    assert (alone.exit_code, "--for-version needs --export" in alone.stderr) == (2, True)
+    words = ("--export", tmp_path / "out", "--for-version", "0.20.2", "--backend-option", "kernel_version=0.33")
+    other = moetune("tune", "--launch", FP8, *words)
+    assert (other.exit_code, "vLLM 0.20.2 is not the one that was chosen: 0.33" in other.stderr) == (2, True)
+    assert not tuned

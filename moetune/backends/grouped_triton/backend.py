@@ -8,12 +8,20 @@ import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
 from moetune.backends.grouped_triton import shipped, space
 from moetune.backends.grouped_triton.defaults import engine_default
 from moetune.backends.grouped_triton.engine_files import ConfigFile
+from moetune.backends.grouped_triton.kernel_versions import (
+    NEWEST,
+    KernelVersion,
+    Remote,
+    kernel_version,
+    stored_name,
+    unread,
+)
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.search.base import Search
@@ -27,8 +35,6 @@ if TYPE_CHECKING:
     from moetune.backends.grouped_triton.runner import TritonRunner
     from moetune.backends.grouped_triton.weights import TritonExperts
 
-Remote = Literal["drop", "zero"]
-
 _PRECISIONS = (Precision.BF16, Precision.FP8_BLOCK)
 _ACTIVATIONS = (Activation.SILU, Activation.GELU)
 _TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
@@ -39,19 +45,26 @@ class TritonBackend(Backend):
 
     Args:
         kernel: the grouped GEMM that is timed: `builtin`, or that of an installed `vllm` or `sglang`.
-        remote: how non-local slots are treated: `drop` skips them (vLLM from 0.20), `zero` runs blocks that write
-            zeros for them (earlier vLLM, SGLang). By default `zero` for the kernel `sglang`, else `drop`.
+        remote: how non-local slots are treated: `drop` skips them (vLLM from 0.31), `zero` runs blocks that write
+            zeros for them (earlier vLLM, SGLang). By default what the kernel's version does.
         engine_configs: a folder with the tuned files of the kernel's engine (vLLM for the builtin kernel), whose rows
             are the defaults. By default that of the installed engine.
+        kernel_version: the version of vLLM that the builtin kernel computes like; see `kernel_versions`. [default: the
+            newest]
 
     Raises:
-        UsageError: `kernel` or `remote` is none of these, or `engine_configs` is no folder.
+        UsageError: `kernel` or `remote` is none of these, `engine_configs` is no folder, `kernel_version` was not read,
+            or is given for another kernel.
     """
 
     name = "triton"
 
     def __init__(
-        self, kernel: str = "builtin", remote: Remote | None = None, engine_configs: Path | str | None = None
+        self,
+        kernel: str = "builtin",
+        remote: Remote | None = None,
+        engine_configs: Path | str | None = None,
+        kernel_version: str | None = None,
     ) -> None:
         if kernel not in ("builtin", "vllm", "sglang"):
             raise UsageError(f"Unknown kernel {kernel!r}.", "Choose one of builtin, vllm, sglang.")
@@ -62,8 +75,31 @@ class TritonBackend(Backend):
         self._engine_configs = engine_configs
         if engine_configs is not None:
             shipped.EngineConfigs.of(self._engine, engine_configs)
+        self.version = _version(kernel, kernel_version)
+        self._given_remote, self._given_version = remote, kernel_version
         self._weights: WeightCache[TritonExperts] = WeightCache()
-        self.remote: Remote = remote or ("zero" if kernel == "sglang" else "drop")
+        self.remote: Remote = remote or ("zero" if kernel == "sglang" else self.version.remote)
+
+    def for_version(self, version: str, layer: MoELayer, regime: Regime) -> TritonBackend:
+        """Returns the backend that computes a layer as a version of vLLM does. Options that were given stay.
+
+        A version that was not read is taken as the nearest one that was. If the layer's precision runs alike in this
+        version and in the newest, the backend is the newest's.
+
+        Raises:
+            UsageError: `version` is no version, or the kernel that was chosen computes the layer in another way.
+        """
+        wanted = kernel_version("vllm", version)
+        same = self.version.runs_like(wanted) or layer.precision is not Precision.FP8_BLOCK
+        if not same and (self.kernel != "builtin" or self._given_version is not None):
+            raise UsageError(
+                f"The kernel of vLLM {version} is not the one that was chosen: {self._given_version or self.kernel}.",
+                f"Leave --kernel and kernel_version out, or give --backend-option kernel_version={version}.",
+            )
+        remote = self._given_remote or (wanted.remote if space.has_remote_slots(layer, regime) else None)
+        return TritonBackend(
+            self.kernel, remote, self._engine_configs, kernel_version=self._given_version if same else wanted.since
+        )
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if Triton, a CUDA device of compute capability 8.0 or the kernel is missing."""
@@ -106,7 +142,10 @@ class TritonBackend(Backend):
         return None
 
     def environment(self) -> dict[str, str]:
-        """Returns Triton's version, the kernel's name, its source digest and the treatment of non-local slots."""
+        """Returns Triton's version, the kernel's name, its source digest and the treatment of non-local slots.
+
+        `kernel_version` is one of them only for versions of vLLM whose kernel or default is not that of the newest.
+        """
         from moetune.backends.grouped_triton.sources import grouped_kernel
 
         return {
@@ -114,6 +153,7 @@ class TritonBackend(Backend):
             "kernel": self.kernel,
             "kernel_source": grouped_kernel(self.kernel).digest,
             "remote": self.remote,
+            **({} if (older := stored_name(self.version)) is None else {"kernel_version": older}),
         }
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
@@ -205,7 +245,8 @@ class TritonBackend(Backend):
         shapes = self._shapes(layer, regime, rows)
         code: Hashable = shapes
         if self.kernel == "builtin":
-            code = shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted
+            swaps = self.version.swaps_operands
+            code = shapes.top_k, shapes.hidden_size, shapes.intermediate_size, shapes.fp8, shapes.sorted, swaps
         return [(code, tactic, gemm) for gemm in (0, 1)]
 
     def compile(
@@ -231,7 +272,29 @@ class TritonBackend(Backend):
         from moetune.backends.grouped_triton.weights import random_experts
 
         experts = self._weights.get(problem, lambda: random_experts(problem))
-        return TritonRunner(problem, experts, self.kernel, zero_remote=self.remote == "zero")
+        return TritonRunner(problem, experts, self.kernel, zero_remote=self.remote == "zero", version=self.version)
 
     def _shapes(self, layer: MoELayer, regime: Regime, rows: int) -> space.Shapes:
-        return space.Shapes.of(layer, regime, rows, kernel=self.kernel)
+        return space.Shapes.of(layer, regime, rows, kernel=self.kernel, version=self.version)
+
+
+def _version(kernel: str, given: str | None) -> KernelVersion:
+    """Returns what vLLM's kernel does in the given version, or in the installed one for the kernel `vllm`."""
+    if given is None:
+        installed = _installed_vllm() if kernel == "vllm" else None
+        return NEWEST if installed is None else kernel_version("vllm", installed)
+    if kernel != "builtin":
+        raise UsageError(
+            f"kernel_version is for --kernel builtin; {kernel}'s kernel has the version that is installed.",
+            "Leave kernel_version or --kernel out.",
+        )
+    if (known := unread("vllm", given)) is not None:
+        raise UsageError(f"moetune does not know the kernel of vLLM {given}.", f"It knows {known}.")
+    return kernel_version("vllm", given)
+
+
+def _installed_vllm() -> str | None:
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion
 from moetune.backends.grouped_triton.space import SCALE_BLOCK, Shapes, tactic_of
 from moetune.spec.tactic import Tactic
 
 
-def default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
-    """Returns what vLLM runs without a tuned file, as `get_default_config` of vLLM 0.33.0 does.
+def default_config(rows: int, num_local: int, fp8: bool, version: KernelVersion = NEWEST) -> Tactic:
+    """Returns what vLLM runs without a tuned file, as `get_default_config` of vLLM 0.19.1 … 0.33.0 does.
 
-    fp8 with block scales has one tile for up to 64 rows and one for more; up to 8 rows the tile is narrower (not so in
-    0.20.2). In bf16 the tile grows with the rows, and rows are grouped only if an expert has more than 128 of them.
+    fp8 with block scales has one tile for up to 64 rows and one for more; up to 8 rows the tile is narrower from
+    0.25 on. In bf16 the tile grows with the rows, and rows are grouped only if an expert has more than 128 of them.
     """
     if fp8:
-        block_n = SCALE_BLOCK // 2 if rows <= 8 else SCALE_BLOCK
-        group, stages = 1 if rows <= 16 else 32, 4 if rows <= 4 else 3
+        block_n = SCALE_BLOCK // 2 if version.narrow_default and rows <= 8 else SCALE_BLOCK
+        group, stages = 1 if rows <= 16 else 32, 4 if version.narrow_default and rows <= 4 else 3
         return tactic_of(16 if rows <= 64 else 64, block_n, SCALE_BLOCK, group, 4, stages)
     block_m = next((size for most, size in ((32, 16), (96, 32), (512, 64)) if rows <= most), 128)
     return tactic_of(
@@ -41,5 +42,6 @@ def sglang_default_config(rows: int, num_local: int, fp8: bool) -> Tactic:
 
 def engine_default(shapes: Shapes) -> Tactic:
     """Returns the default of the kernel's engine: SGLang's for its own kernel, else vLLM's."""
-    default = sglang_default_config if shapes.sglang else default_config
-    return default(shapes.rows, shapes.num_local, shapes.fp8)
+    if shapes.sglang:
+        return sglang_default_config(shapes.rows, shapes.num_local, shapes.fp8)
+    return default_config(shapes.rows, shapes.num_local, shapes.fp8, shapes.version)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
+from moetune.backends.grouped_triton.kernel_versions import numbers
 from moetune.backends.grouped_triton.space import SCALE_BLOCK
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
@@ -76,19 +77,6 @@ def vllm_device_name(device: str) -> str:
 def sglang_folder(triton: str) -> str:
     """Returns the name of the folder with SGLang's files for a version of Triton: `3.6.0` → `triton_3_6_0`."""
     return f"triton_{triton.replace('.', '_')}"
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """Returns the leading numbers of a version: `3.6.0+git12ab` → (3, 6, 0)."""
-    found: list[int] = []
-    for part in version.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        found.append(int(digits))
-        if digits != part:
-            break
-    return tuple(found)
 
 
 def release(version: str) -> str:

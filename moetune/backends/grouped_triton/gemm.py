@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import triton
 
 from moetune.backends.grouped_triton import activation, align, kernel, quantize
+from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion
 from moetune.backends.grouped_triton.space import SCALE_BLOCK, Shapes, effective_block_size_k, swaps_operands
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Gemm:
     """Describes one GEMM without its tensors: `out[s] = a[s // slots_per_row] @ w[expert of s].T` for every slot s.
 
     `weighted`: each slot's result is multiplied by its router weight. `fp8`: e4m3 with block scales, else bf16.
-    `zero_remote`: blocks of expert −1 write zeros.
+    `zero_remote`: blocks of expert −1 write zeros. `version`: what vLLM's kernel does in the version that is measured.
     """
 
     N: int
@@ -35,6 +36,7 @@ class Gemm:
     fp8: bool
     zero_remote: bool
     capability: tuple[int, int]
+    version: KernelVersion = NEWEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def two_gemms(shapes: Shapes, zero_remote: bool, capability: tuple[int, int]) ->
         "fp8": shapes.fp8,
         "zero_remote": zero_remote or not shapes.sorted,
         "capability": capability,
+        "version": shapes.version,
     }
     return (
         Gemm(2 * intermediate, hidden, shapes.top_k, weighted=False, **common),
@@ -124,7 +127,7 @@ class BuiltinKernel:
             "WEIGHTED": gemm.weighted,
             "SORTED": alignment.sorted_slots is not None,
             "ZERO_REMOTE": gemm.zero_remote,
-            "SWAP_AB": swaps_operands(tactic, gemm.fp8, gemm.capability),
+            "SWAP_AB": swaps_operands(tactic, gemm.fp8, gemm.capability, gemm.version),
         }
 
 

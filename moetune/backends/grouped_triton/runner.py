@@ -11,6 +11,7 @@ from moetune.backends.base import Problem
 from moetune.backends.grouped_triton.activation import activate_and_multiply, sum_slots
 from moetune.backends.grouped_triton.align import Aligner, Alignment
 from moetune.backends.grouped_triton.gemm import Operands, launch, two_gemms
+from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion
 from moetune.backends.grouped_triton.quantize import GROUP, quantize_rows
 from moetune.backends.grouped_triton.sources import grouped_kernel
 from moetune.backends.grouped_triton.space import Shapes
@@ -30,11 +31,22 @@ class TritonRunner:
         experts: the weights of the problem's rank, on the problem's device.
         kernel: the name of the grouped GEMM that runs; see `sources`.
         zero_remote: whether blocks of non-local slots write zeros.
+        version: what vLLM's kernel does in the version that is measured. A kernel of an installed engine ignores it.
     """
 
-    def __init__(self, problem: Problem, experts: TritonExperts, kernel: str, *, zero_remote: bool) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        experts: TritonExperts,
+        kernel: str,
+        *,
+        zero_remote: bool,
+        version: KernelVersion = NEWEST,
+    ) -> None:
         device, shard = problem.device, problem.shard
-        self._shapes = shapes = Shapes.of(problem.layer, problem.regime, problem.rows, shard.rank, kernel=kernel)
+        self._shapes = shapes = Shapes.of(
+            problem.layer, problem.regime, problem.rows, shard.rank, kernel=kernel, version=version
+        )
         self._grouped = grouped_kernel(kernel)
         self._gelu = problem.layer.activation is Activation.GELU
         self._first = shard.first

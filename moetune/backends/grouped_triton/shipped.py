@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moetune.backends.grouped_triton.engine_files import ConfigFile, numbers, sglang_folder
+from moetune.backends.grouped_triton.engine_files import ConfigFile, sglang_folder
+from moetune.backends.grouped_triton.kernel_versions import numbers
 from moetune.backends.grouped_triton.space import (
     SCALE_BLOCK,
     VALUES,
@@ -198,7 +199,7 @@ def runnable(values: Values, engine: str, shapes: Shapes, limits: Limits | None)
         return f"BLOCK_SIZE_K is {given['BLOCK_SIZE_K']}, which exceeds the scale block of {SCALE_BLOCK}"
     given["BLOCK_SIZE_K"] = effective_block_size_k(given, shapes.fp8)
     tactic = tactic_of(*(given[name] for name in VALUES))
-    if limits and (needed := shared_bytes(tactic, shapes.fp8, limits.capability)) > limits.shared_bytes:
+    if limits and (needed := shared_bytes(tactic, shapes.fp8, limits.capability, shapes.version)) > limits.shared_bytes:
         return f"it needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}"
     return tactic
 

@@ -10,6 +10,7 @@ from typing import Self
 from moetune.backends.base import Candidates
 from moetune.backends.grouped_triton.cost_model import Gemm, Machine, Tile
 from moetune.backends.grouped_triton.cost_model import predicted_us as gemm_us
+from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -43,7 +44,7 @@ class Shapes:
     `rows` is M, `top_k` the number of ids in a row, `hidden_size` H and `intermediate_size` I/tp. The rank has
     `num_local` of `num_experts` physical experts. `fp8`: weights are e4m3 with 128×128 block scales, else bf16.
     `sglang`: slots are aligned as in SGLang 0.5.23 (`moe_align_block_size`): they are always sorted, and only local
-    experts bound the grid.
+    experts bound the grid. `version`: what vLLM's kernel does in the version that is measured.
     """
 
     rows: int
@@ -54,9 +55,19 @@ class Shapes:
     num_experts: int
     fp8: bool
     sglang: bool = False
+    version: KernelVersion = NEWEST
 
     @classmethod
-    def of(cls, layer: MoELayer, regime: Regime, rows: int, rank: int = 0, *, kernel: str = "builtin") -> Self:
+    def of(
+        cls,
+        layer: MoELayer,
+        regime: Regime,
+        rows: int,
+        rank: int = 0,
+        *,
+        kernel: str = "builtin",
+        version: KernelVersion = NEWEST,
+    ) -> Self:
         """Returns the shapes of one bucket for a kernel. The builtin kernel is launched as vLLM launches its own."""
         shard = regime.shard(layer, rank)
         return cls(
@@ -68,6 +79,7 @@ class Shapes:
             shard.num_physical,
             layer.precision is Precision.FP8_BLOCK,
             sglang=kernel == "sglang",
+            version=version,
         )
 
     @property
@@ -119,6 +131,14 @@ class Limits:
         )
 
 
+def has_remote_slots(layer: MoELayer, regime: Regime) -> bool:
+    """Returns whether rows in a rank's kernel have non-local slots, or empty ones (−1)."""
+    shard = regime.shard(layer)
+    if shard.num_local == shard.num_physical or regime.layout == "slot":
+        return False
+    return regime.layout != "packed" or shard.num_local < layer.top_k
+
+
 def machine(device: str) -> Machine:
     """Returns the rates and resources of a CUDA device, as Triton's driver and torch report them."""
     import torch
@@ -146,13 +166,15 @@ def max_padded_slots(num_slots: int, num_groups: int, block_size: int) -> int:
     return min(num_slots * block_size, num_slots + num_groups * (block_size - 1))
 
 
-def swaps_operands(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
+def swaps_operands(
+    tactic: Mapping[str, object], fp8: bool, capability: tuple[int, ...], version: KernelVersion = NEWEST
+) -> bool:
     """Returns whether the kernel computes the transposed tile: in fp8 on Hopper if BM < 64 ≤ BN.
 
-    Sources: sglang#15712, sglang#16723; vLLM after 0.20.
+    Sources: sglang#15712, sglang#16723; vllm#36559 (0.25).
     """
     block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
-    return fp8 and capability[0] == 9 and block_m < _WGMMA_ROWS <= block_n
+    return version.swaps_operands and fp8 and capability[0] == 9 and block_m < _WGMMA_ROWS <= block_n
 
 
 def effective_block_size_k(tactic: Mapping[str, object], fp8: bool) -> int:
@@ -161,7 +183,9 @@ def effective_block_size_k(tactic: Mapping[str, object], fp8: bool) -> int:
     return min(block_k, SCALE_BLOCK) if fp8 else block_k
 
 
-def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> int:
+def shared_bytes(
+    tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int], version: KernelVersion = NEWEST
+) -> int:
     """Returns the bytes of shared memory of the software pipeline. A stage holds one tile of each operand.
 
     mma.sync reads its operands from registers, so Triton keeps one stage less for it. wgmma (Hopper, 64 rows or more)
@@ -169,7 +193,7 @@ def shared_bytes(tactic: Mapping[str, object], fp8: bool, capability: tuple[int,
     """
     block_m, block_n = _number(tactic, "BLOCK_SIZE_M"), _number(tactic, "BLOCK_SIZE_N")
     tiles = (block_m + block_n) * effective_block_size_k(tactic, fp8) * (1 if fp8 else 2)
-    return tiles * (_number(tactic, "num_stages") - (not _operands_from_shared(tactic, fp8, capability)))
+    return tiles * (_number(tactic, "num_stages") - (not _operands_from_shared(tactic, fp8, capability, version)))
 
 
 def accumulator_registers(tactic: Mapping[str, object], fp8: bool) -> int:
@@ -178,9 +202,9 @@ def accumulator_registers(tactic: Mapping[str, object], fp8: bool) -> int:
     return tile // (_number(tactic, "num_warps") * _LANES) * (2 if fp8 else 1)
 
 
-def illegal(tactic: Mapping[str, object], fp8: bool, limits: Limits) -> str | None:
+def illegal(tactic: Mapping[str, object], fp8: bool, limits: Limits, version: KernelVersion = NEWEST) -> str | None:
     """Returns why a device cannot run this configuration without spilling or failing; None if it can."""
-    needed = shared_bytes(tactic, fp8, limits.capability)
+    needed = shared_bytes(tactic, fp8, limits.capability, version)
     if needed > limits.shared_bytes:
         return f"needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}"
     threads = _number(tactic, "num_warps") * _LANES
@@ -221,7 +245,7 @@ def candidates(
             excluded[tactic] = (
                 f"BLOCK_SIZE_K exceeds the scale block of {SCALE_BLOCK}: one scale would serve two blocks"
             )
-        elif reason := idle_warps(tactic) or (illegal(tactic, shapes.fp8, limits) if limits else None):
+        elif reason := idle_warps(tactic) or (illegal(tactic, shapes.fp8, limits, shapes.version) if limits else None):
             excluded[tactic] = reason
         elif same := kept.get(behavior := _behavior(tactic, shapes, zero_remote)):
             excluded[tactic] = f"runs the same as {same}"
@@ -254,31 +278,33 @@ def predicted_us(
     tiles: dict[Tile, float] = {}
     predicted: dict[Tactic, float] = {}
     for tactic in tactics:
-        tile = _tile(tactic, shapes.fp8, capability)
+        tile = _tile(tactic, shapes.fp8, capability, shapes.version)
         if tile not in tiles:
             tiles[tile] = sum(gemm_us(machine, gemm, tile, loads) for gemm in gemms)
         predicted[tactic] = tiles[tile]
     return predicted
 
 
-def _tile(tactic: Tactic, fp8: bool, capability: tuple[int, int]) -> Tile:
-    from_shared = _operands_from_shared(tactic, fp8, capability)
+def _tile(tactic: Tactic, fp8: bool, capability: tuple[int, int], version: KernelVersion) -> Tile:
+    from_shared = _operands_from_shared(tactic, fp8, capability, version)
     return Tile(
         rows=_number(tactic, "BLOCK_SIZE_M"),
         columns=_number(tactic, "BLOCK_SIZE_N"),
         depth=effective_block_size_k(tactic, fp8),
         num_warps=_number(tactic, "num_warps"),
         buffers=_number(tactic, "num_stages") - (not from_shared),
-        shared_bytes=shared_bytes(tactic, fp8, capability),
+        shared_bytes=shared_bytes(tactic, fp8, capability, version),
         accumulators=accumulator_registers(tactic, fp8),
         wgmma=from_shared,
     )
 
 
-def _operands_from_shared(tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int]) -> bool:
+def _operands_from_shared(
+    tactic: Mapping[str, object], fp8: bool, capability: tuple[int, int], version: KernelVersion
+) -> bool:
     """Returns whether Triton computes with wgmma: on Hopper if the tile, as it is computed, has 64 rows or more."""
     return capability[0] >= 9 and (
-        _number(tactic, "BLOCK_SIZE_M") >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability)
+        _number(tactic, "BLOCK_SIZE_M") >= _WGMMA_ROWS or swaps_operands(tactic, fp8, capability, version)
     )
 
 

@@ -17,13 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from wheels import VARIABLE
+from wheels import OLDER_VLLM, VARIABLE, WHEELS, download
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-RUN_KERNELS = {"test_align.py", "test_kernels.py", "test_runner.py", "test_engine_forwards.py"}
+RUN_KERNELS = {
+    "test_align.py",
+    "test_kernels.py",
+    "test_runner.py",
+    "test_engine_forwards.py",
+    "test_version_forwards.py",
+}
 
 
 @pytest.fixture(params=["vllm", "sglang"])
@@ -36,6 +42,23 @@ def engine(
     monkeypatch.syspath_prepend(str(sources))
     monkeypatch.setenv(VARIABLE, str(sources))
     return name
+
+
+@pytest.fixture(scope="session")
+def vllm_version_sources(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Returns a function from a pinned version of vLLM to a folder with its package; only `-m network` downloads it."""
+
+    @cache
+    def sources(version: str) -> Path:
+        if pytestconfig.getoption("markexpr") != "network":
+            pytest.skip(f"only `pytest -m network` downloads vLLM {version}")
+        wheel = OLDER_VLLM.get(version, WHEELS["vllm"])
+        assert wheel.version == version
+        return download("vllm", tmp_path_factory.mktemp("versions") / version, wheel)
+
+    return sources
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
