@@ -24,6 +24,7 @@ from moetune.tuning.events import (
     BucketStarted,
     DefaultDiffers,
     Event,
+    NoisyBucket,
     Resumed,
     SearchStopped,
     Served,
@@ -113,13 +114,18 @@ class Progress:
         self._line(f"{event.rows} rows: the time budget ended the search; {tried}")
 
     @_show.register
+    def _noisy_bucket(self, event: NoisyBucket) -> None:
+        then = "compared again after the other buckets" if event.tries else "so the default is kept"
+        self._line(f"{event.rows} rows: A/A noise of {100 * event.noise:.0f} % is too much to decide, {then}")
+
+    @_show.register
     def _buckets_skipped(self, event: BucketsSkipped) -> None:
         self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
 
     @_show.register
     def _bucket_chosen(self, event: BucketChosen) -> None:
         self._bucket_seconds.append(time.monotonic() - self._began)
-        choice, remaining = event.choice, event.count - event.index - 1
+        choice, remaining = event.choice, max(0, event.count - len(self._bucket_seconds))
         left = f"about {duration(remaining * fmean(self._bucket_seconds))} left" if remaining else "done"
         if self._task is not None:
             self._bar.update(self._task, advance=1, left=left)

@@ -18,9 +18,8 @@ from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
 from moetune.spec.environment import Environment
 from moetune.store.match import Differing
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.verdict import NOISY
 
-NOISY = 0.1
-"""A larger A/A noise gets a warning. An idle machine stays well below it."""
 _VERSIONS = ("torch", "cuda", "triton", "flashinfer", "vllm", "sglang")
 _ENGINES = {
     "triton": "vllm",
@@ -137,8 +136,7 @@ def _details(profile: Profile) -> list[str]:
         f"A/A noise {span([round(100 * choice.noise, 1) for choice in choices])} %; "
         "a tactic replaces the default only if its gain lies beyond the noise",
     ]
-    if max(choice.noise for choice in choices) > NOISY:
-        lines.append("this machine was busy, so smaller gains are not visible; run --again when it is idle")
+    lines += _noisy_lines(choices)
     lines += _at_row_counts(choices)
     if typical := [f"{choice.rows:,} ({choice.met_rows:,})" for choice in choices if choice.met_rows]:
         lines.append(f"half of the draws have the typical rows (in parentheses): {', '.join(typical)}")
@@ -154,6 +152,18 @@ def _details(profile: Profile) -> list[str]:
     missing = [rows for rows in profile.regime.buckets if rows not in {choice.rows for choice in choices}]
     lines += [f"not tuned yet: {', '.join(map(str, missing))}"] if missing else []
     return [*lines, *skipped_lines(profile.regime)]
+
+
+def _noisy_lines(choices: Sequence[Choice]) -> list[str]:
+    """Returns a line about the buckets that were too noisy, or none."""
+    noisy = [choice for choice in choices if choice.noise > NOISY]
+    if not noisy:
+        return []
+    rows = ", ".join(f"{choice.rows:,}" for choice in noisy)
+    kept = "" if any(choice.tactic != choice.default_tactic for choice in noisy) else ", so the default is kept there"
+    return [
+        f"this machine was busy: A/A noise beyond {100 * NOISY:g} % at {rows} rows{kept}; run --again when it is idle"
+    ]
 
 
 def _at_row_counts(choices: Sequence[Choice]) -> list[str]:

@@ -178,8 +178,8 @@ class BucketTuner:
         self._bucket, self._bench_of, self._compilers, self._report = bucket, bench_of, compilers, report
         self._note, self._final_s = note, final_s
         self._began, self._share_s = time.monotonic(), share_s
-        self._bench = bench_of(bucket.problem)
-        self._uncompiled: dict[Tactic, str] = {}
+        self._open_bench: BenchLike | None = bench_of(bucket.problem)
+        self._failed: dict[Tactic, str] = {}
         self._times: dict[Tactic, float] = {}
         self._tried: set[Tactic] = set()
         self._noted: set[Tactic] = set()
@@ -189,9 +189,20 @@ class BucketTuner:
         """The mean times of all tactics that the search measured."""
         return self._times
 
+    def release(self) -> None:
+        """Lets go of the problem's memory on the device until the next comparison. What failed is remembered."""
+        self._failed |= self._bench.failures
+        self._open_bench = None
+
+    @property
+    def _bench(self) -> BenchLike:
+        if self._open_bench is None:
+            self._open_bench = self._bench_of(self._bucket.problem)
+        return self._open_bench
+
     @property
     def _failures(self) -> Mapping[Tactic, str]:
-        return {**self._uncompiled, **self._bench.failures}
+        return {**self._failed, **self._bench.failures}
 
     def search(self, search: Search) -> tuple[Tactic, ...]:
         """Measures what the search proposes. Returns its finalists, or the best so far when the time ends."""
@@ -212,14 +223,17 @@ class BucketTuner:
     def choose(self, finalists: Sequence[Tactic]) -> Choice:
         """Checks the finalists, compares them at every row count of the bucket, and decides.
 
+        It can be called again if the noise was too large.
+
         Raises:
             NoResultError: a default tactic failed or computes a wrong result.
         """
         bucket, bench, default = self._bucket, self._bench, self._bucket.default
-        rejected = {**bucket.failed, **self._uncompiled}
+        rejected = {**bucket.failed, **self._failed}
         self._require(default, self._failures, bucket.rows)
         defaults = dict.fromkeys(count.default for count in bucket.row_counts)
-        right = [tactic for tactic in (*finalists, *defaults) if tactic != default and bench.check(tactic, 0)]
+        others = [tactic for tactic in (*finalists, *defaults) if tactic != default and tactic not in self._failed]
+        right = [tactic for tactic in others if bench.check(tactic, 0)]
         bench.check(default, 0)
         self._require(default, self._failures, bucket.rows)
         stress_us = stress_times(bench, right, default, bucket.problem.draws, self._times)
@@ -283,8 +297,8 @@ class BucketTuner:
         rows, problem = self._bucket.rows, self._bucket.problem
         uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics, batch.likely_next)
         uncompiled.pop(self._bucket.default, None)  # there is no result without it, so its first run decides
-        self._uncompiled |= uncompiled
-        compiled = [tactic for tactic in tactics if tactic not in self._uncompiled]
+        self._failed |= uncompiled
+        compiled = [tactic for tactic in tactics if tactic not in self._failed]
         draws = list(islice(cycle(problem.numbers("search")), rounds))
         times: dict[Tactic, float] = {}
         try:

@@ -92,6 +92,18 @@ class SearchStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class NoisyBucket:
+    """The A/A noise of a bucket's final comparison was too large to decide.
+
+    The comparison is taken again after the other buckets, at most `tries` more times. If that is 0, the default stays.
+    """
+
+    rows: int
+    noise: float
+    tries: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendStarted:
     """`tune_all` begins with backend `index` of `count`. The events that follow are those of its tune."""
 
@@ -124,6 +136,7 @@ Event = (
     | DefaultDiffers
     | TacticMeasured
     | SearchStopped
+    | NoisyBucket
     | BucketChosen
     | BucketsSkipped
     | BackendStarted

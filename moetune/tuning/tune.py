@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,6 +27,7 @@ from moetune.tuning.events import (
     BucketsSkipped,
     BucketStarted,
     DefaultDiffers,
+    NoisyBucket,
     OnEvent,
     Resumed,
     Served,
@@ -33,10 +35,14 @@ from moetune.tuning.events import (
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import further_bucket, missing_buckets
+from moetune.tuning.verdict import NOISY
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.spec.enums import RankWord
+
+NOISY_TRIES = 2
+"""How often a bucket whose final comparison was too noisy is compared again."""
 
 
 def tune(
@@ -161,6 +167,7 @@ def _choices(
     """Yields the choice of each missing bucket in turn, then those that the ladder adds, as long as the time lasts.
 
     Buckets with a search of their own come first, because the others are tuned from their neighbors' fast tactics.
+    Noisy buckets are compared again after the others, and before the ladder adds any.
     """
     from moetune.measure.compiling import Compilers, capability_of
     from moetune.measure.worker import open_benches
@@ -179,13 +186,14 @@ def _choices(
     with ExitStack() as stack:
         bench_of = stack.enter_context(open_benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
+        noisy: deque[_Noisy] = deque()
         prefetcher = stack.enter_context(Prefetcher(question, order, journaled, compilers))
         buckets = chain(prefetcher.buckets(), _added(prefetcher, known))
         for index, bucket in enumerate(buckets):
             left = tuple(order[index:])
             if index and time.monotonic() >= end:
                 report(BucketsSkipped(left or (bucket.rows,)))
-                return
+                break
             share_s = max(0.0, end - time.monotonic()) / max(len(left), 1) if time_budget_s else None
             note = partial(journal.note, bucket.rows, strategy)
             tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s)
@@ -200,7 +208,60 @@ def _choices(
             fast[bucket.rows] = tuner.search(bucket.search(backend, strategy, warm_starts))
             promising = backend.promising(tuner.times_us)
             choice = known[bucket.rows] = tuner.choose(fast[bucket.rows])
-            yield _Chosen(choice, index, count)
+            chosen = _Chosen(choice, index, count)
+            if choice.noise > NOISY:
+                noisy.append(_Noisy(tuner, fast[bucket.rows], chosen))
+                report(NoisyBucket(bucket.rows, choice.noise, NOISY_TRIES))
+            else:
+                yield chosen
+            if index + 1 >= len(order):  # before the ladder adds buckets by these choices
+                yield from _compared_again(noisy, known, end, report)
+        yield from _compared_again(noisy, known, end, report)
+
+
+@dataclass(slots=True)
+class _Noisy:
+    """A bucket whose final comparison was too noisy to decide, the default that it chose so far, and the tries left."""
+
+    tuner: BucketTuner
+    finalists: Sequence[Tactic]
+    chosen: _Chosen
+    tries: int = NOISY_TRIES
+
+    def __post_init__(self) -> None:
+        self.tuner.release()
+
+    def compare_again(self) -> None:
+        self.tries -= 1
+        self.chosen = replace(self.chosen, choice=self.tuner.choose(self.finalists))
+        self.tuner.release()
+
+
+def _compared_again(noisy: deque[_Noisy], known: dict[int, Choice], end: float, report: OnEvent) -> Generator[_Chosen]:
+    """Compares the finalists of noisy buckets again, each `NOISY_TRIES` times at most, and yields their choices.
+
+    A bucket that stays noisy has its next turn after the others. When the time ends, the choices are as they are.
+
+    Args:
+        noisy: the buckets; it is empty in the end.
+        known: gets the choices, by rows.
+        end: when the time ends, in s on the system's monotonic clock.
+        report: gets the events.
+    """
+    while noisy:
+        bucket = noisy.popleft()
+        if time.monotonic() < end:
+            bucket.compare_again()
+        else:
+            bucket.tries = 0
+        choice = bucket.chosen.choice
+        if choice.noise > NOISY:
+            report(NoisyBucket(choice.rows, choice.noise, bucket.tries))
+        if choice.noise > NOISY and bucket.tries:
+            noisy.append(bucket)
+        else:
+            known[choice.rows] = choice
+            yield bucket.chosen
 
 
 def _added(prefetcher: Prefetcher, known: Mapping[int, Choice]) -> Iterator[Bucket]:

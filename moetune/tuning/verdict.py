@@ -27,6 +27,9 @@ STRESS_SAMPLES = 5
 UNLIKELY_WEIGHT = 0.5
 """Weight of the slowdown at a bucket's own row count if no whole number of tokens produces it."""
 
+NOISY = 0.1
+"""A larger A/A noise at any of a bucket's row counts decides nothing, so the default stays."""
+
 StressTimes = Mapping[Tactic, Mapping[str, float]]
 """Each tactic's time in µs by the factor on the busiest expert's load; infinite if the tactic failed."""
 
@@ -40,14 +43,15 @@ class Verdict:
         gains: its gain over the default, in each comparison.
         regret_high: by how much the fastest finalist may be faster at some row count, at 95 %, relative.
         equally_fast: other tactics that could serve the bucket just as well.
-        slower: finalists that are faster than the default at one row count and slower at another, with the reason.
+        rejected: finalists that could not win, with the reason: they are faster than the default at one row count and
+            slower at another, or the comparison was too noisy.
     """
 
     tactic: Tactic
     gains: tuple[Ratio, ...]
     regret_high: float
     equally_fast: tuple[Tactic, ...]
-    slower: Mapping[Tactic, str]
+    rejected: Mapping[Tactic, str]
 
 
 def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequence[float] | None = None) -> Verdict:
@@ -60,6 +64,8 @@ def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequen
     An engine's default may be another tactic at each row count. Then the bucket's own default can be slower than those;
     if it is, and no finalist is eligible, the tactic that is the least slow against them wins.
 
+    If the A/A noise at any row count is beyond `NOISY`, the default wins.
+
     Args:
         comparisons: the samples at each row count; the finalists of each are among those of the first.
         default: the default tactic at the bucket's own rows.
@@ -68,6 +74,8 @@ def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequen
     weights = weights or (1.0,) * len(comparisons)
     tactics = _in_all(comparisons, default)
     gains = {tactic: tuple(_gain(samples, tactic) for samples in comparisons) for tactic in tactics}
+    if (noisiest := max(comparisons, key=lambda samples: samples.noise)).noise > NOISY:
+        return _undecided(comparisons, default, gains, noisiest)
     losses = {tactic: reason for tactic in tactics if tactic != default and (reason := _any_loss(comparisons, tactic))}
     safe = [tactic for tactic in tactics if tactic not in losses]
     faster = [
@@ -96,6 +104,24 @@ def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequen
         max(samples.regret_high(winner) for samples in comparisons),
         tuple(tactic for tactic in safe if tactic != winner and _is_alike(comparisons, tactic, winner)),
         {tactic: losses[tactic] for tactic in faster if tactic in losses},
+    )
+
+
+def _undecided(
+    comparisons: Sequence[FinalSamples],
+    default: Tactic,
+    gains: Mapping[Tactic, tuple[Ratio, ...]],
+    noisiest: FinalSamples,
+) -> Verdict:
+    """Returns the verdict on a bucket that is too noisy to decide. It rejects all finalists."""
+    noise = f"{100 * noisiest.noise:.1f} % at {noisiest.rows} rows, allowed {100 * NOISY:g} %"
+    finalists = [tactic for tactic in gains if tactic != default]
+    return Verdict(
+        default,
+        gains[default],
+        max(samples.regret_high(default) for samples in comparisons),
+        (),
+        dict.fromkeys(finalists, f"not decided: A/A noise of {noise}"),
     )
 
 
@@ -182,7 +208,7 @@ def choice(
     )
     own = min(by_rows, key=lambda compared: abs(compared.rows - rows))
     gain = mean_gain(verdict.gains)
-    reasons = {**bench.failures, **(rejected or {}), **verdict.slower}
+    reasons = {**bench.failures, **(rejected or {}), **verdict.rejected}
     stress_us = stress_us or {}
     loads = [routing.load.tolist() for routing in routings]
     return Choice(

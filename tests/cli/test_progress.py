@@ -9,7 +9,7 @@ from moetune.cli.output import patience
 from moetune.cli.progress import Progress
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.events import BucketChosen, BucketStarted, DefaultDiffers, Event, TacticMeasured
+from moetune.tuning.events import BucketChosen, BucketStarted, DefaultDiffers, Event, NoisyBucket, TacticMeasured
 
 GAINED = {"gain": 1.25, "gain_low": 1.2, "gain_high": 1.3}
 TACTIC = {
@@ -64,6 +64,16 @@ def test_a_default_that_no_engine_runs_is_a_warning(capsys):
     with Progress() as progress:
         progress(DefaultDiffers(8, "vLLM runs something else."))
     assert capsys.readouterr().err == "warning: vLLM runs something else.\n"
+
+
+def test_a_bucket_that_is_too_noisy_is_named_and_what_happens_next(capsys):
+    with Progress() as progress:
+        progress(NoisyBucket(8, 0.234, 2))
+        progress(NoisyBucket(8, 0.3, 0))
+    assert capsys.readouterr().err.splitlines() == [
+        "8 rows: A/A noise of 23 % is too much to decide, compared again after the other buckets",
+        "8 rows: A/A noise of 30 % is too much to decide, so the default is kept",
+    ]
 
 
 def test_the_time_left_is_the_mean_of_the_finished_buckets(capsys, monkeypatch):

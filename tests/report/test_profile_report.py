@@ -107,7 +107,12 @@ def test_the_report_of_a_profile_says_how_it_was_measured():
 
 
 def test_a_busy_machine_is_reported():
-    assert "this machine was busy" in printed(*profile_report(made_profile(made_choice(4096, 60.0))))
+    noisy = made_choice(64, 60.0, **WON).model_copy(update={"noise": 0.2})
+    text = printed(*profile_report(made_profile(made_choice(8, 60.0), noisy)))
+    assert "this machine was busy: A/A noise beyond 10 % at 64 rows; run --again when it is idle" in text
+    kept = noisy.model_copy(update={"tactic": noisy.default_tactic})
+    text = printed(*profile_report(made_profile(made_choice(8, 60.0), kept)))
+    assert "beyond 10 % at 64 rows, so the default is kept there; run --again when it is idle" in text
 
 
 def test_a_served_profile_says_that_nothing_was_measured_and_where_it_lay():

@@ -56,7 +56,7 @@ def test_a_tactic_that_is_slower_than_the_default_at_any_row_count_cannot_win():
     comparisons = [_at(8, 10.0, good=5.0, next=9.0), _at(12, 10.0, good=10.2, next=9.5)]
     verdict = decide(comparisons, DEFAULT)
     assert verdict.tactic == NEXT
-    assert verdict.slower == {GOOD: "slower than the default by 2.0 % at 12 rows"}
+    assert verdict.rejected == {GOOD: "slower than the default by 2.0 % at 12 rows"}
 
 
 def test_a_tactic_that_is_faster_nowhere_beyond_noise_does_not_replace_the_default():
