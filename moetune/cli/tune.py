@@ -24,7 +24,7 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure. A miss ends with exit code 3.")
 @near_option
-@click.option("--again", is_flag=True, help="Measure every bucket again, even if a profile has it.")
+@click.option("--again", is_flag=True, help="Measure every bucket again, and replace what is stored for it.")
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),

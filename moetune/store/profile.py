@@ -200,16 +200,20 @@ class Profile(FrozenModel):
         steps, tactics = self._steps
         return tactics[bisect_right(steps, rows)]
 
-    def merged(self, newer: Profile) -> Profile:
+    def merged(self, newer: Profile, *, replacing: bool = False) -> Profile:
         """Returns `newer` with this profile's choices added.
 
         Of two choices for one bucket the later measured one stays, and on a tie that of `newer`. Both profiles must
         answer the same question, which is not checked.
+
+        Args:
+            newer: the other profile.
+            replacing: of two choices for one bucket that of `newer` stays, whenever they were measured.
         """
         choices = {choice.rows: choice for choice in self.choices}
         for choice in newer.choices:
             stored = choices.get(choice.rows)
-            if stored is None or stored.measured_time <= choice.measured_time:
+            if replacing or stored is None or stored.measured_time <= choice.measured_time:
                 choices[choice.rows] = choice
         return newer.model_copy(update={"choices": tuple(choices[rows] for rows in sorted(choices))})
 

@@ -141,11 +141,16 @@ class Store:
         for root in self.roots:
             yield from _read_all(root.glob("*/*/*/*.json"))
 
-    def save(self, profile: Profile) -> Profile:
+    def save(self, profile: Profile, *, replacing: bool = False) -> Profile:
         """Merges a profile into the stored one, or else into the packaged one, and writes it durably.
 
         Of two choices for one bucket the one with the later `measured_at` is kept. When this returns, or raises
         `DamagedProfileError`, everything given is on disk.
+
+        Args:
+            profile: the choices to save.
+            replacing: they replace what is stored for their buckets, whenever that was measured. The choices of other
+                buckets are kept in any case, because another process may have just saved them.
 
         Returns:
             The profile that the file now holds.
@@ -166,9 +171,9 @@ class Store:
                 if differences := key.differences(stored):
                     names = ", ".join(difference.field for difference in differences)
                     raise DamagedProfileError(f"{path} holds the profile of another question: {names} differ.")
-                profile = stored.merged(profile)
+                profile = stored.merged(profile, replacing=replacing)
             except FileNotFoundError:
-                profile = self._over_packaged(profile)
+                profile = self._over_packaged(profile, replacing)
             except DamagedProfileError as error:
                 damaged = _moved_aside(path, error)
             replace(path, f"{profile.model_dump_json(indent=1)}\n".encode())
@@ -192,14 +197,14 @@ class Store:
                 f"Give another folder with --store or {STORE_VARIABLE}.",
             ) from None
 
-    def _over_packaged(self, profile: Profile) -> Profile:
+    def _over_packaged(self, profile: Profile, replacing: bool) -> Profile:
         """Returns `profile` with the buckets added that only the packaged profile of its question has."""
         key = Key.of(profile)
         for root in self.roots[1:]:
             with suppress(FileNotFoundError, NotADirectoryError, StoreError):  # new measurements are saved in any case
                 packaged = read_profile(root / key.path)
                 if not key.differences(packaged):
-                    return packaged.merged(profile)
+                    return packaged.merged(profile, replacing=replacing)
         return profile
 
     def _read(self, path: Path) -> Profile:

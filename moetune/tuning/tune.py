@@ -76,7 +76,8 @@ def tune(
         store: a store or its folder; by default `MOETUNE_STORE`, or the user's cache folder if that is not set.
         frozen: never measure.
         near: with `frozen`: if no stored profile matches, take the nearest one that differs in versions only.
-        again: measure every bucket even if it is stored, and forget the journal of an interrupted run.
+        again: measure every bucket even if it is stored, replace what is stored for it, and forget the journal of an
+            interrupted run.
         device: a torch device; by default `cuda` if there is one, else `cpu`.
         rank: the rank that is measured for all: `mean` has the load nearest the mean, `fullest` the most, or its
             number. By default the regime's own if it was given one, else `mean`, and `fullest` if shards are uneven.
@@ -114,7 +115,7 @@ def tune(
         journal.remove()
     with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, report)) as choices:
         for chosen in choices:
-            stored = question.store.save(question.profile(chosen.choice))
+            stored = question.store.save(question.profile(chosen.choice), replacing=again)
             report(BucketChosen(chosen.choice, chosen.index, chosen.count))
     assert stored is not None
     if not missing_buckets(question.regime, stored):

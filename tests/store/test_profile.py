@@ -194,6 +194,9 @@ def test_merge_keeps_every_bucket_with_its_later_measurement(
         expected[rows] = 1 if old_wins else 2
     assert {choice.rows: choice.tactic["tile"] for choice in merged.choices} == expected
     assert Profile.model_validate_json(merged.model_dump_json()) == merged
+    replaced = profile(older, 1).merged(profile(newer, 2), replacing=True)
+    tiles = {rows: 2 if rows in newer else 1 for rows in sorted({*older, *newer})}
+    assert {choice.rows: choice.tactic["tile"] for choice in replaced.choices} == tiles
 
 
 def test_reprs_are_short_and_the_gain_is_the_geometric_mean(profile_of, choice_of) -> None:

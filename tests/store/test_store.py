@@ -53,7 +53,7 @@ from moetune.store.store import Store
 def save(mine, barrier):
     profile = Profile.model_validate_json(mine.read_text())
     barrier.wait()
-    Store(sys.argv[1]).save(profile)
+    Store(sys.argv[1]).save(profile, replacing=sys.argv[3:] == ["replacing"])
 
 fork = multiprocessing.get_context("fork")
 mine = sorted(pathlib.Path(sys.argv[2]).iterdir())
@@ -79,6 +79,22 @@ def test_thirty_two_processes_saving_at_once_lose_nothing(store: Store, profile_
     assert len(complete.choices) == 32
     assert load(store, complete) == complete
     assert files(store) == {path_of(store, complete)}
+
+
+def test_sixteen_processes_that_replace_beside_sixteen_stored_buckets_lose_nothing(
+    store: Store, profile_of: ProfileOf, choice_of: Callable[..., Choice], tmp_path: Path
+) -> None:
+    regime = Regime(ladder=list(range(1, 33)), tune_max_num_tokens=32)
+    future = [choice_of(rows, tactic={"tile": 0}, measured_at="2999-01-01T00:00:00Z") for rows in regime.buckets]
+    store.save(profile_of(regime, choices=tuple(future)))
+    measured = tmp_path / "measured"
+    measured.mkdir()
+    for rows in regime.buckets[::2]:
+        (measured / f"{rows}.json").write_text(profile_of(regime, [rows]).model_dump_json())
+    arguments = [SAVE_EACH_IN_A_PROCESS, store.root, measured, "replacing"]
+    subprocess.run([sys.executable, "-c", *map(str, arguments)], check=True, timeout=100)
+    kept = {choice.rows: choice.tactic["tile"] for choice in load(store, profile_of(regime)).choices}
+    assert kept == {rows: rows if rows % 2 else 0 for rows in regime.buckets}
 
 
 def test_lock_that_is_held_is_named(store: Store, profile_of: ProfileOf, monkeypatch: pytest.MonkeyPatch) -> None:

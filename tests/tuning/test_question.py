@@ -1,7 +1,7 @@
 """What the store answers is not measured again."""
 
 import pytest
-from planted import LAYER, PlantedBackend
+from planted import LAYER, PlantedBackend, tactic
 from runs import REGIME, tune_planted
 
 from moetune.errors import MissError, UsageError
@@ -32,6 +32,24 @@ def test_again_measures_anew(plant):
     backend.prepared.clear()
     tune_planted(again=True)
     assert backend.prepared == [4, 8]
+
+
+@pytest.mark.parametrize("packaged", [False, True])
+def test_again_replaces_a_choice_that_was_measured_in_the_future(plant, tmp_path, packaged):
+    """The clock of the machine that measured it was wrong."""
+    plant(milliseconds={"default": 1.0, "fast": 0.5})
+    theirs = Store(tmp_path / "theirs")
+    profile = tune_planted(store=theirs)
+    future = tuple(
+        choice.model_copy(update={"tactic": choice.default_tactic, "measured_at": "2999-01-01T00:00:00Z"})
+        for choice in profile.choices
+    )
+    theirs.save(profile.model_copy(update={"choices": future}))
+    store = Store(tmp_path / "ours", packaged=theirs.root) if packaged else theirs
+    assert {choice.tactic for choice in tune_planted(store=store).choices} == {tactic("default")}
+    again = tune_planted(store=store, again=True)
+    assert {choice.tactic for choice in again.choices} == {tactic("fast")}
+    assert tune_planted(store=store) == again
 
 
 def test_a_packaged_profile_of_some_buckets_is_the_base_of_the_answer(plant, tmp_path):
