@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ DATA = Path(__file__).parent / "data"
 TABLES = sorted(DATA.glob("grouped_triton-*.json"))
 LOADS = DATA / "loads"
 """A file for each table, of the same name. It has the loads of all draws, by cell, in the table's order."""
+PAIR_TABLES = sorted(DATA.glob("flashinfer_cutlass-*-h200.json"))
 H200 = Machine(132, 233472, 65536, 2048, 4.9e6, 8.0e6, 989e6)
 """As `space.machine` reads it off the device."""
 
@@ -80,6 +81,20 @@ def cells(path: Path) -> tuple[Cell, ...]:
         truth = {tactic: truth[tactic] for tactic in ordered}
         found.append(Cell(cell["load"], cell["rows"], truth, default, tuple(noise), predicted))
     return tuple(sorted(found, key=lambda cell: (cell.load, cell.rows)))
+
+
+@cache
+def _pair(gemm1: int, gemm2: int) -> Tactic:
+    """Returns one tactic, for all buckets: to make 3645 for each takes longer than to search them."""
+    return Tactic(gemm1=gemm1, gemm2=gemm2)
+
+
+def recorded_pairs(path: Path) -> Generator[tuple[int, dict[Tactic, float]]]:
+    """Yields µs by rows, of every pair: the sum of the two GEMMs' sweeps, less the pair that both hold (`pair_us`)."""
+    for cell in json.loads(path.read_text())["cells"]:
+        first, second = ({int(at): us for at, us in cell[f"{gemm}_us"].items()} for gemm in ("gemm1", "gemm2"))
+        both = (first[cell["fixed"][0]] + second[cell["fixed"][1]]) / 2
+        yield cell["rows"], {_pair(a, b): first[a] + second[b] - both for a in first for b in second}
 
 
 def load_of(table: Mapping[str, Any], cell: int, draw: int) -> list[int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moetune.search.base import Search
 from moetune.search.exhaustive import exhaustive
+from moetune.search.revalidate import exchanged
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.spec.tactic import Tactic
@@ -146,6 +147,18 @@ class Backend(ABC):
             times_us: the mean times of all tactics that the search of one bucket measured.
         """
         return ()
+
+    def neighbors(self, candidates: Candidates, tactic: Tactic, others: Sequence[Tactic]) -> Sequence[Tactic]:
+        """Returns the candidates that may be fastest if `tactic` no longer is, the likeliest first.
+
+        By default they take one value from one of `others` and the rest from `tactic`.
+
+        Args:
+            candidates: what `candidates` returned for the bucket.
+            tactic: the tactic.
+            others: the fastest tactics of other buckets, those of the nearest bucket first.
+        """
+        return exchanged(candidates.tactics, tactic, others)
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
         """Returns the tactics of a bucket that are worth compiling ahead, in the order in which they are needed."""

@@ -101,4 +101,6 @@ def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None
 
     if profile is not None and profile.answers:
         return command("show", profile.path)
-    return command("tune", *typed()) if backend in kernels.computing else None
+    start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
+    words = [word for word in typed() if word != "--near"]
+    return command("tune", *words, *start) if backend in kernels.computing else None

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from moetune.cli.output import console
 from moetune.report.format import duration, human_time
+from moetune.report.lines import versions
 from moetune.report.tactics import tactic_line
 from moetune.tuning.events import (
     BackendFailed,
@@ -26,6 +27,7 @@ from moetune.tuning.events import (
     Event,
     NoisyBucket,
     Resumed,
+    Revalidated,
     SearchStopped,
     Served,
     TacticMeasured,
@@ -78,6 +80,12 @@ class Progress:
     @_show.register
     def _served(self, event: Served) -> None:
         self.served = event
+
+    @_show.register
+    def _revalidated(self, event: Revalidated) -> None:
+        changed = {each.field: each.plain() for each in event.differences}
+        measured = f", measured with {versions(changed)}" if changed else ""
+        self._line(f"Checking the tactics of an older profile of {event.profile.backend}{measured}.")
 
     @_show.register
     def _resumed(self, event: Resumed) -> None:

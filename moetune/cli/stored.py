@@ -67,6 +67,25 @@ def backends_of(request: Request) -> list[Backend]:
     return [*found, *able(request.layer, request.regime)[0]] or [request.backend]
 
 
+def backend_of_start(request: Request, start: str, folder: Store) -> Backend:
+    """Returns the backend of the profile that `tune --start` names, if the backend was left to moetune.
+
+    Raises:
+        UsageError: there is no such file, or its backend cannot run here.
+        MissError: `near`, and no stored profile differs in versions only.
+    """
+    from moetune.tuning.question import NEAR
+
+    found = _found(request, folder, near=True).profile if start == NEAR else folder.read(start)
+    for backend in backends_of(request):
+        if backend.name == found.backend:
+            return backend
+    raise UsageError(
+        f"--start: {start} is a profile of {found.backend}, which cannot run here.",
+        "Give a profile of another backend.",
+    )
+
+
 def _model(text: str) -> str | None:
     """Returns `text` if it is the name of a preset or of a repository that moetune knows."""
     from moetune.inputs import presets, repositories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
 @store_option
 @click.option("--frozen", is_flag=True, help="Never measure. A miss ends with exit code 3.")
 @near_option
+@click.option(
+    "--start",
+    metavar="PROFILE|near",
+    help="Check the tactics of an older profile and their neighbors here, instead of a search: a file, or near for the "
+    "nearest stored one.",
+)
 @click.option("--again", is_flag=True, help="Measure every bucket again, and replace what is stored for it.")
 @click.option(
     "--strategy",
@@ -51,6 +58,7 @@ def tune(
     store: Path | None,
     frozen: bool,
     near: bool,
+    start: str | None,
     again: bool,
     strategy: Strategy,
     out: Path | None,
@@ -68,6 +76,7 @@ def tune(
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.
     """
     from moetune.cli.progress import Progress
+    from moetune.cli.stored import backend_of_start
     from moetune.cli.written import request_for_engine, say, write_for
     from moetune.store.match import Match
     from moetune.store.profile import Profile
@@ -80,8 +89,10 @@ def tune(
     elif for_version is not None:
         raise UsageError("--for-version needs --export.", "Give --export DIR, or leave --for-version out.")
     folder = Store(store)
+    if start is not None and request.auto:
+        request = replace(request, backend=backend_of_start(request, start, folder), auto=False)
     with Progress() as progress:
-        tune_request = tune_all if request.auto else partial(tune_of, backend=request.backend)
+        tune_request = tune_all if request.auto else partial(tune_of, backend=request.backend, start=start)
         answer = tune_request(
             request.layer,
             request.regime,

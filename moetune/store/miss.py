@@ -13,7 +13,10 @@ from moetune.store.match import Match
 from moetune.store.profile import Profile
 
 HINT = "Run `moetune tune` with the same options to measure it."
-NEAR_HINT = "Give --near to use it as it is, or run `moetune tune` with the same options to measure here."
+NEAR_HINT = (
+    "Run `moetune tune --start near` with the same options to check its tactics here in seconds, or give --near to use "
+    "it as it is."
+)
 NAMED = 3
 """Number of differences that the message names; all are in `MissError.differences`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import NoResultError
 from moetune.search.exhaustive import exhaustive
+from moetune.search.revalidate import OTHERS, first_tactics, revalidate
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
-from moetune.store.profile import Choice
+from moetune.store.profile import Choice, Profile
 from moetune.tuning import final_comparison
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
 from moetune.tuning.final_comparison import FinalSamples, compare_right_ones
@@ -53,6 +55,21 @@ class RowCount:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """What an older profile knew about one bucket.
+
+    Attributes:
+        winner: the tactic that it chose.
+        others: the tactics that it chose for other buckets, those of the nearest bucket first.
+        first: the candidates that are timed in any case.
+    """
+
+    winner: Tactic
+    others: tuple[Tactic, ...]
+    first: tuple[Tactic, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """One bucket to be tuned.
 
@@ -67,6 +84,7 @@ class Bucket:
         failed: the tactics that failed in an interrupted run. They are no candidates any more.
         default_source: where the default is from.
         default_warnings: a sentence for each default of a row count that is not what an engine runs.
+        start: the tactics of an older profile that are checked instead of a search.
     """
 
     rows: int
@@ -78,6 +96,7 @@ class Bucket:
     failed: Mapping[Tactic, str] = field(default_factory=dict)
     default_source: str = ""
     default_warnings: tuple[str, ...] = ()
+    start: Start | None = None
 
     @classmethod
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
@@ -123,17 +142,34 @@ class Bucket:
         candidates = replace(self.candidates, tactics=kept, excluded={**excluded, **failed})
         return replace(self, candidates=candidates, known_good=past.best(NUM_FINALISTS), failed=failed)
 
+    def starting_from(self, profile: Profile, backend: Backend) -> Bucket:
+        """Returns the bucket with what an older profile knew about it, to check that instead of a search."""
+        nearest = sorted(profile.choices, key=lambda choice: abs(math.log(choice.rows / self.rows)))
+        winners = (nearest[0].tactic, *nearest[0].equally_fast)
+        others = tuple(dict.fromkeys(choice.tactic for choice in nearest[1:] if choice.tactic not in winners))
+        neighbors = backend.neighbors(self.candidates, winners[0], others)
+        first = first_tactics(self.default, winners, others, neighbors, self.candidates.tactics)
+        return replace(self, start=Start(winners[0], others, first))
+
     @property
     def num_search_row_counts(self) -> int:
         """2 if the search's draws have two row counts (see `draws.sampled`), else 1."""
         return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
 
     def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:
-        """Returns the backend's own search, or the exhaustive one if `strategy` names it.
+        """Returns the check of `start`, or else the backend's own search; the exhaustive one if `strategy` names it.
 
         A search without warm starts looks wider than one with any. So what an interrupted run knew is used only
         together with warm starts. A bucket that the ladder gives no search of its own times its warm starts alone.
         """
+        if (start := self.start) is not None:
+            more = [tactic for tactic in warm_starts if tactic in self.candidates.tactics and tactic not in start.first]
+            others = tuple(dict.fromkeys((*warm_starts, *start.others)))
+            return revalidate(
+                (*start.first, *more[:OTHERS]),
+                start.winner,
+                lambda tactic: backend.neighbors(self.candidates, tactic, others),
+            )
         if strategy == "exhaustive":
             return exhaustive(self.candidates.tactics)
         if warm_starts and not self.problem.regime.ladder.is_searched(self.rows):
@@ -161,8 +197,8 @@ class BucketTuner:
         share_s: the bucket's share of the time budget.
         report: gets the events.
         note: gets the results of each batch of the search: rounds, mean times in µs, and the reasons of failures.
-        final_s: about how many seconds the first rounds of the final comparisons may take;
-            `final_comparison.SECONDS` by default.
+        final_s: about how many seconds the first rounds of the final comparisons may take; by default as many as all.
+        most_s: about how many seconds the final comparisons may take, if that is less than `final_comparison.SECONDS`.
     """
 
     def __init__(
@@ -174,9 +210,10 @@ class BucketTuner:
         report: OnEvent,
         note: Callable[[int, Times, Mapping[Tactic, str]], None],
         final_s: float | None = None,
+        most_s: float = math.inf,
     ) -> None:
         self._bucket, self._bench_of, self._compilers, self._report = bucket, bench_of, compilers, report
-        self._note, self._final_s = note, final_s
+        self._note, self._final_s, self._most_s = note, final_s, most_s
         self._began, self._share_s = time.monotonic(), share_s
         self._open_bench: BenchLike | None = bench_of(bucket.problem)
         self._failed: dict[Tactic, str] = {}
@@ -268,7 +305,7 @@ class BucketTuner:
         is_search = count.problem is self._bucket.problem
         bench = self._bench if is_search else self._bench_of(count.problem)
         parts = len(self._bucket.row_counts)
-        most_s = final_comparison.SECONDS
+        most_s = min(final_comparison.SECONDS, self._most_s)
         if self._share_s is not None:
             most_s = min(most_s, FINAL_SHARE * self._share_s)
         samples = compare_right_ones(

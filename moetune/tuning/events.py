@@ -25,6 +25,14 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class Revalidated:
+    """The tactics of an older profile are about to be checked. It differs from the question in `differences`."""
+
+    profile: Profile
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed:
     """The journal of an interrupted run was found.
 
@@ -131,6 +139,7 @@ class BucketCompared:
 
 Event = (
     Served
+    | Revalidated
     | Resumed
     | BucketStarted
     | DefaultDiffers

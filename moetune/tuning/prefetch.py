@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journaled
+from moetune.store.profile import Profile
 from moetune.tuning.bucket import Bucket
 from moetune.tuning.question import Question
 
@@ -34,11 +35,19 @@ class Prefetcher:
         rows: the row counts of the buckets, in the order in which they are tuned.
         journaled: the measurements of an interrupted run.
         compilers: compile tactics in processes of their own.
+        start: an older profile whose tactics are checked instead of a search.
     """
 
-    def __init__(self, question: Question, rows: Sequence[int], journaled: Journaled, compilers: Compilers) -> None:
+    def __init__(
+        self,
+        question: Question,
+        rows: Sequence[int],
+        journaled: Journaled,
+        compilers: Compilers,
+        start: Profile | None = None,
+    ) -> None:
         self.question, self._rows = question, rows
-        self._journaled, self._compilers = journaled, compilers
+        self._journaled, self._compilers, self._start = journaled, compilers, start
         self._likely: dict[int, Sequence[Tactic]] = {}
         self._threads = ThreadPoolExecutor(REALIZERS, "moetune-realize")
 
@@ -64,10 +73,13 @@ class Prefetcher:
         """Returns one bucket. If it has a search of its own, its likeliest tactics are compiled first."""
         layer, regime, backend = self.question.layer, self.question.regime, self.question.backend
         bucket = Bucket.of(layer, regime, backend, self.question.device, rows).resumed(self._journaled)
-        if not regime.ladder.is_searched(rows):
+        if self._start is not None:
+            bucket = bucket.starting_from(self._start, backend)
+        elif not regime.ladder.is_searched(rows):
             return bucket
         entering = bucket.problem.rows
-        likely = backend.likely(bucket.problem, bucket.candidates)[:COMPILED_AHEAD]
+        likely = bucket.start.first if bucket.start else backend.likely(bucket.problem, bucket.candidates)
+        likely = likely[:COMPILED_AHEAD]
         self._likely[entering] = likely
         self._compilers.request(layer, regime, entering, likely[:COMPILED_FIRST])
         return bucket

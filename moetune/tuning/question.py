@@ -15,13 +15,19 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.journal import Journal
+from moetune.store.key import Key
 from moetune.store.match import Match
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
+from moetune.tuning.refine import missing_buckets
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
-    from moetune.spec.enums import RankWord
+    from moetune.spec.enums import RankWord, Strategy
+
+
+NEAR = "near"
+"""Names the nearest stored profile as the one to start from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +92,44 @@ class Question:
             )
             raise MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near) from None
 
-    def found(self) -> Match | None:
+    def found(self, *, exact: bool = False) -> Match | None:
         """Returns what answers the question as a whole; else the profile of this very environment; None if none.
 
         A profile of another environment answers with all its buckets or not at all. Some choices of it in a profile of
-        this environment would hide what they were measured with.
+        this environment would hide what they were measured with. With `exact` it must be of this environment.
         """
         question = self.layer, self.regime, self.backend.name, self.environment
         with suppress(MissError):
-            match = self.store.match(*question, near=self.near)
-            if not match.differences or len(match.profile.choices) == len(self.regime.buckets):
+            match = self.store.match(*question, near=self.near, exact=exact)
+            if not match.differences or not missing_buckets(self.regime, match.profile):
                 return match
         return None
+
+    def start(self, given: Profile | Path | str) -> Match:
+        """Returns the profile whose tactics a tune of this question checks, and in what it differs from the question.
+
+        Args:
+            given: the profile, its file, or `near`: the stored profile that matches or is nearest.
+
+        Raises:
+            UsageError: there is no such file, the profile is empty, or it is of another layer or backend.
+            MissError: `near`, and no stored profile differs in versions only.
+        """
+        key = Key(self.layer, self.regime, self.backend.name, self.environment)
+        if given == NEAR:
+            try:
+                return self.store.match(*key, near=True)
+            except MissError as miss:
+                hint = "Leave out --start to search, or give it a profile's path."
+                raise MissError(miss.message, hint, miss.differences, miss.nearest) from None
+        profile = given if isinstance(given, Profile) else self.store.read(given)
+        path = Path() if isinstance(given, Profile) else Path(given)
+        if (profile.layer.shape, profile.backend) != (self.layer.shape, self.backend.name) or not profile.choices:
+            raise UsageError(
+                f"--start: {profile!r} cannot start a tune of {self.layer.name} by {self.backend.name}.",
+                "Give a profile with choices, of the same layer and backend; `moetune store list` shows them.",
+            )
+        return Match(path, profile, key.differences(profile))
 
     def journal(self) -> Journal:
         """Returns the journal of a tune of this question."""
@@ -143,16 +175,27 @@ def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None 
     return layer, of_rank(layer, regime, rank)
 
 
-def check_options(frozen: bool, again: bool, time_budget_s: float | None, near: bool = False) -> None:
+def check_options(
+    frozen: bool,
+    again: bool,
+    time_budget_s: float | None,
+    near: bool = False,
+    start: bool = False,
+    strategy: Strategy = "auto",
+) -> None:
     """Checks the options of `tune` that may contradict each other.
 
     Raises:
-        UsageError: `frozen` is given with `again`, `near` without `frozen`, or the time budget is not positive.
+        UsageError: `frozen` is given with `again`, `near` without `frozen`, `start` with `frozen` or the exhaustive
+            strategy, or the time budget is not positive.
     """
     if time_budget_s is not None and not time_budget_s > 0:
         raise UsageError(f"The time budget must be positive, given {time_budget_s:g} s.")
     if frozen and again:
         raise UsageError("--frozen never measures and --again always does.", "Give one of them.")
+    if start and (frozen or strategy != "auto"):
+        other = "--frozen never measures" if frozen else f"--strategy {strategy} measures all"
+        raise UsageError(f"--start measures a few tactics, {other}.", "Give one of them.")
     if near and not frozen:
         raise UsageError(
             "--near serves a stored profile of other versions, and nothing is measured.",

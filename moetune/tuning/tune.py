@@ -30,6 +30,7 @@ from moetune.tuning.events import (
     NoisyBucket,
     OnEvent,
     Resumed,
+    Revalidated,
     Served,
 )
 from moetune.tuning.prefetch import Prefetcher
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 NOISY_TRIES = 2
 """How often a bucket whose final comparison was too noisy is compared again."""
+REVALIDATED_S = 0.5
+"""About how long a bucket's final comparison may take if an older profile's tactics are checked."""
 
 
 def tune(
@@ -53,6 +56,7 @@ def tune(
     *,
     frozen: bool = False,
     near: bool = False,
+    start: Profile | Path | str | None = None,
     again: bool = False,
     device: str | None = None,
     rank: RankWord | int | None = None,
@@ -76,6 +80,9 @@ def tune(
         store: a store or its folder; by default `MOETUNE_STORE`, or the user's cache folder if that is not set.
         frozen: never measure.
         near: with `frozen`: if no stored profile matches, take the nearest one that differs in versions only.
+        start: an older profile, its file, or `near`: the stored one that matches or differs in versions only. Each
+            bucket times the tactics that it chose, their neighbors and the default, instead of a search. Only a profile
+            of this very environment counts as stored.
         again: measure every bucket even if it is stored, replace what is stored for it, and forget the journal of an
             interrupted run.
         device: a torch device; by default `cuda` if there is one, else `cpu`.
@@ -88,16 +95,16 @@ def tune(
         on_event: is called with each event, in order.
 
     Raises:
-        UsageError: the regime does not fit the layer, an unknown name, a value out of range, `frozen` with `again`, or
-            a store that cannot be written.
+        UsageError: the regime does not fit the layer, an unknown name, a value out of range, options that exclude each
+            other, a `start` of another layer or backend, or a store that cannot be written.
         UnsupportedError: the backend cannot run here, or does not compute this layer.
-        MissError: `frozen`, and a choice is not stored.
+        MissError: `frozen`, and a choice is not stored; or `start` is `near`, and no profile is.
         NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared.
     """
     report = on_event or (lambda event: None)
-    check_options(frozen, again, time_budget_s, near)
+    check_options(frozen, again, time_budget_s, near, start is not None, strategy)
     question = Question.of(layer, regime, backend, store, device, rank, near)
-    found = None if again else question.found()
+    found = None if again else question.found(exact=start is not None)
     stored = found.profile if found else None
     missing = missing_buckets(question.regime, stored)
     if found and not missing:
@@ -109,11 +116,17 @@ def tune(
         lacking = ", ".join(map(str, missing_buckets(question.regime, partial)))
         raise MissError(f"The stored profile lacks the buckets {lacking}.", "Run the same command without --frozen.")
     question.require_support()
+    older = None if start is None else question.start(start)
+    if older is not None:
+        report(Revalidated(older.profile, older.differences))
     question.store.ensure_writable()
     journal = question.journal()
     if again:
         journal.remove()
-    with closing(_choices(question, missing, strategy, isolate, time_budget_s, stored, journal, report)) as choices:
+    begun = older.profile if older else None
+    with closing(
+        _choices(question, missing, strategy, isolate, time_budget_s, stored, begun, journal, report)
+    ) as choices:
         for chosen in choices:
             stored = question.store.save(question.profile(chosen.choice), replacing=again)
             report(BucketChosen(chosen.choice, chosen.index, chosen.count))
@@ -162,6 +175,7 @@ def _choices(
     isolate: bool,
     time_budget_s: float | None,
     stored: Profile | None,
+    start: Profile | None,
     journal: Journal,
     report: OnEvent,
 ) -> Generator[_Chosen]:
@@ -188,7 +202,7 @@ def _choices(
         bench_of = stack.enter_context(open_benches(backend, question.device, isolate))
         compilers = stack.enter_context(Compilers(backend, capability_of(question.device)))
         noisy: deque[_Noisy] = deque()
-        prefetcher = stack.enter_context(Prefetcher(question, order, journaled, compilers))
+        prefetcher = stack.enter_context(Prefetcher(question, order, journaled, compilers, start))
         buckets = chain(prefetcher.buckets(), _added(prefetcher, known))
         for index, bucket in enumerate(buckets):
             left = tuple(order[index:])
@@ -196,8 +210,9 @@ def _choices(
                 report(BucketsSkipped(left or (bucket.rows,)))
                 break
             share_s = max(0.0, end - time.monotonic()) / max(len(left), 1) if time_budget_s else None
-            note = partial(journal.note, bucket.rows, strategy)
-            tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s)
+            note = partial(journal.note, bucket.rows, "revalidate" if start else strategy)
+            most_s = REVALIDATED_S if start else math.inf
+            tuner = BucketTuner(bucket, bench_of, compilers, share_s, report, note, backend.final_s, most_s)
             offered, count = bucket.candidates, max(len(order), index + 1)
             report(BucketStarted(bucket.rows, index, count, len(offered.tactics), offered.excluded))
             _report_defaults(bucket, warned, report)

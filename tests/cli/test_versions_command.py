@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
 from hosts import simulate
 
+from moetune.errors import NoResultError
 from moetune.store.folders import packaged_root
 
 QUESTION = ("--model", "qwen3-30b-a3b", "--ep", "4", "--dispatch", "none", "--backend", "triton")
@@ -101,3 +103,32 @@ def test_near_needs_a_look_up(moetune, host):
     refused = moetune("show", path, "--near")
     assert refused.exit_code == 2
     assert "needs no look-up" in refused.stderr
+
+
+def test_a_plan_leads_to_the_check_of_the_near_profile(moetune, host, monkeypatch):
+    from moetune.backends.grouped_triton.backend import TritonBackend
+
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
+    command = json.loads(moetune("plan", *host("3.8.0"), "--json").stdout)["next_command"]
+    assert command.startswith("moetune tune --model qwen3-30b-a3b ")
+    assert command.endswith(" --start near")
+
+
+def test_start_takes_the_backend_of_its_profile_and_names_it_if_it_cannot_run(moetune, host, monkeypatch):
+    tune = importlib.import_module("moetune.tuning.tune")
+    asked = []
+
+    def answer(layer, regime, *, backend, start, **options):
+        asked.append((backend.name, start))
+        raise NoResultError("no GPU")
+
+    monkeypatch.setattr(tune, "tune", answer)
+    words = [word for word in host("3.8.0") if word not in ("--backend", "triton")]
+    (path, *_) = packaged_root().rglob("*.json")
+    for start in ("near", path):
+        assert moetune("tune", *words, "--start", start).exit_code == 1
+    assert asked == [("triton", "near"), ("triton", str(path))]
+    monkeypatch.setattr("moetune.cli.stored.backends_of", lambda request: [])
+    refused = moetune("tune", *words, "--start", path)
+    assert refused.exit_code == 2
+    assert "is a profile of triton, which cannot run here" in refused.stderr

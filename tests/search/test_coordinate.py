@@ -1,13 +1,11 @@
-import json
 import random
-from functools import cache
 from itertools import product
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded import PAIR_TABLES, recorded_pairs
 
 from moetune.search.coordinate import ETA, HOPELESS, LEAST, PROMISING, SCAN, coordinate, promising
 from moetune.spec.tactic import Tactic
@@ -202,23 +200,6 @@ def test_promising_is_what_is_near_the_best_of_its_own_line():
     assert kept == (Tactic(gemm1=0, gemm2=51), Tactic(gemm1=0, gemm2=50), Tactic(gemm1=1, gemm2=50))
 
 
-RECORDED = sorted((Path(__file__).parents[1] / "data").glob("flashinfer_cutlass-*-h200.json"))
-
-
-@cache
-def pair(gemm1, gemm2):
-    """One tactic, for all buckets: to make 3645 for each takes longer than to search them."""
-    return Tactic(gemm1=gemm1, gemm2=gemm2)
-
-
-def recorded(path):
-    """µs by rows, of every pair: the sum of the two GEMMs' sweeps, less the pair that both hold (see `pair_us`)."""
-    for cell in json.loads(path.read_text())["cells"]:
-        first, second = ({int(at): us for at, us in cell[f"{gemm}_us"].items()} for gemm in ("gemm1", "gemm2"))
-        both = (first[cell["fixed"][0]] + second[cell["fixed"][1]]) / 2
-        yield cell["rows"], {pair(a, b): first[a] + second[b] - both for a in first for b in second}
-
-
 def drawn(search, times, chance, sigma=0.02, noise=0.003):
     """Runs a search on draws of which each favors other values of each GEMM; the finalists, and what was measured."""
     leads, measured, spent = {}, {}, 0.0
@@ -239,15 +220,15 @@ def drawn(search, times, chance, sigma=0.02, noise=0.003):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("table", RECORDED, ids=lambda path: path.stem.removeprefix("flashinfer_cutlass-"))
+@pytest.mark.parametrize("table", PAIR_TABLES, ids=lambda path: path.stem.removeprefix("flashinfer_cutlass-"))
 def test_along_a_recorded_ladder_a_finalist_is_as_good_as_the_best(table, seed):
     """21 buckets of Qwen3-235B on an H200; of 3645 pairs about 90 are timed in each."""
     chance, starts, known, losses = random.Random(seed), (), (), []
-    for turn, (_, times) in enumerate(recorded(table)):
+    for turn, (_, times) in enumerate(recorded_pairs(table)):
         search = coordinate(list(times), starts=(*starts, *known) if starts else (), rounds=(1, 4, 8), turn=turn)
         finalists, measured, spent = drawn(search, times, chance)
         best = min(times.values())
-        losses.append(min(map(times.get, finalists)) / best - 1)
+        losses.append(min(times[tactic] for tactic in finalists) / best - 1)
         assert spent < (450 if starts else 700) * best
         starts, known = finalists[:4], promising(measured)
     assert len(losses) == 21

@@ -26,6 +26,7 @@ from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.search.base import Search
 from moetune.search.prior_guided import halving
+from moetune.search.revalidate import steps
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer
 from moetune.spec.regime import Regime
@@ -210,6 +211,10 @@ class TritonBackend(Backend):
     def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a search that measures a twentieth of the candidates; see `halving`."""
         return halving(candidates.tactics, predicted_us=self._predicted_us(problem, candidates), starts=warm_starts)
+
+    def neighbors(self, candidates: Candidates, tactic: Tactic, others: Sequence[Tactic]) -> Sequence[Tactic]:
+        """Returns the candidates one step from `tactic` along each tunable; see `steps`."""
+        return steps(candidates.tactics, tactic)
 
     def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
         """Returns the default, then the others by the prior; one of each set with equal priors precedes the rest."""
