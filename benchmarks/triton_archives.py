@@ -25,7 +25,7 @@ SMALL = (".py", ".pyi", ".bc", ".h", ".c", ".txt", ".json")
 LARGE_BYTES = 2_000_000
 BINARIES = ("triton/_C/libtriton.so", "triton/backends/nvidia/bin/ptxas")
 """The large files that are kept."""
-LEFT_OUT = ("triton/backends/amd/include/", "triton/backends/amd/lib/", "triton/tools/", "triton/instrumentation/")
+LEFT_OUT = ("triton/backends/amd/include/", "triton/backends/amd/lib/", "triton/instrumentation/")
 
 
 def main() -> None:
