@@ -177,14 +177,14 @@ def tactics_of(backend: Any, cell: Cell, profiles: Sequence[Profile], device: st
 def times_of(backend: Any, cell: Cell, tactics: Sequence[Tactic], device: str) -> dict[Tactic, float]:
     """Returns the mean time of each tactic that runs, in µs, over interleaved rounds on the same draws."""
     from moetune.backends.base import Problem
-    from moetune.measure.clock import CpuClock, CudaClock
+    from moetune.measure.clock import clock_for
     from moetune.workload.draws import as_draws
     from moetune.workload.routing import realize
 
     routings = [realize(cell.layer, REGIME, cell.rows, draw=draw) for draw in range(DRAWS)]
     problem = Problem(cell.layer, REGIME, cell.rows, REGIME.shard(cell.layer), as_draws(routings), device)
     runner = backend.prepare(problem)
-    clock = CudaClock(device) if device.startswith("cuda") else CpuClock()
+    clock = clock_for(device)
     running = []
     for tactic in tactics:
         try:

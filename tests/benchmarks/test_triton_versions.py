@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import sys
 import tarfile
 import zipfile
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
+import planted_time
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import triton_archives as archives
 import triton_versions as versions
+from common import Journal
+from planted import LAYER, PlantedBackend, tactic
 from triton_versions import Cell, Recorded
 
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.measure.clock import CpuClock
 from moetune.search.revalidate import steps
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.reading import load_profile
 
@@ -103,6 +111,69 @@ def test_the_tactics_of_a_cell_are_the_default_the_winners_and_their_neighbors()
         assert set(tactics) <= set(candidates)
         if winners:
             assert set(steps(candidates, next(iter(winners)))) & set(tactics)
+
+
+def test_measuring_fills_the_journal_skips_what_fails_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[PlantedBackend] = []
+
+    def planted() -> PlantedBackend:
+        made.append(PlantedBackend({"default": 2.0, "fast": 1.0, "slow": 3.0, "bad": 1.0}, raising=frozenset({"bad"})))
+        return made[-1]
+
+    monkeypatch.setattr("moetune.backends.grouped_triton.backend.TritonBackend", planted)
+    monkeypatch.setattr("moetune.measure.clock.clock_for", lambda device: CpuClock(planted_time.now_ns))
+    monkeypatch.setattr(versions, "cells_of", lambda rows: [Cell(LAYER, count) for count in rows])
+    monkeypatch.setattr(versions, "tactics_of", lambda *question: [tactic(name) for name in made[-1].milliseconds])
+    monkeypatch.setattr(versions, "REGIME", Regime(ep_size=2, attention_dp=True))
+    journal = tmp_path / "versions.jsonl"
+    options = argparse.Namespace(journal=journal, device="cpu", passes=2, rows="4,8", tactics=4)
+    versions.measure_installed(options, end=0.0)
+    assert not journal.exists()
+    assert capsys.readouterr().out.count("left for the next run") == 4
+
+    versions.measure_installed(options, end=math.inf)
+    found = versions.recorded(Journal(journal).lines)
+    ((version, _), _) = found
+    assert found.keys() == {(version, 0), (version, 1)}
+    for cells in found.values():
+        assert cells.keys() == {(LAYER.name, 4), (LAYER.name, 8)}
+        for each in cells.values():
+            assert each.default == tactic("default")
+            wanted = {tactic("default"): 2e3, tactic("fast"): 1e3, tactic("slow"): 3e3}
+            assert each.times_us == pytest.approx(wanted, rel=0.01)
+    assert "planted failure" in capsys.readouterr().out
+    lines = journal.read_text()
+    versions.measure_installed(options, end=math.inf)
+    assert journal.read_text() == lines
+    assert made[-1].prepared == []
+
+
+def test_each_version_has_a_process_of_its_own_and_one_that_fails_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> SimpleNamespace:
+        started.append((command, env["PYTHONPATH"]))
+        return SimpleNamespace(returncode=len(started) - 1)
+
+    monkeypatch.setattr(versions, "environment_with", lambda version, archives: {"PYTHONPATH": version})
+    monkeypatch.setattr(versions.subprocess, "run", run)
+    options = argparse.Namespace(
+        versions="installed,3.8.0",
+        archives=tmp_path,
+        journal=tmp_path / "j",
+        passes=2,
+        rows="8",
+        tactics=4,
+        device="cuda",
+    )
+    assert versions.measure_all(options, end=1e12) == 1
+    assert [path for _, path in started] == ["installed", "3.8.0"]
+    assert all(command[2] == "one" for command, _ in started)
+    assert capsys.readouterr().out.splitlines() == ["triton installed: done", "triton 3.8.0: exit code 1"]
 
 
 A, B, C = (Tactic(x=x) for x in (1, 2, 3))
