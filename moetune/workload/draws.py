@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from moetune.spec.layer import MoELayer
@@ -23,6 +25,8 @@ FINAL_EXPERTS = 512
 """The least number of local experts that all draws of a final comparison have together."""
 FINAL_LEAST = 4
 """The least number of draws of a final comparison at each of several row counts."""
+WIDE = 1.5
+"""Between two row counts at which a bucket is compared, a third one lies if their ratio is larger than this."""
 FINAL_DRAWS = 4
 """The most draws of a final comparison, as a multiple of the search's draws. The least is the number of the search."""
 
@@ -66,8 +70,9 @@ def typical_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None 
 def compared_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> tuple[int, ...]:
     """Returns the row counts at which the tactics of `bucket` are compared, the most likely one first.
 
-    One tactic serves all rows that an engine maps to the bucket, so it is measured at up to four of them: the typical
-    rows, the fewest, the most, and the bucket itself. A bucket of a list is compared at its own rows alone.
+    One tactic serves all rows that an engine maps to the bucket, so it is measured at several of them: the typical
+    rows, the fewest, the most, the bucket itself, and one between two that are more than `WIDE` apart. A bucket of a
+    list is compared at its own rows alone.
     """
     typical = typical_rows(layer, regime, bucket, rank)
     if regime.ladder.name == "list":
@@ -75,7 +80,14 @@ def compared_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None
     served = regime.served(bucket)
     ends = (served[0], served[-1]) if served else ()
     own = (bucket,) if regime.can_have(bucket) else ()
-    return tuple(dict.fromkeys((typical, *ends, *own)))
+    compared = (typical, *ends, *own)
+    between = (_middle(served, lower, upper) for lower, upper in pairwise(sorted(compared)) if upper > WIDE * lower)
+    return tuple(dict.fromkeys((*compared, *between)))
+
+
+def _middle(served: range, lower: int, upper: int) -> int:
+    """Returns the one of `served` that lies in the middle of `lower` and `upper` by ratio."""
+    return served[bisect_left(served, math.sqrt(lower * upper))]
 
 
 def sampled(
