@@ -42,6 +42,12 @@ def missing_buckets(regime: Regime, stored: Profile | None) -> tuple[int, ...]:
     return () if added is None else (added,)
 
 
+def all_buckets(regime: Regime, stored: Profile | None) -> tuple[int, ...]:
+    """Returns the buckets to tune if all are tuned again: those of a regime, and those that earlier tunes added."""
+    known = tuple(choice.rows for choice in stored.choices) if stored else ()
+    return (*regime.buckets, *(rows for rows in known if rows not in regime.buckets))
+
+
 def _share_a_tactic(one: Choice, other: Choice) -> bool:
     return one.tactic == other.tactic or one.tactic in other.equally_fast or other.tactic in one.equally_fast
 

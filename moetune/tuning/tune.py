@@ -35,7 +35,7 @@ from moetune.tuning.events import (
 )
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question, check_options
-from moetune.tuning.refine import further_bucket, missing_buckets
+from moetune.tuning.refine import all_buckets, further_bucket, missing_buckets
 from moetune.tuning.verdict import NOISY
 
 if TYPE_CHECKING:
@@ -104,9 +104,13 @@ def tune(
     report = on_event or (lambda event: None)
     check_options(frozen, again, time_budget_s, near, start is not None, strategy)
     question = Question.of(layer, regime, backend, store, device, rank, near)
-    found = None if again else question.found(exact=start is not None)
+    found = question.found(exact=again or start is not None)
     stored = found.profile if found else None
-    missing = missing_buckets(question.regime, stored)
+    if again:
+        missing = all_buckets(question.regime, stored)
+        found = stored = None
+    else:
+        missing = missing_buckets(question.regime, stored)
     if found and not missing:
         packaged = question.store.is_packaged(found.path)
         report(Served(found.profile, found.path, packaged, found.differences))

@@ -12,7 +12,7 @@ from runs import tune_planted
 from moetune.spec.ladder import ADAPTIVE_STEP
 from moetune.spec.regime import Regime
 from moetune.tuning.events import BucketChosen, Served, TacticMeasured
-from moetune.tuning.refine import further_bucket, missing_buckets
+from moetune.tuning.refine import all_buckets, further_bucket, missing_buckets
 from moetune.tuning.tune import load
 
 REGIME = Regime(ladder="adaptive", tune_max_num_tokens=300, draws=2)
@@ -104,3 +104,25 @@ def test_a_tune_that_ended_before_the_last_added_bucket_goes_on_there(plant, tmp
     assert {choice.rows: choice.tactic for choice in resumed.choices} == {
         choice.rows: choice.tactic for choice in whole.choices
     }
+
+
+def test_again_also_measures_the_buckets_that_an_earlier_tune_added(plant, tmp_path):
+    plant(milliseconds={"default": 5.0, "small": 1.0, "large": 2.0}, milliseconds_from={("small", 150): 4.0})
+    first = tune_planted(REGIME, store=tmp_path)
+    rows = [choice.rows for choice in first.choices]
+    added = [at for at in rows if at not in REGIME.buckets]
+    assert added
+    assert all_buckets(REGIME, first) == (*REGIME.buckets, *added)
+    plant(milliseconds={"default": 5.0, "small": 3.0, "large": 2.0})
+    events = []
+    again = tune_planted(REGIME, store=tmp_path, again=True, on_event=events.append)
+    measured = [event.choice.rows for event in events if isinstance(event, BucketChosen)]
+    assert sorted(measured) == rows
+    assert [choice.rows for choice in again.choices] == rows
+    assert {choice.tactic for choice in again.choices} == {tactic("large")}
+
+
+def test_again_without_a_stored_profile_measures_the_buckets_of_the_ladder(plant, tmp_path):
+    plant(milliseconds={"default": 5.0, "small": 1.0})
+    assert all_buckets(REGIME, None) == REGIME.buckets
+    assert [choice.rows for choice in tune_planted(REGIME, store=tmp_path, again=True).choices] == list(REGIME.buckets)
