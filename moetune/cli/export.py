@@ -23,7 +23,8 @@ moetune export --model qwen3-235b-a22b --ep 8
 @click.option(
     "--for-version",
     metavar="V",
-    help="The version of the engine, or of FlashInfer, that will read the files.  [default: the newest known]",
+    help="The version of the engine, or of FlashInfer, that will read the files. With options, vLLM's also decides "
+    "which kernel's profile is looked up.  [default: the newest known]",
 )
 @click.option("--force", is_flag=True, help="Replace files that have other content.")
 @store_option
@@ -48,7 +49,8 @@ def export(
     from moetune.cli.stored import stored_profile
     from moetune.cli.written import say, write_for
 
-    found = stored_profile("export", path, request, store, near)
+    of_vllm = for_version if target == "vllm" and path is None else None
+    found = stored_profile("export", path, request, store, near, of_vllm)
     written = write_for(target, found, out, for_version=for_version, force=force)
     if as_json:
         from moetune.cli.output import document

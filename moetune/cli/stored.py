@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def stored_profile(
-    command: str, path: Path | None, request: Request | None, root: Path | None, near: bool = False
+    command: str,
+    path: Path | None,
+    request: Request | None,
+    root: Path | None,
+    near: bool = False,
+    vllm_version: str | None = None,
 ) -> Match:
     """Returns a profile, its file, and the versions in which it differs from the request's. Measures nothing.
 
@@ -27,9 +32,12 @@ def stored_profile(
         root: the folder of the store.
         near: whether the request also accepts a profile of other versions. For `auto`, the first backend that has a
             profile that matches is taken before one that has a near one.
+        vllm_version: with a request, the version of vLLM whose Triton kernel the profile must be of. By default the
+            request's own.
 
     Raises:
-        UsageError: neither a path nor a request is given, or both are, or there is no such file.
+        UsageError: neither a path nor a request is given, or both are, or there is no such file; or `vllm_version` is
+            no version, or contradicts the kernel that was chosen.
         UnsupportedError: this machine lacks what the backend's environment is read from.
         MissError: the store has no profile for the request.
         StoreError: the file is damaged or is no profile.
@@ -49,7 +57,7 @@ def stored_profile(
             )
         return Match(path, folder.read(path))
     assert request is not None
-    return _found(request, folder, near)
+    return _found(request, folder, near, vllm_version)
 
 
 def backends_of(request: Request) -> list[Backend]:
@@ -93,17 +101,36 @@ def _model(text: str) -> str | None:
     return text if text.lower() in presets.names() or text.lower() in repositories.known() else None
 
 
-def _found(request: Request, folder: Store, near: bool) -> Match:
+def _found(request: Request, folder: Store, near: bool, vllm_version: str | None = None) -> Match:
     from moetune.tuning.question import Question
 
     failed: list[MoetuneError] = []
-    backends = backends_of(request)
+    backends = [_of_version(backend, request, vllm_version) for backend in backends_of(request)]
     for accepted in (False, True) if near else (False,):
-        for backend in backends:
+        for backend, option in backends:
             try:
                 return Question.of(
                     request.layer, request.regime, backend, folder, request.device, near=accepted
                 ).match()
-            except (MissError, UnsupportedError) as error:
+            except MissError as miss:
+                hint = miss.hint.replace("`moetune tune", f"`moetune tune {option}") if option else miss.hint
+                failed.append(MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near))
+            except UnsupportedError as error:
                 failed.append(error)
     raise next((error for error in failed if isinstance(error, MissError)), failed[0])
+
+
+def _of_version(backend: Backend, request: Request, version: str | None) -> tuple[Backend, str]:
+    """Returns the backend that computes like a version of vLLM, and the option with which a tune measures it.
+
+    The option is empty if a tune with the request's own options measures it, and for other backends than Triton's.
+    """
+    from moetune.backends.grouped_triton.backend import TritonBackend
+    from moetune.backends.grouped_triton.kernel_versions import known_version, stored_name
+
+    if version is None or not isinstance(backend, TritonBackend):
+        return backend, ""
+    found = backend.for_version(version, request.layer, request.regime)
+    if stored_name(found.version) != stored_name(backend.version):
+        return found, f"--backend-option kernel_version={known_version('vllm', version)}"
+    return found, f"--remote {found.remote}" if found.remote != backend.remote else ""

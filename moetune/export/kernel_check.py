@@ -9,6 +9,7 @@ from moetune.backends.grouped_triton.kernel_versions import (
     NEWEST_READ,
     KernelVersion,
     kernel_version,
+    known_version,
     unread,
     versions_like,
 )
@@ -90,9 +91,9 @@ def _swapped(measured: TritonProfile, target: KernelVersion) -> list[int]:
 
 
 def _tune_again(engine: str, version: str | None, target: KernelVersion) -> str:
-    if target.swaps_operands == NEWEST.swaps_operands:
+    if version is None or target.swaps_operands == NEWEST.swaps_operands:
         return "Run `moetune tune` without kernel_version."
-    return f"Run `moetune tune --backend-option kernel_version={version}`."
+    return f"Run `moetune tune --backend-option kernel_version={known_version(engine, version)}`."
 
 
 def _listed(rows: list[int]) -> str:

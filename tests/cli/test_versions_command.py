@@ -9,11 +9,16 @@ import pytest
 from hosts import simulate
 
 from moetune.errors import NoResultError
+from moetune.spec.tactic import Tactic
 from moetune.store.folders import packaged_root
+from moetune.store.store import Store
 
 QUESTION = ("--model", "qwen3-30b-a3b", "--ep", "4", "--dispatch", "none", "--backend", "triton")
 NEUTRAL = {"torch": {"wanted": "2.14.0+cu130", "stored": "2.11.0+cu130"}}
 NEAR = {"triton": {"wanted": "3.8.0", "stored": "3.6.0"}}
+PLAIN = Tactic(
+    {"BLOCK_SIZE_M": 64, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 64, "GROUP_SIZE_M": 1, "num_warps": 4, "num_stages": 3}
+)
 NEUTRAL_LINE = "easured with torch 2.11.0+cu130 (here 2.14.0+cu130); torch does not change what this kernel runs"
 NEAR_LINE = "ear: measured with triton 3.6.0 (here 3.8.0); other tactics may be fastest here"
 
@@ -132,3 +137,59 @@ def test_start_takes_the_backend_of_its_profile_and_names_it_if_it_cannot_run(mo
     refused = moetune("tune", *words, "--start", path)
     assert refused.exit_code == 2
     assert "is a profile of triton, which cannot run here" in refused.stderr
+
+
+def of_vllm(model):
+    return ("--model", model, "--ep", "8", "--dispatch", "vllm:allgather_reducescatter")
+
+
+@pytest.mark.parametrize(
+    ("model", "differs", "option"),
+    [
+        ("deepseek-r1", {"kernel_version": "0.19", "remote": "zero"}, "--backend-option kernel_version=0.20.2"),
+        ("qwen3-30b-a3b", {"remote": "zero"}, "--remote zero"),
+    ],
+)
+@pytest.mark.parametrize("backend", [(), ("--backend", "triton")], ids=["auto", "triton"])
+def test_an_export_by_options_looks_up_the_kernel_of_its_version(
+    moetune, host, tmp_path, model, differs, option, backend
+):
+    host("3.6.0")
+    files = ("--store", tmp_path / "store", "--out", tmp_path / "out")
+    words = ("export", *of_vllm(model), *backend, "--to", "vllm", *files)
+    newest = json.loads(moetune(*words, "--json").stdout)["profile"]
+
+    missed = moetune(*words, "--for-version", "0.20.2")
+    assert missed.exit_code == 3
+    assert "remote drop instead of zero" in missed.stderr
+    assert f"`moetune tune {option}` with the same options" in missed.stderr
+
+    store = Store(tmp_path / "store")
+    packaged = store.read(newest)
+    strict = {**packaged.environment.strict, **differs}
+    chosen = tuple(choice.model_copy(update={"tactic": PLAIN, "equally_fast": ()}) for choice in packaged.choices)
+    environment = packaged.environment.model_copy(update={"strict": strict})
+    older = store.save(packaged.model_copy(update={"environment": environment, "choices": chosen}))
+    path = store.path(older.layer, older.regime, older.backend, older.environment)
+    for version, expected in (("0.20.2", str(path)), ("0.33.0", newest)):
+        found = json.loads(moetune(*words, "--for-version", version, "--json", "--force").stdout)
+        assert found["profile"] == expected
+        assert not [warning for warning in found["warnings"] if "prefers" not in warning]
+
+
+def test_a_version_that_contradicts_the_chosen_kernel_or_that_was_not_read_is_refused_or_named(moetune, host, tmp_path):
+    host("3.6.0")
+    words = (
+        "export",
+        *of_vllm("deepseek-r1"),
+        "--to",
+        "vllm",
+        "--out",
+        tmp_path / "out",
+        "--store",
+        tmp_path / "store",
+    )
+    other = moetune(*words, "--for-version", "0.20.2", "--backend-option", "kernel_version=0.33")
+    assert (other.exit_code, "vLLM 0.20.2 is not the one that was chosen: 0.33" in other.stderr) == (2, True)
+    older = moetune(*words, "--for-version", "0.18.1")
+    assert (older.exit_code, "--backend-option kernel_version=0.19`" in older.stderr) == (3, True)

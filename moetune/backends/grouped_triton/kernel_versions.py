@@ -123,6 +123,15 @@ def unread(engine: str, version: str) -> str | None:
     return f"{oldest} … {'.'.join(map(str, numbers(newest)[:width]))}"
 
 
+def known_version(engine: str, version: str) -> str:
+    """Returns the version if it was read; else the first version of its row of the table.
+
+    Raises:
+        UsageError: `version` does not start with a number.
+    """
+    return version if unread(engine, version) is None else kernel_version(engine, version).since
+
+
 def versions_like(row: KernelVersion) -> str:
     """Returns the versions of vLLM that have the kernel and the default of `row`: `before 0.25` or `from 0.25 on`."""
     alike = [other for other in VLLM if other.runs_like(row)]
