@@ -15,10 +15,9 @@ from moetune.backends.grouped_triton.kernel_versions import (
 )
 from moetune.backends.grouped_triton.space import swaps_operands
 from moetune.errors import UsageError
-from moetune.export.triton import TritonProfile
+from moetune.export.triton import FP8, TritonProfile
 from moetune.spec.enums import Precision
 
-_FP8 = (Precision.FP8_BLOCK, Precision.FP8_TENSOR)
 _DOES = {True: "swaps", False: "does not swap"}
 _ENGINES: Mapping[str, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
@@ -50,7 +49,7 @@ def kernel_warnings(measured: TritonProfile, engine: str, version: str | None) -
             f"The kernel of {_ENGINES[engine]} {version} was not compared with the measured one: moetune knows {known}."
         )
     target = target_version(engine, version)
-    fp8_on_hopper = measured.profile.layer.precision in _FP8 and measured.capability[0] == 9
+    fp8_on_hopper = measured.profile.layer.precision in FP8 and measured.capability[0] == 9
     if fp8_on_hopper and target.swaps_operands != measured.version.swaps_operands:
         yield (
             f"These tactics run as they were measured, but others do not. They were chosen among all as vLLM "
@@ -67,7 +66,7 @@ def kernel_notes(measured: TritonProfile, engine: str, version: str | None) -> I
             f"Up to 8 rows the gains are over the default of vLLM {versions_like(measured.version)}, "
             "and this version has another one."
         )
-    if target.descriptors and precision not in _FP8:
+    if target.descriptors and precision not in FP8:
         yield "Leave VLLM_TRITON_USE_TD unset: the tactics were measured with operands that are read through pointers."
 
 
@@ -82,7 +81,7 @@ def target_version(engine: str, version: str | None) -> KernelVersion:
 
 def _swapped(measured: TritonProfile, target: KernelVersion) -> list[int]:
     """Returns the rows whose tactic the two kernels compute in different ways."""
-    fp8, capability = measured.profile.layer.precision in _FP8, measured.capability
+    fp8, capability = measured.profile.layer.precision in FP8, measured.capability
     return [
         rows
         for rows, config in measured.configs.items()

@@ -30,9 +30,9 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         UsageError: `version` is no version, or its kernel runs these tactics in another way.
         UnsupportedError: SGLang's Triton kernel cannot use this profile.
     """
-    measured = TritonProfile.of(profile, "sglang")
+    target = target_version("sglang", version)
+    measured = TritonProfile.of(profile, "sglang", target)
     require_same_kernel(measured, "sglang", version)
-    remote = target_version("sglang", version).remote
     text = as_json({str(rows): config for rows, config in measured.configs.items()})
     folder = f"configs/{sglang_folder(release(measured.triton))}"
     experts = [*measured.num_experts, *_with_fused_shared(measured)]
@@ -46,7 +46,7 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         ),
         variables={FOLDER_VARIABLE: FOLDER},
         warnings=(
-            *measured.warnings("sglang", remote),
+            *measured.warnings("sglang", target.remote),
             *kernel_warnings(measured, "sglang", version),
             *_warnings(measured),
         ),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile
 from moetune.backends.grouped_triton.kernel_versions import NEWEST, KernelVersion, kernel_version, numbers
-from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k, has_remote_slots
+from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k, has_remote_slots, swaps_operands
 from moetune.errors import UnsupportedError
 from moetune.export.fewest import fewest
 from moetune.inputs.dispatcher import dispatchers, matching
@@ -19,6 +20,7 @@ from moetune.spec.enums import Precision
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
 
+FP8 = (Precision.FP8_BLOCK, Precision.FP8_TENSOR)
 Config = tuple[tuple[str, int], ...]
 """The tunables by name, in the engines' order."""
 
@@ -28,9 +30,11 @@ class TritonProfile:
     """Contains what both engines need of a profile.
 
     `num_experts`: E of rank 0, and E of the last rank if shards are uneven. `configs`: rows M → the six tunables. Of
-    equally fast tactics, those are taken that make the fewest configurations. `num_replaced`: for how many rows M these
-    are not the choice's own. `capability`: the device's compute capability. `triton`: Triton's version. `remote`: what
-    the kernel did with non-local slots, `drop` or `zero`. `version`: what the measured kernel does otherwise.
+    equally fast tactics that the engine's version runs as they were measured, those are taken that make the fewest
+    configurations. `num_moved`: for how many rows M the choice's own runs in another way there, and another is taken.
+    `num_replaced`: for how many other rows M another is taken. `capability`: the device's compute capability. `triton`:
+    Triton's version. `remote`: what the kernel did with non-local slots, `drop` or `zero`. `version`: what the measured
+    kernel does otherwise.
     """
 
     profile: Profile
@@ -41,10 +45,18 @@ class TritonProfile:
     triton: str
     remote: str
     version: KernelVersion = NEWEST
+    num_moved: int = 0
 
     @classmethod
-    def of(cls, profile: Profile, engine: str) -> TritonProfile:
+    def of(cls, profile: Profile, engine: str, target: KernelVersion | None = None) -> TritonProfile:
         """Reads a profile for `engine`.
+
+        Args:
+            profile: the profile.
+            engine: `vllm` or `sglang`.
+            target: what the kernel of the engine's version does. By default what the measured one did. Where it runs
+                the choice in another way, an equally fast tactic is taken that it runs as measured; if there is none,
+                the choice.
 
         Raises:
             UnsupportedError: the profile is of another backend, precision or set of tunables, or was not measured on
@@ -67,18 +79,28 @@ class TritonProfile:
                 "Tune on the GPU that will serve.",
             )
         blocks = layer.precision is Precision.FP8_BLOCK
+        capability = numbers(strict["compute_capability"])
+        version = kernel_version("vllm", strict["kernel_version"]) if "kernel_version" in strict else NEWEST
+        swaps = partial(swaps_operands, fp8=layer.precision in FP8, capability=capability)
+
+        def holds(config: Config) -> bool:
+            return target is None or swaps(dict(config), version=version) == swaps(dict(config), version=target)
+
         options = [_options(choice, blocks, engine) for choice in profile.choices]
-        taken = fewest(options)
+        holding = [list(filter(holds, each)) or each[:1] for each in options]
+        taken = fewest(holding)
+        moved = [option != each[0] and not holds(each[0]) for option, each in zip(taken, options, strict=True)]
         experts = {regime.shard(layer, rank).num_local: None for rank in (0, regime.ep_size - 1)}
         return cls(
             profile,
             tuple(experts),
             {choice.rows: dict(config) for choice, config in zip(profile.choices, taken, strict=True)},
-            sum(config != own[0] for config, own in zip(taken, options, strict=True)),
-            numbers(strict["compute_capability"]),
+            sum(config != each[0] for config, each in zip(taken, options, strict=True)) - sum(moved),
+            capability,
             strict["triton"],
             strict["remote"],
-            kernel_version("vllm", strict["kernel_version"]) if "kernel_version" in strict else NEWEST,
+            version,
+            sum(moved),
         )
 
     def file(self, num_experts: int) -> ConfigFile:
@@ -128,6 +150,11 @@ class TritonProfile:
         counts = f"{_counted(distinct, 'configuration')} for {_counted(len(self.configs), 'row count')}"
         replaced = f"; for {self.num_replaced} of these an equally fast tactic stands in, so that there are fewer"
         yield f"The file has {counts}{replaced if self.num_replaced else ''}."
+        if self.num_moved:
+            yield (
+                f"For {_counted(self.num_moved, 'row count')} an equally fast tactic stands in, because this version "
+                f"of {engine} runs the choice in another way than it was measured."
+            )
         if regime.ladder.rounding != "nearest":
             rounds = {"floor": "down", "ceil": "up"}[regime.ladder.rounding]
             yield (

@@ -27,9 +27,9 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         UsageError: `version` is no version, or its kernel runs these tactics in another way.
         UnsupportedError: vLLM's Triton kernel cannot use this profile.
     """
-    measured = TritonProfile.of(profile, "vllm")
+    target = target_version("vllm", version)
+    measured = TritonProfile.of(profile, "vllm", target)
     require_same_kernel(measured, "vllm", version)
-    remote = target_version("vllm", version).remote
     text = as_json({"triton_version": measured.triton, **{str(rows): c for rows, c in measured.configs.items()}})
     return Export(
         files={measured.file(num_experts).vllm_name: text for num_experts in measured.num_experts},
@@ -40,7 +40,7 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
         ),
         variables={FOLDER_VARIABLE: FOLDER},
         warnings=(
-            *measured.warnings("vllm", remote),
+            *measured.warnings("vllm", target.remote),
             *kernel_warnings(measured, "vllm", version),
             *_other_kernels(measured),
         ),

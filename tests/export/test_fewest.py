@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_profiles import profile, tactic
 
+from moetune.errors import UsageError
 from moetune.export import fewest as module
 from moetune.export.fewest import fewest
 from moetune.export.sglang import export as sglang
 from moetune.export.vllm import export as vllm
+from moetune.spec.tactic import Tactic
 
 OPTIONS = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=5), max_size=20)
 FEW = st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), min_size=1, max_size=6)
@@ -71,3 +73,68 @@ def test_tactics_that_run_as_one_configuration_count_as_one():
     """In fp8, vLLM clamps BLOCK_SIZE_K to 128."""
     deep, flat = tactic(16, 64, 256, 1, 4, 3), tactic(16, 64, 128, 1, 4, 3)
     assert "The file has 1 configuration for 2 row counts." in vllm(profile(tactics={1: deep, 2: flat})).notes
+
+
+SWAPPED, PLAIN, WIDE = tactic(16, 64, 128, 1, 4, 3), tactic(64, 64, 128, 1, 4, 3), tactic(64, 128, 128, 1, 4, 3)
+
+
+def tied(*choices):
+    """A profile in fp8 on Hopper, measured with swapped operands: for each row count its choice and equals."""
+    stored = profile(
+        tactics={rows: own for rows, (own, *_) in enumerate(choices, 1)},
+        ladder=",".join(map(str, range(1, len(choices) + 1))),
+        ep_size=1,
+    )
+    equal = [tuple(others) for _, *others in choices]
+    kept = zip(stored.choices, equal, strict=True)
+    return stored.model_copy(
+        update={"choices": tuple(one.model_copy(update={"equally_fast": others}) for one, others in kept)}
+    )
+
+
+def exported(stored, version=None):
+    (text,) = set(vllm(stored, version).files.values())
+    return {rows: Tactic(values) for rows, values in json.loads(text).items() if rows != "triton_version"}
+
+
+def test_an_equally_fast_tactic_that_the_version_runs_in_another_way_is_not_taken():
+    """vLLM before 0.25 swaps no operands, so `SWAPPED` runs in another way there."""
+    stored = tied([PLAIN, SWAPPED], [WIDE, SWAPPED])
+    assert exported(stored) == {"1": SWAPPED, "2": SWAPPED}
+    assert exported(stored, "0.20.2") == {"1": PLAIN, "2": WIDE}
+    assert "The file has 2 configurations for 2 row counts." in vllm(stored, "0.20.2").notes
+
+
+def test_for_a_choice_that_the_version_runs_in_another_way_an_equally_fast_one_stands_in():
+    stored = tied([SWAPPED, PLAIN], [SWAPPED, WIDE, PLAIN], [WIDE])
+    assert exported(stored) == {"1": SWAPPED, "2": SWAPPED, "3": WIDE}
+    assert exported(stored, "0.20.2") == {"1": PLAIN, "2": WIDE, "3": WIDE}
+    notes = vllm(stored, "0.20.2").notes
+    assert "The file has 2 configurations for 3 row counts." in notes
+    assert (
+        "For 2 row counts an equally fast tactic stands in, because this version of vllm runs the choice in another "
+        "way than it was measured."
+    ) in notes
+    assert "stands in" not in " ".join(vllm(stored).notes)
+
+
+def test_a_choice_without_an_equal_that_holds_is_refused_by_its_rows():
+    stored = tied([SWAPPED, PLAIN], [SWAPPED, tactic(32, 64, 128, 1, 4, 3)])
+    with pytest.raises(UsageError, match="does not swap the operands of the tactics of 2 rows"):
+        vllm(stored, "0.20.2")
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([SWAPPED, PLAIN, WIDE]), min_size=1, max_size=3, unique=True), min_size=1, max_size=6
+    )
+)
+def test_a_version_is_refused_only_if_some_choice_has_no_equal_that_holds(choices):
+    stored = tied(*choices)
+    if any(each == [SWAPPED] for each in choices):
+        with pytest.raises(UsageError):
+            vllm(stored, "0.20.2")
+    else:
+        assert all(
+            found in choices[int(rows) - 1] and found != SWAPPED for rows, found in exported(stored, "0.20.2").items()
+        )
