@@ -35,6 +35,7 @@ class ExportDocument(FrozenModel):
     profile: str
     near: dict[str, dict[str, Plain]]
     neutral: dict[str, dict[str, Plain]]
+    measured_ladder: str | None
     folder: str
     files: tuple[ExportedFile, ...]
     variables: dict[str, str]

@@ -55,7 +55,7 @@ def export(
     if as_json:
         from moetune.cli.output import document
 
-        versions = {"near": found.near, "neutral": found.neutral}
-        document({"schema_version": SCHEMA_VERSION, "profile": str(found.path), **versions, **written.document()})
+        differing = {"near": found.near, "neutral": found.neutral, "measured_ladder": found.measured_ladder}
+        document({"schema_version": SCHEMA_VERSION, "profile": str(found.path), **differing, **written.document()})
     else:
         say(written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,7 +33,9 @@ def show(path: Path | None, request: Request | None, store: Path | None, near: b
 
     found = stored_profile("show", path, request, store, near)
     packaged = Store(store).is_packaged(found.path)
+    state: dict[str, Any] = {"packaged": packaged, "near": found.near, "neutral": found.neutral}
+    state["measured_ladder"] = found.measured_ladder
     if as_json:
-        document(found.profile, path=str(found.path), packaged=packaged, near=found.near, neutral=found.neutral)
+        document(found.profile, path=str(found.path), **state)
     else:
-        show_all(*profile_report(found.profile, found.path, packaged=packaged, near=found.near, neutral=found.neutral))
+        show_all(*profile_report(found.profile, found.path, **state))

@@ -115,7 +115,7 @@ def tune(
     found = Match(path, answer, served.differences if served else ())
     written = write_for(str(request.engine), found, out, for_version=for_version) if out is not None else None
     state: dict[str, Any] = {"served": served is not None, "packaged": bool(served and served.packaged)}
-    state |= {"near": found.near, "neutral": found.neutral}
+    state |= {"near": found.near, "neutral": found.neutral, "measured_ladder": found.measured_ladder}
     if as_json:
         exported = {} if written is None else {"exported": written.document()}
         document(answer, path=str(path), **state, **exported)

@@ -27,6 +27,7 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
             packaged=result.packaged,
             near=result.near,
             neutral=result.neutral,
+            measured_ladder=result.measured_ladder,
         )
         reported += report[2:] if reported else report  # layer and regime are the same for all
     if len([result for result in comparison.families if result.profile]) > 1:

@@ -58,6 +58,14 @@ def near_line(near: Differing) -> str:
     return f"near: measured with {versions(near)}; other tactics may be fastest here"
 
 
+def ladder_line(measured_ladder: str) -> str:
+    """Returns `measured on the ladder vllm; ...` with the command that also measures the row counts between."""
+    return (
+        f"measured on the ladder {measured_ladder}; `moetune tune --again` with the same options measures the row "
+        "counts between too"
+    )
+
+
 def versions(differing: Differing) -> str:
     """Returns `torch 2.11 (here 2.14) and cuda 13.0 (here 13.1)`."""
     return listed(

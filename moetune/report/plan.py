@@ -11,7 +11,16 @@ from rich.text import Text
 
 from moetune.report.command import command, shortest
 from moetune.report.format import ENGINES, count, human_bytes, human_flops
-from moetune.report.lines import layer_line, near_line, neutral_line, reason_lines, regime_line, skipped_lines, versions
+from moetune.report.lines import (
+    ladder_line,
+    layer_line,
+    near_line,
+    neutral_line,
+    reason_lines,
+    regime_line,
+    skipped_lines,
+    versions,
+)
 from moetune.report.table import add_numbers, new_table
 
 if TYPE_CHECKING:
@@ -195,6 +204,7 @@ def _profile_line(profile: NearestProfile | None) -> str:
         line = f"profile: a {origin} one answers this question."
         lines = [near_line(profile.near)] if profile.near else []
         lines += [neutral_line(profile.neutral)] if profile.neutral else []
+        lines += [ladder_line(profile.measured_ladder)] if profile.measured_ladder else []
         return " ".join([line, *(f"{text[0].upper()}{text[1:]}." for text in lines)])
     if profile.near:
         return f"profile: none for these versions. The nearest, {origin}, was measured with {versions(profile.near)}."

@@ -12,7 +12,16 @@ from rich.text import Text
 
 from moetune.report.command import command
 from moetune.report.format import significant
-from moetune.report.lines import layer_line, near_line, neutral_line, reason_lines, regime_line, skipped_lines, span
+from moetune.report.lines import (
+    ladder_line,
+    layer_line,
+    near_line,
+    neutral_line,
+    reason_lines,
+    regime_line,
+    skipped_lines,
+    span,
+)
 from moetune.report.table import add_numbers, new_table, time_unit
 from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
 from moetune.spec.environment import Environment
@@ -39,6 +48,7 @@ def profile_report(
     exported: bool = False,
     near: Differing | None = None,
     neutral: Differing | None = None,
+    measured_ladder: str | None = None,
 ) -> list[RenderableType]:
     """Returns a profile as text and a table: the question, the choices, their gain, and the command to run next.
 
@@ -48,7 +58,7 @@ def profile_report(
         served: whether the profile was stored before, so that nothing was measured.
         packaged: whether the profile comes with moetune.
         exported: whether the profile was also written for an engine. Then the report names no next command.
-        near, neutral: the versions in which the profile differs from this environment; see `store.match.Match`.
+        near, neutral, measured_ladder: in what the profile differs from the question; see `store.match.Match`.
     """
     reported: list[RenderableType] = [
         Text(layer_line(profile.layer), style="bold"),
@@ -63,6 +73,7 @@ def profile_report(
         reported += [Text(gain_line(profile), style="bold"), Text(_measured_line(profile))]
     reported += [Text(near_line(near), style="yellow")] if near else []
     reported += [Text(neutral_line(neutral), style="dim")] if neutral else []
+    reported += [Text(ladder_line(measured_ladder))] if measured_ladder else []
     if path:
         reported.append(_where(path, served, packaged))
     if path and profile.choices and not exported:

@@ -93,6 +93,14 @@ class Ladder(FrozenModel):
         """The rule for rows between two buckets. `pow2` does not apply it to rows above 8192; see `lookup`."""
         return _ROUNDING[self.name]
 
+    @property
+    def coarser(self) -> Ladder | None:
+        """The ladder whose profiles also answer a question with this one: `vllm` for `adaptive`, else None.
+
+        `adaptive` has all buckets of `vllm`, and both have the same look-up rule.
+        """
+        return Ladder(name="vllm", divisor=self.divisor) if self.name == "adaptive" else None
+
     def buckets(self, tune_max_num_tokens: int) -> tuple[int, ...]:
         """Returns the row counts to tune, ascending, none above `tune_max_num_tokens`."""
         match self.name:

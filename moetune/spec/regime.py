@@ -150,6 +150,14 @@ class Regime(FrozenModel):
         """Returns the ladder's buckets that no pool maps to, because a pool has a multiple of ep rows."""
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._is_looked_up(size))
 
+    @property
+    def coarser(self) -> Regime | None:
+        """Returns this regime with the ladder `Ladder.coarser`, or None if there is no such ladder."""
+        if self.ladder.coarser is None:
+            return None
+        fields = {name: getattr(self, name) for name in Regime.model_fields}
+        return Regime(**{**fields, "ladder": self.ladder.coarser})
+
     def can_have(self, rows: int) -> bool:
         """Returns whether a rank's kernel can have this many rows. A pool has ep equal blocks, so a multiple of ep."""
         return self.layout != "pool" or rows % self.ep_size == 0

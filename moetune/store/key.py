@@ -28,6 +28,12 @@ class Key(NamedTuple):
         return cls(profile.layer, profile.regime, profile.backend, profile.environment)
 
     @property
+    def coarser(self) -> Key | None:
+        """Returns the key whose profiles also answer this one, with fewer buckets, or None. See `Regime.coarser`."""
+        regime = self.regime.coarser
+        return None if regime is None else self._replace(regime=regime)
+
+    @property
     def path(self) -> Path:
         """The profile's path, relative to the store.
 
@@ -48,6 +54,18 @@ class Key(NamedTuple):
             **self.environment.differing(stored.environment),
         }
         return tuple(Difference(field, wanted, found) for field, (wanted, found) in fields.items())
+
+    def ladder_difference(self, stored: Profile) -> Difference | None:
+        """Returns the difference in ladders if `stored` has that of `coarser`, else None."""
+        coarser = self.regime.ladder.coarser
+        if coarser is None or stored.regime.ladder != coarser:
+            return None
+        return Difference("ladder", str(self.regime.ladder), str(stored.regime.ladder))
+
+    def other_differences(self, stored: Profile) -> tuple[Difference, ...]:
+        """Returns the fields in which `stored` differs, except its ladder if that is the one of `coarser`."""
+        coarser = None if self.ladder_difference(stored) is None else self.coarser
+        return (coarser or self).differences(stored)
 
 
 def _unequal(wanted: Mapping[str, object], stored: Mapping[str, object]) -> dict[str, tuple[object, object]]:

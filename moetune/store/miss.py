@@ -38,7 +38,7 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
         changing = tuple(each for each in near.differences if each.field in near.near)
         message = f"{no_profile} The closest has {_named(changing)}."
         return MissError(message, NEAR_HINT, near.differences, near.path, near=True)
-    found = [(path, profile, key.differences(profile)) for path, profile in profiles]
+    found = [(path, profile, key.other_differences(profile) or key.differences(profile)) for path, profile in profiles]
     if not found:
         return MissError(f"{no_profile} The store {root} is empty.", HINT)
     path, closest, differences = min(

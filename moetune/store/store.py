@@ -96,12 +96,13 @@ class Store:
 
         Layer, regime and backend must be equal to those in the file, wherever the file lies. The layer's name may
         differ. A profile of equal strict environment is taken before one that differs in neutral fields (see
-        `store.versions`).
+        `store.versions`). If there is neither, one with the ladder `vllm` answers a question with `adaptive`, which has
+        all its buckets and more.
 
         Args:
             layer, regime, backend, environment: the question.
             near: a profile that differs in versions is also taken, if none matches.
-            exact: no strict field may differ.
+            exact: neither a strict field nor the ladder may differ.
 
         Raises:
             MissError: no profile matches. Its `differences` to the closest profile are empty if there is no profile.
@@ -232,10 +233,11 @@ class Store:
             raise DamagedProfileError(damaged.message, f"It could not be moved aside: {refused.message}") from None
 
     def _beside(self, key: Key) -> Iterator[tuple[Path, Profile]]:
-        """Yields every valid profile of a key's device, layer, regime and backend."""
-        for root in self.roots:
-            folder, pattern = (root / key.path).parent, f"{key.backend}-*.json"
-            yield from ((path, found) for path, found in _read_all(folder.glob(pattern)) if isinstance(found, Profile))
+        """Yields every valid profile of a key's device, layer, regime (or the coarser one) and backend."""
+        keys = (key,) if key.coarser is None else (key, key.coarser)
+        for folder in ((root / each.path).parent for each in keys for root in self.roots):
+            paths = folder.glob(f"{key.backend}-*.json")
+            yield from ((path, found) for path, found in _read_all(paths) if isinstance(found, Profile))
 
     def _profiles(self) -> Iterator[tuple[Path, Profile]]:
         """Yields every valid profile with its file."""

@@ -20,8 +20,9 @@ class BackendResult(FrozenModel):
 
     `profile` is its profile, in the file `path`, or None if it has none. `served`: the profile was stored and nothing
     was measured. `packaged`: it came with moetune. `near` and `neutral`: the versions in which a served profile's
-    environment differs, those that can change ranks and those that cannot. `failed` says why its tune ended early; the
-    profile then has the buckets before that. `flags`: the flags that select these kernels, by engine.
+    environment differs, those that can change ranks and those that cannot. `measured_ladder`: its ladder, if that has
+    fewer buckets than the regime's. `failed` says why its tune ended early; the profile then has the buckets before
+    that. `flags`: the flags that select these kernels, by engine.
     """
 
     backend: str
@@ -31,6 +32,7 @@ class BackendResult(FrozenModel):
     packaged: bool = False
     near: dict[str, dict[str, Plain]] = {}
     neutral: dict[str, dict[str, Plain]] = {}
+    measured_ladder: str | None = None
     failed: str = ""
     flags: dict[str, str]
 

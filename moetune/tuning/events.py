@@ -15,7 +15,7 @@ from moetune.store.profile import Choice, Profile
 class Served:
     """All choices were stored, so nothing was measured. `packaged`: the profile is one that comes with moetune.
 
-    `differences` are the versions in which its environment differs.
+    `differences` are the versions in which its environment differs, and its ladder if that has fewer buckets.
     """
 
     profile: Profile

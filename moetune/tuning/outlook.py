@@ -35,7 +35,8 @@ class NearestProfile(FrozenModel):
     `path`: its file. `packaged`: whether it comes with moetune. `layer`: its layer's name. `backend`, `device`: what
     was measured, and on what. `differing`: the fields in which it differs from the question, each with `wanted` and
     `stored`; empty if it answers the question. `near`: if it differs in versions only, those that can change
-    the rank of a tactic. `neutral`: the versions in which it differs that cannot.
+    the rank of a tactic. `neutral`: the versions in which it differs that cannot. `measured_ladder`: its ladder, if it
+    answers (or would, but for versions) with fewer buckets than the question's ladder has.
     """
 
     path: str
@@ -46,6 +47,7 @@ class NearestProfile(FrozenModel):
     differing: dict[str, dict[str, Plain]]
     near: dict[str, dict[str, Plain]] = {}
     neutral: dict[str, dict[str, Plain]] = {}
+    measured_ladder: str | None = None
 
     @property
     def answers(self) -> bool:
@@ -96,4 +98,5 @@ def _described(question: Question, match: Match, *, answers: bool = False, near:
         differing={} if answers else {each.field: each.plain() for each in match.differences},
         near=match.near if answers or near else {},
         neutral=match.neutral if answers or near else {},
+        measured_ladder=match.measured_ladder if answers or near else None,
     )

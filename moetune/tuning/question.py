@@ -75,7 +75,7 @@ class Question:
         return self.match().profile
 
     def match(self) -> Match:
-        """Returns the stored profile, its file, and the versions in which it differs.
+        """Returns the stored profile, its file, and the fields in which it differs.
 
         Raises:
             MissError: there is none; the error names every field in which the nearest stored profile differs. Its
@@ -95,13 +95,14 @@ class Question:
     def found(self, *, exact: bool = False) -> Match | None:
         """Returns what answers the question as a whole; else the profile of this very environment; None if none.
 
-        A profile of another environment answers with all its buckets or not at all. Some choices of it in a profile of
-        this environment would hide what they were measured with. With `exact` it must be of this environment.
+        A profile of another environment or ladder answers with all its buckets or not at all. Some choices of it in a
+        profile of this environment would hide what they were measured with. With `exact` it must be of this environment
+        and ladder.
         """
         question = self.layer, self.regime, self.backend.name, self.environment
         with suppress(MissError):
             match = self.store.match(*question, near=self.near, exact=exact)
-            if not match.differences or not missing_buckets(self.regime, match.profile):
+            if not match.differences or not missing_buckets(match.profile.regime, match.profile):
                 return match
         return None
 

@@ -110,14 +110,14 @@ def tune(
         missing = all_buckets(question.regime, stored)
         found = stored = None
     else:
-        missing = missing_buckets(question.regime, stored)
+        missing = missing_buckets(stored.regime if stored else question.regime, stored)
     if found and not missing:
         packaged = question.store.is_packaged(found.path)
         report(Served(found.profile, found.path, packaged, found.differences))
         return found.profile
     if frozen:
         partial = question.load()  # if there is none, its error names the fields that differ
-        lacking = ", ".join(map(str, missing_buckets(question.regime, partial)))
+        lacking = ", ".join(map(str, missing_buckets(partial.regime, partial)))
         raise MissError(f"The stored profile lacks the buckets {lacking}.", "Run the same command without --frozen.")
     question.require_support()
     older = None if start is None else question.start(start)

@@ -185,6 +185,7 @@ def _outcome(
         packaged=served is not None and served.packaged,
         near=match.near if match else {},
         neutral=match.neutral if match else {},
+        measured_ladder=match.measured_ladder if match else None,
         failed=error.message if error else "",
         flags=dict(engine_flags(backend.name, layer.precision)),
     )

@@ -201,7 +201,7 @@ def test_tune_json_is_the_profile_and_nothing_else_on_stdout(moetune, question):
     document = _document(moetune("tune", *question, "--json"))
     assert document.pop("served") is False
     assert document.pop("packaged") is False
-    assert (document.pop("near"), document.pop("neutral")) == ({}, {})
+    assert (document.pop("near"), document.pop("neutral"), document.pop("measured_ladder")) == ({}, {}, None)
     path = Path(document.pop("path"))
     profile = Profile.model_validate(document)
     assert [choice.rows for choice in profile.choices] == [4, 8]

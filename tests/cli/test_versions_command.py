@@ -193,3 +193,40 @@ def test_a_version_that_contradicts_the_chosen_kernel_or_that_was_not_read_is_re
     assert (other.exit_code, "vLLM 0.20.2 is not the one that was chosen: 0.33" in other.stderr) == (2, True)
     older = moetune(*words, "--for-version", "0.18.1")
     assert (older.exit_code, "--backend-option kernel_version=0.19`" in older.stderr) == (3, True)
+
+
+LADDER_LINE = (
+    "easured on the ladder vllm; `moetune tune --again` with the same options measures the row counts between too"
+)
+
+
+def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_and_every_output_says_so(
+    moetune, host, tmp_path, monkeypatch
+):
+    from moetune.backends.grouped_triton.backend import TritonBackend
+
+    host("3.6.0")
+    coarser = ("--model", "qwen3-30b-a3b", "--ep", "4", "--dispatch", "allgather", "--backend", "triton", "--ladder")
+    coarser = (*coarser, "vllm", "--store", tmp_path / "store")
+    question = ["adaptive" if word == "vllm" else word for word in coarser]
+    for command in (["show"], ["tune", "--frozen"], ["tune"]):
+        text = text_of(moetune(*command, *question))
+        assert f"m{LADDER_LINE}" in text
+        assert "ladder vllm (the batch sizes of vLLM's tuned files)" in text
+        assert json.loads(moetune(*command, *question, "--json").stdout)["measured_ladder"] == "vllm"
+        assert LADDER_LINE not in text_of(moetune(*command, *coarser))
+        assert json.loads(moetune(*command, *coarser, "--json").stdout)["measured_ladder"] is None
+    words = ("--to", "vllm", "--out", tmp_path / "out")
+    exported = moetune("export", *question, *words)
+    assert f"note: m{LADDER_LINE}." in exported.stderr.splitlines()
+    (written,) = [path for path in (tmp_path / "out").rglob("E=*.json") if "moetune" not in path.name]
+    configs = json.loads(written.read_text())
+    assert len([key for key in configs if key.isdecimal()]) == 18
+    assert json.loads(moetune("export", *question, *words, "--json").stdout)["measured_ladder"] == "vllm"
+
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
+    assert f"profile: a packaged one answers this question. M{NEUTRAL_LINE}. M{LADDER_LINE}." in text_of(
+        moetune("plan", *question)
+    )
+    document = json.loads(moetune("plan", *question, "--json").stdout)
+    assert (document["profile"]["differing"], document["profile"]["measured_ladder"]) == ({}, "vllm")

@@ -8,6 +8,7 @@ from stored import ProfileOf, path_of
 from moetune.backends.registry import backends
 from moetune.errors import MissError
 from moetune.spec.environment import Environment
+from moetune.spec.regime import Regime
 from moetune.store.match import Match
 from moetune.store.profile import Profile
 from moetune.store.store import Store
@@ -115,3 +116,94 @@ def test_another_device_is_not_near_and_a_damaged_file_beside_stays(store: Store
 
 def test_a_neutral_field_is_not_near_too() -> None:
     assert not [name for name in SERVED if versions_of(name).neutral & versions_of(name).near]
+
+
+VLLM = Regime(ep_size=2, attention_dp=True, ladder="vllm")
+ADAPTIVE = Regime(ep_size=2, attention_dp=True, ladder="adaptive")
+
+
+def test_a_profile_of_the_ladder_vllm_answers_a_question_with_adaptive(store: Store, profile_of: ProfileOf) -> None:
+    stored = store.save(profile_of(VLLM, backend="triton", environment=machine()))
+    asked = profile_of(ADAPTIVE, backend="triton", environment=machine())
+    found = match(store, asked)
+    assert (found.profile, found.near, found.neutral, found.measured_ladder) == (stored, {}, {}, "vllm")
+    assert [choice.rows for choice in found.profile.choices] == list(VLLM.buckets)
+    assert match(store, stored).measured_ladder is None
+    with pytest.raises(MissError) as missed:
+        match(store, asked, exact=True)
+    assert [each.field for each in missed.value.differences] == ["ladder"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        (ADAPTIVE, VLLM),
+        (VLLM, Regime(ep_size=2, attention_dp=True, ladder="hybrid")),
+        (Regime(ep_size=2, attention_dp=True, ladder="pow2"), ADAPTIVE),
+        (Regime(ep_size=2, attention_dp=True, ladder="vllm/2"), ADAPTIVE),
+        (Regime(ep_size=4, attention_dp=True, ladder="vllm"), ADAPTIVE),
+        (Regime(ep_size=2, attention_dp=True, ladder="vllm", seed=1), ADAPTIVE),
+        (Regime(ep_size=2, attention_dp=True, ladder="vllm", tune_max_num_tokens=100), ADAPTIVE),
+    ],
+)
+def test_no_other_ladder_answers_and_no_other_field_may_differ(
+    stored: Regime, asked: Regime, store: Store, profile_of: ProfileOf
+) -> None:
+    store.save(profile_of(stored, backend="triton", environment=machine()))
+    with pytest.raises(MissError) as missed:
+        match(store, profile_of(asked, backend="triton", environment=machine()), near=True)
+    assert missed.value.differences
+
+
+@pytest.mark.parametrize("maximum", [100, 5000, 20000])
+def test_a_maximum_that_both_ladders_have_is_no_other_question(
+    maximum: int, store: Store, profile_of: ProfileOf
+) -> None:
+    """The ladder `vllm` ends at 4096, so a maximum of 5000 is in the key of `adaptive` only."""
+    regimes = [
+        Regime(ep_size=2, attention_dp=True, ladder=name, tune_max_num_tokens=maximum) for name in ("vllm", "adaptive")
+    ]
+    stored, asked = (profile_of(regime, backend="triton", environment=machine()) for regime in regimes)
+    store.save(stored)
+    assert match(store, asked).profile == stored
+
+
+def test_the_ladder_of_the_question_comes_first_and_near_versions_last(
+    backed: Store, packaged: Store, profile_of: ProfileOf
+) -> None:
+    """Each profile is preferred to those before it. A neutral version counts less than the ladder."""
+    order = [
+        (VLLM, machine(triton="3.8")),
+        (ADAPTIVE, machine(triton="3.8")),
+        (VLLM, machine(torch="2.14")),
+        (VLLM, machine()),
+        (ADAPTIVE, machine(torch="2.14")),
+        (ADAPTIVE, machine()),
+    ]
+    asked = profile_of(ADAPTIVE, backend="triton", environment=machine())
+    for number, (regime, environment) in enumerate(order):
+        to = packaged if number % 2 else backed
+        stored = to.save(profile_of(regime, backend="triton", environment=environment))
+        found = match(backed, asked, near=True)
+        assert found.profile == stored
+        assert found.measured_ladder == ("vllm" if regime is VLLM else None)
+        assert found.near.keys() == ({"triton"} if environment.strict["triton"] == "3.8" else set())
+        assert found.neutral.keys() == ({"torch"} if environment.strict["torch"] == "2.14" else set())
+
+
+def test_a_miss_does_not_name_a_ladder_that_would_answer(store: Store, profile_of: ProfileOf) -> None:
+    other = Regime(ep_size=4, attention_dp=True, ladder="vllm")
+    store.save(profile_of(Regime(ep_size=4, attention_dp=True, ladder="hybrid"), backend="triton"))
+    stored = store.save(profile_of(other, backend="triton"))
+    with pytest.raises(MissError) as missed:
+        match(store, profile_of(ADAPTIVE, backend="triton"))
+    assert missed.value.message.endswith(" The closest has ep_size 4 instead of 2.")
+    assert missed.value.nearest == path_of(store, stored)
+
+
+def test_a_miss_beside_an_empty_profile_of_the_ladder_vllm_names_the_ladder(
+    store: Store, profile_of: ProfileOf
+) -> None:
+    store.save(profile_of(VLLM, backend="triton", rows=[]))
+    with pytest.raises(MissError, match="ladder vllm instead of adaptive"):
+        match(store, profile_of(ADAPTIVE, backend="triton"))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from planted import LAYER, tactic
 from runs import tune_planted
 
+from moetune.errors import MissError
 from moetune.spec.ladder import ADAPTIVE_STEP
 from moetune.spec.regime import Regime
 from moetune.tuning.events import BucketChosen, Served, TacticMeasured
@@ -126,3 +127,42 @@ def test_again_without_a_stored_profile_measures_the_buckets_of_the_ladder(plant
     plant(milliseconds={"default": 5.0, "small": 1.0})
     assert all_buckets(REGIME, None) == REGIME.buckets
     assert [choice.rows for choice in tune_planted(REGIME, store=tmp_path, again=True).choices] == list(REGIME.buckets)
+
+
+def test_a_profile_of_the_ladder_vllm_is_served_and_again_measures_the_buckets_between(plant, tmp_path):
+    backend = plant(milliseconds={"default": 5.0, "small": 1.0, "large": 2.0}, milliseconds_from={("small", 150): 4.0})
+    coarser = Regime(**{**REGIME.model_dump(), "ladder": "vllm"})
+    assert REGIME.coarser == coarser
+    stored = tune_planted(coarser, store=tmp_path)
+    backend.prepared.clear()
+    events = []
+    assert tune_planted(REGIME, store=tmp_path, on_event=events.append) == stored
+    assert tune_planted(REGIME, store=tmp_path, frozen=True) == stored
+    assert load(LAYER, REGIME, "planted", tmp_path, device="cpu") == stored
+    assert backend.prepared == []
+    (served,) = events
+    assert [(each.field, each.wanted, each.stored) for each in served.differences] == [("ladder", "adaptive", "vllm")]
+    again = tune_planted(REGIME, store=tmp_path, again=True)
+    assert set(REGIME.buckets) < {choice.rows for choice in again.choices}
+    assert tune_planted(REGIME, store=tmp_path) == again
+    assert tune_planted(coarser, store=tmp_path) == stored
+
+
+def test_a_profile_of_the_ladder_vllm_that_lacks_buckets_is_not_served(plant, tmp_path):
+    plant(milliseconds={"default": 1.0})
+    coarser = Regime(**{**REGIME.model_dump(), "ladder": "vllm"})
+    stored = tune_planted(coarser, store=tmp_path)
+    (path,) = tmp_path.glob("*/*/*/*.json")
+    path.write_text(stored.model_copy(update={"choices": stored.choices[:-1]}).model_dump_json())
+    with pytest.raises(MissError, match=f"lacks the buckets {coarser.buckets[-1]}\\."):
+        tune_planted(REGIME, store=tmp_path, frozen=True)
+    assert [choice.rows for choice in tune_planted(REGIME, store=tmp_path).choices] == list(REGIME.buckets)
+
+
+def test_the_tactics_of_the_ladder_vllm_can_be_checked_instead_of_a_search(plant, tmp_path):
+    plant(milliseconds={"default": 5.0, "small": 1.0, "large": 2.0}, milliseconds_from={("small", 150): 4.0})
+    tune_planted(Regime(**{**REGIME.model_dump(), "ladder": "vllm"}), store=tmp_path)
+    checked = tune_planted(REGIME, store=tmp_path, start="near")
+    assert checked.regime == REGIME
+    assert set(REGIME.buckets) <= {choice.rows for choice in checked.choices}
+    assert {choice.tactic for choice in checked.choices} == {tactic("small"), tactic("large")}

@@ -8,6 +8,7 @@ import pytest
 from hosts import simulate
 
 from moetune.errors import MissError, UsageError
+from moetune.spec.regime import Regime
 from moetune.store.folders import packaged_root
 from moetune.store.profile import Profile
 from moetune.store.reading import load_profile
@@ -39,6 +40,28 @@ def test_every_packaged_profile_is_served_under_its_triton_with_any_torch(
         assert match.neutral == {
             name: {"wanted": wanted, "stored": stored} for name, (wanted, stored) in changed.items() if wanted != stored
         }
+
+
+def test_every_packaged_profile_of_the_ladder_vllm_also_answers_with_adaptive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate(monkeypatch, torch_version="2.14.0+cu132", cuda="13.2", triton="3.6.0")
+    of_vllm = [profile for profile in PROFILES if str(profile.regime.ladder) == "vllm"]
+    assert len(of_vllm) > 10
+    assert {profile.backend for profile in of_vllm} == {"triton"}
+    for profile in of_vllm:
+        regime = Regime(**{**profile.regime.model_dump(), "ladder": "adaptive"})
+        asked = Question.of(profile.layer, regime, "triton", Store(tmp_path, PACKAGED), "cuda")
+        match = asked.match()
+        assert (match.profile, match.measured_ladder, match.near) == (profile, "vllm", {})
+        assert match.neutral.keys() == {"torch", "cuda"}
+        assert asked.found() == match
+        assert asked.found(exact=True) is None
+    events: list[object] = []
+    for frozen in (True, False):
+        store = Store(tmp_path, PACKAGED)
+        assert tune(profile.layer, regime, "triton", store, frozen=frozen, device="cuda", on_event=events.append)
+    assert [type(event) for event in events] == [Served, Served]
 
 
 def test_tune_serves_it_and_says_in_what_it_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
