@@ -65,6 +65,7 @@ class Prefetcher:
         """Returns the buckets in turn. An error in making one is raised when it is its turn."""
         if not draws_ahead(self.question.device):
             return map(self.bucket, self._rows)
+        _start_torchs_threads()
         drawn = deque(self._threads.submit(self.bucket, rows) for rows in self._rows)
         self._threads.submit(self._compile_more, tuple(drawn))
         return _results(drawn)
@@ -93,6 +94,17 @@ class Prefetcher:
 def draws_ahead(device: str) -> bool:
     """Returns whether later buckets are drawn while one is measured. On a CPU that would disturb the measurement."""
     return device.startswith("cuda")
+
+
+def _start_torchs_threads() -> None:
+    """Makes PyTorch create its pool of threads now, in the calling thread.
+
+    In a process that was forked after its parent had set the number of threads, as vLLM's workers are, the first
+    thread that runs an op creates the pool. If several do at once, some of them fail with "Invalid thread pool!".
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _results(drawn: deque[Future[Bucket]]) -> Iterator[Bucket]:

@@ -1,5 +1,9 @@
 """Buckets are drawn and compiled ahead."""
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -79,3 +83,55 @@ def test_on_a_gpu_later_buckets_are_drawn_meanwhile_and_what_fails_there_comes_i
     assert threads.keys() == {4, 8}
     assert threading.current_thread() not in threads.values()
     assert not any(thread.is_alive() for thread in threads.values())
+
+
+SLOW_POOL = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <unistd.h>
+void *pthreadpool_create(size_t threads) {
+  void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+  void *(*create)(size_t) = dlsym(torch, "pthreadpool_create");
+  if (getenv("SLOW_US")) usleep(atoi(getenv("SLOW_US")));
+  return create(threads);
+}
+"""
+"""A library that makes PyTorch's pool of threads take `SLOW_US` microseconds to create."""
+FORKED = """
+import os
+from types import SimpleNamespace
+import torch
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.tuning.prefetch import Prefetcher
+from moetune.workload.routing import realize
+layer = MoELayer(name="small", num_experts=16, top_k=2, hidden_size=32, intermediate_size=16)
+regime = Regime(ep_size=2, ladder="hybrid", tune_max_num_tokens=512)
+realize(layer, regime, 1)  # imports what the threads need
+torch.set_num_threads(1)  # as vLLM does before it forks its workers
+pid = os.fork()
+if pid:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+os.environ["SLOW_US"] = "200000"
+Prefetcher.bucket = lambda self, rows: realize(layer, regime, rows)
+Prefetcher._compile_more = lambda self, drawn: None
+question = SimpleNamespace(layer=layer, regime=regime, backend=None, device="cuda")
+with Prefetcher(question, regime.buckets, None, None) as prefetcher:
+    drawn = len(list(prefetcher.buckets()))
+assert drawn == len(regime.buckets)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("gcc")), reason="needs Linux and gcc for a library")
+def test_threads_of_a_forked_process_do_not_create_pytorchs_pool_at_once(tmp_path):
+    """Widened by a pool that takes long to create; on vLLM's workers it failed without that."""
+    source, library = tmp_path / "slow.c", tmp_path / "slow.so"
+    source.write_text(SLOW_POOL)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
