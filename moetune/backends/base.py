@@ -62,11 +62,13 @@ class Default:
         tactic: the tactic.
         source: where it is from; empty if the backend does not say.
         warning: a sentence if an engine would run something else.
+        hint: what to do if the tactic fails; empty if there is no other default.
     """
 
     tactic: Tactic
     source: str = ""
     warning: str = ""
+    hint: str = ""
 
 
 class Runner(Protocol):

@@ -84,6 +84,7 @@ class Bucket:
         failed: the tactics that failed in an interrupted run. They are no candidates any more.
         default_source: where the default is from.
         default_warnings: a sentence for each default of a row count that is not what an engine runs.
+        default_hint: what to do if the default fails.
         start: the tactics of an older profile that are checked instead of a search.
     """
 
@@ -96,6 +97,7 @@ class Bucket:
     failed: Mapping[Tactic, str] = field(default_factory=dict)
     default_source: str = ""
     default_warnings: tuple[str, ...] = ()
+    default_hint: str = ""
     start: Start | None = None
 
     @classmethod
@@ -129,6 +131,7 @@ class Bucket:
             tuple(row_counts),
             default_source=default.source,
             default_warnings=tuple(dict.fromkeys(each.warning for each in defaults.values() if each.warning)),
+            default_hint=default.hint,
         )
 
     def resumed(self, journaled: Journaled) -> Bucket:
@@ -267,12 +270,12 @@ class BucketTuner:
         """
         bucket, bench, default = self._bucket, self._bench, self._bucket.default
         rejected = {**bucket.failed, **self._failed}
-        self._require(default, self._failures, bucket.rows)
+        self._require_default(self._failures, bucket.rows)
         defaults = dict.fromkeys(count.default for count in bucket.row_counts)
         others = [tactic for tactic in (*finalists, *defaults) if tactic != default and tactic not in self._failed]
         right = [tactic for tactic in others if bench.check(tactic, 0)]
         bench.check(default, 0)
-        self._require(default, self._failures, bucket.rows)
+        self._require_default(self._failures, bucket.rows)
         stress_us = stress_times(bench, right, default, bucket.problem.draws, self._times)
         (*_, stressed) = bucket.problem.numbers("stress")
         right = [tactic for tactic in right if bench.check(tactic, stressed)]
@@ -317,13 +320,14 @@ class BucketTuner:
             seconds=None if self._final_s is None else self._final_s / parts,
             most_s=most_s / parts,
         )
-        self._require(self._bucket.default, bench.failures, count.rows)
+        self._require_default(bench.failures, count.rows)
         return samples, dict(bench.failures)
 
-    @staticmethod
-    def _require(default: Tactic, failures: Mapping[Tactic, str], rows: int) -> None:
+    def _require_default(self, failures: Mapping[Tactic, str], rows: int) -> None:
+        default = self._bucket.default
         if default in failures:
-            raise NoResultError(f"The default tactic {default} failed at {rows} rows: {failures[default]}.")
+            message = f"The default tactic {default} failed at {rows} rows: {failures[default]}."
+            raise NoResultError(message, self._bucket.default_hint)
 
     def _measure(self, batch: Batch) -> dict[Tactic, float]:
         """Returns the mean times in µs of the tactics that ran, over the batch's rounds of each row count.

@@ -91,7 +91,7 @@ def tune_all(
         outcome = _outcome(backend, layer, tuned, stored, store, report)
         outcomes.append(outcome)
         if outcome.error and len(backends) > 1:  # an only one is raised
-            report(BackendFailed(backend.name, outcome.result.failed))
+            report(BackendFailed(backend.name, str(outcome.error)))
     if all(outcome.error for outcome in outcomes):
         raise _no_result(outcomes)
 

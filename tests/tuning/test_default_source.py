@@ -7,6 +7,7 @@ from planted import LAYER, PlantedBackend, tactic
 from runs import REGIME
 
 from moetune.backends.base import Default
+from moetune.errors import NoResultError
 from moetune.tuning.bucket import Bucket
 from moetune.tuning.events import BucketStarted, DefaultDiffers
 from moetune.tuning.tune import tune
@@ -17,13 +18,15 @@ class ExplainingBackend(PlantedBackend):
     """Its default has a source, and a warning that is the same from 4 rows on."""
 
     default_name: str = "default"
+    hint: str = ""
 
     def default(self, layer, regime, rows):
         return tactic(self.default_name)
 
     def explained_default(self, layer, regime, rows):
         source = "heuristic" if rows < 5 else "shipped file NAME of vllm 0.33.0"
-        return Default(self.default(layer, regime, rows), source, "" if rows < 4 else "vLLM runs something else.")
+        warning = "" if rows < 4 else "vLLM runs something else."
+        return Default(self.default(layer, regime, rows), source, warning, self.hint)
 
 
 def test_a_choice_has_the_source_of_the_default_at_its_own_rows(tmp_path):
@@ -55,3 +58,12 @@ def test_the_default_is_a_candidate_even_if_the_backend_excludes_it(default):
     bucket = Bucket.of(LAYER, REGIME, backend, "cpu", 4)
     assert bucket.candidates.tactics[0] == tactic(default)
     assert (tactic("huge") in bucket.candidates.excluded) is (default != "huge")
+
+
+@pytest.mark.parametrize("planted", [{"raising": frozenset({"default"})}, {"wrong": frozenset({"default"})}])
+@pytest.mark.parametrize("hint", ["", "Give an empty folder."])
+def test_the_error_of_a_default_that_fails_has_its_hint(tmp_path, planted, hint):
+    backend = ExplainingBackend({"default": 6.0, "fast": 0.2}, hint=hint, **planted)
+    with pytest.raises(NoResultError, match="The default tactic default failed at 4 rows") as failed:
+        tune(LAYER, REGIME, backend, tmp_path, device="cpu", isolate=False)
+    assert failed.value.hint == hint

@@ -199,14 +199,19 @@ class TritonBackend(Backend):
                 f"moetune's kernel cannot run row {row.key} of {named}: {tactic}. The default is {configs.title}'s "
                 "heuristic instead.",
             )
+        hint = (
+            f"It is row {row.key} of {named}. To compare with {configs.title}'s heuristic instead, give an empty "
+            "folder as --engine-configs."
+        )
         if row.down is not None and shipped.runnable(row.down, self._engine, shapes, limits) != tactic:
             return Default(
                 tactic,
                 f"{named}, for both GEMMs",
                 f"{configs.title} runs the second GEMM by {row.down_name}. moetune runs both GEMMs with one "
                 f"configuration, so the default is that of the first GEMM, of {named}.",
+                hint,
             )
-        return Default(tactic, named)
+        return Default(tactic, named, hint=hint)
 
     def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a search that measures a twentieth of the candidates; see `halving`."""

@@ -66,6 +66,10 @@ def test_the_installed_engine_s_row_is_the_default_and_a_candidate(install):
     found = backend.explained_default(LAYER, REGIME, 100)
     assert found.tactic == backend.default(LAYER, REGIME, 100) == tactic_of(*WIDE.values())
     assert (found.source, found.warning) == (f"shipped file {VLLM_NAME} of vllm 1.2.3", "")
+    assert found.hint == (
+        f"It is row 64 of shipped file {VLLM_NAME} of vllm 1.2.3. To compare with vLLM's heuristic instead, give an "
+        "empty folder as --engine-configs."
+    )
     assert backend.candidates(LAYER, REGIME, 100, "cuda").tactics[0] == found.tactic
     assert backend.default(LAYER, REGIME, 2) == tactic_of(*ROW.values())
     assert "vllm" not in sys.modules
@@ -217,6 +221,7 @@ def test_a_second_gemm_with_a_row_of_its_own_is_warned_of(tmp_path, down, warned
     assert found.tactic == tactic_of(*ROW.values())
     assert found.source == (f"{named}, for both GEMMs" if warned else named)
     assert (f"SGLang runs the second GEMM by triton_3_7_1/{down_name}" in found.warning) is warned
+    assert found.hint.startswith(f"It is row 1 of {named}. To compare with SGLang's heuristic")
 
 
 def test_a_row_that_cannot_run_is_named_and_the_heuristic_is_the_default(tmp_path):
@@ -227,6 +232,7 @@ def test_a_row_that_cannot_run_is_named_and_the_heuristic_is_the_default(tmp_pat
     assert found.tactic == sglang_default_config(300, 128, False)
     assert found.source == f"heuristic (a row of {named} cannot run)"
     assert found.warning.startswith(f"moetune's kernel cannot run row 128 of {named}: USE_TMA is true.")
+    assert found.hint == ""
     assert backend.explained_default(LAYER, REGIME, 1).warning == ""
 
 
