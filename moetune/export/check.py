@@ -13,6 +13,9 @@ DEVICES = Path("/dev")
 def check(profile: Profile, device: str = "cuda") -> bool:
     """Looks up each choice's tactic in the list of its backend.
 
+    A tactic that was a default in the profile is not looked up. It can be a row of an engine's tuned file that is
+    none of the backend's own tactics, so that the backend lists it at some row counts only.
+
     Returns:
         True if all were found. False if nothing was looked up: there is no NVIDIA device, or the backend cannot run
         here, or its version is not the profile's.
@@ -30,9 +33,11 @@ def check(profile: Profile, device: str = "cuda") -> bool:
     strict = profile.environment.strict
     if any(strict.get(name) != value for name, value in backend.environment().items()):
         return False
+    defaults = {choice.default_tactic for choice in profile.choices}
+    defaults |= {compared.default_tactic for choice in profile.choices for compared in choice.by_rows}
     for choice in profile.choices:
         listed = backend.candidates(profile.layer, profile.regime, choice.rows, device).tactics
-        if choice.tactic not in listed:
+        if choice.tactic not in listed and choice.tactic not in defaults:
             raise UnsupportedError(
                 f"{profile.backend} lists no tactic {choice.tactic} for {choice.rows} rows on this machine.",
                 "Run `moetune tune` again on this machine.",
