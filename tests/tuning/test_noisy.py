@@ -13,7 +13,7 @@ from scripted import DEFAULT, GOOD, NEXT, final_of
 
 from moetune.spec.regime import Regime
 from moetune.tuning.events import BucketChosen, NoisyBucket
-from moetune.tuning.tune import NOISY_TRIES
+from moetune.tuning.run import NOISY_TRIES
 from moetune.tuning.verdict import NOISY, decide
 
 ONE = Regime(ep_size=2, attention_dp=True, ladder="4", draws=4)

@@ -1,0 +1,213 @@
+"""Defines `TuneRun`, which measures the missing buckets of a question one after the other."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from moetune.spec.enums import Strategy
+from moetune.spec.tactic import Tactic
+from moetune.store.journal import Journal, Journaled
+from moetune.store.profile import Choice, Profile
+from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
+from moetune.tuning.events import BucketsSkipped, BucketStarted, DefaultDiffers, NoisyBucket, OnEvent, Resumed
+from moetune.tuning.prefetch import Prefetcher
+from moetune.tuning.question import Question
+from moetune.tuning.refine import further_bucket
+from moetune.tuning.verdict import NOISY
+
+if TYPE_CHECKING:
+    from moetune.backends.base import Problem
+    from moetune.measure.bench import BenchLike
+    from moetune.measure.compiling import Compilers
+
+NOISY_TRIES = 2
+"""How often a bucket whose final comparison was too noisy is compared again."""
+REVALIDATED_S = 0.5
+"""About how long a bucket's final comparison may take if an older profile's tactics are checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A choice, which is number `index` of `count` so far."""
+
+    choice: Choice
+    index: int
+    count: int
+
+
+@dataclass(slots=True)
+class _Noisy:
+    """A bucket whose final comparison was too noisy to decide, the default that it chose so far, and the tries left."""
+
+    tuner: BucketTuner
+    finalists: Sequence[Tactic]
+    chosen: Chosen
+    tries: int = NOISY_TRIES
+
+    def __post_init__(self) -> None:
+        self.tuner.release()
+
+    def compare_again(self) -> None:
+        self.tries -= 1
+        self.chosen = replace(self.chosen, choice=self.tuner.choose(self.finalists))
+        self.tuner.release()
+
+
+class TuneRun:
+    """Measures the missing buckets of a question, then those that the ladder adds, as long as the time lasts.
+
+    Args:
+        question: the question.
+        missing: the buckets to measure.
+        stored: the profile that has the other buckets, if there is one.
+        start: an older profile whose tactics are checked instead of a search, or None.
+        journal: gets the measurements of each search; it may have those of an interrupted run.
+        report: gets the events.
+        strategy: `auto` is the backend's own search; `exhaustive` times every tactic.
+        isolate: run kernels in a process of their own.
+        time_budget_s: about how long the run may take, or None.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        missing: Sequence[int],
+        stored: Profile | None,
+        start: Profile | None,
+        journal: Journal,
+        report: OnEvent,
+        *,
+        strategy: Strategy,
+        isolate: bool,
+        time_budget_s: float | None,
+    ) -> None:
+        self._question, self._start, self._journal, self._report = question, start, journal, report
+        self._strategy, self._isolate = strategy, isolate
+        self._has_budget = time_budget_s is not None
+        self._end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
+        self._order = sorted(missing, key=lambda rows: not question.regime.ladder.is_searched(rows))
+        self._known = {choice.rows: choice for choice in stored.choices} if stored else {}
+        self._fast: dict[int, Sequence[Tactic]] = {
+            rows: (choice.tactic, *choice.equally_fast)[:NUM_FINALISTS] for rows, choice in self._known.items()
+        }
+        self._promising: Sequence[Tactic] = ()
+        self._warned: set[str] = set()
+        self._noisy: deque[_Noisy] = deque()
+
+    def choices(self) -> Generator[Chosen]:
+        """Yields the choice of each bucket once it is made.
+
+        Buckets with a search of their own come first, because the others are tuned from their neighbors' fast tactics.
+        Noisy buckets are compared again after the others, and before the ladder adds any.
+        """
+        from moetune.measure.compiling import Compilers, capability_of
+        from moetune.measure.worker import open_benches
+
+        question, journaled = self._question, self._journal.read()
+        self._report_resumed(journaled)
+        with ExitStack() as stack:
+            bench_of = stack.enter_context(open_benches(question.backend, question.device, self._isolate))
+            compilers = stack.enter_context(Compilers(question.backend, capability_of(question.device)))
+            prefetcher = stack.enter_context(Prefetcher(question, self._order, journaled, compilers, self._start))
+            for index, bucket in enumerate(chain(prefetcher.buckets(), self._added(prefetcher))):
+                if index and time.monotonic() >= self._end:
+                    self._report(BucketsSkipped(tuple(self._order[index:]) or (bucket.rows,)))
+                    break
+                if chosen := self._chosen(bucket, index, bench_of, compilers):
+                    yield chosen
+                if index + 1 >= len(self._order):  # before the ladder adds buckets by these choices
+                    yield from self._compared_again()
+            yield from self._compared_again()
+
+    def _chosen(
+        self, bucket: Bucket, index: int, bench_of: Callable[[Problem], BenchLike], compilers: Compilers
+    ) -> Chosen | None:
+        """Tunes one bucket. Returns None if it is noisy and will be compared again."""
+        left, count = max(len(self._order) - index, 1), max(len(self._order), index + 1)
+        share_s = max(0.0, self._end - time.monotonic()) / left if self._has_budget else None
+        note = partial(self._journal.note, bucket.rows, "revalidate" if self._start else self._strategy)
+        most_s = REVALIDATED_S if self._start else math.inf
+        backend = self._question.backend
+        tuner = BucketTuner(bucket, bench_of, compilers, share_s, self._report, note, backend.final_s, most_s)
+        offered = bucket.candidates
+        self._report(BucketStarted(bucket.rows, index, count, len(offered.tactics), offered.excluded))
+        self._report_defaults(bucket)
+        finalists = tuner.search(bucket.search(backend, self._strategy, self._warm_starts(bucket.rows)))
+        self._fast[bucket.rows], self._promising = finalists, backend.promising(tuner.times_us)
+        chosen = Chosen(tuner.choose(finalists), index, count)
+        self._known[bucket.rows] = chosen.choice
+        if chosen.choice.noise <= NOISY:
+            return chosen
+        self._noisy.append(_Noisy(tuner, finalists, chosen))
+        self._report(NoisyBucket(bucket.rows, chosen.choice.noise, NOISY_TRIES))
+        return None
+
+    def _compared_again(self) -> Generator[Chosen]:
+        """Compares the finalists of noisy buckets again, each `NOISY_TRIES` times at most, and yields their choices.
+
+        A bucket that stays noisy has its next turn after the others. When the time ends, the choices are as they are.
+        """
+        while self._noisy:
+            bucket = self._noisy.popleft()
+            if time.monotonic() < self._end:
+                bucket.compare_again()
+            else:
+                bucket.tries = 0
+            choice = bucket.chosen.choice
+            if choice.noise > NOISY:
+                self._report(NoisyBucket(choice.rows, choice.noise, bucket.tries))
+            if choice.noise > NOISY and bucket.tries:
+                self._noisy.append(bucket)
+            else:
+                self._known[choice.rows] = choice
+                yield bucket.chosen
+
+    def _added(self, prefetcher: Prefetcher) -> Iterator[Bucket]:
+        """Yields the buckets that the ladder `adaptive` adds, each once the choices before it are known."""
+        if self._question.regime.ladder.name == "adaptive":
+            while rows := further_bucket([self._known[rows] for rows in sorted(self._known)]):
+                yield prefetcher.bucket(rows)
+
+    def _warm_starts(self, rows: int) -> tuple[Tactic, ...]:
+        """Returns the fast tactics of the nearest buckets, or of both neighbors if the bucket has no search."""
+        if not self._question.regime.ladder.is_searched(rows):
+            return neighbors_tactics(self._fast, rows)
+        nearest = nearest_tactics(self._fast, rows)
+        return (*nearest, *self._promising) if nearest else ()
+
+    def _report_defaults(self, bucket: Bucket) -> None:
+        """Reports each warning about a default once."""
+        for warning in bucket.default_warnings:
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._report(DefaultDiffers(bucket.rows, warning))
+
+    def _report_resumed(self, journaled: Journaled) -> None:
+        layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
+        past = {rows: journaled.of(rows, backend.default(layer, regime, rows)) for rows in sorted(self._order)}
+        known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
+        if known or journaled.unread:
+            failed = sum(len(of_rows.failed) for of_rows in past.values())
+            self._report(Resumed(known, failed, journaled.unread))
+
+
+def nearest_tactics(fast: Mapping[int, Sequence[Tactic]], rows: int) -> tuple[Tactic, ...]:
+    """Returns the fast tactics of the other buckets, those of the bucket nearest to `rows` first."""
+    nearest = sorted(fast, key=lambda other: abs(math.log(other / rows)))
+    return tuple(dict.fromkeys(tactic for other in nearest for tactic in fast[other]))[:NUM_FINALISTS]
+
+
+def neighbors_tactics(fast: Mapping[int, Sequence[Tactic]], rows: int) -> tuple[Tactic, ...]:
+    """Returns the fast tactics of the next smaller and the next larger bucket."""
+    below = max((other for other in fast if other < rows), default=None)
+    above = min((other for other in fast if other > rows), default=None)
+    neighbors = [other for other in (below, above) if other is not None]
+    return tuple(dict.fromkeys(tactic for other in neighbors for tactic in fast[other][:NUM_FINALISTS]))
