@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moetune.errors import MissError
+from moetune.errors import MissError, UsageError
 from moetune.inputs.option_table import OPTIONS, Group
 from moetune.inputs.suggestions import did_you_mean
 
@@ -21,6 +21,18 @@ def typed() -> tuple[str, ...]:
     return tuple(word for word in words if word != "--json")
 
 
+def is_model(text: str) -> bool:
+    """Returns whether `text` is the name of a preset or of a repository that moetune knows."""
+    from moetune.inputs import presets, repositories
+
+    return text.lower() in presets.names() or text.lower() in repositories.known()
+
+
+def model_hint(model: str, command: str) -> str:
+    """Returns what to do if a model's name was given to a command without `--model`."""
+    return f"Give --model {model} and the deployment, as in `moetune {command} --help`."
+
+
 class Command(click.Command):
     """A command with grouped options and an example in its help.
 
@@ -29,6 +41,8 @@ class Command(click.Command):
     Args:
         example: a complete command.
     """
+
+    allow_extra_args = True  # so that `parse_args` can say what they are
 
     def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -52,9 +66,20 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses the command's words, and keeps them as they were typed for `typed`."""
+        """Parses the command's words, and keeps them as they were typed for `typed`.
+
+        Raises:
+            UsageError: there is an argument too many, and it is the name of a model.
+            click.UsageError: there is an argument too many, or as click's own.
+        """
         ctx.meta[_TYPED] = tuple(args)
-        return super().parse_args(ctx, args)
+        extra = super().parse_args(ctx, args)
+        if not extra or ctx.resilient_parsing:
+            return extra
+        takes_model = "model" in ctx.params and ctx.params["model"] is None
+        if takes_model and (model := next(filter(is_model, extra), None)):
+            raise UsageError(f"{model} is the name of a model.", model_hint(model, ctx.info_name or ""))
+        raise click.UsageError(f"Got unexpected extra argument{'s' if len(extra) > 1 else ''} ({' '.join(extra)})", ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetune.cli.help import is_model, model_hint
 from moetune.cli.options import Request
 from moetune.errors import MissError, MoetuneError, UnsupportedError, UsageError
 from moetune.store.match import Match
@@ -50,11 +51,8 @@ def stored_profile(
         raise UsageError("--near looks a profile up; a profile's path needs no look-up.", "Give --model, or no --near.")
     folder = Store(root)
     if path is not None:
-        if not path.exists() and (model := _model(str(path))):
-            raise UsageError(
-                f"There is no profile {path}: it is the name of a model.",
-                f"Give --model {model} and the deployment, as in `moetune {command} --help`.",
-            )
+        if not path.exists() and is_model(str(path)):
+            raise UsageError(f"There is no profile {path}: it is the name of a model.", model_hint(str(path), command))
         return Match(path, folder.read(path))
     assert request is not None
     return _found(request, folder, near, vllm_version)
@@ -92,13 +90,6 @@ def backend_of_start(request: Request, start: str, folder: Store) -> Backend:
         f"--start: {start} is a profile of {found.backend}, which cannot run here.",
         "Give a profile of another backend.",
     )
-
-
-def _model(text: str) -> str | None:
-    """Returns `text` if it is the name of a preset or of a repository that moetune knows."""
-    from moetune.inputs import presets, repositories
-
-    return text if text.lower() in presets.names() or text.lower() in repositories.known() else None
 
 
 def _found(request: Request, folder: Store, near: bool, vllm_version: str | None = None) -> Match:

@@ -457,3 +457,36 @@ def test_layers_that_differ_from_most_are_said(moetune, tiny):
     result = moetune("plan", "--json", "--launch", f"vllm serve {path.parent}")
     assert json.loads(result.stdout)["layer"]["precision"] == "fp8_block"
     assert "the experts of 1 of 4 layers are bf16" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "tune"])
+@pytest.mark.parametrize("model", ["deepseek-r1", "DeepSeek-R1", "Qwen/Qwen3-235B-A22B"])
+@pytest.mark.parametrize("more", [(), ("--ep", "8", "--dispatch", "none")])
+def test_the_name_of_a_model_as_an_argument_leads_to_the_option(moetune, command, model, more):
+    refused = moetune(command, *more, model)
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        f"error: {model} is the name of a model. Give --model {model} and the deployment, as in "
+        f"`moetune {command} --help`.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("plan", "pigeon"), "Got unexpected extra argument (pigeon)"),
+        (("tune", *QWEN, "deepseek-r1", "8"), "Got unexpected extra arguments (deepseek-r1 8)"),
+        (("show", "a.json", "b.json"), "Got unexpected extra argument (b.json)"),
+    ],
+)
+def test_any_other_argument_too_many_is_named(moetune, words, said):
+    refused = moetune(*words)
+    assert (refused.exit_code, refused.stderr) == (2, f"error: {said} See `moetune {words[0]} --help`.\n")
+
+
+@pytest.mark.parametrize("command", ["show", "export"])
+def test_the_name_of_a_model_as_a_profile_leads_to_the_option(moetune, tmp_path, command):
+    words = ("--to", "vllm", "--out", tmp_path) if command == "export" else ()
+    refused = moetune(command, "deepseek-r1", *words)
+    assert refused.exit_code == 2
+    assert "it is the name of a model. Give --model deepseek-r1" in refused.stderr
