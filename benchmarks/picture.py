@@ -48,20 +48,28 @@ def picture(profile: Profile) -> str:
 
 
 def dispatcher_of(profile: Profile) -> str:
-    """Returns the first engine's dispatcher that produces the profile's load, as `ENGINE:NAME`; empty if none does."""
-    layer, regime = profile.layer, profile.regime
-    ladder = {"ladder", "tune_max_num_tokens"}
+    """Returns the first engine's dispatcher that produces the profile's load, as `ENGINE:NAME`; empty if none does.
+
+    The dispatcher has the profile's ladder, or one that the profile answers too.
+    """
     for name in map(str, dispatcher.dispatchers()):
-        try:
-            produced = dispatcher.resolve(
-                name, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
-            )
-            same = Regime(**{**regime.model_dump(exclude=ladder | {"uneven_shards"}), **produced})
-        except MoetuneError:
-            continue
-        if regime.dispatch != "none" and same == regime:
+        produced = _produced(profile, name)
+        if profile.regime.dispatch != "none" and produced and profile.regime in (produced, produced.coarser):
             return name
     return ""
+
+
+def _produced(profile: Profile, dispatch: str) -> Regime | None:
+    """Returns the profile's regime with all that a dispatcher sets; None if the dispatcher does not fit."""
+    layer, regime = profile.layer, profile.regime
+    ladder = {"ladder", "tune_max_num_tokens"}
+    try:
+        produced = dispatcher.resolve(
+            dispatch, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
+        )
+        return Regime(**{**regime.model_dump(exclude=ladder | {"uneven_shards"}), **produced})
+    except MoetuneError:
+        return None
 
 
 def command(profile: Profile, dispatch: str = "") -> str:
@@ -73,6 +81,8 @@ def command(profile: Profile, dispatch: str = "") -> str:
     """
     layer, regime = profile.layer, profile.regime
     default = Regime(distribution=regime.distribution)
+    if dispatch and (produced := _produced(profile, dispatch)) is not None:
+        default = default.model_copy(update={"ladder": produced.ladder})
     words = ["moetune tune", f"--model {layer.name}"]
     if layer.name in names() and layer.precision != preset(layer.name).precision:
         words.append(f"--precision {layer.precision}")
@@ -87,7 +97,7 @@ def command(profile: Profile, dispatch: str = "") -> str:
     words += [f"--distribution {regime.distribution}"] if regime.distribution != Regime().distribution else []
     for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
         value = getattr(regime, field)
-        if value != getattr(default, field) and not (dispatch and field == "ladder"):
+        if value != getattr(default, field):
             words.append(f"--{field.replace('_', '-')} {value}")
     return " ".join([*words, f"--backend {profile.backend}"])
 

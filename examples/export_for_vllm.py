@@ -13,7 +13,7 @@ regime = moetune.regime("vllm:allgather_reducescatter", layer, ep_size=8)
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "tuned")
 
 for _, profile in moetune.Store().profiles():
-    if isinstance(profile, moetune.Profile) and (profile.layer, profile.regime) == (layer, regime):
+    if isinstance(profile, moetune.Profile) and profile.layer == layer and profile.regime in (regime, regime.coarser):
         for path, state in moetune.export_profile(profile, "vllm", folder).items():
             print(f"{state}: {path}")
         print(f"export VLLM_TUNED_CONFIG_FOLDER={(folder / regime.slug).resolve()}")

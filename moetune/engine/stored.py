@@ -89,7 +89,7 @@ def _matches(answers: Answers, profile: Profile) -> bool:
     """Returns whether `profile` is for the same backend, regime, shape and machine."""
     return (
         profile.backend == answers.backend
-        and not answers.regime.differing(profile.regime)
+        and not answers.regime.differing(profile.regime.coarser or profile.regime)
         and profile.layer.shape == answers.layer.shape
         and _same_machine(answers.backend, answers.environment, profile.environment)
     )
@@ -122,9 +122,11 @@ def _keys(profile: Profile, rows: int) -> frozenset[str]:
 def regime_of_buckets(regime: Regime, buckets: Sequence[int]) -> Regime:
     """Returns `regime` with a ladder that has the buckets of the engine's op.
 
-    It is the regime's own ladder if that has them, otherwise FlashInfer's, otherwise a list of the buckets. With the
+    It is the regime's own ladder if that has them, otherwise FlashInfer's, otherwise a list of the buckets. No op has
+    the ladder `adaptive`, whose buckets depend on the choices, so `vllm` stands for it. With the
     layout pool, a regime has only the buckets that ep divides.
     """
+    regime = regime.coarser or regime
     largest = max(buckets)
     ladders: list[tuple[Ladder | tuple[int, ...], int]] = [
         (regime.ladder, regime.tune_max_num_tokens),

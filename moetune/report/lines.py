@@ -11,7 +11,7 @@ from moetune.store.match import Differing
 
 _LADDERS = {
     "vllm": " (the batch sizes of vLLM's tuned files)",
-    "adaptive": " (those of vLLM's tuned files and more)",
+    "adaptive": " (the batch sizes of vLLM's tuned files and more)",
     "hybrid": " (the buckets of FlashInfer's tuner)",
 }
 

@@ -6,6 +6,7 @@ Each rule was checked against the engine's source:
   them down to a power of two. If the maximum is larger than 8192, it maps all rows above 8192 to the maximum.
 - `hybrid`: `get_hybrid_num_tokens_buckets` and `map_to_hybrid_bucket` of FlashInfer (0.6.18 … 0.7.2.post1).
 - `vllm`: `try_get_optimal_moe_config` of vLLM. It takes the nearest key, and the smaller one of two equally near.
+- `adaptive`: the same rule. A file's keys may be any row counts, also in SGLang's `try_get_optimal_moe_config`.
 """
 
 from __future__ import annotations

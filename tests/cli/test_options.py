@@ -251,7 +251,7 @@ def test_dp_alone_is_a_packed_alltoall_and_names_the_dispatchers_with_it(moetune
 
 def test_an_engines_word_stands_for_dispatch_layout_and_ladder(moetune):
     regime = _regime(moetune, *QWEN, "--ep", "8", "--dispatch", "vllm:deepep_high_throughput")
-    assert regime == Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    assert regime == Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="adaptive")
 
 
 def test_an_option_beside_an_engines_word_wins(moetune):
@@ -263,7 +263,7 @@ def test_an_option_beside_an_engines_word_wins(moetune):
 @pytest.mark.parametrize(
     ("word", "ladder"),
     [
-        ("vllm:allgather_reducescatter", "vllm"),
+        ("vllm:allgather_reducescatter", "adaptive"),
         ("sglang:flashinfer", "hybrid"),
         ("trtllm:attention_dp", "pow2"),
         ("trtllm:none", "pow2"),
@@ -301,7 +301,7 @@ def test_another_value_of_the_variable_is_refused_with_the_values(moetune, monke
 
 def test_an_engines_launch_line_stands_for_the_options(moetune):
     line = "vllm serve Qwen/Qwen3-30B-A3B -dp 8 --enable-expert-parallel --all2all-backend deepep_high_throughput"
-    expected = Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    expected = Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="adaptive")
     assert _regime(moetune, "--launch", line) == expected
     assert _regime(moetune, "--launch", line, "--ep", "4", "--ladder", "8,16").ep_size == 4
 

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def test_the_command_names_the_dispatcher_that_produces_the_load(moetune, pictur
     words = picture.command(profile, dispatch).split()
     assert "--dp" not in words
     assert json.loads(moetune("plan", *words[2:], "--json").stdout)["regime"] == document["regime"]
+
+
+def test_a_profile_of_the_ladder_vllm_names_the_dispatcher_and_the_ladder(moetune, picture):
+    regime = Regime(ep_size=8, dispatch="allgather", ladder="vllm", draws=4, seed=2)
+    profile = _profile(regime)
+    dispatch = picture.dispatcher_of(profile)
+    assert dispatch == "vllm:allgather_reducescatter"
+    words = picture.command(profile, dispatch).split()
+    assert ("--ladder", "vllm") in pairwise(words)
+    assert Regime(**json.loads(moetune("plan", *words[2:], "--json").stdout)["regime"]) == regime
 
 
 def test_a_load_that_no_engine_produces_has_no_dispatcher(picture):

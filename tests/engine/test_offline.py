@@ -48,6 +48,16 @@ def test_what_was_tuned_offline_is_served_without_measuring(tuner, layer, regime
     assert not runner.seen
 
 
+def test_what_was_tuned_with_the_ladder_of_vllms_dispatchers_is_served(tuner, layer, regime, tmp_path):
+    fields = {name: getattr(regime, name) for name in type(regime).model_fields}
+    adaptive = type(regime)(**{**fields, "ladder": "adaptive"})
+    assert len(saved(tmp_path, layer, adaptive).choices) > len(BUCKETS)
+    seen, answer, runner = warmed_up(tuner, layer, adaptive, tmp_path)
+    assert answer == (16, 1)
+    assert seen.served == {(ROUTED, rows) for rows in BUCKETS}
+    assert not runner.seen
+
+
 def test_the_default_is_served_as_flashinfers_own(tuner, layer, regime, tmp_path):
     saved(tmp_path, layer, regime, tactic=Tactic(tile_n=-1, config=-1))
     seen, answer, runner = warmed_up(tuner, layer, regime, tmp_path)

@@ -163,6 +163,10 @@ def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
     [
         ("hybrid", 8192, (1, 256, 8192), ("hybrid", 8192)),
         ("pow2", 8192, (1, 256, 768), ("hybrid", 8192)),
+        ("adaptive", 8192, (1, 24, 4096), ("vllm", 8192)),
+        ("adaptive", 8192, (1, 28, 4096), ("1,28,4096", 4096)),
+        ("adaptive", 8192, (1, 2048, 8192), ("hybrid", 8192)),
+        ("adaptive", 5000, (1, 2048, 8192), ("hybrid", 8192)),
         ("pow2", 8192, (1, 2, 300), ("hybrid", 300)),
         ("pow2", 8192, (3, 100, 1000), ("3,100,1000", 1000)),
     ],

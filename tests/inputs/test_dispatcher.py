@@ -80,10 +80,10 @@ def test_every_value_of_an_engines_option_is_known(engine):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        ("vllm:allgather_reducescatter", ("allgather", None, "vllm")),
-        ("vllm:deepep_high_throughput", ("alltoall", "deduplicated", "vllm")),
+        ("vllm:allgather_reducescatter", ("allgather", None, "adaptive")),
+        ("vllm:deepep_high_throughput", ("alltoall", "deduplicated", "adaptive")),
         ("vllm:flashinfer_nvlink_one_sided", ("alltoall", "pool", "hybrid")),
-        ("sglang:none", ("allgather", None, "vllm")),
+        ("sglang:none", ("allgather", None, "adaptive")),
         ("sglang:flashinfer", ("alltoall", "pool", "hybrid")),
         ("trtllm:none", ("none", None, "pow2")),
         ("trtllm:attention_dp", ("alltoall", "packed", "pow2/8")),

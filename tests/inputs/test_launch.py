@@ -31,7 +31,7 @@ vllm serve deepseek-ai/DeepSeek-V3-0324 \
     --all2all-backend pplx           # Use pplx communication backend
 """,
         "deepseek-v3",
-        Regime(ep_size=8, attention_dp=True, dispatch="allgather", ladder="vllm"),
+        Regime(ep_size=8, attention_dp=True, dispatch="allgather", ladder="adaptive"),
     ),
     "vllm EPLB": (
         VLLM_EP,
@@ -51,7 +51,7 @@ vllm serve deepseek-ai/DeepSeek-V3-0324 \
             dispatch="allgather",
             redundant_experts=2,
             uneven_shards=True,
-            ladder="vllm",
+            ladder="adaptive",
         ),
     ),
     "vllm TP+EP": (
@@ -63,7 +63,7 @@ vllm serve deepseek-ai/DeepSeek-R1-0528 \
   --enable-expert-parallel
 """,
         "deepseek-r1",
-        Regime(ep_size=8, ladder="vllm"),
+        Regime(ep_size=8, ladder="adaptive"),
     ),
     "vllm DP8+EP": (
         VLLM_RECIPE,
@@ -74,7 +74,7 @@ vllm serve deepseek-ai/DeepSeek-R1-0528 \
   --enable-expert-parallel
 """,
         "deepseek-r1",
-        Regime(ep_size=8, attention_dp=True, dispatch="allgather", ladder="vllm"),
+        Regime(ep_size=8, attention_dp=True, dispatch="allgather", ladder="adaptive"),
     ),
     "vllm EPLB by single arguments": (
         VLLM_EP,
@@ -87,13 +87,13 @@ vllm serve Qwen/Qwen3-30B-A3B \
         --eplb-config.log_balancedness true
 """,
         "qwen3-30b-a3b",
-        Regime(redundant_experts=2, ladder="vllm"),
+        Regime(redundant_experts=2, ladder="adaptive"),
     ),
     "sglang DP attention": (
         SGLANG_V32,
         "python -m sglang.launch_server --model deepseek-ai/DeepSeek-V3.2-Exp --tp 8 --dp 8 --enable-dp-attention",
         "deepseek-v3.2",
-        Regime(tp_size=8, attention_dp=True, dispatch="allgather", ladder="vllm"),
+        Regime(tp_size=8, attention_dp=True, dispatch="allgather", ladder="adaptive"),
     ),
     "sglang TP": (
         SGLANG_R1,
@@ -104,7 +104,7 @@ python3 -m sglang.launch_server \
   --trust-remote-code
 """,
         "deepseek-r1",
-        Regime(tp_size=16, ladder="vllm"),
+        Regime(tp_size=16, ladder="adaptive"),
     ),
 }
 

@@ -108,7 +108,7 @@ READ = {
     "--all2all-backend=deepep_high_throughput --max-num-batched-tokens 16384": {
         "ep_size": 16,
         "layout": "deduplicated",
-        "buckets": 18,
+        "buckets": 36,
     },
     "VLLM_ALL2ALL_BACKEND=deepep_high_throughput vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel": {
         "layout": "deduplicated"

@@ -175,6 +175,7 @@ def test_without_a_next_command_none_is_printed(planned):
     ("ladder", "shown"),
     [
         ("vllm", "ladder vllm (the batch sizes of vLLM's tuned files)"),
+        ("adaptive", "ladder adaptive (the batch sizes of vLLM's tuned files and more)"),
         ("hybrid/8", "ladder hybrid/8 (the buckets of FlashInfer's tuner)"),
         ("pow2/8", "ladder pow2/8"),
         ("1,2", "ladder 1,2"),
