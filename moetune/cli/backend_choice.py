@@ -78,6 +78,11 @@ def engine_options(engine: str | None, backend: str) -> Mapping[str, str]:
     return _OF_ENGINE.get((engine or "", backend), _NONE)
 
 
+def options_of_engine(engine: str | None) -> dict[str, Mapping[str, str]]:
+    """Returns `engine_options` of every backend for which the engine has some."""
+    return {backend: options for (name, backend), options in _OF_ENGINE.items() if name == engine}
+
+
 def backend_of_engine(engine: str, layer: MoELayer, regime: Regime) -> Backend | None:
     """Returns the backend to name if a command selects none: one that computes the layer and that the engine can run.
 

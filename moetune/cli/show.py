@@ -38,4 +38,4 @@ def show(path: Path | None, request: Request | None, store: Path | None, near: b
     if as_json:
         document(found.profile, path=str(found.path), **state)
     else:
-        show_all(*profile_report(found.profile, found.path, **state))
+        show_all(*profile_report(found.profile, found.path, **state, engine=request.engine if request else None))

@@ -64,13 +64,18 @@ def backends_of(request: Request) -> list[Backend]:
     If the backend was left to moetune, the first is what the request's engine could run, even if it cannot run here.
     """
     from moetune.backends.registry import able
-    from moetune.cli.backend_choice import backend_of_engine
+    from moetune.cli.backend_choice import backend_of_engine, backend_with, options_of_engine
 
     if not request.auto:
         return [request.backend]
     of_engine = request.engine and backend_of_engine(request.engine, request.layer, request.regime)
-    found = [of_engine] if of_engine else []
-    return [*found, *able(request.layer, request.regime)[0]] or [request.backend]
+    options = options_of_engine(request.engine)
+    found = {of_engine.name: of_engine} if of_engine else {}
+    for backend in able(request.layer, request.regime)[0]:
+        if backend.name not in found:
+            own = options.get(backend.name)
+            found[backend.name] = backend_with(backend.name, own) if own else backend
+    return list(found.values()) or [request.backend]
 
 
 def backend_of_start(request: Request, start: str, folder: Store) -> Backend:

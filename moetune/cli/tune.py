@@ -75,6 +75,7 @@ def tune(
     Each bucket is saved as soon as it is known, and an interrupted run resumes. A tactic replaces the default only if
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.
     """
+    from moetune.cli.backend_choice import options_of_engine
     from moetune.cli.progress import Progress
     from moetune.cli.stored import backend_of_start
     from moetune.cli.written import request_for_engine, say, write_for
@@ -92,7 +93,9 @@ def tune(
     if start is not None and request.auto:
         request = replace(request, backend=backend_of_start(request, start, folder), auto=False)
     with Progress() as progress:
-        tune_request = tune_all if request.auto else partial(tune_of, backend=request.backend, start=start)
+        of_engine = options_of_engine(request.engine)
+        tune_all_request = partial(tune_all, options=of_engine) if of_engine else tune_all
+        tune_request = tune_all_request if request.auto else partial(tune_of, backend=request.backend, start=start)
         answer = tune_request(
             request.layer,
             request.regime,
@@ -122,6 +125,6 @@ def tune(
         return
     from moetune.report.profile import profile_report
 
-    show(*profile_report(answer, path, exported=written is not None, **state))
+    show(*profile_report(answer, path, exported=written is not None, engine=request.engine, **state))
     if written is not None:
         say(written)

@@ -30,13 +30,6 @@ from moetune.store.profile import Choice, Profile
 from moetune.tuning.verdict import NOISY
 
 _VERSIONS = ("torch", "cuda", "triton", "flashinfer", "vllm", "sglang")
-_ENGINES = {
-    "triton": "vllm",
-    "flashinfer-cutlass": "flashinfer",
-    "flashinfer-trtllm": "trtllm",
-    "flashinfer-trtllm-routed": "trtllm",
-}
-"""For each backend, an engine that reads exported files for its kernels."""
 
 
 def profile_report(
@@ -49,6 +42,7 @@ def profile_report(
     near: Differing | None = None,
     neutral: Differing | None = None,
     measured_ladder: str | None = None,
+    engine: str | None = None,
 ) -> list[RenderableType]:
     """Returns a profile as text and a table: the question, the choices, their gain, and the command to run next.
 
@@ -59,7 +53,10 @@ def profile_report(
         packaged: whether the profile comes with moetune.
         exported: whether the profile was also written for an engine. Then the report names no next command.
         near, neutral, measured_ladder: in what the profile differs from the question; see `store.match.Match`.
+        engine: the engine that the question names. The report says if the profile is not for it.
     """
+    from moetune.export.fitting import fitting_line
+
     reported: list[RenderableType] = [
         Text(layer_line(profile.layer), style="bold"),
         Text(regime_line(profile.regime)),
@@ -74,10 +71,12 @@ def profile_report(
     reported += [Text(near_line(near), style="yellow")] if near else []
     reported += [Text(neutral_line(neutral), style="dim")] if neutral else []
     reported += [Text(ladder_line(measured_ladder))] if measured_ladder else []
+    if line := fitting_line(profile, engine):
+        reported.append(Text(line, style="yellow" if engine else "dim"))
     if path:
         reported.append(_where(path, served, packaged))
     if path and profile.choices and not exported:
-        reported.append(_next_command(profile, path))
+        reported.append(_next_command(profile, path, engine))
     return reported
 
 
@@ -217,8 +216,10 @@ def _where(path: Path | str, served: bool, packaged: bool) -> Text:
     return Text(title, style="bold" if served else "", no_wrap=True).append(str(path), style="cyan")
 
 
-def _next_command(profile: Profile, path: Path | str) -> Text:
+def _next_command(profile: Profile, path: Path | str, engine: str | None) -> Text:
     """Returns the command that writes the profile for an engine, or that shows it if no engine reads it."""
-    engine = "sglang" if profile.environment.strict.get("remote") == "zero" else _ENGINES.get(profile.backend)
-    words = ["show", str(path)] if engine is None else ["export", str(path), "--to", engine, "--out", "tuned"]
+    from moetune.export.fitting import export_words
+
+    options = export_words(profile, engine)
+    words = ["export", str(path), *options, "--out", "tuned"] if options else ["show", str(path)]
     return Text("next: ", no_wrap=True).append(command(*words), style="bold")

@@ -11,6 +11,7 @@ from moetune.spec.regime import Regime
 from moetune.store.key import Key
 from moetune.store.match import Match
 from moetune.store.profile import Profile
+from moetune.store.versions import KERNEL_FIELDS
 
 HINT = "Run `moetune tune` with the same options to measure it."
 NEAR_HINT = (
@@ -60,7 +61,8 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
             f"No profile for {key.environment.device}. "
             f"The closest{of} was measured on {closest.environment.device} ({versions})."
         )
-        deployment = tuple(each for each in differences if each.field in Regime.model_fields)
+        named = {*Regime.model_fields, *(KERNEL_FIELDS if closest.backend == key.backend else ())}
+        deployment = tuple(each for each in differences if each.field in named)
         if closest.layer.shape == key.layer.shape and deployment:
             message += f" It has {_named(deployment)}."
     return MissError(message, HINT, differences, path)

@@ -51,6 +51,15 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
 }
 
 
+KERNEL_FIELDS: Final = frozenset(
+    {
+        "kernel", "kernel_version", "remote", "ids", "mxfp4_activations", "arrives_quantized", "fp8_block_layout",
+        "hidden_dtype",
+    }
+)  # fmt: skip
+"""The strict fields that say what a backend's kernel does. They are the same on every machine."""
+
+
 def versions_of(backend: str) -> Versions:
     """Returns which versions may differ for a backend; none for a backend that is not known."""
     return _VERSIONS.get(backend, Versions())

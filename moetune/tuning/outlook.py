@@ -9,6 +9,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 from moetune.store.match import Match
+from moetune.store.versions import KERNEL_FIELDS
 from moetune.tuning.question import Question
 
 
@@ -61,8 +62,10 @@ class NearestProfile(FrozenModel):
 
     @property
     def other_deployment(self) -> tuple[str, ...]:
-        """The regime's fields in which it differs."""
-        return tuple(name for name in self.differing if name in Regime.model_fields)
+        """The fields in which it differs, of what one backend's kernel does and then of the regime."""
+        kernel = () if "backend" in self.differing else KERNEL_FIELDS
+        names = sorted(self.differing, key=lambda name: name not in kernel)
+        return tuple(name for name in names if name in kernel or name in Regime.model_fields)
 
 
 def nearest_profile(questions: Iterable[Question]) -> NearestProfile | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,7 @@ def tune_all(
     isolate: bool = True,
     time_budget_s: float | None = None,
     on_event: OnEvent | None = None,
+    options: Mapping[str, Mapping[str, object]] | None = None,
 ) -> Comparison:
     """Tunes every backend that can run here, each into a profile of its own, and compares them in every bucket.
 
@@ -56,22 +57,25 @@ def tune_all(
         layer, regime, store, near, again, device, strategy, isolate, on_event: as `tune`.
         frozen: never measure; the times are those of the stored profiles.
         time_budget_s: about how long all of it may take.
+        options: options of single backends by name, such as `{"triton": {"remote": "zero"}}` for SGLang.
 
     Raises:
-        UsageError: as `tune`.
+        UsageError: as `tune`, or a backend has no such option.
         UnsupportedError: no backend can run here and computes this layer.
         MissError: `frozen`, and no backend's whole profile is stored.
         NoResultError: every backend failed; the buckets before that are saved.
     """
-    from moetune.backends.registry import able
+    from moetune.backends.registry import able, backend
     from moetune.measure.probe import device_for
     from moetune.tuning.tune import load, tune
 
     report = on_event or (lambda event: None)
+    options = options or {}
     check_options(frozen, again, time_budget_s, near)
     layer, regime = resolved(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
     backends, left_out = able(layer, regime)
+    backends = [backend(each.name, **options[each.name]) if each.name in options else each for each in backends]
     if not backends:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UnsupportedError(
@@ -81,17 +85,17 @@ def tune_all(
 
     budget = _Budget.of(time_budget_s)
     outcomes: list[_Outcome] = []
-    for index, backend in enumerate(backends):
-        report(BackendStarted(backend.name, index, len(backends)))
+    for index, each in enumerate(backends):
+        report(BackendStarted(each.name, index, len(backends)))
         tuned = partial(
-            tune, layer, regime, backend, store, frozen=frozen, near=near, again=again, device=device,
+            tune, layer, regime, each, store, frozen=frozen, near=near, again=again, device=device,
             strategy=strategy, isolate=isolate, time_budget_s=budget.of_tune(index, len(backends)),
         )  # fmt: skip
-        stored = None if frozen else partial(load, layer, regime, backend, store, device=device)
-        outcome = _outcome(backend, layer, tuned, stored, store, report)
+        stored = None if frozen else partial(load, layer, regime, each, store, device=device)
+        outcome = _outcome(each, layer, tuned, stored, store, report)
         outcomes.append(outcome)
         if outcome.error and len(backends) > 1:  # an only one is raised
-            report(BackendFailed(backend.name, str(outcome.error)))
+            report(BackendFailed(each.name, str(outcome.error)))
     if all(outcome.error for outcome in outcomes):
         raise _no_result(outcomes)
 
@@ -101,7 +105,7 @@ def tune_all(
     if frozen or len(profiles) == 1:
         buckets = side_by_side.from_profiles(profiles)
     else:
-        compared = [backend for backend in backends if backend.name in profiles]
+        compared = [each for each in backends if each.name in profiles]
         seconds = budget.of_comparison(len(first.regime.buckets))
         buckets = list(side_by_side.interleaved(compared, profiles, device_for(device), isolate, seconds, report))
     return Comparison(

@@ -8,6 +8,7 @@ import pytest
 from planted import PlantedBackend
 
 from moetune.backends import registry
+from moetune.cli import backend_choice
 from moetune.store.profile import Profile
 from moetune.tuning import final_comparison as final
 from moetune.tuning import side_by_side, tune_all
@@ -92,3 +93,20 @@ def test_show_takes_auto_for_the_first_backend_that_has_a_profile(moetune, quest
     for path in (importlib.import_module("moetune.store.store").Store().root).glob("*/*/*/triton-*.json"):
         path.unlink()
     assert "backend torch" in moetune("show", *question).stdout
+
+
+def test_auto_tunes_and_finds_the_kernel_of_the_engine(moetune, question, backends, monkeypatch):
+    made = []
+
+    def backend(name, **options):
+        made.append((name, options))
+        return backends[name]
+
+    monkeypatch.setattr(registry, "backend", backend)
+    monkeypatch.setattr(backend_choice, "option_types", lambda name: {"remote": str})
+    words = (*question, "--dispatch", "sglang:none", "--draws", "1")
+    assert moetune("tune", *words).exit_code == 0
+    assert ("triton", {"remote": "zero"}) in made
+    made.clear()
+    assert "backend triton" in moetune("show", *words).stdout
+    assert made.count(("triton", {"remote": "zero"})) == 1

@@ -145,6 +145,22 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
             "none for this machine. The same layer and deployment, packaged, were measured with triton on NVIDIA H200.",
         ),
         (
+            _nearest({"remote": {"wanted": "zero", "stored": "drop"}, "torch": EP8["torch"]}),
+            "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
+            "remote drop instead of zero.",
+        ),
+        (
+            _nearest(
+                {
+                    **EP8,
+                    "backend": {"wanted": "torch", "stored": "triton"},
+                    "remote": {"wanted": None, "stored": "drop"},
+                }
+            ),
+            "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
+            "ep_size 8 instead of 16.",
+        ),
+        (
             _nearest({"top_k": {"wanted": 4, "stored": 8}, **EP8}, layer="other"),
             "none of this layer. The nearest is of other, packaged, measured with triton on NVIDIA H200.",
         ),

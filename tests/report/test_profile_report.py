@@ -188,3 +188,43 @@ def test_only_a_gain_beyond_the_noise_is_bold_green(low, style):
     text = io.StringIO()
     Console(file=text, force_terminal=True, width=100, color_system="standard").print(profile_table(made_profile(won)))
     assert f"\x1b[{style}m1.50×" in text.getvalue()
+
+
+PACKAGED = {
+    path.parent.name.rpartition("-")[0]: path for path in PROFILES if path.parents[1].name.startswith("e128-k8-h4096")
+}
+SKIPS = "a kernel that skips non-local slots. Tune with --remote zero."
+
+
+def _report(slug, remote="drop", **shown):
+    profile = Profile.model_validate_json(PACKAGED[slug].read_text())
+    environment = profile.environment.model_copy(update={"strict": {**profile.environment.strict, "remote": remote}})
+    return printed(
+        *profile_report(profile.model_copy(update={"environment": environment}), "/p.json", **shown), width=400
+    ).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("slug", "remote", "engine", "unfit", "target"),
+    [
+        ("ep8-tp1-nodp-none-random", "drop", None, "sglang", "vllm"),
+        ("ep8-tp1-nodp-none-random", "drop", "sglang", "sglang", "vllm"),
+        ("ep8-tp1-nodp-none-random", "drop", "vllm", "", "vllm"),
+        ("ep8-tp1-nodp-none-random", "zero", None, "vllm", "sglang"),
+        ("ep8-tp1-dp-alltoall-packed-random", "drop", None, "vllm sglang", "vllm"),
+    ],
+)
+def test_a_profile_says_for_which_engine_it_is_not(slug, remote, engine, unfit, target):
+    lines = _report(slug, remote, engine=engine)
+    found = [line for line in lines if line.startswith("not for ")]
+    assert [word for word in ("vllm", "sglang") if any(f"not for {word}: " in line for line in found)] == unfit.split()
+    if unfit == "sglang":
+        assert found[0].endswith(SKIPS)
+    assert lines[-1] == f"next: moetune export /p.json --to {target} --out tuned"
+
+
+def test_the_next_command_names_the_version_of_an_older_kernel():
+    choice = made_choice(8, 60.0, SLOW)
+    profile = made_profile(choice, backend="triton", remote="zero", kernel_version="0.19")
+    line = printed(*profile_report(profile, "/p.json")).splitlines()[-1]
+    assert line == "next: moetune export /p.json --to vllm --for-version 0.19 --out tuned"

@@ -25,6 +25,17 @@ def test_miss_on_another_device_names_the_device_and_versions_of_the_closest(
     assert {difference.field for difference in raised.value.differences} == {"device", "torch", "cuda", "threads"}
 
 
+def test_miss_on_another_device_names_what_the_closest_kernel_does_otherwise(
+    store: Store, profile_of: ProfileOf
+) -> None:
+    skips = Environment(device="NVIDIA H200", strict={"torch": "2.11", "remote": "drop"})
+    profile = store.save(profile_of(environment=skips))
+    writes_zeros = Environment(device="AMD EPYC", strict={"torch": "2.13", "remote": "zero"})
+    with pytest.raises(MissError) as raised:
+        store.load(profile.layer, profile.regime, "torch", writes_zeros)
+    assert raised.value.message.endswith(" It has remote drop instead of zero.")
+
+
 def test_miss_in_an_empty_store_says_so(store: Store, profile_of: ProfileOf) -> None:
     with pytest.raises(MissError, match="is empty") as raised:
         load(store, profile_of())
