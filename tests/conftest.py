@@ -65,3 +65,20 @@ def engine_sources(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
         return download(engine)
 
     return sources
+
+
+@pytest.fixture(scope="session")
+def vllm_version_sources(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Returns a function from a pinned version of vLLM to a folder with its package; only `-m network` downloads it."""
+
+    @cache
+    def sources(version: str) -> Path:
+        if pytestconfig.getoption("markexpr") != "network":
+            pytest.skip(f"only `pytest -m network` downloads vLLM {version}")
+        wheel = wheels.OLDER_VLLM.get(version, wheels.WHEELS["vllm"])
+        assert wheel.version == version
+        return wheels.download("vllm", tmp_path_factory.mktemp("versions") / version, wheel)
+
+    return sources

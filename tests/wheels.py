@@ -29,13 +29,22 @@ WHEELS = {
     "vllm": Wheel(
         "0.33.0",
         "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa",
-        ("vllm/plugins/__init__.py", "vllm/model_executor/layers/fused_moe/fused_moe.py"),
+        (
+            "vllm/plugins/__init__.py",
+            "vllm/model_executor/layers/fused_moe/fused_moe.py",
+            "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
+        ),
         "vllm/model_executor/layers/fused_moe/configs/",
     ),
     "sglang": Wheel(
         "0.5.23",
         "00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937",
-        ("sglang/srt/plugins/__init__.py", "sglang/kernels/ops/moe/fused_moe_triton_kernels.py"),
+        (
+            "sglang/srt/plugins/__init__.py",
+            "sglang/kernels/ops/moe/fused_moe_triton_kernels.py",
+            "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe.py",
+            "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",
+        ),
         "sglang/srt/layers/moe/moe_runner/triton_utils/configs/",
     ),
 }
@@ -44,13 +53,13 @@ OLDER_VLLM = {
     version: Wheel(
         version,
         sha256,
-        ("vllm/model_executor/layers/fused_moe/fused_moe.py",),
+        tuple(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
         "vllm/model_executor/layers/fused_moe/configs/",
     )
-    for version, sha256 in {
-        "0.20.2": "22a7dd06eb03371298e13d6100f3dedbf307352342aaf08e87c929c60aae9b4d",
-        "0.26.0": "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de",
-    }.items()
+    for version, sha256, *others in (
+        ("0.20.2", "22a7dd06eb03371298e13d6100f3dedbf307352342aaf08e87c929c60aae9b4d"),
+        ("0.26.0", "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de", "experts/triton_moe"),
+    )
 }
 """Versions of vLLM whose kernel or its default is not the newest's."""
 

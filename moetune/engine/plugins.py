@@ -2,7 +2,8 @@
 
 The entry points are in the groups `vllm.general_plugins` and `sglang.srt.plugins`. Both engines call them early in
 every process, sometimes more than once. A plugin imports neither torch nor FlashInfer. It waits until the engine itself
-imports FlashInfer's tuner, and so costs nothing in a process that does not, and never queries CUDA before a fork.
+imports FlashInfer's tuner or its own Triton experts, and so costs nothing in a process that does not, and never queries
+CUDA before a fork.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -58,7 +60,7 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
-    from moetune.engine import flashinfer_hook, session
+    from moetune.engine import flashinfer_hook, session, triton_hook
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -72,10 +74,13 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             "Give its number, or leave --rank out.",
         )
     opened = session_for(options.layer, options.regime, options.rank, logger=logger)
+    session.set_for_process(opened)
+    for engine in triton_hook.ENGINES:
+        install = partial(triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled)
+        when_imported(engine.caller, install)
     if obstacle := flashinfer_versions.obstacle():
         logger.warning("moetune: %s", obstacle)
         return
-    session.set_for_process(opened)
     when_imported(TUNER_MODULE, lambda module: flashinfer_hook.install_for_process())
     logger.info("moetune: FlashInfer's MoE ops will be tuned for %s under %s", opened.layer.name, opened.regime.slug)
 

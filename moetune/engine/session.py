@@ -1,4 +1,4 @@
-"""`Session`: the question that a warm-up answers, and the buckets that were served, tuned or missed so far."""
+"""`Session`: the question that an engine asks, and what was served, tuned or missed so far."""
 
 from __future__ import annotations
 
@@ -15,6 +15,31 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from moetune.store.profile import Profile
+
+
+Config = dict[str, int]
+"""The tunables of one launch of a Triton kernel, as the engines name them."""
+
+
+@dataclass(slots=True)
+class AskedShape:
+    """One shape for which an engine asked, and what it is answered.
+
+    Attributes:
+        name: the shape, for the log.
+        profile: the profile that answers, or None.
+        largest_block_m: the largest BLOCK_SIZE_M of the profile.
+        configs: the configuration for each number of rows that was asked for; None for the engine's own.
+        hits: the number of calls that moetune answered.
+        misses: the number of calls that the engine's own look-up answered.
+    """
+
+    name: str
+    profile: Profile | None = None
+    largest_block_m: int = 0
+    configs: dict[int, Config | None] = field(default_factory=dict, repr=False)
+    hits: int = 0
+    misses: int = 0
 
 
 @dataclass(eq=False)
@@ -36,6 +61,7 @@ class Session:
         passed: identities of the calls that FlashInfer answers by itself.
         looked_up: identities of the calls for which the store was read.
         profiles: the profiles of `cutlass_fused_moe` by the regime's digest.
+        asked: the shapes for which the engine asked for a Triton configuration, with the number of hits and misses.
         announced: the summary that was logged last.
     """
 
@@ -52,6 +78,7 @@ class Session:
     passed: set[Any] = field(default_factory=set, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
     profiles: dict[str, Profile] = field(default_factory=dict, repr=False)
+    asked: list[AskedShape] = field(default_factory=list, repr=False)
     announced: str = ""
 
     def count(self, backend: str, *, served: object = (), tuned: object = (), missed: object = ()) -> None:

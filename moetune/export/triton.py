@@ -183,10 +183,10 @@ def _counted(count: int, noun: str) -> str:
 
 def _options(choice: Choice, block_scales: bool, engine: str) -> list[Config]:
     """Returns the configurations that may serve a bucket: its choice's, and those of the equally fast tactics."""
-    return [_config(tactic, block_scales, engine) for tactic in (choice.tactic, *choice.equally_fast)]
+    return [engine_config(tactic, block_scales, engine) for tactic in (choice.tactic, *choice.equally_fast)]
 
 
-def _config(tactic: Tactic, block_scales: bool, engine: str) -> Config:
+def engine_config(tactic: Tactic, block_scales: bool, engine: str) -> Config:
     """Returns the six tunables in the engines' order. BLOCK_SIZE_K is clamped to the scale block."""
     if set(tactic) != set(VALUES) or not all(type(value) is int and value > 0 for value in tactic.values()):
         raise UnsupportedError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from wheels import OLDER_VLLM, VARIABLE, WHEELS, download
+from wheels import VARIABLE
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
@@ -42,23 +42,6 @@ def engine(
     monkeypatch.syspath_prepend(str(sources))
     monkeypatch.setenv(VARIABLE, str(sources))
     return name
-
-
-@pytest.fixture(scope="session")
-def vllm_version_sources(
-    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Returns a function from a pinned version of vLLM to a folder with its package; only `-m network` downloads it."""
-
-    @cache
-    def sources(version: str) -> Path:
-        if pytestconfig.getoption("markexpr") != "network":
-            pytest.skip(f"only `pytest -m network` downloads vLLM {version}")
-        wheel = OLDER_VLLM.get(version, WHEELS["vllm"])
-        assert wheel.version == version
-        return download("vllm", tmp_path_factory.mktemp("versions") / version, wheel)
-
-    return sources
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

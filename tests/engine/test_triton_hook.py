@@ -1,0 +1,455 @@
+"""vLLM's and SGLang's look-up of a Triton configuration, answered from the store by the plugins."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import logging
+import sys
+import time
+
+import pytest
+from choices import make_choice
+from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
+
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.cli.options import request_of
+from moetune.engine import plugins, session, triton_hook
+from moetune.inputs import flashinfer_versions, launch
+from moetune.inputs.options import parse
+from moetune.spec.tactic import Tactic
+from moetune.store.profile import Profile
+from moetune.tuning.question import Question
+
+ENGINES = ("vllm", "sglang")
+SIZES = "--experts 16 --top-k 2 --hidden 512 --intermediate 256"
+REGIME = "--ep 4 --dp --dispatch allgather --tune-max-num-tokens 64"
+NAMES = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+W1, W2 = (4, 512, 512), (4, 512, 256)
+VERSION = importlib.metadata.version
+
+
+def tactic(*values):
+    return Tactic(dict(zip(NAMES, values, strict=True)))
+
+
+def spelled(precision="bf16", ladder="vllm"):
+    return f"{SIZES} --precision {precision} {REGIME} --ladder {ladder}"
+
+
+def backend_for(engine, **options):
+    return TritonBackend(remote="zero", **options) if engine == "sglang" else TritonBackend(**options)
+
+
+def save(text, backend, choose=lambda at, rows: tactic(16, 32 * (1 + at % 8), 128, 1, 4, 3), default=None):
+    """Stores a profile as `moetune tune` does, with a tactic of its own for each bucket."""
+    options = parse(text)
+    question = Question.of(options.layer, options.regime, backend, rank=options.rank)
+    choices = tuple(
+        make_choice(rows, tactic=choose(at, rows), default_tactic=default or tactic(64, 32, 64, 1, 4, 2), rejected=())
+        for at, rows in enumerate(question.regime.buckets)
+    )
+    profile = Profile(
+        layer=question.layer,
+        regime=question.regime,
+        backend="triton",
+        environment=question.environment,
+        choices=choices,
+    )
+    question.store.save(profile)
+    return profile
+
+
+@pytest.fixture
+def version(monkeypatch):
+    """Sets the version of vLLM that is installed."""
+
+    def install(text):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: text if name == "vllm" else VERSION(name))
+
+    install("0.33.0")
+    return install
+
+
+@pytest.fixture
+def process(monkeypatch, version, tmp_path, caplog):
+    """This process as one in which no plugin was loaded and no engine imported; FlashInfer is left alone."""
+    monkeypatch.setattr(plugins, "_registered", False)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(flashinfer_versions, "obstacle", lambda: "not in this test")
+    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    caplog.set_level(logging.INFO)
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] in ENGINES]:
+            del sys.modules[name]
+
+    forget()
+    yield
+    forget()
+    session.set_for_process(None)
+
+
+@pytest.fixture
+def engine_of(process, tmp_path, monkeypatch):
+    """Returns a function that starts an engine with the plugin, and returns the two modules of `CALLERS`."""
+
+    def start(engine, text, *, planted=True, imported_first=False):
+        if planted:
+            plant(tmp_path, engine)
+        names = [f"{MOE[engine]}.{name}" for name in CALLERS[engine]]
+        if imported_first:
+            for name in names:
+                importlib.import_module(name)
+        if text is not None:
+            monkeypatch.setenv(plugins.VARIABLE, text)
+        getattr(plugins, engine)()
+        return [importlib.import_module(name) for name in names]
+
+    return start
+
+
+def lines(caplog):
+    return [record.message for record in caplog.records if "Triton experts" in record.message]
+
+
+@pytest.mark.parametrize("imported_first", [False, True])
+@pytest.mark.parametrize("ladder", ["vllm", "pow2", "pow2/4", "hybrid", "adaptive", "1,5,40"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_rows_run_what_the_profile_says(engine, ladder, imported_first, engine_of, caplog):
+    text = spelled(ladder=ladder)
+    profile = save(text, backend_for(engine))
+    grouped, other = engine_of(engine, text, imported_first=imported_first)
+    for rows in range(1, 70):
+        wanted = dict(profile.tactic(rows * profile.regime.ladder.divisor))
+        assert grouped.ask(W1, W2, 2, None, rows) == wanted
+        assert other.ask(W1, W2, 2, None, rows)["num_warps" if engine == "vllm" else "BLOCK_SIZE_N"] in (4, 64)
+        assert other.ask(W1, W2, 2, None, rows) != wanted, "another kernel keeps the engine's own"
+    (asked,) = session.current().asked
+    assert (asked.hits, asked.misses) == (69, 0)
+    assert lines(caplog) == [
+        f"moetune: Triton experts E=4, N=256: profile of {profile.layer.name} under {profile.regime.slug}, "
+        f"{len(profile.choices)} buckets"
+    ]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_unset_nothing_changes(engine, engine_of, caplog):
+    save(spelled(), backend_for(engine))
+    grouped, other = engine_of(engine, None)
+    lookup = sys.modules[f"{MOE[engine]}.{LOOKUP[engine]}"]
+    assert vars(grouped)[NAME] is vars(other)[NAME] is vars(lookup)[NAME]
+    assert session.current() is None
+    assert not lines(caplog)
+
+
+@pytest.mark.parametrize(
+    ("w1", "w2", "top_k", "dtype", "block"),
+    [
+        ((5, 512, 512), (5, 512, 256), 2, None, None),
+        ((4, 256, 512), (4, 512, 128), 2, None, None),
+        ((4, 512, 256), (4, 256, 256), 2, None, None),
+        ((4, 512, 256), (4, 512, 256), 2, None, None),
+        (W1, W2, 3, None, None),
+        (W1, W2, 2, "fp8_w8a8", None),
+        (W1, W2, 2, "fp8_w8a8", [128, 128]),
+        (W1, W2, 2, None, [128, 128]),
+    ],
+    ids=["E", "N", "K", "packed K", "k", "dtype", "fp8 blocks", "blocks"],
+)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_shapes_pass_through(engine, w1, w2, top_k, dtype, block, engine_of, caplog):
+    save(spelled(), backend_for(engine))
+    grouped, other = engine_of(engine, spelled())
+    assert grouped.ask(w1, w2, top_k, dtype, 8, block_shape=block) == other.ask(
+        w1, w2, top_k, dtype, 8, block_shape=block
+    )
+    grouped.ask(w1, w2, top_k, dtype, 9, block_shape=block)
+    (asked,) = session.current().asked
+    assert (asked.hits, asked.misses) == (0, 2)
+    (line,) = lines(caplog)
+    assert line.startswith(f"moetune: Triton experts E={w2[0]}, N={w2[2]}: not ")
+    assert line.endswith(", the engine's own configuration runs")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fp8_blocks_are_answered_with_the_block_that_runs(engine, engine_of):
+    text = spelled("fp8_block")
+    save(text, backend_for(engine), lambda at, rows: tactic(16, 128, 256, 1, 4, 3))
+    grouped, _ = engine_of(engine, text)
+    found = grouped.ask(W1, W2, 2, "fp8_w8a8", 8, block_shape=[128, 128])
+    assert found == dict(tactic(16, 128, 128, 1, 4, 3))
+    assert grouped.ask(W1, W2, 2, "fp8_w8a8", 8, block_shape=[64, 128]) != found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_the_choice_is_the_default_the_engines_own_runs(engine, engine_of):
+    default = tactic(16, 64, 128, 1, 4, 4 if engine == "vllm" else 3)
+    save(spelled(), backend_for(engine), lambda at, rows: default, default)
+    grouped, other = engine_of(engine, spelled())
+    assert grouped.ask(W1, W2, 2, None, 24) == other.ask(W1, W2, 2, None, 24)
+    assert grouped.ask(W1, W2, 2, None, 64) == dict(default), "the engine's own is not the default that was measured"
+    (asked,) = session.current().asked
+    assert (asked.hits, asked.misses) == (1, 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_miss_names_the_command(engine, engine_of, caplog):
+    save(spelled(ladder="pow2"), backend_for(engine))
+    grouped, other = engine_of(engine, spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == other.ask(W1, W2, 2, None, 8)
+    remote = " --remote zero" if engine == "sglang" else ""
+    assert lines(caplog) == [
+        "moetune: Triton experts E=4, N=256: no profile, the engine's own configuration runs; "
+        f"`moetune tune {spelled()} --backend triton{remote}` makes one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("installed", "measured", "found"),
+    [
+        ("0.33.0", {}, True),
+        ("0.33.0", {"kernel_version": "0.20"}, False),
+        ("0.20.2", {"kernel_version": "0.20"}, True),
+        ("0.20.2", {}, False),
+        ("0.28.0", {"remote": "zero"}, True),
+        ("0.33.0", {"remote": "zero"}, True),
+    ],
+)
+def test_the_profile_has_the_kernel_of_the_installed_vllm(installed, measured, found, version, engine_of):
+    version(installed)
+    text = spelled("fp8_block")
+    save(text, TritonBackend(**measured))
+    grouped, _ = engine_of("vllm", text)
+    grouped.ask(W1, W2, 2, "fp8_w8a8", 8, [128, 128])
+    (asked,) = session.current().asked
+    assert (asked.hits == 1) is found
+
+
+def test_of_two_profiles_the_one_with_the_kernels_non_local_slots_answers(version, engine_of, caplog):
+    version("0.28.0")
+    save(spelled(), TritonBackend(), lambda at, rows: tactic(32, 32, 64, 1, 4, 3))
+    grouped, _ = engine_of("vllm", spelled())
+    assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 32
+    assert lines(caplog)[0].endswith(", measured with --remote drop")
+    save(spelled(), TritonBackend(remote="zero"), lambda at, rows: tactic(128, 32, 64, 1, 4, 3))
+    session.current().asked.clear()
+    importlib.reload(grouped)
+    triton_hook.install(grouped, triton_hook.VLLM, session.current())
+    assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 128
+
+
+def test_a_profile_of_the_engines_own_kernel_answers(engine_of, tmp_path, monkeypatch):
+    plant(tmp_path, "vllm")
+    source = "import triton\nimport triton.language as tl\n@triton.jit\ndef fused_moe_kernel(a_ptr):\n    pass\n"
+    (tmp_path / "vllm/model_executor/layers/fused_moe/fused_moe.py").open("a").write(source)
+    (tmp_path / "vllm/__init__.py").touch()
+    profile = save(spelled(), TritonBackend("vllm"))
+    grouped, _ = engine_of("vllm", spelled(), planted=False)
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+
+
+@pytest.mark.parametrize(
+    ("engine", "line"),
+    [
+        ("vllm", "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel --moe-backend triton"),
+        ("vllm", "vllm serve deepseek-ai/DeepSeek-R1 -tp 8 --enable-expert-parallel --moe-backend triton"),
+        (
+            "sglang",
+            "python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-R1 --tp 8 --dp 8 --enable-dp-attention "
+            "--ep 8 --moe-runner-backend triton",
+        ),
+    ],
+)
+def test_the_profile_that_tune_stores_for_the_same_launch_line_answers(engine, line, engine_of):
+    request = request_of(**launch.read(line).options)
+    layer, regime = request.layer, request.regime
+    assert request.backend.name == "triton"
+    profile = save(f'--launch "{line}"', request.backend)
+    grouped, _ = engine_of(engine, f'--launch "{line}"')
+    experts, width, depth = regime.shard(layer).num_local, regime.intermediate_size(layer), layer.hidden_size
+    fp8 = layer.precision == "fp8_block"
+    for rows in (*profile.regime.buckets, 5, 70, 5000):
+        found = grouped.ask(
+            (experts, 2 * width, depth),
+            (experts, depth, width),
+            layer.top_k,
+            "fp8_w8a8" if fp8 else None,
+            rows,
+            block_shape=[128, 128] if fp8 else None,
+        )
+        assert found == dict(profile.tactic(rows))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_override_wins(engine, engine_of):
+    profile = save(spelled(), backend_for(engine))
+    grouped, _ = engine_of(engine, spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+    with sys.modules[MOE[engine]].override_config({"BLOCK_SIZE_M": 1}):
+        assert grouped.ask(W1, W2, 2, None, 8) == {"BLOCK_SIZE_M": 1}
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_reproducible_runs_keep_the_engines_own(engine, engine_of, caplog):
+    save(spelled(), backend_for(engine))
+    grouped, other = engine_of(engine, spelled())
+    lookup = sys.modules[f"{MOE[engine]}.{LOOKUP[engine]}"]
+    if engine == "vllm":
+        lookup.envs.VLLM_BATCH_INVARIANT = True
+    else:
+        lookup.deterministic.enable_deterministic_inference = True
+    assert grouped.ask(W1, W2, 2, None, 8) == other.ask(W1, W2, 2, None, 8)
+    assert ("VLLM_BATCH_INVARIANT is set" if engine == "vllm" else "deterministic inference is on") in lines(caplog)[0]
+
+
+def test_both_gemms_of_sglang_run_the_configuration(engine_of):
+    profile = save(spelled(), backend_for("sglang"), lambda at, rows: tactic(16 << at % 3, 32, 64, 1, 4, 3))
+    grouped, other = engine_of("sglang", spelled())
+    config, (down, largest) = grouped.ask(W1, W2, 2, None, 8, return_down_config=True)
+    assert config == down == dict(profile.tactic(8))
+    assert largest == 64
+    down.clear()
+    assert grouped.ask(W1, W2, 2, None, 8, return_down_config=True)[1][0] == config
+    for named in ({"is_marlin": True}, {"per_channel_quant": True}):
+        assert grouped.ask(W1, W2, 2, None, 8, **named) == other.ask(W1, W2, 2, None, 8, **named)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_error_is_logged_once_and_the_engine_goes_on(engine, engine_of, caplog, monkeypatch):
+    profile = save(spelled(), backend_for(engine), lambda at, rows: Tactic(tile=rows))
+    grouped, other = engine_of(engine, spelled())
+    for rows in (8, 8, 9):
+        assert grouped.ask(W1, W2, 2, None, rows) == other.ask(W1, W2, 2, None, rows)
+    (line,) = lines(caplog)
+    assert "are left to the engine" in line
+    assert "BLOCK_SIZE_M" in line
+    assert [record.levelno for record in caplog.records if line in record.message] == [logging.WARNING]
+    assert profile.choices
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_look_up_with_another_signature_is_left_alone(engine, process, tmp_path, monkeypatch, caplog):
+    plant(tmp_path, engine, lookup=f"\ndef {NAME}(layer, rows):\n    return rows\n")
+    monkeypatch.setenv(plugins.VARIABLE, spelled())
+    getattr(plugins, engine)()
+    assert importlib.import_module(f"{MOE[engine]}.{CALLERS[engine][0]}").ask(1, 7) == 7
+    assert f"{engine} of this version has another {NAME}" in lines(caplog)[0]
+
+
+def test_a_layer_that_the_backend_does_not_compute_is_left_alone(engine_of, caplog):
+    text = f"{SIZES} --precision fp16 {REGIME}"
+    grouped, other = engine_of("vllm", text)
+    assert grouped.ask(W1, W2, 2, None, 8) == other.ask(W1, W2, 2, None, 8)
+    assert "moetune's backend triton computes bf16 and fp8_block experts, not fp16" in lines(caplog)[0]
+
+
+def test_the_store_is_read_once_for_a_shape_and_a_call_is_fast(engine_of, monkeypatch):
+    save(spelled(), TritonBackend())
+    grouped, _ = engine_of("vllm", spelled())
+    reads = []
+    load = Question.load
+    monkeypatch.setattr(Question, "load", lambda self: reads.append(1) or load(self))
+    for rows in range(1, 65):
+        grouped.ask(W1, W2, 2, None, rows)
+    assert reads == [1]
+
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(200):
+            grouped.ask(W1, W2, 2, None, 8)
+        return (time.perf_counter() - start) / 200
+
+    assert min(seconds() for _ in range(50)) < 20e-6, "about 1 µs; the margin is for a busy machine"
+
+
+LOOKUPS = ("get_config_file_name", "get_moe_configs", "get_default_config", NAME)
+
+
+def modules_of(tree):
+    """Returns the modules from which the look-up's name is imported at the top of a module."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [node.module for node in imports if NAME in [alias.name for alias in node.names]]
+
+
+def every_bucket_is_answered(engine, engine_of, precision, ask):
+    text = spelled(precision)
+    profile = save(text, backend_for(engine))
+    grouped, other = engine_of(engine, text, planted=False)
+    fp8 = {"dtype": "fp8_w8a8", "block_shape": [128, 128]} if precision == "fp8_block" else {"dtype": None}
+    for rows in profile.regime.buckets:
+        assert ask(grouped, W1, W2, 2, M=rows, **fp8) == dict(profile.tactic(rows))
+        own = other.ask(W1, W2, 2, M=rows, **fp8)
+        assert own != dict(profile.tactic(rows))
+        wide = ((8, 512, 512), (8, 512, 256))
+        assert ask(grouped, *wide, 2, M=rows, **fp8) == other.ask(*wide, 2, M=rows, **fp8)
+    of_layer, of_others = session.current().asked
+    assert (of_layer.hits, of_layer.misses) == (len(profile.choices), 0)
+    assert of_others.hits == 0
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("release", ["0.26.0", "0.33.0"])
+def test_vllms_real_look_up_is_answered(release, precision, vllm_version_sources, engine_of, version, tmp_path):
+    version(release)
+    sources = vllm_version_sources(release) / "vllm/model_executor/layers/fused_moe"
+    plant(tmp_path, "vllm", lookup=functions(sources / "fused_moe.py", *LOOKUPS))
+    tree = ast.parse((sources / "experts/triton_moe.py").read_text())
+    assert modules_of(tree) == [f"{MOE['vllm']}.{LOOKUP['vllm']}"], "it binds the name that is replaced"
+    (experts,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TritonExperts")
+    (apply,) = (node for node in experts.body if isinstance(node, ast.FunctionDef) and node.name == "apply")
+    (call,) = (
+        node
+        for node in ast.walk(apply)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == NAME
+    )
+    assert ([*map(ast.unparse, call.args)], [word.arg for word in call.keywords]) == (
+        ["w1.size()", "w2.size()", "top_k_num", "self.quant_config.config_name(hidden_states.dtype)", "num_tokens"],
+        ["block_shape"],
+    )
+    every_bucket_is_answered("vllm", engine_of, precision, lambda module, *given, **named: module.ask(*given, **named))
+
+
+RUNS = """
+from types import SimpleNamespace
+padding_size, _use_aiter = 128, False
+_moe_support_tma = lambda: True
+moe_align_block_size = lambda *given: (None, None, None)
+get_config_dtype_str = lambda use_fp8_w8a8, **named: "fp8_w8a8" if use_fp8_w8a8 else None
+"""
+
+
+def sglang_runs(module, w1, w2, top_k, dtype, M, block_shape=None):
+    """What SGLang's real caller makes of the look-up's answer; both GEMMs run it."""
+    shaped = {name: module.SimpleNamespace(shape=shape) for name, shape in [("w1", w1), ("w2", w2)]}
+    config, down, down_tma, up_tma, *_ = module._prepare_fused_moe_run(
+        module.SimpleNamespace(shape=(M, w1[2]), dtype="bf16"),
+        **shaped,
+        topk_ids=module.SimpleNamespace(shape=(M, top_k)),
+        use_fp8_w8a8=dtype is not None,
+        use_int8_w8a8=False,
+        use_int8_w8a16=False,
+        use_int4_w4a16=False,
+        per_channel_quant=False,
+        block_shape=block_shape,
+    )
+    assert (down or config) == config
+    assert not down_tma
+    assert not up_tma
+    return config
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_sglangs_real_look_up_and_its_caller_are_answered(precision, engine_sources, engine_of, tmp_path):
+    sources = engine_sources("sglang") / "sglang/srt/layers/moe/moe_runner/triton_utils"
+    lookup = functions(sources / "fused_moe_triton_config.py", *LOOKUPS)
+    caller = functions(sources / "fused_moe.py", "_prepare_fused_moe_run")
+    plant(tmp_path, "sglang", lookup=lookup, caller=RUNS + caller)
+    tree = ast.parse((sources / "fused_moe.py").read_text())
+    assert modules_of(tree) == [LOOKUP["sglang"]], "it binds the name that is replaced"
+    every_bucket_is_answered("sglang", engine_of, precision, sglang_runs)
