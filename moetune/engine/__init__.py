@@ -1,1 +1,1 @@
-"""Inside a running engine: FlashInfer's ops are tuned for a regime while the engine warms up."""
+"""Inside a running engine: its ops run what is tuned for a regime, from the store or by a warm-up."""
