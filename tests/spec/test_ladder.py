@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.spec.ladder import ADAPTIVE_STEP, VLLM_BUCKETS, Ladder
+from moetune.spec.regime import Regime
 
 MAXIMA = st.integers(1, 20_000)
 
@@ -183,3 +184,19 @@ def test_a_bad_ladder_is_a_one_line_usage_error(spelled):
         Ladder.parse(spelled)
     assert "\n" not in str(error.value)
     assert "ladder" in str(error.value).lower()
+
+
+@given(divisor=st.integers(1, 64), maximum=MAXIMA)
+def test_the_coarser_ladder_has_some_of_the_buckets_and_the_same_rule(divisor, maximum):
+    ladder = Ladder(name="adaptive", divisor=divisor)
+    coarser = ladder.coarser
+    assert coarser == Ladder(name="vllm", divisor=divisor)
+    assert set(coarser.buckets(maximum)) <= set(ladder.buckets(maximum))
+    assert coarser.rounding == ladder.rounding
+    assert coarser.coarser is None
+
+
+@pytest.mark.parametrize("spelled", ["pow2", "hybrid", "vllm", "1,2,4"])
+def test_no_other_ladder_has_a_coarser_one(spelled):
+    assert Ladder.parse(spelled).coarser is None
+    assert Regime(ladder=spelled).coarser is None
