@@ -230,3 +230,27 @@ def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_and_every_output_say
     )
     document = json.loads(moetune("plan", *question, "--json").stdout)
     assert (document["profile"]["differing"], document["profile"]["measured_ladder"]) == ({}, "vllm")
+
+
+def test_plan_and_show_look_up_the_kernel_that_a_tune_for_sglang_measures(moetune, host, monkeypatch, tmp_path):
+    """The packaged profiles were measured with a kernel that skips non-local slots. SGLang's writes zeros for them."""
+    from moetune.backends.grouped_triton.backend import TritonBackend
+
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
+    host("3.6.0")
+    asked = ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "sglang:none", "--store", tmp_path / "store")
+    missed = moetune("show", *asked)
+    assert missed.exit_code == 3
+    assert "remote drop instead of zero" in missed.stderr
+    nearest = json.loads(moetune("plan", *asked, "--json").stdout)["profile"]
+    assert nearest["differing"]["remote"] == {"wanted": "zero", "stored": "drop"}
+
+    store = Store(tmp_path / "store")
+    packaged = store.read(nearest["path"])
+    strict = {**packaged.environment.strict, "remote": "zero"}
+    environment = packaged.environment.model_copy(update={"strict": strict})
+    zero = store.save(packaged.model_copy(update={"environment": environment}))
+    path = str(store.path(zero.layer, zero.regime, zero.backend, zero.environment))
+    assert json.loads(moetune("show", *asked, "--json").stdout)["path"] == path
+    answering = json.loads(moetune("plan", *asked, "--json").stdout)["profile"]
+    assert (answering["path"], answering["differing"]) == (path, {})

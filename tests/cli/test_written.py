@@ -5,9 +5,10 @@ import json
 
 import pytest
 
+from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import request_of
 from moetune.cli.written import request_for_engine
-from moetune.errors import UsageError
+from moetune.errors import NoResultError, UsageError
 from moetune.spec.environment import Environment
 from moetune.store.profile import Choice, Profile
 
@@ -107,3 +108,29 @@ def test_a_version_without_an_export_and_a_contradicting_kernel_are_refused_befo
     other = moetune("tune", "--launch", FP8, *words)
     assert (other.exit_code, "vLLM 0.20.2 is not the one that was chosen: 0.33" in other.stderr) == (2, True)
     assert not tuned
+
+
+@pytest.mark.parametrize(
+    ("asked", "remote"),
+    [
+        (("--launch", "python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-R1 --tp 8 --ep 8"), "zero"),
+        (("--model", "deepseek-r1", "--ep", "8", "--dispatch", "sglang:none"), "zero"),
+        (("--model", "deepseek-r1", "--ep", "8", "--dispatch", "vllm:allgather_reducescatter"), "drop"),
+    ],
+    ids=["SGLang's line", "SGLang's dispatcher", "vLLM's dispatcher"],
+)
+def test_with_and_without_an_export_auto_measures_the_same_kernel(moetune, monkeypatch, tmp_path, asked, remote):
+    """SGLang's kernel writes zeros for non-local slots, vLLM's newest skips them."""
+    measured = []
+
+    def answer(layer, regime, backend, *others, **options):
+        measured.append(backend.environment())
+        raise NoResultError("There is no GPU.")
+
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(importlib.import_module("moetune.tuning.tune"), "tune", answer)
+    for words in ((), ("--export", tmp_path / "out")):
+        assert moetune("tune", *asked, *words, "--store", tmp_path / "store").exit_code == 1
+    without, exported = measured
+    assert without == exported
+    assert without["remote"] == remote
