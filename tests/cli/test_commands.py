@@ -9,6 +9,7 @@ from planted import PlantedBackend, PlantedRunner
 
 import moetune as package
 from moetune.backends import registry
+from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.tuning import final_comparison as final
 
@@ -444,3 +445,21 @@ def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):
     assert sum(choice["load"]) == 2 * 8 * 2
     assert choice["tried"] >= 4
     assert document["environment"]["informative"]["moetune"] == package.__version__
+
+
+@pytest.mark.parametrize(("maximum", "last"), [(None, 8192), (196608, 196608)])
+def test_plan_has_a_bucket_for_every_decode_size_of_a_pool_of_24_ranks(moetune, maximum, last):
+    """The pool has 24·T rows for T tokens a rank. The next larger bucket answers; above the maximum, the last one."""
+    words = ["plan", "--model", "kimi-k2.5", "--ep", "24", "--dispatch", "vllm:flashinfer_nvlink_one_sided", "--json"]
+    document = _document(moetune(*words, *(["--tune-max-num-tokens", maximum] if maximum else [])))
+    regime = Regime.model_validate(document["regime"])
+    listed = {bucket["rows"]: bucket for bucket in document["buckets"]}
+    assert (regime.layout, max(listed)) == ("pool", last)
+    assert all(bucket["met_rows"] % 24 == 0 for bucket in listed.values())
+    answered = {tokens: regime.ladder.lookup(24 * tokens, regime.tune_max_num_tokens) for tokens in range(1, 513)}
+    for tokens, rows in answered.items():
+        assert rows == min((rows for rows in listed if rows >= 24 * tokens), default=last)
+    decode = {rows for rows in listed if rows <= max(answered.values())}
+    assert set(answered.values()) == decode
+    for rows in decode:
+        assert answered[int(listed[rows]["tokens_per_rank"])] == rows
