@@ -89,12 +89,14 @@ def backend_of_engine(engine: str, layer: MoELayer, regime: Regime) -> Backend |
     Those that can run here come first, then moetune's order of preference. None if the engine can run none of them.
     """
     from moetune.backends import registry
-    from moetune.inputs.engine_flags import engine_flags
+    from moetune.inputs.engine_flags import engine_flags, reaches
 
     names = [
-        name for name in registry.backends_computing(layer, regime) if engine in engine_flags(name, layer.precision)
+        name
+        for name in registry.backends_computing(layer, regime)
+        if engine in engine_flags(name, layer.precision) and reaches(name, regime.layout)
     ]
-    if engine == "trtllm" and regime.attention_dp:
+    if regime.layout == "pool" or (engine == "trtllm" and regime.attention_dp):
         names.sort(key=lambda name: name != "flashinfer-trtllm-routed")
     here = [name for name in names if registry.diagnosis(name).available]
     return next((backend_with(name, engine_options(engine, name)) for name in (*here, *names)), None)

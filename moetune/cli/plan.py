@@ -60,7 +60,7 @@ def plan(request: Request, store: Path | None, near: bool, as_json: bool) -> Non
 def _kernels(request: Request, backend: Backend) -> Kernels:
     from moetune.backends import registry
     from moetune.cli.notes import preferred_to
-    from moetune.inputs.engine_flags import engine_flags
+    from moetune.inputs.engine_flags import engine_flags, reaches
     from moetune.tuning.outlook import Kernels
 
     layer, regime, engine = request.layer, request.regime, request.engine
@@ -69,7 +69,7 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
         selected=not request.auto,
         computing=tuple(registry.backends_computing(layer, regime)),
         runs_here=backend.unavailable() is None,
-        flags=dict(engine_flags(backend.name, layer.precision)),
+        flags=dict(engine_flags(backend.name, layer.precision)) if reaches(backend.name, regime.layout) else {},
         preferred=preferred_to(backend, engine, layer, regime) if engine and request.auto else {},
     )
 
@@ -89,7 +89,7 @@ def _nearest(request: Request, backends: list[Backend], root: Path | None, near:
         except UnsupportedError:  # its package is not installed, so no profile is for this environment
             continue
     try:
-        return nearest_profile(keys)
+        return nearest_profile(keys, any_backend=request.auto)
     except StoreError as error:
         click.echo(f"warning: {error}", err=True)
         return None
@@ -97,10 +97,12 @@ def _nearest(request: Request, backends: list[Backend], root: Path | None, near:
 
 def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None) -> str | None:
     """Returns the command to run next: the one that shows the profile, or the one that measures it."""
-    from moetune.report.command import command
+    from moetune.report.command import command, command_elsewhere
 
     if profile is not None and profile.answers:
         return command("show", profile.path)
     start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
-    words = [word for word in typed() if word != "--near"]
-    return command("tune", *words, *start) if backend in kernels.computing else None
+    words = ["tune", *(word for word in typed() if word != "--near"), *start]
+    if backend not in kernels.computing:
+        return None
+    return command(*words) if kernels.runs_here else command_elsewhere(*words)

@@ -119,7 +119,8 @@ def resolve(
         tunable = [str(known) for known in dispatchers() if known.engine == dispatcher.engine and known.tunable]
         raise UnsupportedError(
             f"{dispatcher} cannot be tuned: {dispatcher.untunable}.",
-            f"Tunable: {', '.join(tunable)}. To see their load, add --dispatch with one of these.",
+            f"Tunable: {', '.join(tunable)}. `moetune plan --dispatch` with one of these shows the load of that "
+            "deployment, which is another one.",
         )
     arguments = dict(dispatcher.regime)
     if attention_dp is False:
@@ -149,6 +150,11 @@ def _pools(ep_size: int) -> str:
         return "pow2"
     blocks = (1 << exponent for exponent in range(max(1, POW2_LAST // ep_size).bit_length()))
     return ",".join(str(ep_size * block) for block in blocks)
+
+
+def untunable(spelled: str) -> bool:
+    """Returns whether `ENGINE:NAME` is a dispatcher whose kernels moetune cannot tune."""
+    return any(str(known) == spelled.strip().lower() and not known.tunable for known in dispatchers())
 
 
 def matching(dispatch: str, layout: str | None = None) -> tuple[str, ...]:

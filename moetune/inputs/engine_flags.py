@@ -33,6 +33,14 @@ _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
 _TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
+def reaches(backend: str, layout: str | None) -> bool:
+    """Returns whether an engine can run `backend` under a layout. The rows of a pool go to FlashInfer's kernels only.
+
+    The source is `dispatchers.json`, which names those whose rows reach the Triton kernel.
+    """
+    return backend != "triton" or layout != "pool"
+
+
 def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
     """Returns the flag that selects `backend`, for each engine that can run it.
 

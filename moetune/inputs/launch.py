@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from moetune.errors import UsageError
 from moetune.inputs import launch_sglang, launch_trtllm, launch_vllm
+from moetune.inputs.dispatcher import untunable
 from moetune.inputs.flag_table import table
 from moetune.inputs.launch_command import ServerCommand, find
 from moetune.inputs.launch_line import Line, known_text, parse
@@ -80,6 +81,11 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
         found.pop("dp", None)
     if "dispatch" in beside:
         found.pop("ladder", None)
+        if untunable(str(found.get("dispatch"))):
+            warnings.append(
+                f"--dispatch {beside['dispatch']} replaces {found['dispatch']} of the launch line. That is another "
+                "deployment: the engine that the line starts has another load, and reads no result of it."
+            )
     options = {name: value for name, value in found.items() if value is not None and name not in beside}
     return Launch(options, tuple(dict.fromkeys(warnings)))
 

@@ -165,6 +165,8 @@ def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     """Returns which kernels run the experts, which profile is nearest, and what to run next."""
     profile = plan.profile
     lines = [Text(_kernels_line(plan.backend, kernels)), Text(_profile_line(profile))]
+    if profile is None and kernels.selected:
+        lines[1] = Text(f"profile: none measured with {plan.backend} is stored.")
     if profile and not profile.answers:
         lines.append(
             Text("view the nearest: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold")

@@ -26,7 +26,8 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
     """Returns the error for a key that no profile matches.
 
     The closest profile is the near one if there is one. Otherwise it has the fewest differences, and of those the
-    nearest EP and TP sizes. A profile of the same layer is always closer than one of another.
+    nearest EP and TP sizes. A profile of the same layer is always closer than one of another, and of these one of the
+    same backend.
 
     Args:
         key: the key that was looked up.
@@ -46,6 +47,7 @@ def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: M
         found,
         key=lambda entry: (
             entry[1].layer.shape != key.layer.shape,
+            entry[1].backend != key.backend,
             len(entry[2]),
             _distance(key.regime, entry[1].regime),
             str(entry[0]),

@@ -68,14 +68,15 @@ class NearestProfile(FrozenModel):
         return tuple(name for name in names if name in kernel or name in Regime.model_fields)
 
 
-def nearest_profile(questions: Iterable[Question]) -> NearestProfile | None:
+def nearest_profile(questions: Iterable[Question], *, any_backend: bool = True) -> NearestProfile | None:
     """Returns the stored profile that answers one of the questions, or the nearest to the first of them.
 
     Args:
         questions: the questions, one for each backend that may have a profile.
+        any_backend: whether a profile of another backend than the questions' may be the nearest.
 
     Returns:
-        The profile; None if nothing is stored.
+        The profile; None if none is stored.
 
     Raises:
         StoreError: a profile that answers is damaged or was written by a newer moetune.
@@ -87,6 +88,8 @@ def nearest_profile(questions: Iterable[Question]) -> NearestProfile | None:
         except MissError as miss:
             if miss.nearest is not None and (nearest is None or (miss.near and not nearest.near)):
                 closest = Match(miss.nearest, question.store.read(miss.nearest), miss.differences)
+                if not any_backend and closest.profile.backend != question.backend.name:
+                    continue
                 nearest = _described(question, closest, near=miss.near)
     return nearest
 

@@ -65,7 +65,7 @@ def tune_all(
         MissError: `frozen`, and no backend's whole profile is stored.
         NoResultError: every backend failed; the buckets before that are saved.
     """
-    from moetune.backends.registry import able, backend
+    from moetune.backends.registry import able, backend, backends_computing, preferred
     from moetune.measure.probe import device_for
     from moetune.tuning.tune import load, tune
 
@@ -77,9 +77,11 @@ def tune_all(
     backends, left_out = able(layer, regime)
     backends = [backend(each.name, **options[each.name]) if each.name in options else each for each in backends]
     if not backends:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        name = preferred(layer, regime).name
+        if frozen and name in backends_computing(layer, regime):  # a miss says what the closest profile is of
+            load(layer, regime, backend(name, **options.get(name, {})), store, device=device)
         raise UnsupportedError(
-            f"No backend can tune {layer.name} here: {reasons}.",
+            f"No backend can tune {layer.name} here. Backend {name}: {left_out[name]}.",
             "Tune on a machine with the GPU that you deploy on; `moetune doctor` says what each backend needs.",
         )
 

@@ -9,6 +9,7 @@ from planted import PlantedBackend, PlantedRunner
 
 import moetune as package
 from moetune.backends import registry
+from moetune.inputs.deployment import from_launch
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.tuning import final_comparison as final
@@ -122,6 +123,51 @@ def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
         "kernels", "profile", "view the nearest", "next, on a machine with the GPU that you deploy on",
     ]  # fmt: skip
     assert lines[-1].endswith(document["next_command"])
+
+
+def test_a_plan_for_other_kernels_names_no_profile_of_triton(moetune, on_a_cpu):
+    named = f"{SGLANG} --moe-runner-backend flashinfer_trtllm"
+    assert _document(moetune("plan", "--launch", named, "--json"))["profile"] is None
+    assert "profile: none measured with flashinfer-trtllm is stored.\n" in moetune("plan", "--launch", named).stdout
+    assert _document(moetune("plan", "--launch", SGLANG, "--json"))["profile"] is not None
+
+
+def test_a_plan_whose_rows_go_to_flashinfers_kernels_is_not_for_triton(moetune, on_a_cpu):
+    pool = ("--model", "qwen3-235b-a22b", "--ep", "8", "--dispatch", "sglang:flashinfer")
+    assert _document(moetune("plan", *pool, "--json"))["backend"] == "flashinfer-trtllm-routed"
+    named = moetune("plan", *pool, "--backend", "triton").stdout
+    assert "kernels: triton. SGLang does not run them." in named
+
+
+def test_a_dispatch_beside_a_line_that_cannot_be_tuned_is_another_deployment(moetune, on_a_cpu):
+    line = f"{SGLANG} --moe-a2a-backend deepep"
+    refused = moetune("plan", "--launch", line)
+    assert refused.exit_code == 2
+    assert "shows the load of that deployment, which is another one." in refused.stderr
+    planned = moetune("plan", "--launch", line, "--dispatch", "sglang:none", "--json")
+    assert planned.exit_code == 0
+    assert "warning: --dispatch sglang:none replaces sglang:deepep of the launch line. " in planned.stderr
+    assert "replaces" not in moetune("plan", "--launch", SGLANG, "--dispatch", "sglang:none", "--json").stderr
+
+
+def test_a_frozen_tune_without_a_backend_that_runs_here_is_a_miss(moetune, on_a_cpu):
+    line = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel --moe-backend triton"
+    for words in (("--launch", SGLANG), ("--launch", line)):
+        frozen = moetune("tune", *words, "--frozen")
+        assert frozen.exit_code == 3
+        assert "The closest was measured on NVIDIA H200" in frozen.stderr
+    refused = moetune("tune", "--launch", SGLANG)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: No backend can tune deepseek-r1 here. Backend triton: needs a CUDA device")
+    assert len(refused.stderr) < 250
+
+
+def test_packaged_profiles_answer_a_line_without_attention_dp_on_their_ladder():
+    line = "vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel"
+    packaged = Path(__file__).parents[2] / "profiles"
+    digests = {path.parent.name.rpartition("-")[2] for path in packaged.glob("*/*/*/*.json")}
+    assert from_launch(line).regime.digest not in digests
+    assert from_launch(line, ladder="pow2").regime.digest in digests
 
 
 def test_a_miss_without_a_gpu_does_not_ask_to_tune_here(moetune, on_a_cpu):
