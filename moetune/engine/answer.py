@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from moetune.engine import session as sessions
 from moetune.engine.dummies import Dummies
 from moetune.engine.flashinfer_ops import MoEOp, RoutingInput, recognize
 from moetune.engine.op_bench import EngineBench, choose
-from moetune.engine.ranks import broadcast, gather, leads
+from moetune.engine.ranks import broadcast, common, engine_group, gather, leads, together
 from moetune.engine.session import Session
 from moetune.engine.stored import (
     Answers,
@@ -29,6 +29,7 @@ from moetune.spec.tactic import UNTUNED
 from moetune.store.profile import Choice, Profile
 
 if TYPE_CHECKING:
+    from moetune.workload.draws import Draw
     from moetune.workload.routing import Routing
 
 OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
@@ -56,10 +57,14 @@ def answer(session: Session, call: TunerCall) -> None:
         if op is None:
             session.passed.add(call.identity)
             return
-        fresh = [rows for rows in call.profiles if not _is_placed(session, call, rows)]
+        group = _group(session, tuning)
+        # What was placed outside tuning mode may differ between ranks: all of them must ask for the same buckets.
+        known = session.placed.keys() if group is None or not tuning else session.agreed
+        _place_again(session, call, [key for key in call.keys.values() if key in known])
+        fresh = [rows for rows, key in call.keys.items() if key not in known]
         if fresh:
             with _passing_through():
-                _fill(session, call, op, fresh)
+                _fill(session, call, op, fresh, group)
     except Exception as error:  # an engine must start, whatever fails while it tunes
         session.passed.add(call.identity)
         session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)
@@ -68,10 +73,13 @@ def answer(session: Session, call: TunerCall) -> None:
             session.announce()
 
 
-def _is_placed(session: Session, call: TunerCall, rows: int) -> bool:
-    """Returns whether FlashInfer's cache still holds the tactic that this session placed for the bucket."""
-    key = call.key(rows)
-    return key in session.placed and bool(call.tuner.choices.holds(key, session.placed[key]))
+def _place_again(session: Session, call: TunerCall, keys: Iterable[Any]) -> None:
+    """Places those of the session's tactics that FlashInfer's cache no longer holds."""
+    choices = call.tuner.choices
+    for key in keys:
+        tactic, profile = session.placed[key]
+        if not choices.holds(key, tactic):
+            choices.place(key, tactic, profile, call.effective_config)
 
 
 @contextmanager
@@ -84,19 +92,18 @@ def _passing_through() -> Iterator[None]:
         sessions.leave(token)
 
 
-def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int]) -> None:
+def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int], group: Any) -> None:
     """Places the stored choices of the buckets `fresh`; in tuning mode it measures the other buckets."""
     regime = regime_of_buckets(session.regime, list(call.profiles))
     possible = [rows for rows in fresh if rows in regime.buckets]
     if op.routing_input is RoutingInput.NONE:
-        _fill_cutlass(session, call, op, regime, possible)
+        _fill_cutlass(session, call, op, regime, possible, group)
     else:
-        group = _group(session)
         answers = _answers(session, call, op, regime)
         missing = _served(session, call, answers, possible, group)
         if missing and call.tuner.is_tuning_mode:
             _measure(session, call, answers, op, missing, group)
-    session.count(op.backend, missed=[rows for rows in fresh if call.key(rows) not in session.placed])
+    session.count(op.backend, missed=[rows for rows in fresh if call.keys[rows] not in session.placed])
     if call.tuner.is_tuning_mode or session.served:
         session.announce()
 
@@ -109,16 +116,24 @@ def _answers(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> An
 
 
 def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
-    key = call.key(rows)
-    call.tuner.choices.place(key, tactic, call.profiles[rows], call.effective_config)
-    session.placed[key] = tactic
+    key, profile = call.keys[rows], call.profiles[rows]
+    call.tuner.choices.place(key, tactic, profile, call.effective_config)
+    session.placed[key] = (tactic, profile)
+    if call.tuner.is_tuning_mode:
+        session.agreed.add(key)
 
 
-def _group(session: Session) -> Any:
-    """Returns the ranks that must choose the same tactics, or None."""
+def _group(session: Session, tuning: bool) -> Any:
+    """Returns the ranks that must choose the same tactics, or None.
+
+    The engine's group is taken in tuning mode only. Outside of it a rank may call an op that the others do not call.
+    """
     from flashinfer.autotuner import get_autotune_process_group
 
-    return session.group if session.group is not None else get_autotune_process_group()
+    if session.group is not None:
+        return session.group
+    group = get_autotune_process_group()
+    return engine_group() if group is None and tuning else group
 
 
 def _served(session: Session, call: TunerCall, answers: Answers, rows: Sequence[int], group: Any) -> list[int]:
@@ -126,15 +141,21 @@ def _served(session: Session, call: TunerCall, answers: Answers, rows: Sequence[
 
     A bucket is served only if every rank of `group` has stored the same tactic for it.
     """
-    stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
-    if unknown := [bucket for bucket in rows if bucket not in stored]:
-        stored |= offline_choices(answers, {bucket: call.key(bucket).file_key for bucket in unknown})
+    stored = together(lambda: _stored(call, answers, rows), group)
     everywhere = gather({bucket: choice.tactic for bucket, choice in stored.items()}, group)
     served = [bucket for bucket in stored if all(theirs.get(bucket) == stored[bucket].tactic for theirs in everywhere)]
     for bucket in served:
         _place(session, call, bucket, native_of(stored[bucket].tactic))
     session.count(answers.backend, served=served)
     return [bucket for bucket in rows if bucket not in served]
+
+
+def _stored(call: TunerCall, answers: Answers, rows: Sequence[int]) -> dict[int, Choice]:
+    """Returns those of the buckets `rows` for which the store has a choice."""
+    stored = {bucket: choice for bucket, choice in answers.load().items() if bucket in rows}
+    if unknown := [bucket for bucket in rows if bucket not in stored]:
+        stored |= offline_choices(answers, {bucket: call.keys[bucket].file_key for bucket in unknown})
+    return stored
 
 
 def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, rows: Sequence[int], group: Any) -> None:
@@ -144,8 +165,11 @@ def _measure(session: Session, call: TunerCall, answers: Answers, op: MoEOp, row
     """
     dummies = Dummies(session.layer, answers.regime, op, call)
     rows = [bucket for bucket in rows if dummies.typical_rows(bucket)]
-    times = call.tuner.swept(call, frozenset(map(call.key, rows)), dummies.hook)
-    choices = [_final(session, call, dummies, bucket, times[bucket], group) for bucket in rows if bucket in times]
+    missing = frozenset(call.keys[bucket] for bucket in rows)
+    times = together(lambda: call.tuner.swept(call, missing, dummies.hook), group)
+    timed = common(times.keys(), group)  # a bucket's sweep may fail on one rank
+    rows = [bucket for bucket in rows if bucket in timed]
+    choices = [_final(session, call, dummies, bucket, times[bucket], group) for bucket in rows]
     for choice in choices:
         _place(session, call, choice.rows, native_of(choice.tactic))
     session.count(op.backend, tuned=[choice.rows for choice in choices])
@@ -167,6 +191,20 @@ def _final(
         group: the ranks that must choose the same tactic, or None.
     """
     from moetune.measure.clock import clock_for
+
+    draws, inputs = together(lambda: _final_inputs(session, call, dummies, rows), group)
+    order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != UNTUNED)
+    others = broadcast([swept[at][0] for _, at in order], group)  # all ranks must use the same order
+    calls = {tactic_of(native): partial(call.run, inputs, native) for native in (UNTUNED, *others)}
+    default = tactic_of(UNTUNED)
+    bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
+    return choose(bench, tuple(calls), draws, rows, len(swept))
+
+
+def _final_inputs(
+    session: Session, call: TunerCall, dummies: Dummies, rows: int
+) -> tuple[tuple[Draw, ...], list[list[Any]]]:
+    """Returns the draws of a bucket's final comparison, and the inputs of the op for each."""
     from moetune.workload.draws import STRESS_FACTORS
 
     tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
@@ -179,12 +217,7 @@ def _final(
         *(dummies.placed(tensors, draw.routing) for draw in unseen),
         *(_placed_or_same(dummies, draw.routing, unseen[0].routing, tensors) for draw in stressed),
     ]
-    order = sorted((time, at) for at, (tactic, time) in enumerate(swept) if tactic != UNTUNED)
-    others = broadcast([swept[at][0] for _, at in order], group)  # all ranks must use the same order
-    calls = {tactic_of(native): partial(call.run, inputs, native) for native in (UNTUNED, *others)}
-    default = tactic_of(UNTUNED)
-    bench = EngineBench(calls, clock_for(call.device()), default, tolerance_of(session.layer), group)
-    return choose(bench, tuple(calls), draws, rows, len(swept))
+    return draws, inputs
 
 
 def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tensors: Sequence[Any]) -> list[Any]:
@@ -195,43 +228,60 @@ def _placed_or_same(dummies: Dummies, stressed: Routing, routing: Routing, tenso
         return dummies.placed(tensors, routing)
 
 
-def _fill_cutlass(session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int]) -> None:
+def _fill_cutlass(
+    session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int], group: Any
+) -> None:
     """Places the choices of `cutlass_fused_moe`, whose tuner call has no routing among its inputs.
 
     The first rank tunes the op with moetune's own backend, for all ranks.
     """
-    if regime.digest not in session.profiles:
-        group = _group(session)
-        text = _cutlass_profile(session, call, op, regime) if leads(group) else None
-        text = broadcast(text, group)
-        if text is None:
-            session.count(op.backend, missed=rows)
-            return
-        session.profiles[regime.digest] = Profile.model_validate_json(text)
+    is_tuned = session.profiles.get((regime.digest, True)) is not None
+    asked = (regime.digest, is_tuned or bool(call.tuner.is_tuning_mode))
+    if asked not in session.profiles:
+        found = _cutlass_profile(session, call, op, regime) if leads(group) else None
+        session.profiles[asked] = _counted(session, op, broadcast(found, group))
+    profile = session.profiles[asked]
+    if profile is None:
+        return
     which = "gemm1" if op.name.endswith("gemm1") else "gemm2"
-    for choice in session.profiles[regime.digest].choices:
+    for choice in profile.choices:
         if choice.rows in rows:
             _place(session, call, choice.rows, int(choice.tactic[which]))
 
 
-def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> str | None:
-    """Returns the profile as JSON, measured in tuning mode and else from the store; None, logged, if there is none."""
+def _counted(session: Session, op: MoEOp, found: tuple[str, set[int]] | None) -> Profile | None:
+    """Returns the profile that `_cutlass_profile` found on the first rank; its buckets are counted on every rank."""
+    if found is None:
+        return None
+    text, tuned = found
+    profile = Profile.model_validate_json(text)
+    session.count(
+        op.backend, tuned=tuned, served=[choice.rows for choice in profile.choices if choice.rows not in tuned]
+    )
+    return profile
+
+
+def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> tuple[str, set[int]] | None:
+    """Returns a profile as JSON and the buckets that were measured for it; None, logged, if there is none.
+
+    In tuning mode it is measured, otherwise read from the store.
+    """
     from moetune.tuning.events import BucketChosen
     from moetune.tuning.tune import load, tune
 
+    tuned: set[int] = set()
+
     def note(event: object) -> None:
         if isinstance(event, BucketChosen):
-            session.count(op.backend, tuned=[event.choice.rows])
+            tuned.add(event.choice.rows)
 
     question = (session.layer, regime, op.backend, session.store)
     try:
         if call.tuner.is_tuning_mode:
             profile = tune(*question, device=call.device(), isolate=False, on_event=note)
-            new = {rows for backend, rows in session.tuned if backend == op.backend}
         else:
-            profile, new = load(*question, device=call.device()), set[int]()
-        session.count(op.backend, served=[choice.rows for choice in profile.choices if choice.rows not in new])
-        return profile.model_dump_json()
+            profile = load(*question, device=call.device())
+        return profile.model_dump_json(), tuned
     except MoetuneError as error:
         session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
     except Exception as error:  # an error must not end this rank: the other ranks wait for its profile

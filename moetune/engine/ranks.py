@@ -2,10 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moetune.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+ENGINE_GROUPS = (
+    ("vllm.distributed.parallel_state", "get_ep_group"),
+    ("sglang.srt.distributed.parallel_state", "get_moe_ep_group"),
+)
+"""The module of each engine, and its function that returns the group of the ranks that share the experts.
+
+Source: vLLM 0.26.0 and 0.33.0, SGLang 0.5.23. There all these ranks are in tuning mode at the same time.
+"""
+
+
+def engine_group() -> ProcessGroup | None:
+    """Returns the CPU group of the ranks among which the running engine has divided the experts.
+
+    Returns None if no engine is imported, it has no such group yet, the group has one rank, or torch.distributed does
+    not know it (the groups of vLLM's elastic EP).
+    """
+    for name, function in ENGINE_GROUPS:
+        find = getattr(sys.modules.get(name), function, None)
+        if find is None:
+            continue
+        import torch.distributed as dist
+
+        try:
+            group: ProcessGroup = find().cpu_group
+            if dist.get_rank(group) >= 0 and dist.get_world_size(group) > 1:
+                return group
+        except Exception:  # vLLM asserts that the group exists, SGLang raises one of several errors
+            continue
+    return None
 
 
 def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
@@ -25,6 +60,38 @@ def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
 def broadcast(value: Any, group: ProcessGroup | None) -> Any:
     """Returns the `value` of the first rank of `group`. It is a collective: every rank of the group must call it."""
     return gather(value if leads(group) else None, group)[0]
+
+
+def common(values: Iterable[T], group: ProcessGroup | None) -> set[T]:
+    """Returns the values that every rank of `group` gave. It is a collective: every rank of the group must call it."""
+    return set.intersection(*gather(set(values), group))
+
+
+def together(make: Callable[[], T], group: ProcessGroup | None) -> T:
+    """Returns what `make` returns here, if it succeeds on every rank of `group`.
+
+    It is a collective: every rank of the group must call it. Without it, a rank on which `make` fails would leave the
+    others waiting in their next collective.
+
+    Raises:
+        UnsupportedError: `make` failed on another rank.
+        Exception: what `make` raised here.
+    """
+    if group is None:
+        return make()
+    made: list[T] = []
+    error: Exception | None = None
+    try:
+        made.append(make())
+    except Exception as raised:
+        error = raised
+    reasons = gather(None if error is None else f"{type(error).__name__}: {error}", group)
+    if error is not None:
+        raise error
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise UnsupportedError(f"Rank {rank} of the group failed: {reason}")
+    return made[0]
 
 
 def leads(group: ProcessGroup | None) -> bool:

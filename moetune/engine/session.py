@@ -51,16 +51,18 @@ class Session:
         regime: the deployment.
         rank: the rank whose shard the ops have, or None for any rank.
         store: where choices are looked up and saved.
-        group: the ranks that must choose the same tactics. None stands for FlashInfer's own autotune group, if it has
-            one.
+        group: the ranks that must choose the same tactics. None stands for FlashInfer's own autotune group, else in
+            tuning mode for the group of the running engine's ranks that share the experts, if there is one.
         logger: the engine's log.
         served: (backend, rows) of the buckets that the store answered.
         tuned: (backend, rows) of the buckets that were measured.
         missed: (backend, rows) of the buckets that were left to FlashInfer.
-        placed: the tactic that this session placed for each of FlashInfer's keys.
+        placed: the tactic that this session placed for each of FlashInfer's keys, and the key's optimization profile.
+        agreed: those of the keys that were placed in tuning mode. They are the same on all ranks of the group.
         passed: identities of the calls that FlashInfer answers by itself.
         looked_up: identities of the calls for which the store was read.
-        profiles: the profiles of `cutlass_fused_moe` by the regime's digest.
+        profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
+            tuning mode. None if there was none.
         asked: the shapes for which the engine asked for a Triton configuration, with the number of hits and misses.
         announced: the summary that was logged last.
     """
@@ -74,10 +76,11 @@ class Session:
     served: set[tuple[str, int]] = field(default_factory=set)
     tuned: set[tuple[str, int]] = field(default_factory=set)
     missed: set[tuple[str, int]] = field(default_factory=set)
-    placed: dict[Any, Any] = field(default_factory=dict, repr=False)
+    placed: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    agreed: set[Any] = field(default_factory=set, repr=False)
     passed: set[Any] = field(default_factory=set, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
-    profiles: dict[str, Profile] = field(default_factory=dict, repr=False)
+    profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)
     asked: list[AskedShape] = field(default_factory=list, repr=False)
     announced: str = ""
 

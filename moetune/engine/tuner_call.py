@@ -58,10 +58,16 @@ class TunerCall:
         spec = self.effective_config.dynamic_tensor_specs[0]
         return int(inputs[spec.input_idx[0]].shape[spec.dim_idx[0]])
 
-    def key(self, rows: int) -> Any:
-        """Returns FlashInfer's `ProfilingCacheKey` of a bucket."""
-        shapes, extras = self.profiles[rows].get_opt_shapes(), self.runner.get_cache_key_extras(self.inputs)
-        return self.tuner._get_cache_key(self.op, self.runner, shapes, self.effective_config, extras)
+    @cached_property
+    def keys(self) -> dict[int, Any]:
+        """FlashInfer's `ProfilingCacheKey` of each bucket, by rows."""
+        extras = self.runner.get_cache_key_extras(self.inputs)
+        return {
+            rows: self.tuner._get_cache_key(
+                self.op, self.runner, profile.get_opt_shapes(), self.effective_config, extras
+            )
+            for rows, profile in self.profiles.items()
+        }
 
     def device(self) -> str:
         """Returns the torch device of the inputs."""

@@ -1,0 +1,71 @@
+"""Two ranks that start at once choose the same tactics, if the engine has a group of them."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from stand_ins import FAST, MIDDLING
+
+from moetune.engine.ranks import ENGINE_GROUPS, engine_group
+
+PROGRAM = Path(__file__).with_name("two_ranks.py")
+HYBRID = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(768, 2049, 256), *range(2560, 4097, 512), 8192]
+
+
+def ranks(engine, op, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(PROGRAM)]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), engine, op, str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_the_first_rank_tunes_cutlass_once_and_both_take_its_answer(tmp_path):
+    first, second = ranks("vllm", "cutlass", tmp_path)
+    assert len(HYBRID) == 21
+    assert (first["measured"], second["measured"]) == (HYBRID, [])
+    assert first["chosen"] == second["chosen"] == [[1, 1], [8, 8], [8192, 8192]]
+    for rank in (first, second):
+        assert (rank["served"], rank["tuned"], rank["missed"]) == ([], HYBRID, [])
+
+
+def test_without_a_group_each_rank_tunes_by_itself(tmp_path):
+    first, second = ranks("none", "cutlass", tmp_path)
+    assert first["measured"] == second["measured"] == HYBRID
+    assert first["chosen"] == [[1, 1], [8, 8], [8192, 8192]]
+    assert second["chosen"] == [[1001, 2001], [1008, 2008], [9192, 10192]]
+
+
+def test_ranks_choose_alike_by_the_mean_of_their_times_even_if_one_was_served_before(tmp_path):
+    first, second = ranks("sglang", "trtllm", tmp_path)
+    assert (first["before"], second["before"]) == ([-1] * 4, [MIDDLING] * 4)
+    assert first["chosen"] == second["chosen"] == [FAST] * 4
+    assert first["tuned"] == second["tuned"] == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("name", "function"), ENGINE_GROUPS)
+def test_an_engine_without_a_group_yet_has_none(name, function, monkeypatch):
+    def raises():
+        raise AssertionError("not initialized")
+
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    assert engine_group() is None
+    setattr(module, function, raises)
+    assert engine_group() is None
+
+
+def test_no_engine_is_imported_to_look_for_its_group():
+    before = set(sys.modules)
+    assert engine_group() is None
+    assert not {name for name in set(sys.modules) - before if name.partition(".")[0] in ("vllm", "sglang")}
