@@ -201,7 +201,7 @@ class TritonAnswers:
             yield TritonBackend(backend.kernel, "drop" if backend.remote == "zero" else "zero", **version)
 
     def _profile(self) -> tuple[Profile, str] | None:
-        """Returns the stored profile and what the log says of its kernel; None if there is none."""
+        """Returns the stored profile and what the log says of its ladder and kernel; None if there is none."""
         from moetune.backends.grouped_triton.space import has_remote_slots
         from moetune.tuning.question import Question
 
@@ -213,9 +213,10 @@ class TritonAnswers:
         for backend in self._backends():
             with suppress(MissError, UnsupportedError, ImportError):  # the engine's kernel may be one we cannot call
                 environment = question.environment.model_copy(update={"strict": machine | backend.environment()})
-                profile = replace(question, backend=backend, environment=environment).load()
+                match = replace(question, backend=backend, environment=environment).match()
                 differs = backend.remote != wanted.remote and has_remote_slots(layer, regime)
-                return profile, f", measured with --remote {backend.remote}" if differs else ""
+                note = f", measured on the ladder {match.measured_ladder}" if match.measured_ladder else ""
+                return match.profile, f"{note}, measured with --remote {backend.remote}" if differs else note
         return None
 
     def _options(self) -> str:

@@ -241,6 +241,23 @@ def test_of_two_profiles_the_one_with_the_kernels_non_local_slots_answers(versio
     assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 128
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_until_one_of_that_ladder_is_stored(
+    engine, engine_of, caplog
+):
+    profile = save(spelled(), backend_for(engine))
+    grouped, _ = engine_of(engine, spelled(ladder="adaptive"))
+    for rows in range(1, 70):
+        assert grouped.ask(W1, W2, 2, None, rows) == dict(profile.tactic(rows))
+    assert lines(caplog)[0].endswith(f", {len(profile.choices)} buckets, measured on the ladder vllm")
+    adaptive = save(spelled(ladder="adaptive"), backend_for(engine), lambda at, rows: tactic(128, 32, 64, 1, 4, 3))
+    session.current().asked.clear()
+    importlib.reload(grouped)
+    triton_hook.install(grouped, triton_hook.SGLANG if engine == "sglang" else triton_hook.VLLM, session.current())
+    assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 128
+    assert lines(caplog)[-1].endswith(f", {len(adaptive.choices)} buckets")
+
+
 def test_a_profile_of_the_engines_own_kernel_answers(engine_of, tmp_path, monkeypatch):
     plant(tmp_path, "vllm")
     source = "import triton\nimport triton.language as tl\n@triton.jit\ndef fused_moe_kernel(a_ptr):\n    pass\n"
@@ -351,8 +368,8 @@ def test_the_store_is_read_once_for_a_shape_and_a_call_is_fast(engine_of, monkey
     save(spelled(), TritonBackend())
     grouped, _ = engine_of("vllm", spelled())
     reads = []
-    load = Question.load
-    monkeypatch.setattr(Question, "load", lambda self: reads.append(1) or load(self))
+    match = Question.match
+    monkeypatch.setattr(Question, "match", lambda self: reads.append(1) or match(self))
     for rows in range(1, 65):
         grouped.ask(W1, W2, 2, None, rows)
     assert reads == [1]
