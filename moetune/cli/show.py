@@ -12,7 +12,9 @@ from moetune.cli.options import Request, json_option, near_option, store_option,
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
 
-EXAMPLE = "moetune show --model qwen3-235b-a22b --ep 8 --dispatch vllm:allgather_reducescatter"
+EXAMPLE = """\
+moetune show --model qwen3-235b-a22b --ep 8
+  --dispatch vllm:allgather_reducescatter"""
 
 
 @click.command(cls=Command, example=EXAMPLE)
