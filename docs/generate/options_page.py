@@ -20,7 +20,8 @@ _INTRODUCTION = """\
 `make pages` writes this page. `moetune COMMAND --help` has the same text.
 
 `plan`, `tune`, `show` and `export` take the options of a question, listed first. So does the environment variable
-`MOETUNE_REGIME` (docs/engines.md), except those of the kernels: there the engine chooses kernels and device itself."""
+`MOETUNE_REGIME` (docs/engines.md), except those of the kernels: there the engine chooses kernels and device itself.
+`lookup` takes `--launch`, the options of a layer, `--ladder` and `--tune-max-num-tokens`."""
 _BACKENDS = """\
 ## Options of one backend
 `--backend-option KEY=VALUE` sets one of these. `--backend` is needed unless only one backend has the option."""

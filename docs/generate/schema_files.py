@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from moetune.errors import Plain
+from moetune.export.lookup import Lookup
 from moetune.spec.model import FrozenModel
 from moetune.store.profile import Profile
 from moetune.tuning.comparison import Comparison
@@ -48,6 +49,7 @@ DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "plan": Plan,
     "comparison": Comparison,
     "export": ExportDocument,
+    "lookup": Lookup,
 }
 
 

@@ -129,6 +129,7 @@ def _discard_stdout() -> None:
         "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
         "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
+        "lookup": ("moetune.cli.lookup:lookup", "Say whether an engine will find its tuned file, and why not."),
         "store": ("moetune.cli.store:store", "List the stored profiles."),
     },
 )

@@ -44,6 +44,17 @@ class Launch:
     warnings: tuple[str, ...] = ()
 
 
+def parsed(spelled: str) -> tuple[ServerCommand, Line]:
+    """Returns the server's command of a launch line, and its arguments as the engine's own parser reads them.
+
+    Raises:
+        UsageError: the line has no server or several, or only the user's shell can expand a word.
+    """
+    server = find(spelled)
+    flags = table(server.engine, server.program)
+    return server, parse(server.arguments, flags, server.variables, _SETTINGS_FLAG[server.engine])
+
+
 def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
     """Returns the options of a launch line.
 
@@ -57,9 +68,7 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
         UnsupportedError: the kernels, the dispatcher or the quantization are not supported.
     """
     beside = {name: value for name, value in (given or {}).items() if value is not None}
-    server = find(spelled)
-    flags = table(server.engine, server.program)
-    line = parse(server.arguments, flags, server.variables, _SETTINGS_FLAG[server.engine])
+    server, line = parsed(spelled)
     warnings = [*_unknown_flags(line, server.engine, server.program), *line.notes, *_other_devices(server)]
     warnings += [f"{one} is not set in the launch line; its default is taken." for one in line.assumed]
 

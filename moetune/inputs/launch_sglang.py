@@ -80,9 +80,15 @@ def _backend(line: Line, deployed: Deployed) -> str | None:
             "SGLANG_USE_AITER selects AITER's MoE kernels, which moetune does not tune.",
             "Pass --backend to tune other kernels.",
         )
+    named, flag = named_kernels(line)
+    return None if named is None else backend_of(named, flag)
+
+
+def named_kernels(line: Line) -> tuple[str | None, str]:
+    """Returns the value of `--moe-runner-backend` that a line sets, and the flag that sets it; None for `auto`."""
     named = line.text("moe-runner-backend")
     flag = "--moe-runner-backend"
     for old, value in _OLD_KERNELS.items():
         if named is None and line.switch(old):
             named, flag = value, f"--{old}"
-    return None if named in (None, "auto") else backend_of(str(named), flag)
+    return None if named == "auto" else named, flag

@@ -3,6 +3,8 @@ from pathlib import Path
 import pytest
 
 from moetune.backends.registry import Diagnosis
+from moetune.export.engine_log import EngineLog, LoggedFile
+from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, NearMiss, Part, Table
 from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -16,7 +18,8 @@ DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(
 
 MODELS = (
     MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, BackendResult,
-    ComparedBucket, ComparedRows, Kernels, NearestProfile,
+    ComparedBucket, ComparedRows, Kernels, NearestProfile, Lookup, ChosenKernels, Table, LookedUpRow, NearMiss, Part,
+    EngineLog, LoggedFile,
 )  # fmt: skip
 
 

@@ -55,6 +55,15 @@ def test_an_exports_document_fits_its_model(tmp_path):
     assert document.files[0].state == "written"
 
 
+def test_a_look_up_has_the_schemas_fields(tmp_path):
+    line = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel"
+    found = printed("lookup", "--launch", line, "--folder", tmp_path, "--device-name", "NVIDIA H200")
+    known, required = fields("lookup")
+    assert required <= set(found) <= known
+    known, required = fields("lookup", "Table")
+    assert required <= set(found["tables"][0]) <= known
+
+
 def test_an_infinite_time_and_a_regimes_fields_are_described():
     choice = json.loads((FOLDER / "profile.json").read_text(encoding="utf-8"))["$defs"]["Choice"]
     assert {"const": "Infinity"} in choice["properties"]["stress_us"]["additionalProperties"]["anyOf"]

@@ -119,9 +119,9 @@ class EngineConfigs:
         if self.engine == "vllm":
             path = self.folder / file.vllm_name
             return self._row(path, rows) if path.is_file() else None
-        up_path = _in_folders(self.folder, file.sglang_name(), triton)
+        up_path = in_folders(self.folder, file.sglang_name(), triton)
         found = self._row(up_path, rows) if up_path else None
-        down_path = _in_folders(self.folder, file.sglang_name(down=True), triton)
+        down_path = in_folders(self.folder, file.sglang_name(down=True), triton)
         down = self._row(down_path, rows) if down_path and found else None
         if found is None or down is None:
             return found
@@ -132,7 +132,7 @@ class EngineConfigs:
     def _row(self, path: Path, rows: int) -> ShippedRow | None:
         """Returns the nearest row of a file, the first of two; None for a file without rows, which engines ignore."""
         assert self.folder is not None
-        by_key = _read(path, has_triton_version=self.engine == "vllm")
+        by_key = read_rows(path, has_triton_version=self.engine == "vllm")
         if not by_key:
             return None
         key = min(by_key, key=lambda key: abs(key - rows))
@@ -216,16 +216,26 @@ def _is_idle(engine: str, name: str, value: object) -> bool:
     return False
 
 
-def _in_folders(folder: Path, name: str, triton: str) -> Path | None:
+def in_folders(folder: Path, name: str, triton: str) -> Path | None:
     """Returns SGLang's file of a name: that of the running Triton, else that of the newest other Triton."""
+    return next((path for each in triton_folders(folder, triton) if (path := each / name).is_file()), None)
+
+
+def triton_folders(folder: Path, triton: str) -> tuple[Path, ...]:
+    """Returns the folders in which SGLang looks for a file, the first one first: that of the running Triton leads."""
     own = folder / sglang_folder(triton)
     others = [path for path in folder.iterdir() if path.name.startswith("triton_") and path != own]
     others.sort(key=lambda path: numbers(path.name.removeprefix("triton_").replace("_", ".")), reverse=True)
-    return next((path for each in (own, *others) if (path := each / name).is_file()), None)
+    return (own, *others)
 
 
-def _read(path: Path, *, has_triton_version: bool) -> dict[int, Values]:
+def read_rows(path: Path, *, has_triton_version: bool, option: str = "--engine-configs") -> dict[int, Values]:
     """Returns a file's rows by their row counts, in the file's order.
+
+    Args:
+        path: the file.
+        has_triton_version: whether its key `triton_version` is no row count, as in vLLM.
+        option: the option that gives another folder, for the error.
 
     Raises:
         UsageError: it is no JSON object of rows.
@@ -240,6 +250,6 @@ def _read(path: Path, *, has_triton_version: bool) -> dict[int, Values]:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as an engine's tuned configurations: {error}.",
-            "Repair the file or remove it, or give another folder with --engine-configs.",
+            f"Repair the file or remove it, or give another folder with {option}.",
         ) from None
     return rows

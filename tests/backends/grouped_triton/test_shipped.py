@@ -289,7 +289,7 @@ def test_every_file_of_the_real_engine_for_an_nvidia_gpu_is_read(engine, engine_
     for path in paths:
         device, _, kind = path.name.replace(" ", "").removesuffix(".json").partition("device_name=")[2].partition(",")
         if kind in kinds:
-            rows = shipped._read(path, has_triton_version=engine == "vllm")
+            rows = shipped.read_rows(path, has_triton_version=engine == "vllm")
             assert rows
             limits = H200 if device in ("NVIDIA_H200", "NVIDIA_H100_80GB_HBM3") else None
             found = [runnable(row, engine, kinds[kind], limits) for row in rows.values()]
