@@ -5,8 +5,8 @@ function by its name: those of the grouped GEMM, of the batched one, of LoRA. Re
 that runs the grouped GEMM. So the other kernels keep the engine's own look-up, although they ask for the same shapes.
 
 Sources: `TritonExperts.apply` in `experts/triton_moe.py` and `try_get_optimal_moe_config` in `fused_moe.py` of vLLM
-0.26.0 and 0.33.0; `_prepare_fused_moe_run` in `triton_utils/fused_moe.py` and `fused_moe_triton_config.py` of SGLang
-0.5.23.
+0.26.0 and 0.33.0 (0.27 … 0.32 have the same signature and the same calls); `_prepare_fused_moe_run` in
+`triton_utils/fused_moe.py` and `fused_moe_triton_config.py` of SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -184,7 +184,16 @@ class TritonAnswers:
 
         if self.engine is SGLANG:
             return TritonBackend(remote="zero")
-        return TritonBackend().for_version(importlib.metadata.version("vllm"), self.session.layer, self.session.regime)
+        return TritonBackend().for_version(self._version(), self.session.layer, self.session.regime)
+
+    def _version(self) -> str:
+        """Returns the engine's installed version; if it has no metadata, the newest that was read."""
+        from moetune.backends.grouped_triton.kernel_versions import NEWEST_READ
+
+        try:
+            return importlib.metadata.version(self.engine.name)
+        except importlib.metadata.PackageNotFoundError:
+            return NEWEST_READ[self.engine.name]
 
     def _backends(self) -> Iterator[TritonBackend]:
         """Yields the backends whose profiles answer, the best first: moetune's kernel, then the engine's own.
@@ -202,6 +211,7 @@ class TritonAnswers:
 
     def _profile(self) -> tuple[Profile, str] | None:
         """Returns the stored profile and what the log says of its ladder and kernel; None if there is none."""
+        from moetune.backends.grouped_triton.kernel_versions import unread
         from moetune.backends.grouped_triton.space import has_remote_slots
         from moetune.tuning.question import Question
 
@@ -216,7 +226,10 @@ class TritonAnswers:
                 match = replace(question, backend=backend, environment=environment).match()
                 differs = backend.remote != wanted.remote and has_remote_slots(layer, regime)
                 note = f", measured on the ladder {match.measured_ladder}" if match.measured_ladder else ""
-                return match.profile, f"{note}, measured with --remote {backend.remote}" if differs else note
+                note += f", measured with --remote {backend.remote}" if differs else ""
+                if known := unread(self.engine.name, version := self._version()):
+                    note += f". The kernel of {self.engine.name} {version} was not read, only that of {known}"
+                return match.profile, note
         return None
 
     def _options(self) -> str:

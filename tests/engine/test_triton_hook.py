@@ -228,6 +228,27 @@ def test_the_profile_has_the_kernel_of_the_installed_vllm(installed, measured, f
     assert (asked.hits == 1) is found
 
 
+def test_a_version_that_was_not_read_is_named(version, engine_of, caplog):
+    version("0.99.1")
+    profile = save(spelled(), TritonBackend())
+    grouped, _ = engine_of("vllm", spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+    assert lines(caplog)[0].endswith(" buckets. The kernel of vllm 0.99.1 was not read, only that of 0.19 … 0.33")
+
+
+def test_a_vllm_without_metadata_counts_as_the_newest_that_was_read(engine_of, monkeypatch, caplog):
+    def version(name):
+        if name == "vllm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return VERSION(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    profile = save(spelled(), TritonBackend())
+    grouped, _ = engine_of("vllm", spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+    assert lines(caplog)[0].endswith(" buckets")
+
+
 def test_of_two_profiles_the_one_with_the_kernels_non_local_slots_answers(version, engine_of, caplog):
     version("0.28.0")
     save(spelled(), TritonBackend(), lambda at, rows: tactic(32, 32, 64, 1, 4, 3))
