@@ -49,10 +49,14 @@ def answer(session: Session, call: TunerCall) -> None:
     if not call.op.startswith(OPS) or call.identity in session.passed:
         return
     tuning = call.tuner.is_tuning_mode
-    if not tuning and call.identity in session.looked_up:
+    is_known = call.identity in session.looked_up
+    if is_known and not tuning:
         return
     session.looked_up.add(call.identity)
     try:
+        if is_known and call.signature in session.answered:
+            _place_again(session, call, session.answered[call.signature])
+            return
         op = recognize(session.layer, session.regime, session.rank, call.op, call.runner, call.inputs, call.arguments)
         if op is None:
             session.passed.add(call.identity)
@@ -65,6 +69,8 @@ def answer(session: Session, call: TunerCall) -> None:
         if fresh:
             with _passing_through():
                 _fill(session, call, op, fresh, group)
+        if tuning:
+            session.answered[call.signature] = tuple(key for key in call.keys.values() if key in session.placed)
     except Exception as error:  # an engine must start, whatever fails while it tunes
         session.passed.add(call.identity)
         session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)

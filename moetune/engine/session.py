@@ -59,6 +59,7 @@ class Session:
         missed: (backend, rows) of the buckets that were left to FlashInfer.
         placed: the tactic that this session placed for each of FlashInfer's keys, and the key's optimization profile.
         agreed: those of the keys that were placed in tuning mode. They are the same on all ranks of the group.
+        answered: the keys that were placed, by the signature of each call that was answered in tuning mode.
         passed: identities of the calls that FlashInfer answers by itself.
         looked_up: identities of the calls for which the store was read.
         profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
@@ -78,6 +79,7 @@ class Session:
     missed: set[tuple[str, int]] = field(default_factory=set)
     placed: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
     agreed: set[Any] = field(default_factory=set, repr=False)
+    answered: dict[Any, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     passed: set[Any] = field(default_factory=set, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
     profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)

@@ -46,6 +46,15 @@ class TunerCall:
         return (self.op, type(self.runner).__name__, tuple(map(tuple, shapes)), extras)
 
     @cached_property
+    def signature(self) -> Any:
+        """It is equal for two calls if FlashInfer's keys of all their buckets are equal. It is found without a key."""
+        (spec,) = self.effective_config.dynamic_tensor_specs
+        buckets = spec.gen_tuning_buckets
+        if callable(buckets):
+            buckets = buckets(self.rows_of(self.inputs))
+        return (self.identity, hash(self.runner), tuple(buckets))
+
+    @cached_property
     def profiles(self) -> dict[int, Any]:
         """FlashInfer's optimization profile of each bucket, by rows."""
         (spec,) = self.effective_config.dynamic_tensor_specs

@@ -47,6 +47,52 @@ def test_a_second_layer_of_the_model_tunes_nothing_again(trtllm, layer, regime):
     assert len(seen.tuned) == len(BUCKETS)
 
 
+class Built:
+    """Counts the keys and the profiles that FlashInfer's tuner builds."""
+
+    def __init__(self, monkeypatch):
+        self.keys = self.profiles = 0
+        key, profiles = AutoTuner._get_cache_key, AutoTuner._generate_optimization_profiles
+
+        def counted_key(cls, *call):
+            self.keys += 1
+            return key(*call)
+
+        def counted_profiles(tuner, *call):
+            self.profiles += 1
+            return profiles(tuner, *call)
+
+        monkeypatch.setattr(AutoTuner, "_get_cache_key", classmethod(counted_key))
+        monkeypatch.setattr(AutoTuner, "_generate_optimization_profiles", counted_profiles)
+
+    def by(self, op):
+        before = (self.keys, self.profiles)
+        op()
+        return self.keys - before[0], self.profiles - before[1]
+
+
+def test_a_repeated_call_builds_no_more_keys_than_flashinfer_alone(trtllm, layer, regime, monkeypatch):
+    built = Built(monkeypatch)
+    with autotune(True):
+        trtllm()
+        alone = built.by(trtllm)
+    fresh_process(monkeypatch)
+    with moetune.warmup(layer, regime) as seen:
+        first = built.by(trtllm)
+        assert built.by(trtllm) == alone
+    assert first[0] > alone[0]
+    assert {rows for _, rows in seen.tuned} == BUCKETS
+
+
+def test_a_repeated_call_places_again_what_flashinfer_no_longer_holds(trtllm, layer, regime):
+    with moetune.warmup(layer, regime):
+        trtllm()
+        runs = len(trtllm.runner.seen)
+        AutoTuner.get().clear_cache()
+        assert trtllm() == tuple(FAST)
+    assert len(trtllm.runner.seen) == runs
+
+
 def test_what_flashinfer_tuned_for_another_load_is_replaced(trtllm, layer, regime):
     with autotune(True):
         assert trtllm() == FAST
