@@ -75,7 +75,7 @@ class CommandLine(LazyGroup):
         except click.ClickException as error:
             code = _fail(error.format_message(), code=error.exit_code)
         except MissError as error:
-            code = _fail(error.message, error.hint, _view(error), code=error.exit_code)
+            code = _fail(error.message, error.hint, command=_view(error), code=error.exit_code)
         except MoetuneError as error:
             code = _fail(str(error), code=error.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -85,8 +85,10 @@ class CommandLine(LazyGroup):
         sys.exit(code)
 
 
-def _fail(*lines: str, code: int) -> int:
-    click.echo("\n".join([f"error: {' '.join(lines[0].split())}", *(line for line in lines[1:] if line)]), err=True)
+def _fail(*lines: str, code: int, command: str = "") -> int:
+    from moetune.cli.output import report
+
+    report("\n".join([f"error: {' '.join(lines[0].split())}", *filter(None, lines[1:])]), command=command)
     return code
 
 

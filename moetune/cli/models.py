@@ -30,4 +30,7 @@ def models(as_json: bool) -> None:
         document({"schema_version": SCHEMA_VERSION, "models": entries})
     else:
         sources = [(layer, source.url) for layer, source in known]
-        show(models_table(sources, addresses=not on_terminal()))
+        addresses = not on_terminal()
+        show(models_table(sources, addresses=addresses))
+        if not addresses:
+            show("", "[dim]The names are links to the configs; `moetune models | cat` prints the addresses.[/]")

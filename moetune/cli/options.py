@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetune.cli.output import report
 from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS, SIZES, flag
 
@@ -106,7 +107,7 @@ def _request(options: dict[str, Any], required: bool) -> Request | None:
         from moetune.cli import notes
 
         for note in notes.preferred_kernels(request.engine, request.backend, request.layer, request.regime):
-            click.echo(note, err=True)
+            report(note)
     return request
 
 
@@ -120,7 +121,7 @@ def _launch(line: str, given: dict[str, Any]) -> dict[str, Any]:
         beside.setdefault("backend", having[0])
     found = launch.read(line, beside)
     for warning in found.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        report(f"warning: {warning}")
     return found.options
 
 
@@ -155,11 +156,11 @@ def request_of(
     rest = {name: value for name, value in given.items() if name not in _BACKEND_FIELDS and name != "backend_option"}
     layer, regime, rank, warnings = resolve(model, **rest)
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        report(f"warning: {warning}")
     layer, regime = resolved(layer, regime, rank)
     dispatch = given.get("dispatch") or ""
     if given.get("dp") and not dispatch and given.get("layout") is None:
-        click.echo(notes.dp_alone(regime), err=True)
+        report(notes.dp_alone(regime))
     engine = dispatch.partition(":")[0] if ":" in dispatch else None
     chosen, auto = choose(backend, own, engine, layer, regime)
     return Request(layer, regime, chosen, rank, auto, engine, device)

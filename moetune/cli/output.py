@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from moetune.errors import MissError
 
 PIPE_COLUMNS = 1000
-"""The width if stdout is no terminal, so that no row is folded. The longest row is a profile's file, below 300."""
+"""The width if stdout is no terminal and COLUMNS is not set. No row is folded: the longest has less than 300."""
 MISS_SCHEMA_VERSION = 1
 
 
@@ -45,7 +48,13 @@ def console(*, stderr: bool = False) -> Console:
             raise
 
     stream = sys.stderr if stderr else sys.stdout
-    return RaisingConsole(file=stream, width=None if stream.isatty() else PIPE_COLUMNS, highlight=False)
+    return RaisingConsole(file=stream, width=None if stream.isatty() else _columns(PIPE_COLUMNS), highlight=False)
+
+
+def _columns(default: int) -> int:
+    """Returns the width that the variable COLUMNS gives, or `default`."""
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else default
 
 
 def on_terminal() -> bool:
@@ -57,14 +66,40 @@ def show(*renderables: RenderableType) -> None:
     """Writes renderables to stdout, one below the other.
 
     Text folds at the terminal's width, between words. Strings and text with `no_wrap` never fold: they hold paths and
-    commands, which a reader copies whole.
+    commands, which a reader copies whole. In a pipe no line ends with blanks.
     """
     from rich.text import Text
 
     out = console()
-    for renderable in renderables:
-        whole = isinstance(renderable, str) or (isinstance(renderable, Text) and bool(renderable.no_wrap))
-        out.print(renderable, soft_wrap=whole)
+
+    def print_all() -> None:
+        for renderable in renderables:
+            whole = isinstance(renderable, str) or (isinstance(renderable, Text) and bool(renderable.no_wrap))
+            out.print(renderable, soft_wrap=whole)
+
+    if out.is_terminal:
+        print_all()
+        return
+    with out.capture() as captured:
+        print_all()
+    out.file.write("\n".join(line.rstrip(" ") for line in captured.get().split("\n")))
+
+
+def report(text: str, *, command: str = "") -> None:
+    """Writes an error, a warning or a note to stderr. In a terminal it folds at the width, between words.
+
+    Args:
+        text: its lines.
+        command: a last line that is never folded, because a reader copies it whole.
+    """
+    lines = text.splitlines()
+    if sys.stderr.isatty():
+        width = _columns(shutil.get_terminal_size().columns)
+        lines = [
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
+            for line in lines
+        ]
+    click.echo("\n".join([*lines, *([command] if command else [])]), err=True)
 
 
 @contextmanager

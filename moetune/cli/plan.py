@@ -8,7 +8,7 @@ import click
 
 from moetune.cli.help import Command, typed
 from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
-from moetune.cli.output import document, patience, show
+from moetune.cli.output import document, patience, report, show
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,7 @@ def _nearest(request: Request, backends: list[Backend], root: Path | None, near:
     try:
         return nearest_profile(keys, any_backend=request.auto)
     except StoreError as error:
-        click.echo(f"warning: {error}", err=True)
+        report(f"warning: {error}")
         return None
 
 

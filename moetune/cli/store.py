@@ -23,7 +23,12 @@ def store() -> None:
     """List the stored profiles."""
 
 
-@store.command(cls=Command, name="list", example="moetune store list")
+@store.command(
+    cls=Command,
+    name="list",
+    example="moetune store list",
+    short_help="List the profiles and the files that cannot be read.",
+)
 @store_option
 @json_option
 def list_profiles(store: Path | None, as_json: bool) -> None:
@@ -62,6 +67,8 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
     if packaged and folder.packaged:
         where = f"[dim]packaged with moetune, read-only[/] [cyan]{escape(str(folder.packaged))}[/]"
         show("", where, "", store_table(packaged, folder.packaged, files=files))
+    if profiles and not files:
+        show("", "[dim]The regimes are links to the files; `moetune store list | cat` prints their paths.[/]")
     show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
 
 

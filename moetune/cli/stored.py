@@ -46,7 +46,10 @@ def stored_profile(
     from moetune.store.store import Store
 
     if (path is None) == (request is None):
-        raise UsageError(f"`moetune {command}` takes either a profile's path or --model.", "See `moetune store list`.")
+        raise UsageError(
+            f"`moetune {command}` takes either a profile's path, or --model with options, or --launch.",
+            "See `moetune store list`.",
+        )
     if near and path is not None:
         raise UsageError("--near looks a profile up; a profile's path needs no look-up.", "Give --model, or no --near.")
     folder = Store(root)

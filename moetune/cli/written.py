@@ -119,10 +119,12 @@ def request_for_engine(request: Request, for_version: str | None = None) -> Requ
 
 def say(written: Written) -> None:
     """Prints files and shell lines on stdout, warnings and notes on stderr."""
+    from moetune.cli.output import report
+
     for warning in written.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        report(f"warning: {warning}")
     for note in written.notes:
-        click.echo(f"note: {note}", err=True)
+        report(f"note: {note}")
     for file, state in written.files.items():
         click.echo(f"{state}: {file}")
     for name, value in written.variables.items():

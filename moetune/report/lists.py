@@ -18,6 +18,9 @@ from moetune.store.profile import Profile
 if TYPE_CHECKING:
     from moetune.backends.registry import Diagnosis
 
+_SLUG_WIDTH = 22
+"""The width of a regime's slug in a terminal of 80 columns."""
+
 
 def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> Table:
     """Returns a table with a row for each named layer.
@@ -79,23 +82,34 @@ def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: b
     """
     table = new_table()
     table.add_column("layer", no_wrap=True)
-    table.add_column("regime", overflow="fold")
-    for title in ("backend", "device"):
-        table.add_column(title, overflow="fold")
+    table.add_column("regime", overflow="fold", no_wrap=not files)
+    table.add_column("backend", overflow="fold", no_wrap=not files)
+    table.add_column("device", overflow="fold")
     add_numbers(table, "buckets")
     table.add_column("measured", no_wrap=True)
     if files:
         table.add_column("file", style="cyan", overflow="fold")
     for path, profile in entries:
         measured = max((choice.measured_at for choice in profile.choices), default="–")
+        slug = profile.regime.slug
         below = str(path.relative_to(root) if path.is_relative_to(root) else path)
         table.add_row(
             profile.layer.name,
-            Text(profile.regime.slug, style="" if files else f"link {path.absolute().as_uri()}"),
-            profile.backend,
+            slug if files else Text(_folded(slug), style=f"link {path.absolute().as_uri()}"),
+            profile.backend if files else _folded(profile.backend),
             profile.environment.device,
             f"{len(profile.choices)}/{len(profile.regime.buckets)}",
             measured[:10],
             *([escape(below)] if files else []),
         )
     return table
+
+
+def _folded(name: str) -> str:
+    """Returns a name of parts joined by hyphens in lines of `_SLUG_WIDTH`, broken behind a hyphen."""
+    lines = [""]
+    for part in name.replace("-", "-\n").split("\n"):
+        if lines[-1] and len(lines[-1]) + len(part) > _SLUG_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
