@@ -345,7 +345,7 @@ def _near_misses(
     seen: dict[Path, NearMiss] = {}
     for path in (path for root in roots for path in _tuned_files(root)):
         parts = differing(name, path.name)
-        if parts is None or path == found:
+        if parts is None or path == found or set(parts) == {"down"}:
             continue
         if not parts:
             if path.parent in folders:

@@ -16,6 +16,7 @@ from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import request_of
 from moetune.engine import plugins, session, triton_hook
+from moetune.export.engine_log import parsed_log
 from moetune.inputs import flashinfer_versions, launch
 from moetune.inputs.options import parse
 from moetune.spec.tactic import Tactic
@@ -133,6 +134,7 @@ def test_all_rows_run_what_the_profile_says(engine, ladder, imported_first, engi
         f"moetune: Triton experts E=4, N=256: profile of {profile.layer.name} under {profile.regime.slug}, "
         f"{len(profile.choices)} buckets"
     ]
+    assert parsed_log("\n".join(lines(caplog))).plugin == ("E=4, N=256",), "`moetune lookup --log` reads it"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -75,6 +75,7 @@ def test_another_device_is_a_near_miss(own):
 
 def test_sglang_counts_the_fused_shared_expert(own):
     folder = own(f"configs/triton_3_6_0/{R1_NAME.replace('257', '256')}")
+    own(f"configs/triton_3_6_0/{R1_NAME.replace('.json', '_down.json')}")
     _, near = missed(R1, folder)
     assert near.differs["E"].model_dump() == {"wanted": "257", "found": "256"}
     assert near.meaning.startswith("SGLang fuses the shared expert, so E is 257; --disable-shared-experts-fusion")
