@@ -371,6 +371,14 @@ def test_an_error_is_logged_once_and_the_engine_goes_on(engine, engine_of, caplo
     assert profile.choices
 
 
+def test_a_shape_that_cannot_be_looked_up_is_left_to_the_engine_and_logged_once(engine_of, caplog):
+    save(spelled(), TritonBackend())
+    grouped, other = engine_of("vllm", spelled())
+    for rows in (8, 9):
+        assert grouped.ask([*W1], [*W2], 2, None, rows) == other.ask([*W1], [*W2], 2, None, rows)
+    assert lines(caplog) == ["moetune: Triton experts are left to the engine: TypeError: unhashable type: 'list'"]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_look_up_with_another_signature_is_left_alone(engine, process, tmp_path, monkeypatch, caplog):
     plant(tmp_path, engine, lookup=f"\ndef {NAME}(layer, rows):\n    return rows\n")
