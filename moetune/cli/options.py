@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from moetune.inputs.option_table import OPTIONS, SIZES, flag
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
+    from moetune.inputs.launch import Launch
     from moetune.spec.enums import RankWord
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
@@ -32,7 +33,8 @@ store_option = click.option(
 near_option = click.option(
     "--near",
     is_flag=True,
-    help="If no profile matches, take the nearest one that differs in versions only, such as Triton's.",
+    help="If no profile matches, take one of the same layer, deployment and GPU that was measured with other versions, "
+    "such as Triton's. One of another deployment is never taken.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one versioned JSON document to stdout.")
 
@@ -53,6 +55,7 @@ class Request:
         auto: whether the backend was left to moetune.
         engine: the engine whose dispatcher was given, such as `vllm`.
         device: the value of `--device`.
+        flags: the flags of a launch line that decide the deployment; see `inputs.launch.Launch`.
     """
 
     layer: MoELayer
@@ -62,6 +65,7 @@ class Request:
     auto: bool = False
     engine: str | None = None
     device: str | None = None
+    flags: tuple[str, ...] = ()
 
 
 def takes_request(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -89,7 +93,8 @@ def _request(options: dict[str, Any], required: bool) -> Request | None:
     device = options.pop("device")
     line = options.pop("launch")
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    from_line = {} if line is None else _launch(line, given)
+    launch = None if line is None else _launch(line, given)
+    from_line = launch.options if launch else {}
     given |= from_line
     if not given and not required:
         return None
@@ -108,11 +113,11 @@ def _request(options: dict[str, Any], required: bool) -> Request | None:
 
         for note in notes.preferred_kernels(request.engine, request.backend, request.layer, request.regime):
             report(note)
-    return request
+    return replace(request, flags=launch.flags) if launch else request
 
 
-def _launch(line: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options that an engine's launch line sets and that are not in `given`."""
+def _launch(line: str, given: dict[str, Any]) -> Launch:
+    """Returns what an engine's launch line sets and is not in `given`, and prints its warnings on stderr."""
     from moetune.cli.backend_choice import owners
     from moetune.inputs import launch
 
@@ -122,7 +127,7 @@ def _launch(line: str, given: dict[str, Any]) -> dict[str, Any]:
     found = launch.read(line, beside)
     for warning in found.warnings:
         report(f"warning: {warning}")
-    return found.options
+    return found
 
 
 def _backend_options(given: dict[str, Any]) -> dict[str, str]:

@@ -25,13 +25,15 @@ moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
 @takes_request()
 @store_option
 @near_option
+@click.option("--wire", is_flag=True, help="Also show the formats in which a token can travel, with their bytes.")
 @json_option
-def plan(request: Request, store: Path | None, near: bool, as_json: bool) -> None:
+def plan(request: Request, store: Path | None, near: bool, wire: bool, as_json: bool) -> None:
     """Show what the kernel of one rank gets in each bucket. Needs no GPU and measures nothing.
 
     For each bucket: rows, tokens per rank, local slots, slots per local expert, active experts, bytes on the wire,
     bytes and FLOPs of the GEMMs, and the number of tactics that `moetune tune` would try. Then: the kernels that run
-    it, the stored profile that is nearest, and the command to run next.
+    it, the stored profile that is nearest, and the command to run next. docs/workload.md explains which rows reach a
+    rank.
     """
     from moetune.cli.stored import backends_of
     from moetune.tuning.plan import plan as plan_of
@@ -54,7 +56,7 @@ def plan(request: Request, store: Path | None, near: bool, as_json: bool) -> Non
     else:
         from moetune.report.plan import plan_report
 
-        show(*plan_report(answer))
+        show(*plan_report(answer, wire=wire, flags=request.flags))
 
 
 def _kernels(request: Request, backend: Backend) -> Kernels:
@@ -102,7 +104,9 @@ def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None
     if profile is not None and profile.answers:
         return command("show", profile.path)
     start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
-    words = ["tune", *(word for word in typed() if word != "--near"), *start]
+    reads_file = backend == "triton" and kernels.engine is not None and kernels.engine in kernels.flags
+    export = ("--export", "tuned") if reads_file else ()
+    words = ["tune", *(word for word in typed() if word not in ("--near", "--wire")), *export, *start]
     if backend not in kernels.computing:
         return None
     return command(*words) if kernels.runs_here else command_elsewhere(*words)

@@ -25,6 +25,12 @@ _READERS: Final[Mapping[str, _Reader]] = {
 }
 _SETTINGS_FLAG: Final = {"vllm": "config", "sglang": "config", "trtllm": None}
 """The flag that names a settings file, if its settings have the names of flags. TensorRT-LLM's have other names."""
+_DISPATCHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "vllm": ("all2all-backend", "VLLM_ALL2ALL_BACKEND"),
+    "sglang": ("moe-a2a-backend", "enable-deepep-moe"),
+    "trtllm": (),
+}
+"""The flags and variables that name a dispatcher, the flag of today first."""
 DECIDING: Final = frozenset(
     {*launch_vllm.DECIDING, *launch_sglang.DECIDING, *launch_trtllm.DECIDING, "model", "model-path", "config"}
 )
@@ -37,11 +43,13 @@ _OTHER_DEVICE_VARIABLES: Final = ("TPU_BACKEND_TYPE", "HIP_VISIBLE_DEVICES")
 class Launch:
     """The options of a launch line, for `moetune.inputs.options.resolve`, and warnings.
 
-    `options` also has `backend` if the line selects the kernels.
+    `options` also has `backend` if the line selects the kernels. `flags` are the line's flags that decide the
+    deployment, with their values. The last is `no --moe-a2a-backend` if the line leaves the dispatcher to the engine.
     """
 
     options: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 def parsed(spelled: str) -> tuple[ServerCommand, Line]:
@@ -96,7 +104,22 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
                 "deployment: the engine that the line starts has another load, and reads no result of it."
             )
     options = {name: value for name, value in found.items() if value is not None and name not in beside}
-    return Launch(options, tuple(dict.fromkeys(warnings)))
+    return Launch(options, tuple(dict.fromkeys(warnings)), _deciding_flags(line, server.engine, beside))
+
+
+def _deciding_flags(line: Line, engine: str, beside: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the flags of `DECIDING` that the line gives, and which flag of the dispatcher it does not give."""
+    given = [
+        " ".join([f"--{name}", *(word.text for word in value.words)])
+        for name, value in line.flags.items()
+        if name in DECIDING and name not in ("model", "model-path")
+    ]
+    named = _DISPATCHER_NAMES[engine]
+    given += [f"{name}={word.text}" for name, word in line.variables.items() if name in named]
+    left_open = named and "dispatch" not in beside and not any(name in line.flags for name in named)
+    if left_open and not any(name in line.variables for name in named):
+        given.append(f"no --{named[0]}")
+    return tuple(given)
 
 
 def _other_devices(server: ServerCommand) -> list[str]:

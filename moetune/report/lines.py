@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from moetune.errors import Plain
 from moetune.report.tactics import reasons_counted
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.match import Differing
 
 _LADDERS = {
-    "vllm": " (the batch sizes of vLLM's tuned files)",
-    "adaptive": " (the batch sizes of vLLM's tuned files and more)",
+    "vllm": " (the batch sizes of vLLM's and SGLang's tuned files)",
+    "adaptive": " (the batch sizes of vLLM's and SGLang's tuned files and more)",
     "hybrid": " (the buckets of FlashInfer's tuner)",
 }
+_FIELDS = {
+    "ep_size": "ep",
+    "tp_size": "tp",
+    "redundant_experts": "redundant experts",
+    "tune_max_num_tokens": "largest bucket",
+}
+"""What a reader calls a field of a regime, if that is not its name."""
 
 
 def layer_line(layer: MoELayer) -> str:
@@ -71,6 +79,20 @@ def versions(differing: Differing) -> str:
     return listed(
         f"{name} {each['stored'] or 'none'} (here {each['wanted'] or 'none'})" for name, each in differing.items()
     )
+
+
+def field_line(name: str, value: Plain) -> str:
+    """Returns a field of a regime and its value: `ep 8`, `no attention DP`, `largest bucket 8192`."""
+    if name == "attention_dp":
+        return "attention DP" if value else "no attention DP"
+    if value is None:
+        return f"no {_FIELDS.get(name, name)}"
+    return f"{_FIELDS.get(name, name)} {value}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns `1 row` or `2 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(words: Iterable[str]) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moetune.inputs.engine_flags import preferred_to_triton
 from moetune.report.command import command, shortest
 from moetune.report.format import ENGINES, count, human_bytes, human_flops
 from moetune.report.lines import (
+    counted,
+    field_line,
     ladder_line,
     layer_line,
+    listed,
     near_line,
     neutral_line,
     reason_lines,
@@ -32,11 +36,18 @@ _NAMED = 3
 """Number of fields of the deployment that are named; all are in the JSON document."""
 
 
-def plan_report(plan: Plan) -> list[RenderableType]:
-    """Returns a plan as text and tables: the question, each bucket's load, the bytes on the wire, and what to run."""
+def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) -> list[RenderableType]:
+    """Returns a plan as text and tables: the question, each bucket's load, and what to run.
+
+    Args:
+        plan: the plan to show.
+        wire: whether to show the formats in which a token can travel, too.
+        flags: the flags of a launch line that decide the deployment.
+    """
     reported: list[RenderableType] = [
         Text(layer_line(plan.layer), style="bold"),
         Text(regime_line(plan.regime)),
+        *([Text(f"read from the line: {', '.join(flags)}", style="dim")] if flags else []),
         Text(_rank_line(plan), style="dim"),
         Text(_load_line(plan), style="dim"),
         Text(),
@@ -44,13 +55,13 @@ def plan_report(plan: Plan) -> list[RenderableType]:
         Text(),
         columns_table(plan),
     ]
-    below = [f"tactics unknown: {plan.tactics_unknown}"] if plan.tactics_unknown else []
+    below = [_tactics_line(plan.tactics_unknown)] if plan.tactics_unknown else []
     below += reason_lines(
         "tactics left out, per bucket:", [bucket.excluded_tactics.values() for bucket in plan.buckets]
     )
     below += skipped_lines(plan.regime)
     reported += [*([Text()] if below else []), *(Text(line, style="dim") for line in below)]
-    if plan.wire:
+    if wire and plan.wire:
         reported += [Text(), wire_table(plan), Text(), wire_columns_table(plan), Text(_unknown_row(plan), style="dim")]
     if plan.kernels:
         reported += [Text(), *_outlook(plan, plan.kernels)]
@@ -60,15 +71,13 @@ def plan_report(plan: Plan) -> list[RenderableType]:
 def plan_table(plan: Plan) -> Table:
     """Returns a table with a row for each bucket: the kernel's load, the bytes on the wire, and the GEMMs' work."""
     table = new_table()
-    table.padding = (0, 0)  # eleven columns fit into a terminal of 80
-    same = all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
-    other = any(bucket.met_rows != bucket.rows for bucket in plan.buckets)
-    typical = ["typ-\nical\nrows"] if other else []
-    add_numbers(table, *(["rows =\ntokens\na rank"] if same else ["rows", *typical, "tokens\na rank"]))
+    table.padding = (0, 0)  # twelve columns fit into a terminal of 80
+    same, other = _tokens_are_rows(plan), _has_typical_rows(plan)
+    add_numbers(table, "rows", *(["typical\nrows"] if other else []), *([] if same else ["tokens\na rank"]))
     add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
-    for title in (*(("re-\nceived", "com-\nbined") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
+    for title in (*(("bytes\nin", "bytes\nback") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
         table.add_column(title, justify="right", overflow="fold")
-    add_numbers(table, "GEMMs\n(FLOP)", *([] if plan.tactics_unknown else ["tactics"]))
+    add_numbers(table, "GEMMs\n(FLOP)", *([] if plan.tactics_unknown else ["to\ntry"]))
     for bucket in plan.buckets:
         table.add_row(
             f"{bucket.rows:,}",
@@ -108,28 +117,49 @@ def wire_table(plan: Plan) -> Table:
 
 
 def columns_table(plan: Plan) -> Table:
-    """Returns what the columns of the bucket table mean."""
-    entries = {"rows": "the bucket: the row count by which the engine looks a tactic up"}
-    if any(bucket.met_rows != bucket.rows for bucket in plan.buckets):
+    """Returns what ep, tp and the columns of the bucket table mean."""
+    bucket = "the bucket: the row count by which the engine looks a tactic up"
+    bucket += f"; more than {plan.buckets[-1].rows:,} rows get the last bucket's"
+    entries = {"ep, tp": "ranks that share the experts, and ranks that share each expert"}
+    if _tokens_are_rows(plan):
+        bucket += ". Each rank has as many tokens"
+    entries["rows"] = bucket
+    if _has_typical_rows(plan):
         entries["typical rows"] = "the most likely row count that maps to the bucket; the other columns are for it"
+    if not _tokens_are_rows(plan):
+        entries["tokens a rank"] = "the tokens of each rank that produce these rows"
     entries |= {
-        "tokens a rank": "the tokens of each rank that produce these rows",
         "local slots": "(token, expert) pairs whose expert is on this rank",
+        "slots/expert": "local slots divided by this rank's experts",
         "active experts": "this rank's experts that have a slot",
     }
     if plan.wire:
-        entries["received"] = "bytes from the other ranks before the experts run"
-        entries["combined"] = (
-            "bytes from the other ranks after it: results of this rank's tokens. Both are for the first row of the "
-            "table below and a whole number of tokens a rank: rounded, and up to 1 if a rank has less"
+        entries["bytes in"] = "what other ranks send before the experts run: tokens in bf16, and their routing"
+        entries["bytes back"] = (
+            "what other ranks send after the experts have run: results of this rank's tokens. Both are for a whole "
+            "number of tokens a rank, at least 1"
         )
     entries |= {
         "weight bytes": "weights of the active experts",
         "activ. bytes": "activations that both GEMMs read and write",
+        "GEMMs (FLOP)": "floating-point operations of both GEMMs",
     }
     if not plan.tactics_unknown:
-        entries["tactics"] = "how many `moetune tune` would try"
+        entries["to try"] = "how many tactics (ways to run the kernel) a tune would try"
     return _legend(entries)
+
+
+def _tokens_are_rows(plan: Plan) -> bool:
+    return all(bucket.tokens_per_rank == bucket.rows for bucket in plan.buckets)
+
+
+def _has_typical_rows(plan: Plan) -> bool:
+    return any(bucket.met_rows != bucket.rows for bucket in plan.buckets)
+
+
+def _tactics_line(unknown: str) -> str:
+    """Returns why the tactics cannot be counted. A missing GPU is no failure of the plan."""
+    return f"number of tactics (ways to run the kernel): {unknown.rpartition(' cannot run here: ')[2]}"
 
 
 def wire_columns_table(plan: Plan) -> Table:
@@ -164,21 +194,28 @@ def _unknown_row(plan: Plan) -> str:
 def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     """Returns which kernels run the experts, which profile is nearest, and what to run next."""
     profile = plan.profile
-    lines = [Text(_kernels_line(plan.backend, kernels)), Text(_profile_line(profile))]
+    lines = [Text(_kernels_line(plan, kernels)), Text(_profile_line(profile))]
     if profile is None and kernels.selected:
         lines[1] = Text(f"profile: none measured with {plan.backend} is stored.")
+    if profile:
+        lines.append(Text("A profile holds the fastest tactic of each bucket for one deployment.", style="dim"))
     if profile and not profile.answers:
         lines.append(
             Text("view the nearest: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold")
         )
     if plan.next_command:
         here = kernels.runs_here or (profile is not None and profile.answers)
-        title = "next: " if here else "next, on a machine with the GPU that you deploy on: "
-        lines.append(Text(title, no_wrap=True).append(plan.next_command, style="bold"))
+        title = Text("next: ", no_wrap=True)
+        if not here:
+            minutes = " (Triton takes 1 to 2 minutes on an H200)" if plan.backend == "triton" else ""
+            lines.append(Text(f"next, on one GPU of the kind that you deploy on{minutes}:"))
+            title = Text(no_wrap=True)
+        lines.append(title.append(plan.next_command, style="bold"))
     return lines
 
 
-def _kernels_line(backend: str, kernels: Kernels) -> str:
+def _kernels_line(plan: Plan, kernels: Kernels) -> str:
+    backend = plan.backend
     if backend not in kernels.computing:
         others = ", ".join(kernels.computing)
         able = f"Choose one that does with --backend: {others}" if others else "No backend of moetune does"
@@ -193,35 +230,41 @@ def _kernels_line(backend: str, kernels: Kernels) -> str:
         return f"kernels: {backend}. {name} does not run them."
     if kernels.selected:
         return f"kernels: {backend}, as the command selects. {name} runs them with {flag}."
-    others = " ".join(f"On {generation} {name} prefers {other}." for generation, other in kernels.preferred.items())
-    chosen = f"kernels: {backend}. The command selects none: {name} runs these if you start it with {flag}."
-    return f"{chosen} {others}".rstrip()
+    without = [f"prefers {other} on {generation}" for generation, other in kernels.preferred.items()]
+    if backend == "triton" and preferred_to_triton(engine, plan.layer.precision, plan.regime.ep_size, 9) is None:
+        without.insert(0, "runs these on Hopper")
+    chosen = f"kernels: {backend}. The command selects none: start {name} with {flag}."
+    return f"{chosen} Without it {name} {listed(without)}." if without else chosen
 
 
 def _profile_line(profile: NearestProfile | None) -> str:
     if profile is None:
         return "profile: none is stored."
-    origin = "packaged" if profile.packaged else "stored"
+    origin = "comes with moetune" if profile.packaged else "is in your store"
     if profile.answers:
-        line = f"profile: a {origin} one answers this question."
+        line = f"profile: one that {origin} answers this question."
         lines = [near_line(profile.near)] if profile.near else []
         lines += [neutral_line(profile.neutral)] if profile.neutral else []
         lines += [ladder_line(profile.measured_ladder)] if profile.measured_ladder else []
         return " ".join([line, *(f"{text[0].upper()}{text[1:]}." for text in lines)])
     if profile.near:
-        return f"profile: none for these versions. The nearest, {origin}, was measured with {versions(profile.near)}."
-    measured = f"measured with {profile.backend} on {profile.device}"
+        return f"profile: none for these versions. The nearest {origin}; it was measured with {versions(profile.near)}."
+    measured = f"{origin} and was measured with {profile.backend} on {profile.device}"
     if profile.other_layer:
         precision = f" in {profile.differing['precision']['stored']}" if "precision" in profile.differing else ""
-        return f"profile: none of this layer. The nearest is of {profile.layer}{precision}, {origin}, {measured}."
+        return f"profile: none of this layer. The nearest is of {profile.layer}{precision}; it {measured}."
     if names := profile.other_deployment:
-        fields = ", ".join(
-            f"{name} {profile.differing[name]['stored']} instead of {profile.differing[name]['wanted']}"
-            for name in names[:_NAMED]
+        its, yours = (
+            listed(field_line(name, profile.differing[name][side]) for name in names[:_NAMED])
+            for side in ("stored", "wanted")
         )
-        more = f" and {len(names) - _NAMED} more differences" if len(names) > _NAMED else ""
-        return f"profile: none for this deployment. The nearest, {origin}, was {measured}: {fields}{more}."
-    return f"profile: none for this machine. The same layer and deployment, {origin}, were {measured}."
+        more = len(names) - _NAMED
+        others = f" --json lists {counted(more, 'more difference')}." if more > 0 else ""
+        return (
+            f"profile: none for this deployment. The nearest {measured}. It is for a deployment with {its}; yours has "
+            f"{yours}.{others}"
+        )
+    return f"profile: none for this machine. One of the same layer and deployment {measured}."
 
 
 def _rank_line(plan: Plan) -> str:
@@ -233,5 +276,10 @@ def _rank_line(plan: Plan) -> str:
 
 
 def _load_line(plan: Plan) -> str:
-    source = "simulated with the layer's own router" if plan.simulated else "in closed form"
-    return f"numbers are means, {source}: {100 * plan.hit_fraction:.1f} % of all tokens have a slot on this rank"
+    way = "simulated" if plan.simulated else "in closed form"
+    load = "experts with equal loads" if plan.regime.distribution == "balanced" else "random logits"
+    rule = "" if plan.regime.distribution == "balanced" else " through the model's routing rule"
+    return (
+        f"numbers are means for {load}{rule}, {way}: {100 * plan.hit_fraction:.1f} % of all tokens have a slot on "
+        "this rank"
+    )

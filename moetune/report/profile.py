@@ -13,6 +13,7 @@ from rich.text import Text
 from moetune.report.command import command
 from moetune.report.format import significant
 from moetune.report.lines import (
+    counted,
     ladder_line,
     layer_line,
     near_line,
@@ -30,6 +31,7 @@ from moetune.store.profile import Choice, Profile
 from moetune.tuning.verdict import NOISY
 
 _VERSIONS = ("torch", "cuda", "triton", "flashinfer", "vllm", "sglang")
+_TRITON_COLUMNS = {"M×N×K", "group", "warps", "stages"}
 
 
 def profile_report(
@@ -107,7 +109,7 @@ def profile_table(profile: Profile) -> Table:
 
 def _gain(choice: Choice) -> tuple[Text, Text]:
     if choice.tactic == choice.default_tactic:
-        return Text("default", style="dim"), Text("–", style="dim")
+        return Text("kept", style="dim"), Text("–", style="dim")
     beyond_noise = choice.gain_low > 1 + choice.noise
     bounds = f"{choice.gain_low:.2f}–{choice.gain_high:.2f}"
     return Text(f"{choice.gain:.2f}×", style="bold green" if beyond_noise else "dim"), Text(bounds)
@@ -116,12 +118,8 @@ def _gain(choice: Choice) -> tuple[Text, Text]:
 def gain_line(profile: Profile) -> str:
     """Returns a line with the profile's gain and the bucket of the smallest gain. The profile must have a choice."""
     worst = min(profile.choices, key=lambda choice: choice.gain)
-    buckets, rows = _counted(len(profile.choices), "bucket"), _counted(worst.rows, "row")
+    buckets, rows = counted(len(profile.choices), "bucket"), counted(worst.rows, "row")
     return f"geometric mean gain {profile.gain:.2f}× over {buckets}; worst {worst.gain:.2f}× at {rows}"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _measured_line(profile: Profile) -> str:
@@ -141,8 +139,10 @@ def _details(profile: Profile) -> list[str]:
     if not choices:
         return ["no bucket is tuned yet"]
     lines = [
+        *_column_lines(profile),
         f"{span([choice.tried for choice in choices])} of {span([choice.candidates for choice in choices])} "
-        f"tactics tried per bucket; the default: {_default(profile)}",
+        "tactics tried per bucket",
+        _default_line(profile),
         f"A/A noise {span([round(100 * choice.noise, 1) for choice in choices])} %; "
         "a tactic replaces the default only if its gain lies beyond the noise",
     ]
@@ -164,6 +164,18 @@ def _details(profile: Profile) -> list[str]:
     return [*lines, *skipped_lines(profile.regime)]
 
 
+def _column_lines(profile: Profile) -> list[str]:
+    """Returns what the columns of the table mean."""
+    triton = tactic_columns([choice.tactic for choice in profile.choices]).keys() >= _TRITON_COLUMNS
+    kept = any(choice.tactic == choice.default_tactic for choice in profile.choices)
+    return [
+        *(["M×N×K: a block's tile; group: the blocks of rows that are computed side by side"] if triton else []),
+        *(["warps, stages: Triton's num_warps and num_stages"] if triton else []),
+        "time: one run of this rank's experts, without the exchange between ranks",
+        "default: the same with the default tactic" + ("; kept: the default stays" if kept else ""),
+    ]
+
+
 def _noisy_lines(choices: Sequence[Choice]) -> list[str]:
     """Returns a line about the buckets that were too noisy, or none."""
     noisy = [choice for choice in choices if choice.noise > NOISY]
@@ -183,23 +195,23 @@ def _at_row_counts(choices: Sequence[Choice]) -> list[str]:
         return []
     worst = min(compared, key=lambda each: each.gain)
     lines = [
-        f"compared at {_counted(len(compared), 'row count')}; the smallest gain is {worst.gain:.2f}× "
-        f"at {_counted(worst.rows, 'row')}"
+        f"compared at {counted(len(compared), 'row count')}; the smallest gain is {worst.gain:.2f}× "
+        f"at {counted(worst.rows, 'row')}"
     ]
     if regrets := [choice.regret_high for choice in choices if choice.regret_high is not None]:
         lines.append(f"another finalist may be faster by at most {100 * max(regrets):.1f} % (95 % bound)")
     return lines
 
 
-def _default(profile: Profile) -> str:
+def _default_line(profile: Profile) -> str:
     """Returns the default tactic if all buckets have the same, otherwise the number of defaults; and their sources."""
     defaults = {choice.default_tactic for choice in profile.choices}
     sources = Counter(choice.default_source for choice in profile.choices)
     triton = profile.backend == "triton"
-    number = f"{len(defaults)} {'configurations' if triton else 'tactics, by the rows'}"
-    shown = tactic_line(*defaults) if len(defaults) == 1 else number
+    number = f"the default depends on the rows: {len(defaults)} {'configurations' if triton else 'tactics'}"
+    shown = f"the default: {tactic_line(*defaults)}" if len(defaults) == 1 else number
     if len(sources) > 1:
-        named = (f"{source or 'not recorded'} ({_counted(count, 'bucket')})" for source, count in sources.most_common())
+        named = (f"{source or 'not recorded'} ({counted(count, 'bucket')})" for source, count in sources.most_common())
         return f"{shown}: {', '.join(named)}"
     (source,) = sources
     is_heuristic = triton and source.partition(" ")[0] in ("", "heuristic")
@@ -210,8 +222,8 @@ def _default(profile: Profile) -> str:
 
 
 def _where(path: Path | str, served: bool, packaged: bool) -> Text:
-    source = "the packaged profiles" if packaged else "the store"
-    kept = "packaged profile: " if packaged else "profile: "
+    source = "the profiles that come with moetune" if packaged else "the store"
+    kept = "profile that comes with moetune: " if packaged else "profile: "
     title = f"served from {source}, nothing was measured: " if served else kept
     return Text(title, style="bold" if served else "", no_wrap=True).append(str(path), style="cyan")
 

@@ -84,10 +84,12 @@ def test_plan_carries_plain_byte_counts_and_the_distribution(moetune):
 
 
 def test_plan_prints_its_tables(moetune):
-    text = moetune("plan", "--model", "deepseek-r1", "--ep", "8", "--dispatch", "trtllm:attention_dp").stdout
-    assert "simulated with the layer's own router" in text
+    words = ("plan", "--model", "deepseek-r1", "--ep", "8", "--dispatch", "trtllm:attention_dp")
+    text = moetune(*words).stdout
+    assert "random logits through the model's routing rule, simulated: " in text
     assert "8,192" in text
-    assert "packed_topk" in text
+    assert "packed_topk" not in text
+    assert "packed_topk" in moetune(*words, "--wire").stdout
 
 
 SGLANG = (
@@ -116,13 +118,19 @@ def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
     assert (nearest["packaged"], nearest["layer"], nearest["device"]) == (True, "deepseek-r1", "NVIDIA H200")
     assert nearest["differing"]["ep_size"] == {"wanted": 16, "stored": 8}
     assert moetune("show", nearest["path"]).exit_code == 0
-    assert document["next_command"] == f"moetune tune --launch '{SGLANG}'"
+    assert document["next_command"] == f"moetune tune --launch '{SGLANG}' --export tuned"
 
-    lines = moetune("plan", "--launch", SGLANG).stdout.splitlines()[-4:]
-    assert [line.partition(":")[0] for line in lines] == [
-        "kernels", "profile", "view the nearest", "next, on a machine with the GPU that you deploy on",
-    ]  # fmt: skip
-    assert lines[-1].endswith(document["next_command"])
+    shown = moetune("plan", "--launch", SGLANG, "--wire").stdout.splitlines()
+    assert "read from the line: --tp-size 16, --dp-size 16, --enable-dp-attention, --ep-size 16, " in shown[2]
+    assert shown[2].endswith("no --moe-a2a-backend")
+    assert [line.partition(":")[0] for line in shown[-6:]] == [
+        "kernels",
+        "profile",
+        "A profile holds the fastest tactic of each bucket for one deployment.",
+        "view the nearest",
+        "next, on one GPU of the kind that you deploy on (Triton takes 1 to 2 minutes on an H200)",
+        document["next_command"],
+    ]
 
 
 def test_a_plan_for_other_kernels_names_no_profile_of_triton(moetune, on_a_cpu):

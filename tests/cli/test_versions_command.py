@@ -89,13 +89,14 @@ def test_plan_names_the_near_profile_and_with_near_it_answers(moetune, host, mon
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
     question = host("3.8.0")
     assert (
-        "profile: none for these versions. The nearest, packaged, was measured with triton 3.6.0 (here 3.8.0)."
+        "profile: none for these versions. The nearest comes with moetune; it was measured with triton 3.6.0 "
+        "(here 3.8.0)."
     ) in text_of(moetune("plan", *question))
     profile = json.loads(moetune("plan", *question, "--json").stdout)["profile"]
     assert (profile["differing"].keys(), profile["near"], profile["neutral"]) == ({"torch", "triton"}, NEAR, NEUTRAL)
 
     text = text_of(moetune("plan", *question, "--near"))
-    assert f"profile: a packaged one answers this question. N{NEAR_LINE}. M{NEUTRAL_LINE}." in text
+    assert f"profile: one that comes with moetune answers this question. N{NEAR_LINE}. M{NEUTRAL_LINE}." in text
     document = json.loads(moetune("plan", *question, "--near", "--json").stdout)
     assert (document["profile"]["differing"], document["profile"]["near"]) == ({}, NEAR)
     assert document["next_command"].startswith("moetune show ")
@@ -225,7 +226,7 @@ def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_and_every_output_say
     assert json.loads(moetune("export", *question, *words, "--json").stdout)["measured_ladder"] == "vllm"
 
     monkeypatch.setattr(TritonBackend, "unavailable", lambda self: ("a simulated GPU", "Look no further."))
-    assert f"profile: a packaged one answers this question. M{NEUTRAL_LINE}. M{LADDER_LINE}." in text_of(
+    assert f"profile: one that comes with moetune answers this question. M{NEUTRAL_LINE}. M{LADDER_LINE}." in text_of(
         moetune("plan", *question)
     )
     document = json.loads(moetune("plan", *question, "--json").stdout)

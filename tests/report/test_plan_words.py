@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from moetune.backends.plain_torch.algorithms import ALGORITHMS
-from moetune.report.lines import regime_line
+from moetune.report.lines import field_line, regime_line
 from moetune.report.plan import plan_report
 from moetune.report.tactics import TORCH_ALGORITHMS, torch_lines
 from moetune.spec.layer import MoELayer
@@ -30,18 +30,22 @@ KERNELS = Kernels(
 EP8 = {"ep_size": {"wanted": 16, "stored": 8}, "torch": {"wanted": "2.13.0", "stored": "2.11.0"}}
 
 LEGEND = """\
-rows            the bucket: the row count by which the engine looks a tactic up
-tokens a rank   the tokens of each rank that produce these rows
+ep, tp          ranks that share the experts, and ranks that share each expert
+rows            the bucket: the row count by which the engine looks a tactic up;
+                more than 8 rows get the last bucket's. Each rank has as many
+                tokens
 local slots     (token, expert) pairs whose expert is on this rank
+slots/expert    local slots divided by this rank's experts
 active experts  this rank's experts that have a slot
-received        bytes from the other ranks before the experts run
-combined        bytes from the other ranks after it: results of this rank's
-                tokens. Both are for the first row of the table below and a
-                whole number of tokens a rank: rounded, and up to 1 if a rank
-                has less
+bytes in        what other ranks send before the experts run: tokens in bf16,
+                and their routing
+bytes back      what other ranks send after the experts have run: results of
+                this rank's tokens. Both are for a whole number of tokens a
+                rank, at least 1
 weight bytes    weights of the active experts
 activ. bytes    activations that both GEMMs read and write
-tactics         how many `moetune tune` would try
+GEMMs (FLOP)    floating-point operations of both GEMMs
+to try          how many tactics (ways to run the kernel) a tune would try
 """
 WIRE_LEGEND = """\
 each row             one way in which a token can travel
@@ -58,16 +62,16 @@ def planned():
     return plan(LAYER, REGIME, "torch", "cpu")
 
 
-def _lines(planned, width=80):
+def _lines(planned, width=80, **shown):
     text = io.StringIO()
     out = Console(file=text, width=width, highlight=False)
-    for renderable in plan_report(planned):
+    for renderable in plan_report(planned, **shown):
         out.print(renderable, soft_wrap=isinstance(renderable, Text) and bool(renderable.no_wrap))
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
 def _bottom(planned, **changed):
-    """The lines after the wire table, each sentence whole."""
+    """The lines from the kernels on, each sentence whole."""
     lines = _lines(planned.model_copy(update=changed), width=400)
     return lines[next(at for at, line in enumerate(lines) if line.startswith("kernels: ")) :]
 
@@ -78,35 +82,69 @@ def _nearest(differing, **changed):
 
 
 def test_the_columns_are_explained_in_80_columns(planned):
-    text = "\n".join(_lines(planned)) + "\n"
+    text = "\n".join(_lines(planned, wire=True)) + "\n"
     assert LEGEND in text
     assert WIRE_LEGEND in text
-    assert all(len(line) <= 80 for line in _lines(planned))
+    assert all(len(line) <= 80 for line in _lines(planned, wire=True))
+
+
+def test_the_wire_is_shown_only_if_it_is_asked_for(planned):
+    text = "\n".join(_lines(planned))
+    assert LEGEND in f"{text}\n"
+    assert "before the exchange" not in text
+    assert "is not recorded in moetune" not in text
+
+
+def test_the_flags_that_decide_the_deployment_stand_below_it(planned):
+    lines = _lines(planned, flags=("--tp-size 4", "no --moe-a2a-backend"))
+    assert lines[2] == "read from the line: --tp-size 4, no --moe-a2a-backend"
+    assert not any("read from the line" in line for line in _lines(planned))
+
+
+def test_a_load_says_whose_logits_it_is_for(planned):
+    assert "numbers are means for random logits through the model's routing rule, in closed form" in " ".join(
+        _lines(planned)
+    )
+    balanced = plan(LAYER, Regime(ep_size=4, dispatch="allgather", ladder="8", distribution="balanced"), "torch", "cpu")
+    assert any(line.startswith("numbers are means for experts with equal loads, ") for line in _lines(balanced))
+
+
+def test_no_heading_is_split_by_a_hyphen():
+    regime = Regime(ep_size=8, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    lines = _lines(plan("qwen3-235b-a22b", regime, "torch", "cpu"))
+    rule = next(at for at, line in enumerate(lines) if line.startswith("──"))
+    blank = max(at for at, line in enumerate(lines[:rule]) if not line)
+    assert [" ".join(line.split()) for line in lines[blank + 1 : rule]] == [
+        "typical tokens local slots/ active bytes bytes weight activ. GEMMs to",
+        "rows rows a rank slots expert experts in back bytes bytes (FLOP) try",
+    ]
 
 
 def test_a_column_that_is_not_shown_is_not_explained():
     text = "\n".join(
         _lines(plan(LAYER, Regime(ladder="8"), "torch", "cpu").model_copy(update={"tactics_unknown": "x"}))
     )
-    assert not re.search(r"^(received|combined|typical rows|tactics|each row) {2}", text, re.M)
+    assert not re.search(r"^(bytes in|bytes back|typical rows|to try|tokens a rank|each row) {2}", text, re.M)
     typical = plan(LAYER, Regime(ep_size=4, dispatch="alltoall", layout="deduplicated", ladder="vllm"), "torch", "cpu")
     assert "typical rows    the most likely row count" in "\n".join(_lines(typical))
 
 
 def test_no_row_of_the_wire_is_claimed_for_an_engine(planned):
-    text = "\n".join(_lines(planned.model_copy(update={"backend": "triton", "kernels": KERNELS})))
+    text = "\n".join(_lines(planned.model_copy(update={"backend": "triton", "kernels": KERNELS}), wire=True))
     assert "Which row SGLang sends is not recorded in moetune." in text
 
 
 def test_a_plan_ends_with_the_kernels_the_nearest_profile_and_the_next_command(planned):
     found = {"kernels": KERNELS, "profile": _nearest(EP8), "next_command": "moetune tune --ep 16"}
     assert _bottom(planned, backend="triton", **found) == [
-        "kernels: triton. The command selects none: SGLang runs these if you start it with "
-        "--moe-runner-backend triton. On Blackwell SGLang prefers flashinfer_trtllm for many models.",
-        "profile: none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
-        "ep_size 8 instead of 16.",
+        "kernels: triton. The command selects none: start SGLang with --moe-runner-backend triton. Without it SGLang "
+        "runs these on Hopper and prefers flashinfer_trtllm for many models on Blackwell.",
+        "profile: none for this deployment. The nearest comes with moetune and was measured with triton on NVIDIA "
+        "H200. It is for a deployment with ep 8; yours has ep 16.",
+        "A profile holds the fastest tactic of each bucket for one deployment.",
         "view the nearest: moetune show /p.json",
-        "next, on a machine with the GPU that you deploy on: moetune tune --ep 16",
+        "next, on one GPU of the kind that you deploy on (Triton takes 1 to 2 minutes on an H200):",
+        "moetune tune --ep 16",
     ]
 
 
@@ -138,11 +176,12 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
     ("profile", "line"),
     [
         (None, "none is stored."),
-        (_nearest({}), "a packaged one answers this question."),
-        (_nearest({}, packaged=False), "a stored one answers this question."),
+        (_nearest({}), "one that comes with moetune answers this question."),
+        (_nearest({}, packaged=False), "one that is in your store answers this question."),
         (
             _nearest({"torch": EP8["torch"]}),
-            "none for this machine. The same layer and deployment, packaged, were measured with triton on NVIDIA H200.",
+            "none for this machine. One of the same layer and deployment comes with moetune and was measured with "
+            "triton on NVIDIA H200.",
         ),
         (
             _nearest({"remote": {"wanted": "zero", "stored": "drop"}, "torch": EP8["torch"]}),
@@ -162,16 +201,19 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
         ),
         (
             _nearest({"top_k": {"wanted": 4, "stored": 8}, **EP8}, layer="other"),
-            "none of this layer. The nearest is of other, packaged, measured with triton on NVIDIA H200.",
+            "none of this layer. The nearest is of other; it comes with moetune and was measured with triton on NVIDIA "
+            "H200.",
         ),
         (
             _nearest({"precision": {"wanted": "nvfp4", "stored": "bf16"}}),
-            "none of this layer. The nearest is of small in bf16, packaged, measured with triton on NVIDIA H200.",
+            "none of this layer. The nearest is of small in bf16; it comes with moetune and was measured with triton "
+            "on NVIDIA H200.",
         ),
         (
             _nearest({name: {"wanted": 1, "stored": 2} for name in ("ep_size", "tp_size", "draws", "seed", "rank")}),
-            "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
-            "ep_size 2 instead of 1, tp_size 2 instead of 1, draws 2 instead of 1 and 2 more differences.",
+            "none for this deployment. The nearest comes with moetune and was measured with triton on NVIDIA H200. "
+            "It is for a deployment with ep 2, tp 2 and draws 2; yours has ep 1, tp 1 and draws 1. "
+            "--json lists 2 more differences.",
         ),
     ],
 )
@@ -180,7 +222,8 @@ def test_the_nearest_profile_is_one_line_and_a_command(planned, profile, line):
     assert lines[1] == f"profile: {line}"
     answers = profile is not None and profile.answers
     assert ("view the nearest: moetune show /p.json" in lines) == (profile is not None and not answers)
-    assert lines[-1].startswith("next: " if answers else "next, on a machine with the GPU")
+    assert lines[-1] == ("next: moetune show /p.json" if answers else "moetune show /p.json")
+    assert lines[-2].startswith("next, on one GPU of the kind that you deploy on:") == (not answers)
 
 
 def test_without_a_next_command_none_is_printed(planned):
@@ -190,8 +233,8 @@ def test_without_a_next_command_none_is_printed(planned):
 @pytest.mark.parametrize(
     ("ladder", "shown"),
     [
-        ("vllm", "ladder vllm (the batch sizes of vLLM's tuned files)"),
-        ("adaptive", "ladder adaptive (the batch sizes of vLLM's tuned files and more)"),
+        ("vllm", "ladder vllm (the batch sizes of vLLM's and SGLang's tuned files)"),
+        ("adaptive", "ladder adaptive (the batch sizes of vLLM's and SGLang's tuned files and more)"),
         ("hybrid/8", "ladder hybrid/8 (the buckets of FlashInfer's tuner)"),
         ("pow2/8", "ladder pow2/8"),
         ("1,2", "ladder 1,2"),
@@ -199,6 +242,36 @@ def test_without_a_next_command_none_is_printed(planned):
 )
 def test_a_ladder_with_an_engines_name_says_where_its_buckets_come_from(ladder, shown):
     assert regime_line(Regime(ladder=ladder)).endswith(f", {shown}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("ep_size", 8, "ep 8"),
+        ("attention_dp", True, "attention DP"),
+        ("attention_dp", False, "no attention DP"),
+        ("layout", None, "no layout"),
+        ("tune_max_num_tokens", 8192, "largest bucket 8192"),
+        ("ladder", "pow2", "ladder pow2"),
+    ],
+)
+def test_a_field_of_a_deployment_has_a_readers_name(name, value, line):
+    assert field_line(name, value) == line
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "preferred", "without"),
+    [
+        ("vllm", "fp8_block", {"Hopper": "A", "Blackwell": "B"}, "prefers A on Hopper and prefers B on Blackwell"),
+        ("vllm", "bf16", {"Blackwell": "B"}, "runs these on Hopper and prefers B on Blackwell"),
+        ("sglang", "bf16", {}, "runs these on Hopper"),
+    ],
+)
+def test_the_kernels_line_says_what_the_engine_does_without_the_flag(planned, engine, precision, preferred, without):
+    layer = MoELayer(**{**dict(LAYER), "precision": precision})
+    kernels = KERNELS.model_copy(update={"engine": engine, "preferred": preferred})
+    line = _bottom(planned, backend="triton", layer=layer, kernels=kernels)[0]
+    assert line.endswith(f" {without}.")
 
 
 def test_every_algorithm_of_the_torch_backend_is_explained():

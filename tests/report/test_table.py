@@ -11,4 +11,4 @@ def test_numbers_of_a_column_end_below_each_other():
 def test_times_are_in_ms_where_all_are_long():
     text = printed(profile_table(made_profile(made_choice(8, 2_500.0), made_choice(64, 150_000.0))))
     assert rows_of(text)[:2] == ["time default", "rows tactic (ms) (ms) gain 95 % bounds"]
-    assert rows_of(text)[3:] == ["8 eager 2.50 2.50 default –", "64 eager 150 150 default –"]
+    assert rows_of(text)[3:] == ["8 eager 2.50 2.50 kept –", "64 eager 150 150 kept –"]
