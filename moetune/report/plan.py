@@ -118,8 +118,8 @@ def wire_table(plan: Plan) -> Table:
 
 def columns_table(plan: Plan) -> Table:
     """Returns what ep, tp and the columns of the bucket table mean."""
-    bucket = "the bucket: the row count by which the engine looks a tactic up"
-    bucket += f"; more than {plan.buckets[-1].rows:,} rows get the last bucket's"
+    last = f"{plan.buckets[-1].rows:,}"
+    bucket = f"the bucket: the row count by which the engine looks a tactic up. Above {last} it uses that of {last}"
     entries = {"ep, tp": "ranks that share the experts, and ranks that share each expert"}
     if _tokens_are_rows(plan):
         bucket += ". Each rank has as many tokens"
@@ -207,7 +207,7 @@ def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
         here = kernels.runs_here or (profile is not None and profile.answers)
         title = Text("next: ", no_wrap=True)
         if not here:
-            minutes = " (Triton takes 1 to 2 minutes on an H200)" if plan.backend == "triton" else ""
+            minutes = " (Triton takes about 2 minutes on an H200)" if plan.backend == "triton" else ""
             lines.append(Text(f"next, on one GPU of the kind that you deploy on{minutes}:"))
             title = Text(no_wrap=True)
         lines.append(title.append(plan.next_command, style="bold"))

@@ -128,7 +128,7 @@ def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
         "profile",
         "A profile holds the fastest tactic of each bucket for one deployment.",
         "view the nearest",
-        "next, on one GPU of the kind that you deploy on (Triton takes 1 to 2 minutes on an H200)",
+        "next, on one GPU of the kind that you deploy on (Triton takes about 2 minutes on an H200)",
         document["next_command"],
     ]
 
@@ -436,7 +436,7 @@ def test_a_packaged_profile_is_served_and_said_to_be_one(moetune, question, plan
     before = packaged()
     (path,) = before
     told = moetune("tune", *question)
-    assert f"served from the packaged profiles, nothing was measured: {path}" in told.stdout
+    assert f"served from the profiles that come with moetune, nothing was measured: {path}" in told.stdout
     document = _document(moetune("tune", *question, "--json", "--frozen"))
     assert (document["served"], document["packaged"], document["path"]) == (True, True, str(path))
     assert f"packaged profile: {path}" in moetune("show", *question).stdout

@@ -49,7 +49,7 @@ def test_a_profile_of_another_torch_is_shown_tuned_and_exported_with_one_line_ab
         assert "may be fastest" not in text
         document = json.loads(moetune(*command, *question, "--json").stdout)
         assert (document["near"], document["neutral"]) == ({}, NEUTRAL)
-    assert "served from the packaged profiles, nothing was measured" in text_of(moetune("tune", *question))
+    assert "served from the profiles that come with moetune, nothing was measured" in text_of(moetune("tune", *question))
     exported = moetune("export", *question, "--to", "vllm", "--out", tmp_path / "out")
     assert f"note: m{NEUTRAL_LINE}." in exported.stderr.splitlines()
 
@@ -213,7 +213,7 @@ def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_and_every_output_say
     for command in (["show"], ["tune", "--frozen"], ["tune"]):
         text = text_of(moetune(*command, *question))
         assert f"m{LADDER_LINE}" in text
-        assert "ladder vllm (the batch sizes of vLLM's tuned files)" in text
+        assert "ladder vllm (the batch sizes of vLLM's and SGLang's tuned files)" in text
         assert json.loads(moetune(*command, *question, "--json").stdout)["measured_ladder"] == "vllm"
         assert LADDER_LINE not in text_of(moetune(*command, *coarser))
         assert json.loads(moetune(*command, *coarser, "--json").stdout)["measured_ladder"] is None

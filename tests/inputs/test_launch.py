@@ -310,3 +310,35 @@ def test_quantization_makes_another_precision_only_of_bf16_weights():
 def test_a_line_that_cannot_be_read_says_what_to_do(line, error, said):
     with pytest.raises(error, match=said):
         options(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "beside", "flags"),
+    [
+        (
+            "python -m sglang.launch_server --model-path Qwen/Qwen3-30B-A3B --tp 16 --ep 16 --dp 16 "
+            "--enable-dp-attention --port 1",
+            {},
+            ("--tp-size 16", "--ep-size 16", "--dp-size 16", "--enable-dp-attention", "no --moe-a2a-backend"),
+        ),
+        (
+            "python -m sglang.launch_server --model-path Qwen/Qwen3-30B-A3B --tp 8 --moe-a2a-backend none",
+            {},
+            ("--tp-size 8", "--moe-a2a-backend none"),
+        ),
+        (
+            "vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel",
+            {},
+            ("--tensor-parallel-size 8", "--enable-expert-parallel", "no --all2all-backend"),
+        ),
+        (
+            "VLLM_ALL2ALL_BACKEND=pplx vllm serve Qwen/Qwen3-30B-A3B -dp 8 --enable-expert-parallel",
+            {},
+            ("--data-parallel-size 8", "--enable-expert-parallel", "VLLM_ALL2ALL_BACKEND=pplx"),
+        ),
+        ("vllm serve Qwen/Qwen3-30B-A3B -tp 8", {"dispatch": "none"}, ("--tensor-parallel-size 8",)),
+        ("trtllm-serve Qwen/Qwen3-30B-A3B --tp_size 8", {}, ("--tensor-parallel-size 8",)),
+    ],
+)
+def test_the_flags_that_decide_the_deployment_are_named(line, beside, flags):
+    assert read(line, beside).flags == flags

@@ -31,9 +31,9 @@ EP8 = {"ep_size": {"wanted": 16, "stored": 8}, "torch": {"wanted": "2.13.0", "st
 
 LEGEND = """\
 ep, tp          ranks that share the experts, and ranks that share each expert
-rows            the bucket: the row count by which the engine looks a tactic up;
-                more than 8 rows get the last bucket's. Each rank has as many
-                tokens
+rows            the bucket: the row count by which the engine looks a tactic up.
+                Above 8 it uses that of 8
+tokens a rank   the tokens of each rank that produce these rows
 local slots     (token, expert) pairs whose expert is on this rank
 slots/expert    local slots divided by this rank's experts
 active experts  this rank's experts that have a slot
@@ -109,6 +109,12 @@ def test_a_load_says_whose_logits_it_is_for(planned):
     assert any(line.startswith("numbers are means for experts with equal loads, ") for line in _lines(balanced))
 
 
+def test_rows_that_are_the_tokens_of_a_rank_have_one_column():
+    lines = _lines(plan(LAYER, Regime(ladder="8"), "torch", "cpu"))
+    assert "a rank" not in "\n".join(lines[: lines.index("")])
+    assert "as many tokens" in "\n".join(lines)
+
+
 def test_no_heading_is_split_by_a_hyphen():
     regime = Regime(ep_size=8, dispatch="alltoall", layout="deduplicated", ladder="vllm")
     lines = _lines(plan("qwen3-235b-a22b", regime, "torch", "cpu"))
@@ -143,7 +149,7 @@ def test_a_plan_ends_with_the_kernels_the_nearest_profile_and_the_next_command(p
         "H200. It is for a deployment with ep 8; yours has ep 16.",
         "A profile holds the fastest tactic of each bucket for one deployment.",
         "view the nearest: moetune show /p.json",
-        "next, on one GPU of the kind that you deploy on (Triton takes 1 to 2 minutes on an H200):",
+        "next, on one GPU of the kind that you deploy on (Triton takes about 2 minutes on an H200):",
         "moetune tune --ep 16",
     ]
 
