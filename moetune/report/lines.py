@@ -19,9 +19,10 @@ _FIELDS = {
     "ep_size": "ep",
     "tp_size": "tp",
     "redundant_experts": "redundant experts",
+    "remote": "--remote",
     "tune_max_num_tokens": "largest bucket",
 }
-"""What a reader calls a field of a regime, if that is not its name."""
+"""What a reader calls a field that deployments differ in, if that is not its name."""
 
 
 def layer_line(layer: MoELayer) -> str:
@@ -82,7 +83,7 @@ def versions(differing: Differing) -> str:
 
 
 def field_line(name: str, value: Plain) -> str:
-    """Returns a field of a regime and its value: `ep 8`, `no attention DP`, `largest bucket 8192`."""
+    """Returns a field that deployments differ in, and its value: `ep 8`, `no attention DP`, `largest bucket 8192`."""
     if name == "attention_dp":
         return "attention DP" if value else "no attention DP"
     if value is None:

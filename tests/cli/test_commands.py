@@ -439,8 +439,8 @@ def test_a_packaged_profile_is_served_and_said_to_be_one(moetune, question, plan
     assert f"served from the profiles that come with moetune, nothing was measured: {path}" in told.stdout
     document = _document(moetune("tune", *question, "--json", "--frozen"))
     assert (document["served"], document["packaged"], document["path"]) == (True, True, str(path))
-    assert f"packaged profile: {path}" in moetune("show", *question).stdout
-    assert f"packaged profile: {path}" in moetune("show", path).stdout
+    assert f"profile that comes with moetune: {path}" in moetune("show", *question).stdout
+    assert f"profile that comes with moetune: {path}" in moetune("show", path).stdout
     assert _document(moetune("show", *question, "--json"))["packaged"] is True
     assert planted.prepared == []
     assert packaged() == before

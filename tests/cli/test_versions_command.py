@@ -49,7 +49,9 @@ def test_a_profile_of_another_torch_is_shown_tuned_and_exported_with_one_line_ab
         assert "may be fastest" not in text
         document = json.loads(moetune(*command, *question, "--json").stdout)
         assert (document["near"], document["neutral"]) == ({}, NEUTRAL)
-    assert "served from the profiles that come with moetune, nothing was measured" in text_of(moetune("tune", *question))
+    assert "served from the profiles that come with moetune, nothing was measured" in text_of(
+        moetune("tune", *question)
+    )
     exported = moetune("export", *question, "--to", "vllm", "--out", tmp_path / "out")
     assert f"note: m{NEUTRAL_LINE}." in exported.stderr.splitlines()
 

@@ -191,8 +191,8 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
         ),
         (
             _nearest({"remote": {"wanted": "zero", "stored": "drop"}, "torch": EP8["torch"]}),
-            "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
-            "remote drop instead of zero.",
+            "none for this deployment. The nearest comes with moetune and was measured with triton on NVIDIA H200. "
+            "It is for a deployment with --remote drop; yours has --remote zero.",
         ),
         (
             _nearest(
@@ -202,8 +202,8 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
                     "remote": {"wanted": None, "stored": "drop"},
                 }
             ),
-            "none for this deployment. The nearest, packaged, was measured with triton on NVIDIA H200: "
-            "ep_size 8 instead of 16.",
+            "none for this deployment. The nearest comes with moetune and was measured with triton on NVIDIA H200. "
+            "It is for a deployment with ep 8; yours has ep 16.",
         ),
         (
             _nearest({"top_k": {"wanted": 4, "stored": 8}, **EP8}, layer="other"),
