@@ -6,19 +6,31 @@ ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 TIME_UNITS = ("µs", "ms", "s")
+_SMALL_GAIN = 1.1
 
 
 def significant(value: float) -> str:
     """Returns `value` with about three significant digits and separated thousands: `1,234`, `12.3`, `0.12`."""
     whole_digits = len(str(int(abs(value))))
-    return f"{value:,.{max(0, 3 - whole_digits)}f}"
+    return f"{_half_up(value):,.{max(0, 3 - whole_digits)}f}"
+
+
+def gain_digits(gain: float) -> int:
+    """Returns the number of decimals of a gain and its bounds: 3 if it is small, where 2 would not show it."""
+    return 3 if gain < _SMALL_GAIN else 2
+
+
+def _half_up(value: float) -> float:
+    """Returns `value`, a little larger, so that a half is rounded up: 0.125 to 0.13."""
+    return value * (1 + 1e-9)
 
 
 def count(value: float) -> str:
     """Returns a count, or a mean of counts: `128`, `8,192`, `12.5`, `0.031`."""
     if value == int(value) or value >= 100:
         return f"{round(value):,}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    shown = _half_up(value)
+    return f"{shown:.1f}" if value >= 10 else f"{shown:.2g}" if value < 0.1 else f"{shown:.2f}"
 
 
 def human_bytes(value: float) -> str:

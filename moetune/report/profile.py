@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetune.report.command import command
-from moetune.report.format import significant
+from moetune.report.format import gain_digits, significant
 from moetune.report.lines import (
     counted,
     ladder_line,
@@ -111,8 +111,9 @@ def _gain(choice: Choice) -> tuple[Text, Text]:
     if choice.tactic == choice.default_tactic:
         return Text("kept", style="dim"), Text("–", style="dim")
     beyond_noise = choice.gain_low > 1 + choice.noise
-    bounds = f"{choice.gain_low:.2f}–{choice.gain_high:.2f}"
-    return Text(f"{choice.gain:.2f}×", style="bold green" if beyond_noise else "dim"), Text(bounds)
+    digits = gain_digits(choice.gain)
+    bounds = f"{choice.gain_low:.{digits}f}–{choice.gain_high:.{digits}f}"
+    return Text(f"{choice.gain:.{digits}f}×", style="bold green" if beyond_noise else "dim"), Text(bounds)
 
 
 def gain_line(profile: Profile) -> str:

@@ -5,7 +5,7 @@ from moetune.report.format import count, duration, human_bytes, human_flops, hum
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.1234, "0.12"), (1.236, "1.24"), (12.34, "12.3"), (123.4, "123"), (99_999.6, "100,000")],
+    [(0.1234, "0.12"), (0.125, "0.13"), (1.236, "1.24"), (12.34, "12.3"), (123.4, "123"), (99_999.6, "100,000")],
 )
 def test_significant_keeps_about_three_digits(value, text):
     assert significant(value) == text
@@ -13,7 +13,16 @@ def test_significant_keeps_about_three_digits(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8192, "8,192"), (8192.0, "8,192"), (12.34, "12.3"), (1023.6, "1,024"), (0.5, "0.50"), (0.0312, "0.031")],
+    [
+        (8192, "8,192"),
+        (8192.0, "8,192"),
+        (12.34, "12.3"),
+        (1023.6, "1,024"),
+        (0.5, "0.50"),
+        (0.0312, "0.031"),
+        (0.125, "0.13"),
+        (0.0625, "0.063"),
+    ],
 )
 def test_a_count_is_whole_where_it_can_be(value, text):
     assert count(value) == text

@@ -28,6 +28,13 @@ def test_the_table_of_a_profile_is_as_ever():
     assert printed(table) == GOLDEN
 
 
+def test_a_small_gain_has_a_third_digit_that_is_the_stored_one():
+    won = {**WON, "gain": 1.0151, "gain_low": 1.0113, "gain_high": 1.0189}
+    assert rows_of(printed(profile_table(made_profile(made_choice(8, 65.5, **won)))))[-1].endswith(
+        " 1.015× 1.011–1.019"
+    )
+
+
 def test_a_triton_tactic_has_a_column_for_each_tunable_and_80_columns_hold_them():
     won = {**WON, "tactic": FAST}
     table = profile_table(made_profile(made_choice(8, 60.0, SLOW), made_choice(64, 18_518.0, SLOW, **won)))
