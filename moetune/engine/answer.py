@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from moetune.engine.stored import (
     tolerance_of,
 )
 from moetune.engine.tuner_call import TunerCall
-from moetune.errors import MoetuneError
+from moetune.errors import MissError, MoetuneError
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import UNTUNED
 from moetune.store.profile import Choice, Profile
@@ -49,6 +50,7 @@ def answer(session: Session, call: TunerCall) -> None:
     if not call.op.startswith(OPS) or call.identity in session.passed:
         return
     tuning = call.tuner.is_tuning_mode
+    session.has_tuned = session.has_tuned or tuning
     is_known = call.identity in session.looked_up
     if is_known and not tuning:
         return
@@ -109,9 +111,23 @@ def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int], gr
         missing = _served(session, call, answers, possible, group)
         if missing and call.tuner.is_tuning_mode:
             _measure(session, call, answers, op, missing, group)
-    session.count(op.backend, missed=[rows for rows in fresh if call.keys[rows] not in session.placed])
+    missed = [rows for rows in fresh if call.keys[rows] not in session.placed]
+    session.count(op.backend, missed=missed)
+    if missed and not call.tuner.is_tuning_mode:
+        _log_miss(session, call.op, len(missed))
     if call.tuner.is_tuning_mode or session.served:
         session.announce()
+
+
+def _log_miss(session: Session, op: str, buckets: int) -> None:
+    """Logs that FlashInfer's default runs. Before the warm-up, which will tune the op, only at DEBUG."""
+    session.logger.log(
+        logging.WARNING if session.has_tuned else logging.DEBUG,
+        "moetune: no stored tactic for %d buckets of %s: FlashInfer's default runs. "
+        "Call it in the engine's FlashInfer warm-up, or run `moetune tune` first.",
+        buckets,
+        op,
+    )
 
 
 def _answers(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> Answers:
@@ -288,6 +304,8 @@ def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regim
         else:
             profile = load(*question, device=call.device())
         return profile.model_dump_json(), tuned
+    except MissError as error:  # `_log_miss` says what to do
+        session.logger.debug("moetune: %s: %s", op.name, error)
     except MoetuneError as error:
         session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
     except Exception as error:  # an error must not end this rank: the other ranks wait for its profile

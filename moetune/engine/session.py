@@ -64,6 +64,7 @@ class Session:
         looked_up: identities of the calls for which the store was read.
         profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
             tuning mode. None if there was none.
+        has_tuned: whether an MoE op was called in tuning mode.
         asked: the shapes for which the engine asked for a Triton configuration, with the number of hits and misses.
         announced: the summary that was logged last.
     """
@@ -83,6 +84,7 @@ class Session:
     passed: set[Any] = field(default_factory=set, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
     profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)
+    has_tuned: bool = False
     asked: list[AskedShape] = field(default_factory=list, repr=False)
     announced: str = ""
 

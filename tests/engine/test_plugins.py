@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from flashinfer.autotuner import AutoTuner, autotune
 from flashinfer.autotuner.autotuner import AutoTuner as Stock
 from stand_ins import FAST, Trtllm
+from test_cutlass import MoERunner, call
 
 import moetune
 from moetune.engine import flashinfer_hook, plugins, session
@@ -86,6 +88,49 @@ def test_with_the_variable_the_engines_own_warmup_is_tuned(process, group, model
         rows = op.runner.rows(inputs)
         assert op.load(inputs) == moetune.realize(op.layer, regime, rows, rank=1).load.tolist()
     assert op(3) == tuple(FAST), "and serves"
+
+
+OTHERS = {
+    "cutlass": lambda layer, regime: partial(call, MoERunner(layer, regime), layer, regime),
+    "trtllm": lambda layer, regime: Trtllm(
+        layer, regime, op="flashinfer::trtllm_fp8_per_tensor_scale_routed_moe", maximum=8192
+    ),
+}
+
+
+@pytest.fixture
+def started(process, model, monkeypatch):
+    """The session of a plugin of vLLM."""
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    plugins.vllm()
+    return session.current()
+
+
+@pytest.mark.parametrize("kernels", OTHERS)
+def test_before_the_warmup_a_miss_is_not_logged(started, kernels, regime, caplog):
+    """vLLM calls the ops while it compiles, and its sweep comes later."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        OTHERS[kernels](started.layer, regime)()
+    assert started.missed
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("kernels", "lines"), [("cutlass", 2), ("trtllm", 1)])
+def test_after_the_warmup_a_miss_is_one_short_line_for_each_op(started, kernels, lines, regime, caplog):
+    with autotune(True):
+        Trtllm(started.layer, regime)()
+    caplog.clear()
+    other = OTHERS[kernels](started.layer, regime)
+    with caplog.at_level(logging.INFO):
+        other()
+        other()
+    messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(messages) == lines
+    for message in messages:
+        assert message.startswith("moetune: no stored tactic for")
+        assert message.endswith("or run `moetune tune` first.")
+        assert len(message) <= 200
 
 
 @pytest.mark.parametrize(
