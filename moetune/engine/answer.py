@@ -45,7 +45,7 @@ def answer(session: Session, call: TunerCall) -> None:
     """Places the session's choices for the buckets of `call` in FlashInfer's cache, if its op computes the layer.
 
     Outside of tuning mode nothing is measured, and the store is read once. An error never stops the engine: it is
-    logged once, and the op is left to FlashInfer.
+    logged, and the op is left to FlashInfer.
     """
     if not call.op.startswith(OPS) or call.identity in session.passed:
         return
@@ -74,9 +74,9 @@ def answer(session: Session, call: TunerCall) -> None:
         if tuning:
             session.answered[call.signature] = tuple(key for key in call.keys.values() if key in session.placed)
     except Exception as error:  # an engine must start, whatever fails while it tunes
-        session.passed.add(call.identity)
         session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)
-        if tuning:
+        if tuning:  # an error before the warm-up must not keep one rank from what the others do together in it
+            session.passed.add(call.identity)
             session.count(call.op, missed=list(call.profiles))
             session.announce()
 

@@ -90,7 +90,7 @@ def together(make: Callable[[], T], group: ProcessGroup | None) -> T:
         raise error
     for rank, reason in enumerate(reasons):
         if reason is not None:
-            raise UnsupportedError(f"Rank {rank} of the group failed: {reason}")
+            raise UnsupportedError(f"Rank {rank} of the group failed: {reason}", "See its log.")
     return made[0]
 
 

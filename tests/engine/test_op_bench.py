@@ -16,12 +16,23 @@ from moetune.workload.draws import Draw
 
 TWO_RANKS = """
 import os, sys, torch.distributed as dist
-from moetune.engine.ranks import broadcast, gather
+from moetune.engine.ranks import broadcast, common, gather, together
+from moetune.errors import UnsupportedError
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 group = dist.group.WORLD
 assert gather({"rank": rank}, group) == [{"rank": 0}, {"rank": 1}]
 assert broadcast(f"from {rank}", group) == "from 0"
+assert common({rank, 2}, group) == {2}
+assert together(lambda: rank, group) == rank
+try:
+    together(lambda: 1 // (1 - rank), group)
+except ZeroDivisionError:
+    assert rank == 1
+except UnsupportedError as error:
+    assert rank == 0 and "Rank 1 of the group failed: ZeroDivisionError" in str(error)
+else:
+    raise AssertionError("it failed on one rank")
 dist.barrier()
 os._exit(0)  # gloo's threads may abort the process at its end
 """

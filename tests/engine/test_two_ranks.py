@@ -63,6 +63,8 @@ def test_an_engine_without_a_group_yet_has_none(name, function, monkeypatch):
     assert engine_group() is None
     setattr(module, function, raises)
     assert engine_group() is None
+    setattr(module, function, lambda: types.SimpleNamespace(cpu_group="a group that torch.distributed does not know"))
+    assert engine_group() is None
 
 
 def test_no_engine_is_imported_to_look_for_its_group():

@@ -173,6 +173,24 @@ def test_an_engine_that_skips_its_sweep_is_served_from_the_store(trtllm, layer, 
     assert {rows for _, rows in seen.served} == BUCKETS
 
 
+def test_an_error_before_the_sweep_does_not_keep_the_sweep_from_being_tuned(trtllm, layer, regime, monkeypatch, caplog):
+    answers = answer._answers
+
+    def fails_outside_tuning_mode(session, call, op, regime):
+        if not call.tuner.is_tuning_mode:
+            raise OSError("planted")
+        return answers(session, call, op, regime)
+
+    monkeypatch.setattr(answer, "_answers", fails_outside_tuning_mode)
+    with moetune.warmup(layer, regime) as seen:
+        AutoTuner.get().is_tuning_mode = False
+        assert trtllm() == trtllm() == -1
+        AutoTuner.get().is_tuning_mode = True
+        assert trtllm() == tuple(FAST)
+    assert caplog.text.count("OSError: planted") == 1
+    assert {rows for _, rows in seen.tuned} == BUCKETS
+
+
 def test_ranks_that_do_not_all_have_the_answer_measure_together(trtllm, layer, regime, monkeypatch):
     with moetune.warmup(layer, regime):
         trtllm()
