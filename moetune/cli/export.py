@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
+from moetune.cli.options import Request, device_name_option, json_option, near_option, store_option, takes_request
 
 SCHEMA_VERSION = 1
 EXAMPLE = """\
@@ -29,6 +29,7 @@ moetune export --model qwen3-235b-a22b --ep 8
 @click.option("--force", is_flag=True, help="Replace files that have other content.")
 @store_option
 @near_option
+@device_name_option
 @json_option
 def export(
     path: Path | None,
@@ -39,6 +40,7 @@ def export(
     force: bool,
     store: Path | None,
     near: bool,
+    device_name: str | None,
     as_json: bool,
 ) -> None:
     """Write a stored profile as the files that an engine reads: the file PROFILE, or the one that answers the options.
@@ -46,10 +48,11 @@ def export(
     The files go into a folder named after the regime, with a README and their provenance. Warnings name the cases in
     which the engine does not read them, or has another load than the one measured.
     """
-    from moetune.cli.stored import stored_profile
+    from moetune.cli.stored import on_device, stored_profile
     from moetune.cli.written import say, write_for
 
     of_vllm = for_version if target == "vllm" and path is None else None
+    request = on_device(request, device_name)
     found = stored_profile("export", path, request, store, near, of_vllm)
     written = write_for(target, found, out, for_version=for_version, force=force)
     if as_json:

@@ -36,6 +36,12 @@ near_option = click.option(
     help="If no profile matches, take one of the same layer, deployment and GPU that was measured with other versions, "
     "such as Triton's. One of another deployment is never taken.",
 )
+device_name_option = click.option(
+    "--device-name",
+    metavar="NAME",
+    help="Look profiles up as on a machine with this GPU, such as 'NVIDIA H200', which need not be here.  "
+    "[default: the device here]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one versioned JSON document to stdout.")
 
 
@@ -55,6 +61,7 @@ class Request:
         auto: whether the backend was left to moetune.
         engine: the engine whose dispatcher was given, such as `vllm`.
         device: the value of `--device`.
+        device_name: the name of the device to look profiles up for, if it is not the one here.
         flags: the flags of a launch line that decide the deployment; see `inputs.launch.Launch`.
     """
 
@@ -65,6 +72,7 @@ class Request:
     auto: bool = False
     engine: str | None = None
     device: str | None = None
+    device_name: str | None = None
     flags: tuple[str, ...] = ()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from moetune.cli.help import Command, typed
-from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
+from moetune.cli.options import Request, device_name_option, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document, patience, report, show
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ moetune plan --launch "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep
 @takes_request()
 @store_option
 @near_option
+@device_name_option
 @click.option("--wire", is_flag=True, help="Also show the formats in which a token can travel, with their bytes.")
 @json_option
-def plan(request: Request, store: Path | None, near: bool, wire: bool, as_json: bool) -> None:
+def plan(request: Request, store: Path | None, near: bool, device_name: str | None, wire: bool, as_json: bool) -> None:
     """Show what the kernel of one rank gets in each bucket. Needs no GPU and measures nothing.
 
     For each bucket: rows, tokens per rank, local slots, slots per local expert, active experts, bytes on the wire,
@@ -35,9 +37,10 @@ def plan(request: Request, store: Path | None, near: bool, wire: bool, as_json: 
     it, the stored profile that is nearest, and the command to run next. docs/workload.md explains which rows reach a
     rank.
     """
-    from moetune.cli.stored import backends_of
+    from moetune.cli.stored import backends_of, on_device
     from moetune.tuning.plan import plan as plan_of
 
+    request = on_device(request, device_name) or request
     layer, regime = request.layer, request.regime
     with patience(f"Simulating the router of {layer.name} for {len(regime.buckets)} buckets ..."):
         backends = backends_of(request)
@@ -78,16 +81,16 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
 
 def _nearest(request: Request, backends: list[Backend], root: Path | None, near: bool) -> NearestProfile | None:
     """Returns the nearest stored profile. A store that cannot be read is a warning: the plan needs none."""
+    from moetune.cli.stored import question_of
     from moetune.errors import StoreError, UnsupportedError
     from moetune.store.store import Store
     from moetune.tuning.outlook import nearest_profile
-    from moetune.tuning.question import Question
 
     folder = Store(root)
     keys = []
     for backend in backends:
         try:
-            keys.append(Question.of(request.layer, request.regime, backend, folder, request.device, near=near))
+            keys.append(question_of(request, backend, folder, near=near))
         except UnsupportedError:  # its package is not installed, so no profile is for this environment
             continue
     try:
@@ -106,7 +109,15 @@ def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None
     start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
     reads_file = backend == "triton" and kernels.engine is not None and kernels.engine in kernels.flags
     export = ("--export", "tuned") if reads_file else ()
-    words = ["tune", *(word for word in typed() if word not in ("--near", "--wire")), *export, *start]
+    words = ["tune", *_measuring(typed()), *export, *start]
     if backend not in kernels.computing:
         return None
     return command(*words) if kernels.runs_here else command_elsewhere(*words)
+
+
+def _measuring(words: Sequence[str]) -> Iterator[str]:
+    """Yields the words of `plan` that `tune` takes too."""
+    name = "--device-name"
+    for before, word in zip(("", *words), words, strict=False):
+        if before != name and word not in ("--near", "--wire", name) and not word.startswith(f"{name}="):
+            yield word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from moetune.store.match import Match
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.store.store import Store
+    from moetune.tuning.question import Question
 
 
 def stored_profile(
@@ -61,12 +63,42 @@ def stored_profile(
     return _found(request, folder, near, vllm_version)
 
 
+def on_device(request: Request | None, name: str | None) -> Request | None:
+    """Returns the request with the device that its profile is looked up for, if one is named.
+
+    Raises:
+        UsageError: a device is named, and there is no request.
+    """
+    if name is None:
+        return request
+    if request is None:
+        raise UsageError(
+            "--device-name looks a profile up; a profile's path needs no look-up.",
+            "Give --model with options, or --launch.",
+        )
+    return replace(request, device_name=name)
+
+
+def question_of(request: Request, backend: Backend, folder: Store, *, near: bool) -> Question:
+    """Returns the question whose answer is looked up for a request and one backend.
+
+    Raises:
+        UsageError: as `Question.of`, or no stored profile is of the request's device.
+        UnsupportedError: this machine lacks what the backend's environment is read from.
+    """
+    from moetune.tuning.question import Question
+
+    question = Question.of(request.layer, request.regime, backend, folder, request.device, near=near)
+    return question if request.device_name is None else question.on_device(request.device_name)
+
+
 def backends_of(request: Request) -> list[Backend]:
     """Returns the backends that may have a profile for a request, the one to name first.
 
     If the backend was left to moetune, the first is what the request's engine could run, even if it cannot run here.
+    With a device's name, all that compute the layer may have one.
     """
-    from moetune.backends.registry import able
+    from moetune.backends import registry
     from moetune.cli.backend_choice import backend_of_engine, backend_with, options_of_engine
 
     if not request.auto:
@@ -74,7 +106,11 @@ def backends_of(request: Request) -> list[Backend]:
     of_engine = request.engine and backend_of_engine(request.engine, request.layer, request.regime)
     options = options_of_engine(request.engine)
     found = {of_engine.name: of_engine} if of_engine else {}
-    for backend in able(request.layer, request.regime)[0]:
+    if request.device_name is None:
+        backends = registry.able(request.layer, request.regime)[0]
+    else:
+        backends = [registry.backend(name) for name in registry.backends_computing(request.layer, request.regime)]
+    for backend in backends:
         if backend.name not in found:
             own = options.get(backend.name)
             found[backend.name] = backend_with(backend.name, own) if own else backend
@@ -101,16 +137,12 @@ def backend_of_start(request: Request, start: str, folder: Store) -> Backend:
 
 
 def _found(request: Request, folder: Store, near: bool, vllm_version: str | None = None) -> Match:
-    from moetune.tuning.question import Question
-
     failed: list[MoetuneError] = []
     backends = [_of_version(backend, request, vllm_version) for backend in backends_of(request)]
     for accepted in (False, True) if near else (False,):
         for backend, option in backends:
             try:
-                return Question.of(
-                    request.layer, request.regime, backend, folder, request.device, near=accepted
-                ).match()
+                return question_of(request, backend, folder, near=accepted).match()
             except MissError as miss:
                 hint = miss.hint.replace("`moetune tune", f"`moetune tune {option}") if option else miss.hint
                 failed.append(MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near))

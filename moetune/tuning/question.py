@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from moetune.spec.enums import RankWord, Strategy
 
 
+_OF_DEVICE = ("compute_capability", "cpu", "threads")
+"""The strict fields of an environment that belong to the device, not to a version."""
 NEAR = "near"
 """Names the nearest stored profile as the one to start from."""
 
@@ -70,6 +72,26 @@ class Question:
         store = store if isinstance(store, Store) else Store(store)
         return cls(layer, regime, chosen, environment(chosen, device), store, device, near)
 
+    def on_device(self, name: str) -> Question:
+        """Returns the question as a machine with the device `name` asks it that has this machine's versions.
+
+        What belongs to the device, such as its compute capability, is taken from a stored profile of it.
+
+        Raises:
+            UsageError: no stored profile was measured on such a device.
+        """
+        profiles = [profile for _, profile in self.store.profiles() if isinstance(profile, Profile)]
+        devices = {profile.environment.device: profile.environment for profile in profiles}
+        found = next((each for device, each in devices.items() if device.lower() == name.lower()), None)
+        if found is None:
+            raise UsageError(
+                f"No stored profile was measured on {name!r}.",
+                f"Give one of {', '.join(sorted(devices))}." if devices else "The store is empty.",
+            )
+        versions = {field: value for field, value in self.environment.strict.items() if field not in _OF_DEVICE}
+        own = {field: value for field, value in found.strict.items() if field in _OF_DEVICE}
+        return replace(self, environment=Environment(device=found.device, strict={**own, **versions}))
+
     def load(self) -> Profile:
         """Returns the stored profile. Raises the errors of `match`."""
         return self.match().profile
@@ -88,7 +110,7 @@ class Question:
                 raise
             hint = (
                 f"Backend {self.backend.name} cannot run here: {obstacle[0]}. Run `moetune tune` with the same options "
-                "on a machine with the GPU that you deploy on."
+                f"on a machine with the GPU that you deploy on{', or give --near' if miss.near else ''}."
             )
             raise MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near) from None
 

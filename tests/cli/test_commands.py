@@ -178,6 +178,35 @@ def test_packaged_profiles_answer_a_line_without_attention_dp_on_their_ladder():
     assert from_launch(line, ladder="pow2").regime.digest in digests
 
 
+ON_H200 = ("--model", "qwen3-30b-a3b", "--ep", "4", "--device-name", "nvidia h200", "--near")
+
+
+def test_a_machine_without_the_gpu_looks_profiles_up_by_its_name(moetune, on_a_cpu, tmp_path):
+    assert moetune("show", *ON_H200[:4]).exit_code == 3
+    shown = moetune("show", *ON_H200)
+    assert shown.exit_code == 0, shown.stderr
+    assert "measured 2026-11-2" in shown.stdout
+    exported = moetune("export", *ON_H200, "--to", "vllm", "--out", tmp_path / "out")
+    assert exported.exit_code == 0, exported.stderr
+    planned = _document(moetune("plan", *ON_H200, "--json"))
+    assert (planned["profile"]["differing"], planned["profile"]["device"]) == ({}, "NVIDIA H200")
+    other = _document(moetune("plan", "--model", "qwen3-30b-a3b", "--ep", "64", *ON_H200[4:], "--json"))
+    assert other["next_command"] == "moetune tune --model qwen3-30b-a3b --ep 64"
+    equals = _document(moetune("plan", "--model", "qwen3-30b-a3b", "--ep", "64", "--device-name=NVIDIA H200", "--json"))
+    assert equals["next_command"] == other["next_command"]
+
+
+def test_the_name_of_a_device_must_be_one_of_the_stored_ones_and_goes_with_a_look_up(moetune, on_a_cpu):
+    unknown = moetune("show", *ON_H200[:4], "--device-name", "H999")
+    assert unknown.exit_code == 2
+    assert unknown.stderr == "error: No stored profile was measured on 'H999'. Give one of NVIDIA H200.\n"
+    (path, *_) = Path(__file__).parents[2].glob("profiles/*/*/*/*.json")
+    for command in (["show"], ["export", "--to", "vllm", "--out", "x"]):
+        refused = moetune(*command, path, "--device-name", "NVIDIA H200")
+        assert refused.exit_code == 2
+        assert "a profile's path needs no look-up" in refused.stderr
+
+
 def test_a_miss_without_a_gpu_does_not_ask_to_tune_here(moetune, on_a_cpu):
     missed = moetune("show", "--launch", SGLANG)
     assert missed.exit_code == 3
