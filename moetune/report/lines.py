@@ -9,20 +9,13 @@ from moetune.report.tactics import reasons_counted
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.match import Differing
+from moetune.store.miss import FIELD_TITLES
 
 _LADDERS = {
     "vllm": " (the batch sizes of vLLM's and SGLang's tuned files)",
     "adaptive": " (the batch sizes of vLLM's and SGLang's tuned files and more)",
     "hybrid": " (the buckets of FlashInfer's tuner)",
 }
-_FIELDS = {
-    "ep_size": "ep",
-    "tp_size": "tp",
-    "redundant_experts": "redundant experts",
-    "remote": "--remote",
-    "tune_max_num_tokens": "largest bucket",
-}
-"""What a reader calls a field that deployments differ in, if that is not its name."""
 
 
 def layer_line(layer: MoELayer) -> str:
@@ -86,9 +79,8 @@ def field_line(name: str, value: Plain) -> str:
     """Returns a field that deployments differ in, and its value: `ep 8`, `no attention DP`, `largest bucket 8192`."""
     if name == "attention_dp":
         return "attention DP" if value else "no attention DP"
-    if value is None:
-        return f"no {_FIELDS.get(name, name)}"
-    return f"{_FIELDS.get(name, name)} {value}"
+    title = FIELD_TITLES.get(name, name)
+    return f"no {title}" if value is None else f"{title} {value}"
 
 
 def counted(count: int, noun: str) -> str:

@@ -23,6 +23,7 @@ from moetune.report.lines import (
     reason_lines,
     regime_line,
     skipped_lines,
+    span,
     versions,
 )
 from moetune.report.table import add_numbers, new_table
@@ -55,12 +56,12 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
         Text(),
         columns_table(plan),
     ]
-    below = [_tactics_line(plan.tactics_unknown)] if plan.tactics_unknown else []
+    below = [_tactics_line(plan)]
     below += reason_lines(
         "tactics left out, per bucket:", [bucket.excluded_tactics.values() for bucket in plan.buckets]
     )
     below += skipped_lines(plan.regime)
-    reported += [*([Text()] if below else []), *(Text(line, style="dim") for line in below)]
+    reported += [Text(), *(Text(line, style="dim") for line in below)]
     if wire and plan.wire:
         reported += [Text(), wire_table(plan), Text(), wire_columns_table(plan), Text(_unknown_row(plan), style="dim")]
     if plan.kernels:
@@ -71,13 +72,13 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
 def plan_table(plan: Plan) -> Table:
     """Returns a table with a row for each bucket: the kernel's load, the bytes on the wire, and the GEMMs' work."""
     table = new_table()
-    table.padding = (0, 0)  # twelve columns fit into a terminal of 80
+    table.padding = (0, 0)  # eleven columns fit into a terminal of 80
     same, other = _tokens_are_rows(plan), _has_typical_rows(plan)
-    add_numbers(table, "rows", *(["typical\nrows"] if other else []), *([] if same else ["tokens\na rank"]))
+    add_numbers(table, "rows", *(["typ.\nrows"] if other else []), *([] if same else ["tokens\na rank"]))
     add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
     for title in (*(("bytes\nin", "bytes\nback") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
         table.add_column(title, justify="right", overflow="fold")
-    add_numbers(table, "GEMMs\n(FLOP)", *([] if plan.tactics_unknown else ["to\ntry"]))
+    add_numbers(table, "GEMMs\n(FLOP)")
     for bucket in plan.buckets:
         table.add_row(
             f"{bucket.rows:,}",
@@ -90,7 +91,6 @@ def plan_table(plan: Plan) -> Table:
             human_bytes(bucket.weight_bytes),
             human_bytes(bucket.activation_bytes),
             human_flops(bucket.flops).removesuffix("FLOP"),
-            *([] if bucket.tactics is None else [f"{bucket.tactics:,}"]),
         )
     return table
 
@@ -125,7 +125,9 @@ def columns_table(plan: Plan) -> Table:
         bucket += ". Each rank has as many tokens"
     entries["rows"] = bucket
     if _has_typical_rows(plan):
-        entries["typical rows"] = "the most likely row count that maps to the bucket; the other columns are for it"
+        entries["typ. rows"] = (
+            "the typical (most likely) row count that maps to the bucket; the other columns are for it"
+        )
     if not _tokens_are_rows(plan):
         entries["tokens a rank"] = "the tokens of each rank that produce these rows"
     entries |= {
@@ -144,8 +146,6 @@ def columns_table(plan: Plan) -> Table:
         "activ. bytes": "activations that both GEMMs read and write",
         "GEMMs (FLOP)": "floating-point operations of both GEMMs",
     }
-    if not plan.tactics_unknown:
-        entries["to try"] = "how many tactics (ways to run the kernel) a tune would try"
     return _legend(entries)
 
 
@@ -157,9 +157,11 @@ def _has_typical_rows(plan: Plan) -> bool:
     return any(bucket.met_rows != bucket.rows for bucket in plan.buckets)
 
 
-def _tactics_line(unknown: str) -> str:
-    """Returns why the tactics cannot be counted. A missing GPU is no failure of the plan."""
-    return f"number of tactics (ways to run the kernel): {unknown.rpartition(' cannot run here: ')[2]}"
+def _tactics_line(plan: Plan) -> str:
+    """Returns how many tactics a tune could try, or what is missing to count them: that is no failure of the plan."""
+    counts = [bucket.tactics for bucket in plan.buckets if bucket.tactics is not None]
+    known = f"{span(counts)} per bucket" if counts else plan.tactics_unknown.rpartition(" cannot run here: ")[2]
+    return f"number of tactics (ways to run the kernel): {known}"
 
 
 def wire_columns_table(plan: Plan) -> Table:

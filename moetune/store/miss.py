@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from moetune.errors import Difference, MissError
 from moetune.spec.regime import Regime
@@ -20,6 +21,14 @@ NEAR_HINT = (
 )
 NAMED = 3
 """Number of differences that the message names; all are in `MissError.differences`."""
+FIELD_TITLES: Final[Mapping[str, str]] = {
+    "ep_size": "ep",
+    "tp_size": "tp",
+    "redundant_experts": "redundant experts",
+    "remote": "--remote",
+    "tune_max_num_tokens": "largest bucket",
+}
+"""What a reader calls a field that deployments differ in, if that is not its name."""
 
 
 def miss(key: Key, profiles: Iterable[tuple[Path, Profile]], root: Path, near: Match | None = None) -> MissError:
@@ -77,7 +86,7 @@ def _distance(one: Regime, other: Regime) -> float:
 
 def _named(differences: tuple[Difference, ...]) -> str:
     named = [
-        f"{each.field} {'none' if each.stored is None else each.stored} instead of "
+        f"{FIELD_TITLES.get(each.field, each.field)} {'none' if each.stored is None else each.stored} instead of "
         f"{'none' if each.wanted is None else each.wanted}"
         for each in differences[:NAMED]
     ]

@@ -211,7 +211,7 @@ def test_a_miss_without_a_gpu_does_not_ask_to_tune_here(moetune, on_a_cpu):
     missed = moetune("show", "--launch", SGLANG)
     assert missed.exit_code == 3
     error, hint, view = missed.stderr.splitlines()
-    assert error.endswith("It has ep_size 8 instead of 16 and remote drop instead of zero.")
+    assert error.endswith("It has ep 8 instead of 16 and --remote drop instead of zero.")
     assert hint.startswith("Backend triton cannot run here: needs a CUDA device")
     assert hint.endswith("on a machine with the GPU that you deploy on.")
     assert moetune(*view.partition("moetune ")[2].split()).exit_code == 0

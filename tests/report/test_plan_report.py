@@ -49,7 +49,7 @@ def test_a_plan_with_typical_rows_has_one_line_a_bucket_in_80_columns():
     assert any(bucket.met_rows != bucket.rows for bucket in planned.buckets)
     rows = rows_of(printed(*plan_report(planned), width=80))
     for bucket in planned.buckets:
-        assert any(re.match(rf"{bucket.rows:,} {bucket.met_rows:,} \S+ .*[MG] \d+$", row) for row in rows), bucket.rows
+        assert any(re.match(rf"{bucket.rows:,} {bucket.met_rows:,} \S+ .*[MG]$", row) for row in rows), bucket.rows
 
 
 def test_a_plan_without_a_dispatch_has_no_wire():

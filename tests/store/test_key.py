@@ -12,6 +12,7 @@ from moetune.errors import MissError, UsageError
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.store.miss import FIELD_TITLES
 from moetune.store.store import Store
 
 
@@ -75,7 +76,7 @@ def test_one_regime_never_serves_another_and_the_miss_names_the_field(
     other = profile_of(Regime(**{**base.model_dump(), **changed}))
     stored, asked = (other, one) if asked_first else (one, other)
     store.save(stored)
-    with pytest.raises(MissError, match=rf"\b{field}\b") as raised:
+    with pytest.raises(MissError, match=rf"\b{FIELD_TITLES.get(field, field)}\b") as raised:
         load(store, asked)
     assert raised.value.exit_code == 3
     differing = differing_of(raised.value)
@@ -165,7 +166,7 @@ def test_every_field_of_the_layers_shape_has_its_case() -> None:
 def test_another_layer_misses_and_the_field_is_named(field: str, store: Store, profile_of: ProfileOf) -> None:
     stored = store.save(profile_of())
     layer = MoELayer(**{**stored.layer.model_dump(), field: LAYER_CHANGES[field]})
-    with pytest.raises(MissError, match=rf"\b{field}\b") as raised:
+    with pytest.raises(MissError, match=rf"\b{FIELD_TITLES.get(field, field)}\b") as raised:
         store.load(layer, stored.regime, "torch", stored.environment)
     assert differing_of(raised.value).keys() == {field}
 

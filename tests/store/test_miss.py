@@ -33,7 +33,7 @@ def test_miss_on_another_device_names_what_the_closest_kernel_does_otherwise(
     writes_zeros = Environment(device="AMD EPYC", strict={"torch": "2.13", "remote": "zero"})
     with pytest.raises(MissError) as raised:
         store.load(profile.layer, profile.regime, "torch", writes_zeros)
-    assert raised.value.message.endswith(" It has remote drop instead of zero.")
+    assert raised.value.message.endswith(" It has --remote drop instead of zero.")
 
 
 def test_miss_in_an_empty_store_says_so(store: Store, profile_of: ProfileOf) -> None:
@@ -68,7 +68,7 @@ def test_of_equally_near_profiles_the_one_of_the_nearest_size_is_the_closest(
     with pytest.raises(MissError) as raised:
         store.load(nearest.layer, Regime(ep_size=32), "torch", Environment(device="AMD EPYC", strict={}))
     assert raised.value.nearest == path_of(store, nearest)
-    assert raised.value.message.endswith(" It has ep_size 16 instead of 32.")
+    assert raised.value.message.endswith(" It has ep 16 instead of 32.")
 
 
 def test_miss_names_the_nearest_of_both_folders(packaged: Store, backed: Store, profile_of: ProfileOf) -> None:
