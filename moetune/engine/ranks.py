@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moetune.errors import UnsupportedError
@@ -13,24 +15,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ENGINE_GROUPS = (
-    ("vllm.distributed.parallel_state", "get_ep_group"),
-    ("sglang.srt.distributed.parallel_state", "get_moe_ep_group"),
+    ("vllm", "vllm.distributed.parallel_state", "get_ep_group", ("0.26.", "0.33.")),
+    ("sglang", "sglang.srt.distributed.parallel_state", "get_moe_ep_group", ("0.5.23",)),
 )
-"""The module of each engine, and its function that returns the group of the ranks that share the experts.
+"""Each engine, the module and the function that returns the group of the ranks that share the experts, and the versions
+(by how they begin) of which the sources were read: all these ranks are in tuning mode at the same time.
 
-Source: vLLM 0.26.0 and 0.33.0, SGLang 0.5.23. There all these ranks are in tuning mode at the same time.
+In other versions of vLLM the first rank alone is (`flashinfer_autotune` in `warmup/kernel_warmup.py`: "Tuning is
+performed only on rank 0"). It would wait for the others forever.
 """
 
 
 def engine_group() -> ProcessGroup | None:
     """Returns the CPU group of the ranks among which the running engine has divided the experts.
 
-    Returns None if no engine is imported, it has no such group yet, the group has one rank, or torch.distributed does
-    not know it (the groups of vLLM's elastic EP).
+    Returns None if no engine is imported, its version is not one of `ENGINE_GROUPS`, it has no such group yet, the
+    group has one rank, or torch.distributed does not know it (the groups of vLLM's elastic EP).
     """
-    for name, function in ENGINE_GROUPS:
+    for engine, name, function, versions in ENGINE_GROUPS:
         find = getattr(sys.modules.get(name), function, None)
-        if find is None:
+        if find is None or not _version(engine).startswith(versions):
             continue
         import torch.distributed as dist
 
@@ -41,6 +45,14 @@ def engine_group() -> ProcessGroup | None:
         except Exception:  # vLLM asserts that the group exists, SGLang raises one of several errors
             continue
     return None
+
+
+def _version(engine: str) -> str:
+    """Returns the version of the engine that is imported, or an empty string if it does not say."""
+    found = getattr(sys.modules.get(engine), "__version__", "")
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found = found or importlib.metadata.version(engine)
+    return str(found)
 
 
 def gather(value: Any, group: ProcessGroup | None) -> list[Any]:

@@ -53,18 +53,35 @@ def test_ranks_choose_alike_by_the_mean_of_their_times_even_if_one_was_served_be
     assert first["tuned"] == second["tuned"] == [1, 2, 4, 8]
 
 
-@pytest.mark.parametrize(("name", "function"), ENGINE_GROUPS)
-def test_an_engine_without_a_group_yet_has_none(name, function, monkeypatch):
+@pytest.mark.parametrize(("engine", "name", "function", "versions"), ENGINE_GROUPS)
+def test_an_engine_without_a_group_yet_has_none(engine, name, function, versions, monkeypatch):
     def raises():
         raise AssertionError("not initialized")
 
-    module = types.ModuleType(name)
+    module, package = types.ModuleType(name), types.ModuleType(engine)
+    vars(package)["__version__"] = versions[0] + "0"
+    monkeypatch.setitem(sys.modules, engine, package)
     monkeypatch.setitem(sys.modules, name, module)
     assert engine_group() is None
     setattr(module, function, raises)
     assert engine_group() is None
     setattr(module, function, lambda: types.SimpleNamespace(cpu_group="a group that torch.distributed does not know"))
     assert engine_group() is None
+
+
+@pytest.mark.parametrize(
+    ("version", "asked"), [("0.26.0", True), ("0.33.1", True), ("0.28.0", False), ("0.34.0", False), ("0.2.6", False)]
+)
+def test_a_group_is_taken_from_versions_only_in_which_all_ranks_tune(version, asked, monkeypatch):
+    """In vLLM versions between them the first rank tunes alone, and would wait for the others forever."""
+    calls = []
+    module, package = types.ModuleType("vllm.distributed.parallel_state"), types.ModuleType("vllm")
+    vars(module)["get_ep_group"] = lambda: calls.append(version)
+    vars(package)["__version__"] = version
+    monkeypatch.setitem(sys.modules, "vllm", package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert engine_group() is None
+    assert bool(calls) == asked
 
 
 def test_no_engine_is_imported_to_look_for_its_group():

@@ -34,6 +34,7 @@ from moetune.tuning.events import BucketChosen
 
 LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=32, intermediate_size=16)
 FUNCTIONS = {"vllm": "get_ep_group", "sglang": "get_moe_ep_group"}
+VERSIONS = {"vllm": "0.26.0", "sglang": "0.5.23"}
 MODULES = {"vllm": "vllm.distributed.parallel_state", "sglang": "sglang.srt.distributed.parallel_state"}
 
 
@@ -42,6 +43,8 @@ def plant_engine(engine: str) -> None:
     coordinator = types.SimpleNamespace(cpu_group=dist.group.WORLD)
     setattr(module, FUNCTIONS[engine], lambda: coordinator)
     sys.modules[MODULES[engine]] = module
+    sys.modules[engine] = types.ModuleType(engine)
+    vars(sys.modules[engine])["__version__"] = VERSIONS[engine]
 
 
 def plant_tuner() -> None:
