@@ -94,7 +94,7 @@ def _nearest(request: Request, backends: list[Backend], root: Path | None, near:
         except UnsupportedError:  # its package is not installed, so no profile is for this environment
             continue
     try:
-        return nearest_profile(keys, any_backend=request.auto)
+        return nearest_profile(keys, any_backend=request.auto and request.engine is None)
     except StoreError as error:
         report(f"warning: {error}")
         return None

@@ -197,7 +197,7 @@ def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     """Returns which kernels run the experts, which profile is nearest, and what to run next."""
     profile = plan.profile
     lines = [Text(_kernels_line(plan, kernels)), Text(_profile_line(profile))]
-    if profile is None and kernels.selected:
+    if profile is None and (kernels.selected or kernels.engine):
         lines[1] = Text(f"profile: none measured with {plan.backend} is stored.")
     if profile:
         lines.append(Text("A profile holds the fastest tactic of each bucket for one deployment.", style="dim"))

@@ -142,7 +142,8 @@ def test_a_plan_for_other_kernels_names_no_profile_of_triton(moetune, on_a_cpu):
 
 def test_a_plan_whose_rows_go_to_flashinfers_kernels_is_not_for_triton(moetune, on_a_cpu):
     pool = ("--model", "qwen3-235b-a22b", "--ep", "8", "--dispatch", "sglang:flashinfer")
-    assert _document(moetune("plan", *pool, "--json"))["backend"] == "flashinfer-trtllm-routed"
+    planned = _document(moetune("plan", *pool, "--json"))
+    assert (planned["backend"], planned["profile"]) == ("flashinfer-trtllm-routed", None)
     named = moetune("plan", *pool, "--backend", "triton").stdout
     assert "kernels: triton. SGLang does not run them." in named
 
@@ -398,8 +399,8 @@ def test_the_time_budget_reaches_the_loop(moetune, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show"], "either a profile's path or --model"),
-        (["show", "p.json", "--model", "qwen3-30b-a3b"], "either a profile's path or --model"),
+        (["show"], "either a profile's path, or --model"),
+        (["show", "p.json", "--model", "qwen3-30b-a3b"], "either a profile's path, or --model"),
         (["show", "no-such.json"], "There is no profile no-such.json"),
         (["show", "deepseek-r1"], "Give --model deepseek-r1 and the deployment, as in `moetune show --help`"),
         (["export", "Qwen/Qwen3-235B-A22B", "--to", "vllm", "--out", "x"], "Give --model Qwen/Qwen3-235B-A22B and"),

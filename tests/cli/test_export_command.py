@@ -98,7 +98,7 @@ def test_the_version_is_passed_on(moetune, stored, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "vllm"], "either a profile's path or --model"),
+        (["--to", "vllm"], "either a profile's path, or --model"),
         (["nowhere.json", "--to", "vllm"], "There is no profile nowhere.json"),
         ([".", "--to", "vllm"], ". is a folder, no profile"),
         (["nowhere.json"], "Missing option '--to'"),

@@ -180,7 +180,7 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
 @pytest.mark.parametrize(
     ("profile", "line"),
     [
-        (None, "none is stored."),
+        (None, "none measured with torch is stored."),
         (_nearest({}), "one that comes with moetune answers this question."),
         (_nearest({}, packaged=False), "one that is in your store answers this question."),
         (
