@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import NoResultError, UsageError
+from moetune.spec.ladder import Ladder
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
@@ -104,11 +104,13 @@ def test_empty_profile_has_no_answer(profile_of: Callable[..., Profile]) -> None
             look_up(1)
 
 
-def test_tactic_takes_less_than_a_microsecond(profile_of: Callable[..., Profile]) -> None:
+def test_only_the_first_look_up_asks_the_ladder(
+    profile_of: Callable[..., Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = profile_of(Regime(ladder="hybrid", tune_max_num_tokens=65536))
-    profile.tactic(300)
-    seconds = min(timeit.repeat(lambda: profile.tactic(300), number=10_000, repeat=7))
-    assert seconds / 10_000 < 1e-6
+    first = profile.tactic(300)
+    monkeypatch.setattr(Ladder, "lookup", lambda *arguments: pytest.fail("the ladder is asked again"))
+    assert profile.tactic(300) == first == profile.choice(300).tactic
 
 
 def test_copy_with_other_choices_looks_up_its_own(
