@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_ambient_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist sets it in its workers
     monkeypatch.setenv("MOETUNE_STORE", str(tmp_path / "default-store"))
     monkeypatch.setenv("MOETUNE_PACKAGED_PROFILES", "0")
 

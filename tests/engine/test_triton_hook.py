@@ -76,7 +76,8 @@ def version(monkeypatch):
 def process(monkeypatch, version, tmp_path, caplog):
     """This process as one in which no plugin was loaded and no engine imported; FlashInfer is left alone."""
     monkeypatch.setattr(plugins, "_registered", False)
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    finders = [finder for finder in sys.meta_path if not isinstance(finder, plugins._Watch)]  # of other tests
+    monkeypatch.setattr(sys, "meta_path", finders)
     monkeypatch.setattr(flashinfer_versions, "obstacle", lambda: "not in this test")
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
