@@ -16,7 +16,8 @@ from moetune.inputs.option_table import OPTIONS
 
 if TYPE_CHECKING:
     from moetune.export.engine_log import EngineLog
-    from moetune.export.lookup import Lookup, Places
+    from moetune.export.lookup import Lookup
+    from moetune.export.places import Places
     from moetune.inputs.launch_table import TableLine
 
 LOG_SCHEMA_VERSION = 1
@@ -160,7 +161,7 @@ def _places(line: TableLine, folder: Path | None, triton: str | None) -> Places:
     """
     from moetune.backends.grouped_triton.engine_files import release
     from moetune.backends.grouped_triton.shipped import EngineConfigs
-    from moetune.export.lookup import Places
+    from moetune.export.places import Places
     from moetune.inputs.launch_table import FOLDER_VARIABLES
 
     source = "--folder" if folder is not None else FOLDER_VARIABLES[line.engine]

@@ -144,12 +144,12 @@ class Progress:
         self._line(f"[{event.index + 1}/{event.count}] {choice.rows} rows: {best}{estimate}")
 
     @_show.register
-    def _family_started(self, event: BackendStarted) -> None:
+    def _backend_started(self, event: BackendStarted) -> None:
         if event.count > 1:
             self._turn_to(f"{event.backend}, {event.index + 1} of {event.count} backends")
 
     @_show.register
-    def _family_failed(self, event: BackendFailed) -> None:
+    def _backend_failed(self, event: BackendFailed) -> None:
         self._line(f"{event.backend} failed: {event.reason}")
 
     @_show.register

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from moetune.store.profile import Choice, Profile
 
 NAME: Final = "try_get_optimal_moe_config"
-_TRITONS_OWN: Final = {"num_warps": 4, "num_stages": 3}
-"""What Triton takes for a tunable that an engine's configuration does not have."""
 _UNKNOWN: Final[Any] = object()
 
 
@@ -266,10 +264,11 @@ class TritonAnswers:
 
     def _tunables(self, own: Config) -> Config:
         """Returns an engine's configuration with all tunables and no others, BLOCK_SIZE_K as it runs."""
+        from moetune.backends.grouped_triton.shipped import TRITONS_OWN
         from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k
         from moetune.spec.enums import Precision
 
-        full = {name: {**_TRITONS_OWN, **own}[name] for name in VALUES}
+        full = {name: {**TRITONS_OWN, **own}[name] for name in VALUES}
         blocks = self.session.layer.precision is Precision.FP8_BLOCK
         return {**full, "BLOCK_SIZE_K": effective_block_size_k(full, blocks)}
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from moetune.backends.flashinfer_trtllm.formats import FORMATS, Format, format_of
+from moetune.backends.flashinfer_trtllm.formats import FORMATS, format_of
+from moetune.backends.flashinfer_trtllm.weight_format import Format
 from moetune.errors import UnsupportedError
 from moetune.inputs.flashinfer_versions import Version
 from moetune.spec.enums import Precision

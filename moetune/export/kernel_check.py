@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from moetune.backends.grouped_triton.kernel_versions import (
     NEWEST,
@@ -16,10 +16,9 @@ from moetune.backends.grouped_triton.kernel_versions import (
 from moetune.backends.grouped_triton.space import swaps_operands
 from moetune.errors import UsageError
 from moetune.export.triton import FP8, TritonProfile
-from moetune.spec.enums import Precision
+from moetune.spec.enums import ENGINE_TITLES, Precision
 
 _DOES = {True: "swaps", False: "does not swap"}
-_ENGINES: Mapping[str, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 def require_same_kernel(measured: TritonProfile, engine: str, version: str | None) -> None:
@@ -33,7 +32,7 @@ def require_same_kernel(measured: TritonProfile, engine: str, version: str | Non
     target = target_version(engine, version)
     if not (rows := _swapped(measured, target)):
         return
-    name = f"{_ENGINES[engine]} {version or NEWEST_READ[engine]}"
+    name = f"{ENGINE_TITLES[engine]} {version or NEWEST_READ[engine]}"
     raise UsageError(
         f"In fp8 on Hopper {name} {_DOES[target.swaps_operands]} the operands of the tactics of {_listed(rows)} rows. "
         f"They were measured with the kernel of vLLM {versions_like(measured.version)}, "
@@ -46,7 +45,8 @@ def kernel_warnings(measured: TritonProfile, engine: str, version: str | None) -
     """Yields a warning if the version was not read, or if it would have measured other tactics in another way."""
     if version is not None and (known := unread(engine, version)) is not None:
         yield (
-            f"The kernel of {_ENGINES[engine]} {version} was not compared with the measured one: moetune knows {known}."
+            f"The kernel of {ENGINE_TITLES[engine]} {version} was not compared with the measured one: moetune knows "
+            f"{known}."
         )
     target = target_version(engine, version)
     fp8_on_hopper = measured.profile.layer.precision in FP8 and measured.capability[0] == 9

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from moetune.errors import UnsupportedError
-from moetune.spec.enums import Precision
+from moetune.spec.enums import ENGINE_TITLES, Precision
 
-ENGINES: Final = ("vllm", "sglang", "trtllm")
+ENGINES: Final = tuple(ENGINE_TITLES)
 _VLLM: Final = {
     "triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",

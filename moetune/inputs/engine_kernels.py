@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moetune.inputs.launch_table import TableLine
-from moetune.spec.enums import Precision
+from moetune.spec.enums import ENGINE_TITLES, Precision
 from moetune.spec.layer import Activation
 
 Reads = Literal["yes", "no", "unknown"]
@@ -105,7 +105,7 @@ def chosen(line: TableLine, capability: tuple[int, int] | None) -> Kernels:
     Args:
         capability: the compute capability of the GPU; None if it is not known.
     """
-    engine = "vLLM" if line.engine == "vllm" else "SGLang"
+    engine = ENGINE_TITLES[line.engine]
     if line.ignores_files:
         return _no("Triton by its default configuration", line.ignores_files, "Leave that out.")
     if line.aiter:

@@ -15,8 +15,9 @@ from importlib import resources
 from typing import Any, Final
 
 from moetune.errors import UsageError
+from moetune.spec.enums import ENGINE_TITLES
 
-ENGINES: Final = ("vllm", "sglang", "trtllm")
+ENGINES: Final = tuple(ENGINE_TITLES)
 VALUES: Final = ("none", "one", "optional", "many", "json")
 """How many words a flag takes: none (a switch), one, at most one, one or more, or one JSON object."""
 _ATTACHED: Final = re.compile(r"-?([A-Za-z])(\S+)")

@@ -8,9 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.report.format import ENGINES, significant
+from moetune.report.format import significant
 from moetune.report.profile import profile_report
 from moetune.report.table import add_numbers, new_table, time_unit
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 
 
@@ -96,5 +97,5 @@ def _verdicts(comparison: Comparison) -> list[str]:
 
 
 def _flags(result: BackendResult) -> str:
-    flags = [f"{ENGINES[engine]} {flag}" for engine, flag in result.flags.items()]
+    flags = [f"{ENGINE_TITLES[engine]} {flag}" for engine, flag in result.flags.items()]
     return f"{result.backend}: {' · '.join(flags) or 'no flag of an engine selects it'}"

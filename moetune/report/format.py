@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP")
 TIME_UNITS = ("µs", "ms", "s")

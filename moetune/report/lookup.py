@@ -9,7 +9,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from moetune.export.engine_log import EngineLog, LoggedFile
-from moetune.export.lookup import Lookup, NearMiss, Table
+from moetune.export.lookup import Lookup, Table
+from moetune.export.near_misses import NearMiss
 from moetune.report.table import add_numbers, new_table
 
 _EVENTS = {

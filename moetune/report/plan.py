@@ -11,7 +11,7 @@ from rich.text import Text
 
 from moetune.inputs.engine_flags import preferred_to_triton
 from moetune.report.command import command, shortest
-from moetune.report.format import ENGINES, count, human_bytes, human_flops
+from moetune.report.format import count, human_bytes, human_flops
 from moetune.report.lines import (
     counted,
     field_line,
@@ -27,6 +27,7 @@ from moetune.report.lines import (
     versions,
 )
 from moetune.report.table import add_numbers, new_table
+from moetune.spec.enums import ENGINE_TITLES
 
 if TYPE_CHECKING:
     from moetune.tuning.outlook import Kernels, NearestProfile
@@ -190,7 +191,7 @@ def _legend(entries: Mapping[str, str]) -> Table:
 def _unknown_row(plan: Plan) -> str:
     """Returns that no row can be marked: `inputs/dispatchers.json` does not record what engines send."""
     engine = plan.kernels and plan.kernels.engine
-    return f"Which row {ENGINES[engine] if engine else 'an engine'} sends is not recorded in moetune."
+    return f"Which row {ENGINE_TITLES[engine] if engine else 'an engine'} sends is not recorded in moetune."
 
 
 def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
@@ -224,10 +225,10 @@ def _kernels_line(plan: Plan, kernels: Kernels) -> str:
         return f"kernels: {backend} does not compute this layer. {able}."
     engine = kernels.engine
     if engine is None:
-        flags = " · ".join(f"{ENGINES[name]} {flag}" for name, flag in kernels.flags.items())
+        flags = " · ".join(f"{ENGINE_TITLES[name]} {flag}" for name, flag in kernels.flags.items())
         chosen = "as the command selects" if kernels.selected else "moetune's first choice here"
         return f"kernels: {backend}, {chosen}. " + (f"An engine's flag: {flags}." if flags else "No engine runs them.")
-    name, flag = ENGINES[engine], kernels.flags.get(engine)
+    name, flag = ENGINE_TITLES[engine], kernels.flags.get(engine)
     if flag is None:
         return f"kernels: {backend}. {name} does not run them."
     if kernels.selected:

@@ -25,6 +25,7 @@ from moetune.report.lines import (
 )
 from moetune.report.table import add_numbers, new_table, time_unit
 from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.environment import Environment
 from moetune.store.match import Differing
 from moetune.store.profile import Choice, Profile
@@ -217,8 +218,8 @@ def _default_line(profile: Profile) -> str:
     (source,) = sources
     is_heuristic = triton and source.partition(" ")[0] in ("", "heuristic")
     if is_heuristic and (source or len(defaults) > 1):
-        engine = "SGLang" if profile.environment.strict.get("kernel") == "sglang" else "vLLM"
-        source = f"{engine}'s {source or 'heuristic'}"
+        engine = "sglang" if profile.environment.strict.get("kernel") == "sglang" else "vllm"
+        source = f"{ENGINE_TITLES[engine]}'s {source or 'heuristic'}"
     return f"{shown} of {source}" if source else shown
 
 

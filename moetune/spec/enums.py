@@ -47,6 +47,9 @@ DISTRIBUTIONS = ("balanced", "random")
 DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
 DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
 
+ENGINE_TITLES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
+"""The engines, and how their names are written."""
+
 RankWord = Literal["mean", "fullest"]
 RANK_WORDS: tuple[RankWord, ...] = ("mean", "fullest")
 """The rank whose load is nearest the mean of all ranks; the rank that has most to compute."""

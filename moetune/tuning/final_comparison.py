@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
@@ -71,28 +72,46 @@ class FinalSamples:
         """Returns a tactic's samples after the opening, or all if it was dropped after that."""
         return samples[self.opening :] or samples
 
+    def gain(self, tactic: Tactic) -> Ratio:
+        """Returns the default's time over that of `tactic`, in the rounds in which both were timed."""
+        return _paired_ratio(*_common(self.default_us, self.all_us[tactic]))
+
     def ratio(self, tactic: Tactic, other: Tactic) -> Ratio:
         """Returns the time of `tactic` over that of `other`, in the counted rounds in which both were timed."""
-        mine, theirs = self.all_us[tactic], self.all_us[other]
-        if min(len(mine), len(theirs)) == len(self.draws):
-            mine, theirs = mine[self.opening :], theirs[self.opening :]
-        return common_ratio(mine, theirs)
+        return _paired_ratio(*self._counted_in_both(tactic, other))
+
+    def mean_ratio(self, tactic: Tactic, other: Tactic) -> float:
+        """Returns `ratio` without its bounds, which take milliseconds."""
+        mine, theirs = self._counted_in_both(tactic, other)
+        return sum(mine) / sum(theirs)
 
     def slowdown(self, tactic: Tactic) -> float:
         """Returns the time of `tactic` over that of the fastest tactic."""
         series = self.all_us
         fastest = min(self.remaining, key=lambda one: sum(self.counted(series[one])))
-        return self.ratio(tactic, fastest).value
+        return self.mean_ratio(tactic, fastest)
 
     def regret_high(self, tactic: Tactic) -> float:
         """Returns by how much any other tactic may be faster than `tactic`, at 95 %, relative; at least 0."""
-        return max(0.0, *(self.ratio(tactic, other).high - 1 for other in self.remaining if other != tactic), 0.0)
+        return max([0.0, *(self.ratio(tactic, other).high - 1 for other in self.remaining if other != tactic)])
+
+    def _counted_in_both(self, tactic: Tactic, other: Tactic) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        mine, theirs = self.all_us[tactic], self.all_us[other]
+        if min(len(mine), len(theirs)) == len(self.draws):
+            return mine[self.opening :], theirs[self.opening :]
+        return _common(mine, theirs)
 
 
-def common_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """Returns `paired_ratio` over the rounds in which both were timed, the first ones."""
-    rounds = min(len(numerator), len(denominator))
-    return paired_ratio(numerator[:rounds], denominator[:rounds])
+def _common(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns the samples of the rounds in which both were timed, the first ones."""
+    rounds = min(len(one), len(other))
+    return one[:rounds], other[:rounds]
+
+
+@lru_cache(maxsize=256)
+def _paired_ratio(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> Ratio:
+    """Returns `paired_ratio`. It takes milliseconds, and a bucket's verdict asks for the same ones several times."""
+    return paired_ratio(numerator, denominator)
 
 
 def compare_finalists(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moetune.spec.tactic import Tactic
 from moetune.stats import Ratio, median
 from moetune.store.profile import Choice, ComparedRows, Rejection
-from moetune.tuning.final_comparison import SETTLED, FinalSamples, common_ratio
+from moetune.tuning.final_comparison import SETTLED, FinalSamples
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
@@ -73,7 +73,7 @@ def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequen
     """
     weights = weights or (1.0,) * len(comparisons)
     tactics = _in_all(comparisons, default)
-    gains = {tactic: tuple(_gain(samples, tactic) for samples in comparisons) for tactic in tactics}
+    gains = {tactic: tuple(samples.gain(tactic) for samples in comparisons) for tactic in tactics}
     if (noisiest := max(comparisons, key=lambda samples: samples.noise)).noise > NOISY:
         return _undecided(comparisons, default, gains, noisiest)
     losses = {tactic: reason for tactic in tactics if tactic != default and (reason := _any_loss(comparisons, tactic))}
@@ -255,10 +255,6 @@ def _in_all(comparisons: Sequence[FinalSamples], default: Tactic) -> list[Tactic
     return [default, *(tactic for tactic in common if tactic != default)]
 
 
-def _gain(samples: FinalSamples, tactic: Tactic) -> Ratio:
-    return common_ratio(samples.default_us, samples.all_us[tactic])
-
-
 def _is_faster(samples: FinalSamples, tactic: Tactic, gain: Ratio) -> bool:
     """Returns whether a tactic is faster than the default beyond noise."""
     # the medians too, else a few disturbed rounds of the default could make the mean
@@ -267,7 +263,7 @@ def _is_faster(samples: FinalSamples, tactic: Tactic, gain: Ratio) -> bool:
 
 def loss(samples: FinalSamples, tactic: Tactic) -> str:
     """Returns how much slower than the default a tactic is, if it is slower beyond noise; else an empty string."""
-    gain = _gain(samples, tactic)
+    gain = samples.gain(tactic)
     if gain.high < 1 and gain.value * (1 + samples.noise) < 1:
         return f"slower than the default by {100 / gain.value - 100:.1f} % at {samples.rows} rows"
     return ""
@@ -285,8 +281,8 @@ def _is_alike(comparisons: Sequence[FinalSamples], tactic: Tactic, winner: Tacti
     """Returns whether `tactic` is at no row count slower than the winner by more than `SETTLED`."""
 
     def at(samples: FinalSamples) -> bool:
-        ratio = common_ratio(samples.all_us[tactic], samples.all_us[winner])
-        return ratio.value <= 1 + SETTLED and len(samples.all_us[tactic]) >= len(samples.all_us[winner])
+        remains = len(samples.all_us[tactic]) >= len(samples.all_us[winner])
+        return remains and samples.mean_ratio(tactic, winner) <= 1 + SETTLED
 
     return all(map(at, comparisons))
 

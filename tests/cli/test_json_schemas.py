@@ -4,7 +4,8 @@ import pytest
 
 from moetune.backends.registry import Diagnosis
 from moetune.export.engine_log import EngineLog, LoggedFile
-from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, NearMiss, Part, Table
+from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, Table
+from moetune.export.near_misses import NearMiss, Part
 from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime

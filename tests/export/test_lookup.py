@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.export.engine_log import parsed_log
-from moetune.export.lookup import FAR, Places, differing, lookup
+from moetune.export.lookup import FAR, lookup
+from moetune.export.near_misses import differing
+from moetune.export.places import Places
 from moetune.inputs.launch_table import read
 from moetune.spec.ladder import VLLM_BUCKETS
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from moetune.export.engine_log import parsed_log
-from moetune.export.lookup import Places, lookup
+from moetune.export.lookup import lookup
+from moetune.export.places import Places
 from moetune.inputs.launch_table import read
 
 SOURCES = {

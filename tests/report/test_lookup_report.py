@@ -2,7 +2,8 @@ import pytest
 from shown import printed
 
 from moetune.export.engine_log import parsed_log
-from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, NearMiss, Part, Table
+from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, Table
+from moetune.export.near_misses import NearMiss, Part
 from moetune.report.lookup import log_report, lookup_report
 
 NAME = "E=16,N=1536,device_name=NVIDIA_H200.json"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moetune.backends.flashinfer_trtllm.formats import Format
 from moetune.backends.flashinfer_trtllm.logits import KernelRouting
+from moetune.backends.flashinfer_trtllm.weight_format import Format
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 

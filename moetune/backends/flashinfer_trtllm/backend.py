@@ -7,7 +7,8 @@ import re
 from typing import TYPE_CHECKING, Literal, get_args
 
 from moetune.backends.base import Backend, Candidates, Problem
-from moetune.backends.flashinfer_trtllm.formats import FORMATS, ExpertSizes, Format, Fp8BlockLayout, format_of
+from moetune.backends.flashinfer_trtllm.formats import FORMATS, Fp8BlockLayout, format_of
+from moetune.backends.flashinfer_trtllm.weight_format import ExpertSizes, Format
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import flashinfer_versions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from moetune.backends.flashinfer_trtllm.formats import Expert, ExpertSizes, Format
 from moetune.backends.flashinfer_trtllm.grids import draw
+from moetune.backends.flashinfer_trtllm.weight_format import Expert, ExpertSizes, Format
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 
 BIAS_DEVIATION = 0.1

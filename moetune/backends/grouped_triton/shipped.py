@@ -28,6 +28,7 @@ from moetune.backends.grouped_triton.space import (
     tactic_of,
 )
 from moetune.errors import UsageError
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.tactic import Tactic
 
 Values = Mapping[str, Any]
@@ -38,8 +39,7 @@ FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
     "sglang": ("srt/layers/moe/moe_runner/triton_utils/configs", "srt/layers/moe/fused_moe_triton/configs"),
 }
 """The folder of an engine's files, below its package; the newest first."""
-_TITLES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
-_TRITONS_OWN: Final = {"num_warps": 4, "num_stages": 3}
+TRITONS_OWN: Final = {"num_warps": 4, "num_stages": 3}
 """What Triton takes on a GPU of NVIDIA if a row does not name it (`CUDAOptions`)."""
 _POWERS_OF_TWO: Final = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps")
 _LARGEST_BLOCK_SIZE_M: Final = 256  # of moetune's own alignment of slots
@@ -95,7 +95,7 @@ class EngineConfigs:
             if not folder.is_dir():
                 raise UsageError(
                     f"--engine-configs must be a folder, given {str(given)!r}.",
-                    f"Give the folder of {_TITLES[engine]}'s tuned files; for none of them, an empty folder.",
+                    f"Give the folder of {ENGINE_TITLES[engine]}'s tuned files; for none of them, an empty folder.",
                 )
             return cls(engine, inner if (inner := folder / "configs").is_dir() else folder, str(given))
         spec = importlib.util.find_spec(engine)
@@ -154,7 +154,7 @@ class EngineConfigs:
     @property
     def title(self) -> str:
         """The engine's name in a sentence: `vLLM`."""
-        return _TITLES[self.engine]
+        return ENGINE_TITLES[self.engine]
 
     @property
     def _owner(self) -> str:
@@ -185,7 +185,7 @@ def runnable(values: Values, engine: str, shapes: Shapes, limits: Limits | None)
         shapes: the bucket's shapes.
         limits: the device's limits; None if they are unknown.
     """
-    given = {**_TRITONS_OWN, **{name: value for name, value in values.items() if not _is_idle(engine, name, value)}}
+    given = {**TRITONS_OWN, **{name: value for name, value in values.items() if not _is_idle(engine, name, value)}}
     if unknown := [f"{name} is {json.dumps(given[name])}" for name in given if name not in VALUES]:
         return ", ".join(unknown)
     if missing := [name for name in VALUES if name not in given]:
