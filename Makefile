@@ -23,7 +23,7 @@ test: venv lint types
 
 # Tests that download engine wheels from the package index that pip is configured with.
 network: venv
-	$(BIN)/python -m pytest -m network
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m network -n $(JOBS) --dist loadfile
 
 # Tests with the oldest versions that pyproject.toml allows; torch, triton and flashinfer come from .venv.
 lowest: venv
