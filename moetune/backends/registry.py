@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 from moetune.backends.base import Backend
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -50,7 +51,7 @@ def backend(name: str, **options: object) -> Backend:
         UsageError: the name is unknown, the backend has no such option, or the option's value is not allowed.
     """
     if name not in _CLASSES:
-        raise UsageError(f"Unknown backend {name!r}.", f"Choose one of {', '.join(_CLASSES)}.")
+        raise UsageError(f"Unknown backend {quoted(name)}.", f"Choose one of {', '.join(_CLASSES)}.")
     if unknown := options.keys() - _options(name):
         others = [other for other in _CLASSES if unknown <= _options(other)]
         raise UsageError(

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -133,7 +134,7 @@ def read_pairs(pairs: Iterable[str], named: Mapping[str, str] = _NONE) -> dict[s
         key = key.strip().replace("-", "_")
         if not equals or not key:
             raise UsageError(
-                f"--backend-option takes KEY=VALUE, given {pair!r}.",
+                f"--backend-option takes KEY=VALUE, given {quoted(pair)}.",
                 "Example: --backend-option fp8_block_layout=plain.",
             )
         if key in found:
@@ -177,14 +178,14 @@ def _without_none(hint: Any) -> Any:
 def _value(name: str, key: str, text: str, hint: Any) -> Any:
     values = allowed(name, key, hint)
     if values and text not in values:
-        raise UsageError(f"The backend's option {key} must be {' or '.join(values)}, given {text!r}.")
+        raise UsageError(f"The backend's option {key} must be {' or '.join(values)}, given {quoted(text)}.")
     if hint is bool:
         return _BOOLEANS[text]
     if hint is int:
         try:
             return int(text)
         except ValueError:
-            raise UsageError(f"The backend's option {key} must be an integer, given {text!r}.") from None
+            raise UsageError(f"The backend's option {key} must be an integer, given {quoted(text)}.") from None
     return text
 
 

@@ -9,6 +9,7 @@ import click
 from moetune.errors import MissError, UsageError
 from moetune.inputs.option_table import OPTIONS, Group
 from moetune.inputs.suggestions import did_you_mean
+from moetune.quoting import quoted
 
 _GROUPS = {option.name: option.group.value for option in OPTIONS}
 _OTHER = "Options"
@@ -109,4 +110,4 @@ class Commands(click.Group):
         except click.UsageError:
             known = self.list_commands(ctx)
             hint = did_you_mean(args[0], known) or f"Commands: {', '.join(known)}."
-            raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx) from None
+            raise click.UsageError(f"No such command {quoted(args[0])}. {hint}", ctx) from None

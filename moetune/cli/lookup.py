@@ -13,6 +13,7 @@ from moetune.cli.options import json_option
 from moetune.cli.output import document, show
 from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS
+from moetune.quoting import quoted
 
 if TYPE_CHECKING:
     from moetune.export.engine_log import EngineLog
@@ -168,7 +169,7 @@ def _places(line: TableLine, folder: Path | None, triton: str | None) -> Places:
     own = folder if folder is not None else Path(line.folder) if line.folder else None
     if own is not None and not own.is_dir():
         raise UsageError(
-            f"{source} must be a folder, given {str(own)!r}.",
+            f"{source} must be a folder, given {quoted(str(own))}.",
             "Give the folder that `moetune export` wrote; inside a container it may have another path: give --folder.",
         )
     version = triton or _installed_triton()

@@ -10,6 +10,7 @@ from pathlib import Path
 from moetune.errors import UsageError
 from moetune.export.base import Export, Exporter, bundle
 from moetune.export.write import State, write
+from moetune.quoting import quoted
 from moetune.store.profile import Profile
 
 _HOMES: Mapping[str, str] = {
@@ -32,7 +33,7 @@ def exporter(target: str) -> Exporter:
         UsageError: the engine is unknown.
     """
     if target not in _HOMES:
-        raise UsageError(f"Cannot export to {target!r}.", f"Engines: {', '.join(_HOMES)}.")
+        raise UsageError(f"Cannot export to {quoted(target)}.", f"Engines: {', '.join(_HOMES)}.")
     module, _, attribute = _HOMES[target].partition(":")
     found: Exporter = getattr(importlib.import_module(module), attribute)
     return found

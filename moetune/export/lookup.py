@@ -6,13 +6,13 @@ Both ignore a file of another name without an error. The rules are those of `get
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 from moetune.backends.grouped_triton.engine_files import DTYPES, ConfigFile, sglang_folder
 from moetune.backends.grouped_triton.shipped import FOLDERS, read_rows
+from moetune.errors import UsageError
 from moetune.export.engine_log import EngineLog
 from moetune.export.near_misses import NearMiss, near_misses
 from moetune.export.places import Places
@@ -22,6 +22,7 @@ from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
+from moetune.untrusted import read_json
 
 FAR: Final = 2.0
 """A row count is far from a key if one is more than this factor above the other."""
@@ -253,10 +254,10 @@ def _other_deployment(line: TableLine, name: str, places: Places) -> str:
         return ""
     path = places.own / f"{name.removesuffix('.json')}.{line.engine}.moetune.json"
     try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
+        origin = read_json(path)
         layer, regime = MoELayer(**origin["layer"]), origin["regime"]
         regime = Regime(**{key: value for key, value in regime.items() if key != "digest"})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
         return ""
     mine, theirs = line.layer.shape, layer.shape
     found = [(key, theirs[key], mine[key]) for key in mine if mine[key] != theirs[key]]

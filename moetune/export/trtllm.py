@@ -17,6 +17,7 @@ from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer import trtllm_pair
 from moetune.export.trtllm_keys import Runner, Spelling, Version, keys, runner, spellings
+from moetune.quoting import quoted
 from moetune.spec.enums import Precision
 from moetune.spec.ladder import Ladder
 from moetune.store.profile import Choice, Profile
@@ -132,7 +133,7 @@ def _version(version: str | None) -> str:
     wanted = version or NEWEST
     parts = wanted.split(".")
     if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
-        raise UsageError(f"Not a version of TensorRT-LLM: {wanted!r}.", "Write it like 1.3.0.")
+        raise UsageError(f"Not a version of TensorRT-LLM: {quoted(wanted)}.", "Write it like 1.3.0.")
     if tuple(map(int, parts[:2])) < OLDEST:
         raise UsageError(
             f"moetune does not write cache files for TensorRT-LLM {wanted}: its keys contain hashes of a process.",

@@ -16,6 +16,7 @@ from typing import Any
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.suggestions import did_you_mean
+from moetune.quoting import quoted
 from moetune.spec.ladder import POW2_LAST
 from moetune.spec.layer import MoELayer
 
@@ -82,7 +83,8 @@ def trtllm_name(value: str) -> str:
         if alias.lower() == value.strip().lower():
             return name
     raise UsageError(
-        f"TensorRT-LLM has no communication method {value!r} (TRTLLM_FORCE_COMM_METHOD, TRTLLM_FORCE_ALLTOALL_METHOD).",
+        f"TensorRT-LLM has no communication method {quoted(value)} "
+        "(TRTLLM_FORCE_COMM_METHOD, TRTLLM_FORCE_ALLTOALL_METHOD).",
         f"Known: {', '.join(spellings)}.",
     )
 
@@ -177,7 +179,7 @@ def _find(spelled: str) -> Dispatcher:
     if engine not in _engines():
         near = did_you_mean(spelled.strip().lower(), map(str, dispatchers()), cutoff=0.8)
         raise UsageError(
-            f"Unknown dispatcher {spelled!r}.",
+            f"Unknown dispatcher {quoted(spelled)}.",
             f"{near} Write ENGINE:NAME, where ENGINE is one of {', '.join(_engines())}.".lstrip(),
         )
     described = _engines()[engine]
@@ -185,6 +187,6 @@ def _find(spelled: str) -> Dispatcher:
         if (known.engine, known.name) == (engine, name):
             return known
     raise UsageError(
-        f"{engine} has no dispatcher {name!r} ({described['option']}).",
+        f"{engine} has no dispatcher {quoted(name)} ({described['option']}).",
         f"{did_you_mean(name, described['dispatchers'])} Known: {', '.join(described['dispatchers'])}.".lstrip(),
     )

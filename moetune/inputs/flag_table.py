@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, Final
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.enums import ENGINE_TITLES
 
 ENGINES: Final = tuple(ENGINE_TITLES)
@@ -144,7 +145,7 @@ def table(engine: str, program: str | None = None) -> FlagTable:
         UsageError: there is no such engine.
     """
     if engine not in ENGINES:
-        raise UsageError(f"No flags are known of engine {engine!r}.", f"Known: {', '.join(ENGINES)}.")
+        raise UsageError(f"No flags are known of engine {quoted(engine)}.", f"Known: {', '.join(ENGINES)}.")
     kept = json.loads(
         resources.files("moetune.inputs").joinpath("flags").joinpath(f"{engine}.json").read_text(encoding="utf-8")
     )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,8 +15,10 @@ from moetune.inputs.hf_experts import ExpertModules, mentioned_layers
 from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
 from moetune.inputs.hf_model_types import MODEL_TYPES, PARAMS_JSON, ModelType
 from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
+from moetune.quoting import enumerated, quoted
 from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
+from moetune.untrusted import read_json
 
 NESTED = ("text_config", "thinker_config", "language_config", "llm_config")
 """The fields in which a multimodal config has its language model."""
@@ -79,21 +80,23 @@ def read_config(
         found = _read(beside).get("quantization")
         if not isinstance(found, Mapping):
             raise UsageError(
-                f"{beside}: quantization must be an object, given {found!r}.", "Correct the file, or pass --precision."
+                f"{beside}: quantization must be an object, given {quoted(found)}.",
+                "Correct the file, or pass --precision.",
             )
         quantization = {"quant_method": "modelopt", **found}
     default_name = path.absolute().parent.name if path.name in ("config.json", "params.json") else path.stem
+    default_name = "".join(char if char.isprintable() else "_" for char in default_name)
     return _reading(config, quantization, str(path), name or default_name or "custom", precision)
 
 
 def _read(path: Path) -> Config:
     try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        parsed = read_json(path)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror or error}.", "Pass a config.json, its folder or a model's name."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}.", "Pass a model's config.json.") from None
     if not isinstance(parsed, dict):
         raise UsageError(
@@ -161,10 +164,10 @@ def _text_and_type(config: Config, where: str) -> tuple[Config, ModelType]:
     said = next((spelled for spelled in (text.get("model_type"), *reversed(outer)) if spelled is not None), None)
     if not signs:
         raise UsageError(
-            f"{where} is no mixture of experts: no field is about experts, model_type is {said!r}.", SIZES_HINT
+            f"{where} is no mixture of experts: no field is about experts, model_type is {quoted(said)}.", SIZES_HINT
         )
     raise UsageError(
-        f"{where}: unknown model_type {said!r}; it has experts ({', '.join(signs[:4])}).",
+        f"{where}: unknown model_type {quoted(said)}; it has experts ({enumerated(signs, most=4)}).",
         f"{SIZES_HINT} Known: {', '.join(MODEL_TYPES)}.",
     )
 
@@ -224,7 +227,7 @@ def _activation(fields: Fields, kind: ModelType) -> Activation:
             if fields.get(name) is not None and fields.number(name, default=constant) != constant:
                 raise UnsupportedError(
                     f"{fields.where}: moetune supports {fixed.value} with {name} = {constant}, "
-                    f"given {fields.get(name)!r}.",
+                    f"given {quoted(fields.get(name))}.",
                     SIZES_HINT,
                 )
     if fixed is not None:

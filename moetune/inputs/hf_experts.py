@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 
 PREFIXES = (
     "model.layers",
@@ -74,12 +75,12 @@ class ExpertModules:
                 continue
             if not any(pattern.matches(name) for layer in self.layers for name in self._names(layer)):
                 raise UsageError(
-                    f"{where}: {pattern.given!r} names experts, but not as {PREFIXES[0]}.N.{self.experts[0]}.",
+                    f"{where}: {quoted(pattern.given)} names experts, but not as {PREFIXES[0]}.N.{self.experts[0]}.",
                     "Pass --precision.",
                 )
             if not found:
                 raise UsageError(
-                    f"{where}: {pattern.given!r} names only some of an expert's matrices.", "Pass --precision."
+                    f"{where}: {quoted(pattern.given)} names only some of an expert's matrices.", "Pass --precision."
                 )
         return found
 
@@ -151,7 +152,7 @@ class _Pattern:
                 return re.compile(self.text if self.given.startswith("re:") else rf"(?:{self.text})(?=\.|$)")
             except re.error as error:
                 raise UsageError(
-                    f"{self.where}: {self.given!r} is not a regular expression: {error}.", "Pass --precision."
+                    f"{self.where}: {quoted(self.given)} is not a regular expression: {error}.", "Pass --precision."
                 ) from None
         if not any(mark in self.text for mark in "*?["):
             return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 
 Config = Mapping[str, Any]
 Names = tuple[str, ...]
@@ -78,7 +79,7 @@ class Fields:
         name, value = self.found(*names)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UsageError(f"{self.where}: {name} must be a positive number, given {value!r}.", SIZES_HINT)
+            raise UsageError(f"{self.where}: {name} must be a positive number, given {quoted(value)}.", SIZES_HINT)
         return float(value)
 
     def flag(self, *names: str, default: bool) -> bool:
@@ -90,7 +91,7 @@ class Fields:
         name, value = self.found(*names)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise UsageError(f"{self.where}: {name} must be true or false, given {value!r}.", SIZES_HINT)
+            raise UsageError(f"{self.where}: {name} must be true or false, given {quoted(value)}.", SIZES_HINT)
         return value
 
     def choice(self, *names: str, choices: Mapping[str, Meaning], default: str) -> Meaning:
@@ -102,7 +103,9 @@ class Fields:
         name, value = self.found(*names)
         value = value or default
         if not isinstance(value, str) or value not in choices:
-            raise UsageError(f"{self.where}: {name} must be one of {', '.join(choices)}; given {value!r}.", SIZES_HINT)
+            raise UsageError(
+                f"{self.where}: {name} must be one of {', '.join(choices)}; given {quoted(value)}.", SIZES_HINT
+            )
         return choices[value]
 
     def _written(self, name: str) -> Any:
@@ -116,11 +119,11 @@ class Fields:
     def _integer(self, name: str, value: Any, least: int, first_of_list: bool = False) -> int:
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
             if not first_of_list and any(entry != value[0] for entry in value):
-                raise UsageError(f"{self.where}: {name} differs between layers: {value!r}.", SIZES_HINT)
+                raise UsageError(f"{self.where}: {name} differs between layers: {quoted(value)}.", SIZES_HINT)
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UsageError(
-                f"{self.where}: {name} must be an integer of at least {least}, given {value!r}.", SIZES_HINT
+                f"{self.where}: {name} must be an integer of at least {least}, given {quoted(value)}.", SIZES_HINT
             )
         return value
 

@@ -15,6 +15,7 @@ from moetune.errors import UsageError
 from moetune.inputs.hf_experts import ExpertModules
 from moetune.inputs.hf_fields import Config
 from moetune.inputs.hf_schemes import METHODS, MODELOPT, compressed_tensors, gptq, quark
+from moetune.quoting import quoted
 from moetune.spec.enums import Precision
 
 DTYPES: Mapping[str, Precision] = {
@@ -64,7 +65,7 @@ def stored_experts(
         UsageError: no precision is known for it.
     """
     if not isinstance(quantization, Mapping):
-        raise UsageError(f"{where}: quantization_config must be an object, given {quantization!r}.")
+        raise UsageError(f"{where}: quantization_config must be an object, given {quoted(quantization)}.")
     said = _Said(quantization, modules, where)
     left_out = said.left_out()
     if left_out.issuperset(modules.layers):
@@ -85,7 +86,7 @@ def stored_dtype(config: Config, where: str) -> Precision:
     given = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), "bfloat16")
     dtype = str(given).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise UsageError(f"{where}: dtype must be one of {', '.join(DTYPES)}; given {given!r}.", PRECISION_HINT)
+        raise UsageError(f"{where}: dtype must be one of {', '.join(DTYPES)}; given {quoted(given)}.", PRECISION_HINT)
     return DTYPES[dtype]
 
 
@@ -218,14 +219,14 @@ class _Said:
     def _expert_dtype(self, given: Any) -> Precision | None:
         if given not in EXPERT_DTYPES:
             raise UsageError(
-                f"{self.where}: expert_dtype must be one of {', '.join(EXPERT_DTYPES)}; given {given!r}.",
+                f"{self.where}: expert_dtype must be one of {', '.join(EXPERT_DTYPES)}; given {quoted(given)}.",
                 PRECISION_HINT,
             )
         return EXPERT_DTYPES[given]
 
     def _known(self, precision: Precision | None, said: Config) -> Precision:
         if precision is None:
-            spelled = ", ".join(f"{key} = {said[key]!r}" for key in (*_SAID, "input_activations") if key in said)
+            spelled = ", ".join(f"{key} = {quoted(said[key])}" for key in (*_SAID, "input_activations") if key in said)
             raise UsageError(
                 f"{self.where}: no precision is known for quantization_config ({spelled}).", PRECISION_HINT
             )
@@ -234,19 +235,19 @@ class _Said:
     def _object(self, key: str) -> Config:
         value = self.config.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise UsageError(f"{self.where}: {key} must be an object, given {value!r}.")
+            raise UsageError(f"{self.where}: {key} must be an object, given {quoted(value)}.")
         return value or {}
 
     def _entry(self, value: Any, name: str) -> Config:
         if not isinstance(value, Mapping):
-            raise UsageError(f"{self.where}: quantization_config: {name} must be an object, given {value!r}.")
+            raise UsageError(f"{self.where}: quantization_config: {name} must be an object, given {quoted(value)}.")
         return value
 
     def _names(self, value: Any, key: str) -> list[str]:
         if value is None:
             return []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise UsageError(f"{self.where}: {key} must be a list of module names, given {value!r}.")
+            raise UsageError(f"{self.where}: {key} must be a list of module names, given {quoted(value)}.")
         return value
 
 

@@ -16,6 +16,7 @@ from moetune.inputs.launch_line import Line, known_text, parse
 from moetune.inputs.launch_model import Deployed, changed_precision, model_named
 from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
+from moetune.quoting import quoted
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
 _READERS: Final[Mapping[str, _Reader]] = {
@@ -154,6 +155,6 @@ def _require_no_more_words(line: Line, program: str) -> None:
         shown = " ".join(word.text for word in extra[:4])
         known_text(extra[0], "The launch line")
         raise UsageError(
-            f"{program} cannot use {shown!r}: it belongs to no flag.",
+            f"{program} cannot use {quoted(shown)}: it belongs to no flag.",
             "Remove it or correct the flag before it. A switch takes no value, and a comment begins with #.",
         )

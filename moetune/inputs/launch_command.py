@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Final
 from moetune.errors import UsageError
 from moetune.inputs import shell
 from moetune.inputs.shell import Command, Word
+from moetune.quoting import quoted
+from moetune.untrusted import parse_json
 
 FORMS: Final = (
     "vllm serve MODEL …, python -m sglang.launch_server …, sglang serve …, trtllm-serve MODEL …, trtllm-bench …, "
@@ -86,7 +87,7 @@ def find(text: str) -> ServerCommand:
     found = list(_servers(_commands(text, {})))
     if not found:
         shown = " ".join(text.split())
-        raise UsageError(f"--launch finds no server in {shown[:100]!r}.", f"It reads {FORMS}.")
+        raise UsageError(f"--launch finds no server in {quoted(shown[:100])}.", f"It reads {FORMS}.")
     if len(found) > 1:
         listed = "; ".join(f"({number}) {one.spelled[:100]}" for number, one in enumerate(found, 1))
         raise UsageError(f"--launch finds {len(found)} servers: {listed}.", "Pass the line of one of them.")
@@ -107,7 +108,7 @@ def _commands(text: str, variables: Mapping[str, Word]) -> tuple[Command, ...]:
     if match := _DOCKERFILE.match(text):
         text = text[match.end() :]
         try:
-            listed = json.loads(text)
+            listed = parse_json(text)
         except ValueError:
             return shell.commands(text, variables)
         if isinstance(listed, list) and all(isinstance(word, str) for word in listed):
@@ -173,6 +174,6 @@ def _require_plain(word: Word) -> None:
     sign = word.text[:1]
     if sign in _LOOKS_TYPED:
         raise UsageError(
-            f"{word.text!r} begins with {_LOOKS_TYPED[sign]}, which no engine reads.",
+            f"{quoted(word.text)} begins with {_LOOKS_TYPED[sign]}, which no engine reads.",
             "An editor has replaced the plain sign: write - for a dash, ' or \" for a quote.",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ from moetune.errors import UsageError
 from moetune.inputs import settings_file
 from moetune.inputs.flag_table import Flag, FlagTable
 from moetune.inputs.shell import Word
+from moetune.quoting import quoted, shortened
+from moetune.untrusted import parse_json
 
 TRUE: Final = ("true", "1", "yes", "on")
 _FLAG: Final = re.compile(r"--?[A-Za-z]")
@@ -66,7 +67,9 @@ class Line:
             return None
         shown = f"--{next(name for name in names if name in self.flags)}"
         if len(value.words) != 1:
-            raise UsageError(f"{shown} takes one value, given {' '.join(word.text for word in value.words) or 'none'}.")
+            raise UsageError(
+                f"{shown} takes one value, given {shortened(' '.join(word.text for word in value.words)) or 'none'}."
+            )
         return known_text(value.words[0], shown)
 
     def number(self, *names: str, default: int | None = None, least: int = 1) -> int | None:
@@ -96,11 +99,11 @@ class Line:
         if value.words:
             text = known_text(value.words[-1], shown)
             try:
-                found = json.loads(text)
+                found = parse_json(text)
             except ValueError:
                 found = None
             if not isinstance(found, dict):
-                raise UsageError(f"{shown} must be a JSON object, given {text!r}.")
+                raise UsageError(f"{shown} must be a JSON object, given {quoted(text)}.")
         return {**found, **{key: known_text(word, f"{shown}.{key}") for key, word in value.keys.items()}}
 
     def variable(self, name: str) -> str | None:
@@ -142,9 +145,9 @@ def number(text: str, shown: str, least: int = 1) -> int:
     match = _NUMBER.fullmatch(text.replace("_", ""))
     scaled = Fraction(match[1] + (match[2] or "")) * _FACTORS[match[3]] if match else None
     if scaled is None or scaled.denominator != 1:
-        raise UsageError(f"{shown} must be an integer, given {text!r}.")
+        raise UsageError(f"{shown} must be an integer, given {quoted(text)}.")
     if scaled < least:
-        raise UsageError(f"{shown} must be at least {least}, given {text}.")
+        raise UsageError(f"{shown} must be at least {least}, given {shortened(text)}.")
     return int(scaled)
 
 

@@ -6,7 +6,6 @@ Sources: `get_moe_configs` of vLLM 0.33.0 and SGLang 0.5.23. Shared experts: `re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from moetune.inputs.launch_sglang import named_kernels
 from moetune.inputs.options import read_layer, resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.untrusted import read_json
 
 FOLDER_VARIABLES: Final = {"vllm": "VLLM_TUNED_CONFIG_FOLDER", "sglang": "SGLANG_MOE_CONFIG_DIR"}
 """The variable that names a folder of tuned files. SGLang reads `configs/` below it."""
@@ -203,7 +203,7 @@ def _architecture(layer: MoELayer, model: Any) -> str:
         return _ARCHITECTURES.get(layer.name, "")
     path = Path(str(model))
     try:
-        config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        config = read_json(path / "config.json" if path.is_dir() else path)
         return str(config["architectures"][0])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return ""

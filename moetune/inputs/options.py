@@ -12,6 +12,7 @@ from moetune.errors import UsageError
 from moetune.inputs import presets
 from moetune.inputs.hf import Reading
 from moetune.inputs.option_table import OPTIONS, SIZES, Group, flag
+from moetune.quoting import quoted
 from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -47,7 +48,7 @@ def parse(text: str) -> Deployment:
     try:
         given = _parsed(shlex.split(text))
     except ValueError as error:
-        raise UsageError(f"{text!r} cannot be split into options: {error}.", "Close every quote.") from None
+        raise UsageError(f"{quoted(text)} cannot be split into options: {error}.", "Close every quote.") from None
     line = given.pop("launch")
     return resolve(**given) if line is None else launched(line, given)[0]
 
@@ -155,7 +156,7 @@ def _rank(text: str | int | None) -> RankWord | int | None:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"--rank must be {', '.join(RANK_WORDS)} or a number, given {text!r}.") from None
+        raise UsageError(f"--rank must be {', '.join(RANK_WORDS)} or a number, given {quoted(text)}.") from None
 
 
 def _dispatch(layer: MoELayer, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def _dispatch(layer: MoELayer, given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(dispatcher.resolve(dispatch, layer, ep, redundant, given.get("dp"), tp))
     if dispatch not in DISPATCHES:
         raise UsageError(
-            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:NAME, given {dispatch!r}.",
+            f"--dispatch must be one of {', '.join(DISPATCHES)} or ENGINE:NAME, given {quoted(dispatch)}.",
             "Names are spelled like vllm:allgather_reducescatter, sglang:none or trtllm:attention_dp.",
         )
     return {"dispatch": dispatch}

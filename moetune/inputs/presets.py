@@ -16,6 +16,7 @@ from moetune.errors import UsageError
 from moetune.inputs import repositories
 from moetune.inputs.hf import Reading, read_config
 from moetune.inputs.suggestions import did_you_mean
+from moetune.quoting import quoted
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 
@@ -162,7 +163,7 @@ def _key(name: str) -> str:
         return key
     near = did_you_mean(key, names(), cutoff=0.45)
     raise UsageError(
-        f"Unknown model {name!r}.",
+        f"Unknown model {quoted(name)}.",
         f"{near} `moetune models` lists all names. A path to a config.json works too.".lstrip(),
     )
 

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from moetune.errors import UsageError
 from moetune.inputs.suggestions import did_you_mean
+from moetune.quoting import quoted
 
 UNKNOWN: Final = "unknown"
 
@@ -44,6 +45,6 @@ def find(name: str) -> Repository:
         return known()[key]
     near = did_you_mean(key, known(), cutoff=0.75)
     raise UsageError(
-        f"{name!r} is neither an existing path nor a repository that moetune knows.",
+        f"{quoted(name)} is neither an existing path nor a repository that moetune knows.",
         f"{near} Pass --model with a path to its config.json, or a name of `moetune models` and --precision.".lstrip(),
     )

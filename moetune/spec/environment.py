@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from moetune.spec.bounds import MOST_IN_A_FILE_NAME, Name, Names
 from moetune.spec.model import FrozenModel, digest_of
 
 
@@ -16,14 +17,15 @@ class Environment(FrozenModel):
     kept and may differ.
     """
 
-    device: str
-    strict: dict[str, str]
-    informative: dict[str, str] = {}
+    device: Name
+    strict: Names
+    informative: Names = {}
 
     @property
     def device_slug(self) -> str:
         """Returns the device's name as a folder name."""
-        return re.sub(r"[^A-Za-z0-9.]+", "_", self.device).strip("_") or "unknown"
+        slug = re.sub(r"[^A-Za-z0-9.]+", "_", self.device).strip("_")
+        return slug[:MOST_IN_A_FILE_NAME] if slug.strip(".") else "unknown"  # `..` would lead out of the store
 
     @property
     def digest(self) -> str:

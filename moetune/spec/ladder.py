@@ -19,6 +19,8 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from moetune.errors import UsageError
+from moetune.quoting import enumerated, quoted
+from moetune.spec.bounds import MOST_BUCKETS, MOST_RANKS, MOST_ROWS, require_between
 from moetune.spec.model import FrozenModel
 
 Rounding = Literal["floor", "ceil", "nearest"]
@@ -54,10 +56,10 @@ class Ladder(FrozenModel):
         if (self.name == "list") != bool(self.sizes):
             raise UsageError(f"A ladder is one of {SPELLINGS}.")
         if any(size < 1 for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
-            given = ",".join(map(str, self.sizes))
-            raise UsageError(f"A ladder's buckets must be positive and ascending, given {given}.")
-        if self.divisor < 1:
-            raise UsageError(f"A ladder's divisor must be at least 1, given {self.divisor}.")
+            raise UsageError(f"A ladder's buckets must be positive and ascending, given {enumerated(self.sizes, 32)}.")
+        require_between("The number of a ladder's buckets", len(self.sizes), 0, MOST_BUCKETS)
+        require_between("A ladder's bucket", self.sizes[-1] if self.sizes else 1, 1, MOST_ROWS)
+        require_between("A ladder's divisor", self.divisor, 1, MOST_RANKS)
         return self
 
     @classmethod
@@ -73,7 +75,7 @@ class Ladder(FrozenModel):
             return cls(name="list", sizes=tuple(spelled))
         text, slash, divisor = str(spelled).strip().lower().partition("/")
         if slash and not (divisor.isascii() and divisor.isdecimal()):
-            raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
+            raise UsageError(f"Unknown ladder {quoted(spelled)}.", f"A ladder is one of {SPELLINGS}.")
         share = int(divisor or 1)
         match text:
             case "pow2" | "hybrid" | "vllm" | "adaptive":
@@ -82,7 +84,7 @@ class Ladder(FrozenModel):
                 pass
         parts = [part.strip() for part in text.split(",")]
         if not all(part.isascii() and part.removeprefix("-").isdecimal() for part in parts):
-            raise UsageError(f"Unknown ladder {spelled!r}.", f"A ladder is one of {SPELLINGS}.")
+            raise UsageError(f"Unknown ladder {quoted(spelled)}.", f"A ladder is one of {SPELLINGS}.")
         return cls(name="list", sizes=tuple(map(int, parts)), divisor=share)
 
     def __str__(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moetune.errors import UsageError
+from moetune.spec.bounds import MOST_EXPERTS, MOST_SIZE, MOST_TOP_K, Name, require_between
 from moetune.spec.enums import Precision
 from moetune.spec.model import FrozenModel, digest_of
 
@@ -53,11 +54,11 @@ class RoutingMethod(FrozenModel):
 
     scoring: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     bias: bool = False
-    num_groups: int = 1
+    num_groups: Annotated[int, Field(le=MOST_EXPERTS)] = 1
     top_k_groups: int = 1
     group_score: Literal["top2", "max"] = "top2"
     renormalize: bool = True
-    scaling: float = 1.0
+    scaling: Annotated[float, Field(allow_inf_nan=False, gt=0)] = 1.0
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
@@ -71,10 +72,19 @@ class RoutingMethod(FrozenModel):
         return self.top_k_groups < self.num_groups
 
 
+_BOUNDS: Final = (
+    ("num_experts", 1, MOST_EXPERTS),
+    ("top_k", 1, MOST_TOP_K),
+    ("hidden_size", 1, MOST_SIZE),
+    ("intermediate_size", 1, MOST_SIZE),
+    ("num_shared_experts", 0, MOST_TOP_K),
+)
+
+
 class MoELayer(FrozenModel):
     """One MoE layer. Sizes are those of one whole expert, before any sharding."""
 
-    name: str = "custom"
+    name: Name = "custom"
     num_experts: int
     top_k: int
     hidden_size: int
@@ -88,11 +98,8 @@ class MoELayer(FrozenModel):
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        for field in ("num_experts", "top_k", "hidden_size", "intermediate_size"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"{field} must be at least 1, given {getattr(self, field)}.")
-        if self.num_shared_experts < 0:
-            raise UsageError(f"num_shared_experts must be at least 0, given {self.num_shared_experts}.")
+        for field, least, most in _BOUNDS:
+            require_between(field, getattr(self, field), least, most)
         if self.top_k > self.num_experts:
             raise UsageError(f"top_k = {self.top_k} exceeds num_experts = {self.num_experts}.")
         groups = self.routing.num_groups

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted, shortened
 
 
 class FrozenModel(BaseModel):
@@ -22,9 +23,11 @@ class FrozenModel(BaseModel):
         try:
             return handler(data)  # type: ignore[no-any-return]
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or cls.__name__
-            raise UsageError(f"{cls.__name__}: {field}: {first['msg']} (given: {first['input']!r}).") from None
+            first = error.errors(include_url=False)[0]
+            field = shortened(".".join(str(part) for part in first["loc"])) or cls.__name__
+            raise UsageError(
+                f"{cls.__name__}: {field}: {shortened(first['msg'])} (given: {quoted(first['input'])})."
+            ) from None
 
 
 def digest_of(fields: Any) -> str:

@@ -16,6 +16,8 @@ from pydantic import (
 )
 
 from moetune.errors import UsageError
+from moetune.quoting import enumerated, quoted
+from moetune.spec.bounds import MOST_DRAWS, MOST_EXPERTS, MOST_RANKS, MOST_ROWS, require_between
 from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
@@ -32,7 +34,7 @@ def parse_distribution(spelled: object, source: str = "distribution") -> str:
     """
     text = str(spelled).strip().lower()
     if text not in DISTRIBUTIONS:
-        raise UsageError(f"{source} must be one of {', '.join(DISTRIBUTIONS)}; given {spelled!r}.")
+        raise UsageError(f"{source} must be one of {', '.join(DISTRIBUTIONS)}; given {quoted(spelled)}.")
     return text
 
 
@@ -101,15 +103,14 @@ class Regime(FrozenModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, least in (
-            ("ep_size", 1),
-            ("tp_size", 1),
-            ("redundant_experts", 0),
-            ("draws", 1),
-            ("tune_max_num_tokens", 1),
+        for name, least, most in (
+            ("ep_size", 1, MOST_RANKS),
+            ("tp_size", 1, MOST_RANKS),
+            ("redundant_experts", 0, MOST_EXPERTS),
+            ("draws", 1, MOST_DRAWS),
+            ("tune_max_num_tokens", 1, MOST_ROWS),
         ):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} must be at least {least}, given {getattr(self, name)}.")
+            require_between(name, getattr(self, name), least, most)
         if self.attention_dp and self.dispatch == "none":
             raise UsageError(
                 "attention_dp needs dispatch alltoall or allgather, given none.",
@@ -126,7 +127,7 @@ class Regime(FrozenModel):
                 "Leave the layout out, or use dispatch alltoall.",
             )
         if not 0 <= self.rank < self.ep_size:
-            raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {self.rank}.")
+            raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {quoted(self.rank)}.")
         sizes = self.ladder.sizes
         if sizes and sizes[-1] > self.tune_max_num_tokens:
             raise UsageError(
@@ -239,7 +240,7 @@ class Regime(FrozenModel):
         if extra and not self.uneven_shards:
             raise UsageError(
                 f"ep_size = {self.ep_size} does not divide the {physical} experts of {layer.name}.",
-                f"Allowed: {', '.join(str(n) for n in range(1, physical + 1) if physical % n == 0)}; "
+                f"Allowed: {enumerated([n for n in range(1, physical + 1) if physical % n == 0], most=32)}; "
                 "or add redundant experts.",
             )
         if layer.intermediate_size % self.tp_size:
@@ -276,7 +277,7 @@ def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
     This can happen with the ladders `vllm` and `adaptive`, because their last bucket is fixed.
     """
     has_fixed_end = ladder.name in ("vllm", "adaptive")
-    if not has_fixed_end or isinstance(maximum, bool) or not isinstance(maximum, int) or maximum < 1:
+    if not has_fixed_end or isinstance(maximum, bool) or not isinstance(maximum, int) or not 1 <= maximum <= MOST_ROWS:
         return maximum
     default = DEFAULT_TUNE_MAX_NUM_TOKENS
     last = ladder.buckets(default)[-1]

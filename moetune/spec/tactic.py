@@ -9,6 +9,9 @@ from pydantic import GetCoreSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
+from moetune.quoting import quoted
+from moetune.spec.bounds import MOST_CHARACTERS, MOST_ENTRIES
+
 Value = int | bool | str
 
 UNTUNED = -1
@@ -31,7 +34,9 @@ class Tactic(Mapping[str, Value]):
         items: dict[str, Value] = dict(values or {}) | named
         for name, value in items.items():
             if not isinstance(name, str) or not isinstance(value, int | str):
-                raise TypeError(f"A tactic maps names to ints, bools or strings; given {name!r}: {value!r}.")
+                raise TypeError(
+                    f"A tactic maps names to ints, bools or strings; given {quoted(name)}: {quoted(value)}."
+                )
         object.__setattr__(self, "_items", items)
         # the types are part of the key, because True == 1 in Python
         key = frozenset((name, type(value).__name__, value) for name, value in items.items())
@@ -83,6 +88,13 @@ class Tactic(Mapping[str, Value]):
             return value
         if not isinstance(value, Mapping):
             raise ValueError("a tactic is a mapping of names to ints, bools or strings")
+        if len(value) > MOST_ENTRIES:
+            raise ValueError(f"a tactic has at most {MOST_ENTRIES} entries")
+        for text in (*value, *value.values()):
+            if isinstance(text, str) and (len(text) > MOST_CHARACTERS or not text.isprintable()):
+                raise ValueError(f"a tactic's texts have at most {MOST_CHARACTERS} characters, all printable")
+            if isinstance(text, int) and not -(2**63) <= text < 2**63:
+                raise ValueError("a tactic's integers have 64 bits")
         try:
             return cls(value)
         except TypeError as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from moetune.errors import Difference, UsageError
+from moetune.spec.bounds import require_file_name_part
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -40,8 +40,10 @@ class Key(NamedTuple):
         Raises:
             UsageError: the backend's name cannot be part of a file name.
         """
-        if not re.fullmatch(r"\w[\w.-]*", self.backend, re.ASCII):
-            raise UsageError(f"A backend's name has letters, digits, '-', '_' and '.' only, given {self.backend!r}.")
+        try:
+            require_file_name_part(self.backend)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         folder = Path(self.environment.device_slug, self.layer.slug, f"{self.regime.slug}-{self.regime.digest}")
         return folder / f"{self.backend}-{self.environment.digest}.json"
 

@@ -11,6 +11,18 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
 from moetune.errors import NoResultError, UsageError
+from moetune.quoting import enumerated, quoted
+from moetune.spec.bounds import (
+    MOST_BUCKETS,
+    MOST_ENTRIES,
+    MOST_EXPERTS,
+    MOST_TACTICS,
+    Count,
+    FileNamePart,
+    Name,
+    Prose,
+    Rows,
+)
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
@@ -20,16 +32,20 @@ from moetune.stats import geomean
 
 SCHEMA_VERSION: Final = 1
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e15, le=1e15)]
+Time = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
+"""A time in µs."""
+Gain = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e15)]
 OrInfinity = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"const": "Infinity"}]})]
 """A float. In JSON, infinity is the string `Infinity`."""
+Stress = Annotated[dict[Name, OrInfinity], Field(max_length=MOST_ENTRIES)]
 
 
 class Rejection(FrozenModel):
     """A tactic that could not win, and the reason."""
 
     tactic: Tactic
-    reason: str
+    reason: Prose
 
 
 class ComparedRows(FrozenModel):
@@ -45,10 +61,10 @@ class ComparedRows(FrozenModel):
         noise: the A/A noise, relative.
     """
 
-    rows: int
-    time_us: Finite
+    rows: Rows
+    time_us: Time
     default_tactic: Tactic
-    gain: Finite
+    gain: Gain
     gain_low: Finite
     gain_high: Finite
     noise: Finite
@@ -87,29 +103,29 @@ class Choice(FrozenModel):
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    rows: int
-    met_rows: int | None = None
+    rows: Rows
+    met_rows: Rows | None = None
     tactic: Tactic
-    time_us: Finite
+    time_us: Time
     default_tactic: Tactic
-    default_source: str = ""
-    default_time_us: Finite
-    gain: Finite
+    default_source: Name = ""
+    default_time_us: Time
+    gain: Gain
     gain_low: Finite
     gain_high: Finite
     noise: Finite
-    by_rows: tuple[ComparedRows, ...] = ()
+    by_rows: Annotated[tuple[ComparedRows, ...], Field(max_length=MOST_BUCKETS)] = ()
     regret_high: Finite | None = None
-    equally_fast: tuple[Tactic, ...] = ()
-    stress_us: dict[str, OrInfinity] = {}
-    default_stress_us: dict[str, OrInfinity] = {}
-    tried: int
-    candidates: int
-    eager: str = ""
-    rejected: tuple[Rejection, ...] = ()
-    load: tuple[int, ...]
-    max_load: int
-    measured_at: str
+    equally_fast: Annotated[tuple[Tactic, ...], Field(max_length=MOST_TACTICS)] = ()
+    stress_us: Stress = {}
+    default_stress_us: Stress = {}
+    tried: Count
+    candidates: Count
+    eager: Prose = ""
+    rejected: Annotated[tuple[Rejection, ...], Field(max_length=MOST_TACTICS)] = ()
+    load: Annotated[tuple[Count, ...], Field(max_length=MOST_EXPERTS)]
+    max_load: Count
+    measured_at: Name
 
     @model_validator(mode="after")
     def _measured_in_utc(self) -> Self:
@@ -119,7 +135,7 @@ class Choice(FrozenModel):
             offset = None
         if offset != timedelta(0):
             raise UsageError(
-                f"measured_at must be ISO 8601 in UTC, like 2026-01-31T12:00:00Z; given {self.measured_at!r}."
+                f"measured_at must be ISO 8601 in UTC, like 2026-01-31T12:00:00Z; given {quoted(self.measured_at)}."
             )
         return self
 
@@ -141,23 +157,23 @@ class Profile(FrozenModel):
     schema_version: Literal[1] = SCHEMA_VERSION
     layer: MoELayer
     regime: Regime
-    backend: str
+    backend: FileNamePart
     environment: Environment
-    choices: tuple[Choice, ...]
+    choices: Annotated[tuple[Choice, ...], Field(max_length=MOST_BUCKETS)]
 
     @model_validator(mode="after")
     def _choices_of_buckets(self) -> Self:
         rows = [choice.rows for choice in self.choices]
         if rows != sorted(set(rows)):
-            raise UsageError(f"A profile's buckets must be ascending and distinct, given {rows}.")
+            raise UsageError(f"A profile's buckets must be ascending and distinct, given {enumerated(rows)}.")
         if self.regime.ladder.name == "adaptive":
             buckets: Collection[int] = range(1, self.regime.tune_max_num_tokens + 1)
         else:
-            buckets = self.regime.buckets
-        if others := set(rows) - set(buckets):
+            buckets = frozenset(self.regime.buckets)
+        if others := [each for each in rows if each not in buckets]:
             raise UsageError(
-                f"A profile has choices for its regime's buckets {list(self.regime.buckets)} only, given "
-                f"{sorted(others)}."
+                f"A profile has choices for its regime's buckets {enumerated(self.regime.buckets, 32)} only, given "
+                f"{enumerated(others)}."
             )
         return self
 

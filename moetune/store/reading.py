@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel
 
 from moetune.errors import DamagedProfileError, MoetuneError, NewerSchemaError, StoreError
+from moetune.quoting import quoted, shortened
 from moetune.store.profile import SCHEMA_VERSION, Profile
+from moetune.untrusted import parse_json, read_bytes
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -38,7 +39,7 @@ def read_profile(path: Path) -> Profile:
         StoreError: it cannot be read.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -60,10 +61,10 @@ def parsed(content: bytes, model: type[Model], schema_version: int, name: str) -
         NewerSchemaError: a newer moetune wrote it.
     """
     try:
-        document = json.loads(content)
+        document = parse_json(content, own=True)
         version = document["schema_version"] if isinstance(document, dict) else None
         if type(version) is not int or version < 1:
-            raise ValueError(f"unknown schema_version {version!r}")
+            raise ValueError(f"unknown schema_version {quoted(version)}")
         if version > schema_version:
             raise NewerSchemaError(
                 f"{name} has schema_version {version}, and this moetune knows up to {schema_version}.",
@@ -80,9 +81,7 @@ def _one_line(error: Exception) -> str:
     """Returns an error as one line without a final full stop."""
     match error:
         case KeyError():
-            text = f"no {error.args[0]}"
-        case UnicodeDecodeError():
-            text = f"no UTF-8 text at byte {error.start}"
+            text = f"no {shortened(str(error.args[0]))}"
         case MoetuneError():
             text = error.message
         case _:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.enums import RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
@@ -30,7 +31,7 @@ def tuned_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = No
         UsageError: `rank` is another word, there is no such rank, or the regime does not fit the layer.
     """
     if rank not in (None, *RANK_WORDS) and type(rank) is not int:
-        raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {rank!r}.")
+        raise UsageError(f"rank must be {', '.join(RANK_WORDS)} or a number, given {quoted(rank)}.")
     even = equal_shards(layer, regime)
     if isinstance(rank, int):
         regime.shard(layer, rank)

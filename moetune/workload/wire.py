@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.enums import Dispatch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -140,7 +141,7 @@ def _activation_tensors(layer: MoELayer, activation: WireActivation) -> Sequence
                 WireTensor("hidden_states", "uint8", -(-hidden // 2)),
                 WireTensor("hidden_states_scale", "fp8_e4m3", -(-hidden // 16)),
             ]
-    raise UsageError(f"activation must be one of {', '.join(WIRE_ACTIVATIONS)}; given {activation!r}.")
+    raise UsageError(f"activation must be one of {', '.join(WIRE_ACTIVATIONS)}; given {quoted(activation)}.")
 
 
 def _routing_tensors(layer: MoELayer, routing: WireRouting) -> Sequence[WireTensor]:
@@ -151,4 +152,4 @@ def _routing_tensors(layer: MoELayer, routing: WireRouting) -> Sequence[WireTens
             return [WireTensor("topk_ids", "int32", layer.top_k), WireTensor("topk_weights", "fp32", layer.top_k)]
         case "packed_topk":
             return [WireTensor("packed_topk", "int32", layer.top_k)]
-    raise UsageError(f"routing must be one of {', '.join(WIRE_ROUTINGS)}; given {routing!r}.")
+    raise UsageError(f"routing must be one of {', '.join(WIRE_ROUTINGS)}; given {quoted(routing)}.")

@@ -13,7 +13,9 @@ from moetune.errors import UsageError
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Rejection
 
-VALUES = st.dictionaries(st.text(max_size=8), st.integers() | st.booleans() | st.text(max_size=8), max_size=6)
+TEXTS = st.text(max_size=8).filter(str.isprintable)
+INTEGERS = st.integers(-(2**63), 2**63 - 1)
+VALUES = st.dictionaries(TEXTS, INTEGERS | st.booleans() | TEXTS, max_size=6)
 ADAPTER = TypeAdapter(Tactic)
 
 

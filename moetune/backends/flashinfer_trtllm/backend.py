@@ -12,6 +12,7 @@ from moetune.backends.flashinfer_trtllm.weight_format import ExpertSizes, Format
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import flashinfer_versions
+from moetune.quoting import quoted
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -57,7 +58,7 @@ class TrtllmBackend(Backend):
             ("fp8_block_layout", fp8_block_layout, get_args(Fp8BlockLayout)),
         ):
             if value not in allowed:
-                raise UsageError(f"{option} must be one of {', '.join(allowed)}; given {value!r}.")
+                raise UsageError(f"{option} must be one of {', '.join(allowed)}; given {quoted(value)}.")
         self.mxfp4_activations = mxfp4_activations
         self.fp8_block_layout = fp8_block_layout
         self.quantized = quantized

@@ -24,6 +24,7 @@ from moetune.backends.grouped_triton.kernel_versions import (
 )
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
+from moetune.quoting import quoted
 from moetune.search.base import Search
 from moetune.search.prior_guided import halving
 from moetune.search.revalidate import steps
@@ -68,9 +69,9 @@ class TritonBackend(Backend):
         kernel_version: str | None = None,
     ) -> None:
         if kernel not in ("builtin", "vllm", "sglang"):
-            raise UsageError(f"Unknown kernel {kernel!r}.", "Choose one of builtin, vllm, sglang.")
+            raise UsageError(f"Unknown kernel {quoted(kernel)}.", "Choose one of builtin, vllm, sglang.")
         if remote not in (None, "drop", "zero"):
-            raise UsageError(f"Unknown treatment of non-local slots {remote!r}.", "Choose drop or zero.")
+            raise UsageError(f"Unknown treatment of non-local slots {quoted(remote)}.", "Choose drop or zero.")
         self.kernel = kernel
         self._engine = "sglang" if kernel == "sglang" else "vllm"
         self._engine_configs = engine_configs

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 
 Remote = Literal["drop", "zero"]
 """How non-local slots are treated: no block is launched for them, or blocks that write zeros."""
@@ -153,7 +154,7 @@ def parse_version(version: str) -> tuple[int, ...]:
         UsageError: `version` does not start with a number.
     """
     if not (found := numbers(version)):
-        raise UsageError(f"Not a version: {version!r}.", "Write it like 0.20.2.")
+        raise UsageError(f"Not a version: {quoted(version)}.", "Write it like 0.20.2.")
     return found
 
 

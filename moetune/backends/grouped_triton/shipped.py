@@ -28,8 +28,10 @@ from moetune.backends.grouped_triton.space import (
     tactic_of,
 )
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.tactic import Tactic
+from moetune.untrusted import read_json
 
 Values = Mapping[str, Any]
 """One row of a file: the kernel's tunables by name, as JSON."""
@@ -94,7 +96,7 @@ class EngineConfigs:
             folder = Path(given)
             if not folder.is_dir():
                 raise UsageError(
-                    f"--engine-configs must be a folder, given {str(given)!r}.",
+                    f"--engine-configs must be a folder, given {quoted(str(given))}.",
                     f"Give the folder of {ENGINE_TITLES[engine]}'s tuned files; for none of them, an empty folder.",
                 )
             return cls(engine, inner if (inner := folder / "configs").is_dir() else folder, str(given))
@@ -241,7 +243,7 @@ def read_rows(path: Path, *, has_triton_version: bool, option: str = "--engine-c
         UsageError: it is no JSON object of rows.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         if not isinstance(document, dict):
             raise ValueError("it is no JSON object")
         rows = {int(key): row for key, row in document.items() if not (has_triton_version and key == "triton_version")}
