@@ -83,3 +83,19 @@ def vllm_version_sources(
         return wheels.download("vllm", tmp_path_factory.mktemp("versions") / version, wheel)
 
     return sources
+
+
+@pytest.fixture(scope="session")
+def flashinfer_version_sources(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Returns a function from a pinned FlashInfer to a folder with its package; only `-m network` downloads it."""
+
+    @cache
+    def sources(version: str) -> Path:
+        if pytestconfig.getoption("markexpr") != "network":
+            pytest.skip(f"only `pytest -m network` downloads FlashInfer {version}")
+        folder = tmp_path_factory.mktemp("flashinfer") / version
+        return wheels.download("flashinfer", folder, wheels.FLASHINFER[version])
+
+    return sources

@@ -17,12 +17,13 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel by its version and hash, and the members and folders that tests read."""
+    """One wheel by its version and hash, and the members and folders that tests read; and its name on the index."""
 
     version: str
     sha256: str
     members: tuple[str, ...]
     folder: str
+    name: str = ""
 
 
 WHEELS = {
@@ -62,6 +63,26 @@ OLDER_VLLM = {
     )
 }
 """Versions of vLLM whose kernel or its default is not the newest's."""
+FLASHINFER = {
+    version: Wheel(
+        version,
+        sha256,
+        (f"flashinfer/{tuner}.py", "flashinfer/fused_moe/core.py"),
+        "flashinfer/autotuner/",
+        "flashinfer-python",
+    )
+    for version, sha256, tuner in (
+        ("0.6.8.post1", "818f9b8cc2fe66c42a1f6264be4841ac8821ada703685a02cfccb2b5124a710b", "autotuner"),
+        ("0.6.14", "d124369346a3d48eac67e31c42f7a3c813bcc0abc10e2e36db413b7b3dfd97df", "autotuner"),
+        ("0.6.16.post3", "caf686b9b079abe1c9d65ab505698bd325e8072de40afd822f2c74f2ac3bc601", "autotuner/autotuner"),
+        ("0.6.17", "ab7ce3aec42faf2f6079aa840c2407ac00ecd277a0524cdb708a8ff4a64dad90", "autotuner/autotuner"),
+        ("0.6.18", "d5d26edb48f8def0bf28b2c94415aef7f0754e2cd9e3cb3d6e7081262d068aad", "autotuner/autotuner"),
+        ("0.6.18.post1", "adb6d2952b47131138e108bd2999b1fe18b71f1a4c0b2684f168753db9563991", "autotuner/autotuner"),
+        ("0.7.0", "11e564820cde80ec13d351b68fc44cb54a537268bca135204abafc5fadd50240", "autotuner/autotuner"),
+        ("0.7.0.post1", "c7adf826568d61fc1b7d3aadd4cae387a35a138bfc08e2deca2f34ecfa280716", "autotuner/autotuner"),
+    )
+}
+"""Versions of FlashInfer that vLLM 0.20 … 0.32 pin, and the releases of their post-releases."""
 
 
 def local_sources(engine: str) -> Path | None:
@@ -83,7 +104,7 @@ def download(engine: str, folder: Path, wheel: Wheel | None = None) -> Path:
     wheel = wheel or WHEELS[engine]
     folder.mkdir(parents=True)
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{engine}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    requirements.write_text(f"{wheel.name or engine}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     target = ["--only-binary", ":all:", "--implementation", "cp", "--python-version", "3.11"]
     target += ["--abi", "cp311", "--abi", "abi3"]
     for glibc in ("2_28", "2_34", "2_35"):

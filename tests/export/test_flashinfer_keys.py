@@ -43,7 +43,9 @@ def keys(version, name):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_keys_are_those_that_flashinfer_was_seen_to_look_up(version):
-    golden = json.loads((GOLDEN / f"{version}.json").read_text())
+    """0.6.18.post1 and 0.7.0.post1 have the tuner of their release: `tests/inputs/test_flashinfer_versions.py`."""
+    recorded_in = {"0.6.18.post1": "0.6.18", "0.7.0.post1": "0.7.0"}.get(version, version)
+    golden = json.loads((GOLDEN / f"{recorded_in}.json").read_text())
     assert len(golden) == 17
     assert {name: keys(version, name) for name in golden} == golden
 
@@ -103,7 +105,7 @@ def test_a_rank_has_keys_of_its_own_up_to_0_7_1():
         version: len(list(cutlass_keys(VERSIONS[version], LAYER, EP8, 1, programmatic_launch=True)))
         for version in VERSIONS
     }
-    assert count == {"0.6.18": 8, "0.7.0": 8, "0.7.1": 8, "0.7.2": 1, "0.7.2.post1": 1}
+    assert count == dict.fromkeys(VERSIONS, 8) | {"0.7.2": 1, "0.7.2.post1": 1}
 
 
 def test_the_slot_layout_has_one_id_a_row():
