@@ -91,7 +91,8 @@ class Progress:
     def _resumed(self, event: Resumed) -> None:
         if event.rows:
             buckets = ", ".join(map(str, event.rows))
-            self._line(f"Going on at {buckets} rows, where a run was interrupted.")
+            times = f" Times that are not measured again: {event.timed}." if event.timed else ""
+            self._line(f"Going on at {buckets} rows, where a run was interrupted.{times}")
         if event.failed:
             self._line(f"Tactics that failed there are not tried again: {event.failed}. Use --again to try them.")
         for reason in event.unread:
@@ -113,7 +114,7 @@ class Progress:
     def _tactic_measured(self, event: TacticMeasured) -> None:
         self._measured += 1
         self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
-        if event.time_us is None:
+        if event.time_us is None and not event.known:
             self._line(f"{event.rows} rows: {tactic_line(event.tactic)} failed: {event.reason}")
 
     @_show.register

@@ -1,11 +1,15 @@
-"""Files that are replaced as a whole: after a crash each has its old content or its new one."""
+"""Files that are replaced as a whole, so that after a crash each has its old content or its new one; and appending."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+
+BLOCK = 4096
+"""How many bytes are read at once to find the end of the last whole line."""
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -21,6 +25,49 @@ def replace(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Appends whole lines to a file, all or none. An incomplete last line, which a crash can leave, is removed first.
+
+    Missing folders are made. Needs the store's lock.
+
+    Args:
+        path: the file. It need not exist.
+        lines: the lines, each with its line feed.
+    """
+    make_folder(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        whole = _whole_lines(descriptor)
+        os.ftruncate(descriptor, whole)
+        try:
+            write_all(descriptor, lines)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, whole)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Writes all of `content`. One call of the system may write less, such as on a disk that becomes full."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _whole_lines(descriptor: int) -> int:
+    """Returns how many bytes the whole lines of a file have, reading from its end."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - BLOCK)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def move_aside(path: Path) -> Path:

@@ -1,25 +1,30 @@
 """`Journal`: the measurements of a tune, saved on disk before their bucket has a choice.
 
-A journal is a file beside the profile's file, with one JSON line for each tactic of a measured batch. Writers append
-whole lines under the store's lock. A crash can leave an incomplete last line: readers ignore it, and the next writer
-removes it.
+A journal is a file beside the profile's file, with one JSON line for each tactic of a measured batch, and two for each
+search: one when it begins and one when it ends. Writers append the lines of a batch at once, under the store's lock.
+A crash can leave an incomplete last line: readers ignore it, and the next writer removes it. Once a bucket's choice is
+stored, its measurements are dropped. So the journal has those of the buckets that are not finished, and of the others
+what later searches begin with.
+
+Lines are not synced to the disk: a process that is killed loses none, a machine that loses its power may lose the last
+seconds of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import model_validator
 
 from moetune.errors import DamagedProfileError, NewerSchemaError, StoreError, UsageError
 from moetune.spec.model import FrozenModel
 from moetune.spec.tactic import Tactic
-from moetune.store.files import make_folder
+from moetune.store.files import append, replace
 from moetune.store.profile import Finite
 from moetune.store.reading import parsed
 
@@ -55,38 +60,74 @@ class Measurement(FrozenModel):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
-    """The measurements of an interrupted run for one bucket.
+class Searched(FrozenModel):
+    """What the search of one bucket began with, and once it has ended, what it left to the searches after it.
 
     Attributes:
-        times_us: the mean times, in µs, of the tactics that ran.
-        failed: the reasons of the tactics that failed.
+        rows: the bucket.
+        strategy: the search strategy.
+        warm_starts: the fast tactics of other buckets that it began with.
+        finalists: the tactics that it returned, or None if it has not ended.
+        promising: what the next bucket's search gets as warm starts after the finalists.
     """
 
-    times_us: Mapping[Tactic, float]
-    failed: Mapping[Tactic, str]
+    schema_version: Literal[1] = SCHEMA_VERSION
+    rows: int
+    strategy: str
+    warm_starts: tuple[Tactic, ...]
+    finalists: tuple[Tactic, ...] | None = None
+    promising: tuple[Tactic, ...] = ()
 
-    def best(self, count: int) -> tuple[Tactic, ...]:
-        """Returns the `count` fastest tactics, the fastest first."""
-        return tuple(sorted(self.times_us, key=lambda tactic: self.times_us[tactic])[:count])
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What an interrupted run left of one bucket.
+
+    Attributes:
+        times_us: the number of rounds and the mean time in µs of each measurement of a tactic, in the order in which
+            they were taken.
+        failed: the reasons of the tactics that failed.
+        search: what the bucket's search began with, or None if that is not known.
+    """
+
+    times_us: Mapping[Tactic, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    failed: Mapping[Tactic, str] = field(default_factory=dict)
+    search: Searched | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Journaled:
-    """The content of a journal. `unread` has an error message for each line that this moetune cannot read."""
+    """The content of a journal.
+
+    Attributes:
+        measurements: the measurements, in the order in which they were taken.
+        searches: the last line of each bucket's search, in the order in which they began.
+        unread: an error message for each line that this moetune cannot read.
+    """
 
     measurements: tuple[Measurement, ...] = ()
+    searches: tuple[Searched, ...] = ()
     unread: tuple[str, ...] = ()
 
-    def of(self, rows: int, default: Tactic) -> Past:
-        """Returns the measurements of one bucket, or none if its default failed: the machine may then be the cause."""
+    def of(self, rows: int, default: Tactic, strategy: str) -> Past:
+        """Returns what is known of one bucket, or nothing if its default failed: the machine may then be the cause.
+
+        Args:
+            rows: the bucket.
+            default: its default.
+            strategy: the search strategy. What failed under another one failed all the same, but its times are not
+                those that this one would ask for.
+        """
         mine = [measurement for measurement in self.measurements if measurement.rows == rows]
         failed = {measurement.tactic: measurement.reason for measurement in mine if measurement.reason}
         if default in failed:
-            return Past({}, {})
-        times_us = {m.tactic: m.time_us for m in mine if m.time_us is not None and m.tactic not in failed}
-        return Past(times_us, failed)
+            return Past()
+        times_us: dict[Tactic, list[tuple[int, float]]] = {}
+        for measurement in mine:
+            if measurement.time_us is not None and measurement.strategy == strategy:
+                times_us.setdefault(measurement.tactic, []).append((measurement.rounds, measurement.time_us))
+        searches = (each for each in self.searches if (each.rows, each.strategy) == (rows, strategy))
+        return Past(times_us, failed, next(searches, None))
 
 
 class Journal:
@@ -124,14 +165,11 @@ class Journal:
         }
         timed = [Measurement(tactic=tactic, time_us=time_us, **shared) for tactic, time_us in times_us.items()]
         others = [Measurement(tactic=tactic, reason=reason, **shared) for tactic, reason in failed.items()]
-        lines = "".join(f"{measurement.model_dump_json()}\n" for measurement in (*timed, *others))
-        if not lines:
-            return
-        with self._lock():
-            make_folder(self.path.parent)
-            with self.path.open("ab+") as file:
-                _cut_torn_line(file)
-                file.write(lines.encode())
+        self._append(*timed, *others)
+
+    def note_search(self, search: Searched) -> None:
+        """Appends what a search begins with, or has ended with. Raises the errors of `note`."""
+        self._append(search)
 
     def read(self) -> Journaled:
         """Returns the content of the journal, empty if there is no file. An incomplete last line is ignored.
@@ -148,13 +186,45 @@ class Journal:
                 f"The journal {self.path} cannot be read: {error.strerror or error}.",
                 "Make it readable, or delete it to measure its buckets again.",
             ) from None
-        measurements, unread = [], []
+        measurements: list[Measurement] = []
+        searches: dict[int, Searched] = {}
+        unread: list[str] = []
         for number, line in enumerate(content.split(b"\n")[:-1], start=1):
             try:
-                measurements.append(parsed(line, Measurement, SCHEMA_VERSION, f"{self.path}, line {number},"))
+                found = _parsed(line, f"{self.path}, line {number},")
             except (DamagedProfileError, NewerSchemaError) as error:
                 unread.append(error.message)
-        return Journaled(tuple(measurements), tuple(unread))
+                continue
+            if isinstance(found, Measurement):
+                measurements.append(found)
+            else:
+                searches[found.rows] = found
+        return Journaled(tuple(measurements), tuple(searches.values()), tuple(unread))
+
+    def drop(self, buckets: Collection[int]) -> None:
+        """Drops the measurements of finished buckets, and keeps what their searches left to later ones.
+
+        Args:
+            buckets: the row counts of the buckets whose choices are stored.
+
+        Raises:
+            UsageError: the store cannot be written.
+            StoreError: the lock is not available, or the disk is full.
+        """
+        with self._lock():
+            try:
+                content = self.path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return
+            kept = b"".join(line for line in content.splitlines(keepends=True) if not _is_dropped(line, buckets))
+            if kept != content:
+                replace(self.path, kept)
+
+    def _append(self, *records: Measurement | Searched) -> None:
+        if records:
+            lines = "".join(f"{record.model_dump_json()}\n" for record in records)
+            with self._lock():
+                append(self.path, lines.encode())
 
     def remove(self) -> None:
         """Deletes the journal's file, when every bucket has its choice or its measurements are not wanted.
@@ -168,9 +238,17 @@ class Journal:
                 self.path.unlink(missing_ok=True)
 
 
-def _cut_torn_line(file: IO[bytes]) -> None:
-    """Removes an incomplete last line, which a crash can leave."""
-    file.seek(0)
-    content = file.read()
-    if not content.endswith(b"\n"):
-        file.truncate(content.rfind(b"\n") + 1)
+def _parsed(line: bytes, name: str) -> Measurement | Searched:
+    """Parses one line. Raises the errors of `reading.parsed`."""
+    if b'"warm_starts":' in line:
+        return parsed(line, Searched, SCHEMA_VERSION, name)
+    return parsed(line, Measurement, SCHEMA_VERSION, name)
+
+
+def _is_dropped(line: bytes, buckets: Collection[int]) -> bool:
+    """Returns whether a line is of no use once these buckets are finished. A line that cannot be read is kept."""
+    try:
+        found = _parsed(line, "")
+    except (DamagedProfileError, NewerSchemaError):
+        return not line.endswith(b"\n")
+    return found.rows in buckets and (isinstance(found, Measurement) or found.finalists is None)

@@ -16,10 +16,12 @@ from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.store.journal import Past
 from moetune.store.profile import Choice, Profile
 from moetune.tuning import final_comparison
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
 from moetune.tuning.final_comparison import FinalSamples, compare_right_ones
+from moetune.tuning.replay import Replay
 from moetune.tuning.verdict import UNLIKELY_WEIGHT, choice, cliffs, decide, loss, stress_times
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
     from moetune.search.base import Batch, Search, Times
-    from moetune.store.journal import Journaled
 
 NUM_FINALISTS = 4
 """The most finalists of a bucket that are warm starts of the next one's search."""
@@ -80,8 +81,7 @@ class Bucket:
         problem: the problem with the draws of the search and of stress, and with those of the row count that has just
             as many rows, if there is one.
         row_counts: the row counts at which finalists are compared, the most likely first.
-        known_good: the best tactics of an interrupted run.
-        failed: the tactics that failed in an interrupted run. They are no candidates any more.
+        past: what an interrupted run left. What failed in it is not tried again.
         default_source: where the default is from.
         default_warnings: a sentence for each default of a row count that is not what an engine runs.
         default_hint: what to do if the default fails.
@@ -93,8 +93,7 @@ class Bucket:
     default: Tactic
     problem: Problem
     row_counts: tuple[RowCount, ...]
-    known_good: tuple[Tactic, ...] = ()
-    failed: Mapping[Tactic, str] = field(default_factory=dict)
+    past: Past = field(default_factory=Past)
     default_source: str = ""
     default_warnings: tuple[str, ...] = ()
     default_hint: str = ""
@@ -134,17 +133,6 @@ class Bucket:
             default_hint=default.hint,
         )
 
-    def resumed(self, journaled: Journaled) -> Bucket:
-        """Returns the bucket with what an interrupted run knew about it."""
-        past = journaled.of(self.rows, self.default)
-        if not past.times_us and not past.failed:
-            return self
-        offered, excluded = self.candidates.tactics, self.candidates.excluded
-        failed = {tactic: past.failed[tactic] for tactic in offered if tactic in past.failed}
-        kept = tuple(tactic for tactic in offered if tactic not in failed)
-        candidates = replace(self.candidates, tactics=kept, excluded={**excluded, **failed})
-        return replace(self, candidates=candidates, known_good=past.best(NUM_FINALISTS), failed=failed)
-
     def starting_from(self, profile: Profile, backend: Backend) -> Bucket:
         """Returns the bucket with what an older profile knew about it, to check that instead of a search."""
         nearest = sorted(profile.choices, key=lambda choice: abs(math.log(choice.rows / self.rows)))
@@ -162,8 +150,7 @@ class Bucket:
     def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:
         """Returns the check of `start`, or else the backend's own search; the exhaustive one if `strategy` names it.
 
-        A search without warm starts looks wider than one with any. So what an interrupted run knew is used only
-        together with warm starts. A bucket that the ladder gives no search of its own times its warm starts alone.
+        A bucket that the ladder gives no search of its own times its warm starts alone.
         """
         if (start := self.start) is not None:
             more = [tactic for tactic in warm_starts if tactic in self.candidates.tactics and tactic not in start.first]
@@ -178,7 +165,6 @@ class Bucket:
         if warm_starts and not self.problem.regime.ladder.is_searched(self.rows):
             offered = dict.fromkeys((self.default, *warm_starts))
             return exhaustive([tactic for tactic in offered if tactic in self.candidates.tactics])
-        warm_starts = tuple(dict.fromkeys((*self.known_good, *warm_starts))) if warm_starts else ()
         return backend.search(self.problem, self.candidates, warm_starts)
 
 
@@ -219,10 +205,12 @@ class BucketTuner:
         self._note, self._final_s, self._most_s = note, final_s, most_s
         self._began, self._share_s = time.monotonic(), share_s
         self._open_bench: BenchLike | None = bench_of(bucket.problem)
-        self._failed: dict[Tactic, str] = {}
+        self._replay = Replay(bucket.past)
+        offered = set(bucket.candidates.tactics)
+        self._failed = {tactic: reason for tactic, reason in bucket.past.failed.items() if tactic in offered}
         self._times: dict[Tactic, float] = {}
         self._tried: set[Tactic] = set()
-        self._noted: set[Tactic] = set()
+        self._noted = set(self._failed)
 
     @property
     def times_us(self) -> Mapping[Tactic, float]:
@@ -245,10 +233,15 @@ class BucketTuner:
         return {**self._failed, **self._bench.failures}
 
     def search(self, search: Search) -> tuple[Tactic, ...]:
-        """Measures what the search proposes. Returns its finalists, or the best so far when the time ends."""
+        """Measures what the search proposes, and answers what an interrupted run has measured.
+
+        Returns:
+            The search's finalists, or the best so far when the time ends.
+        """
         batch = next(search)
         while True:
-            times = self._measure(batch)
+            times = self._replayed(batch)
+            times = self._measure(batch) if times is None else times
             self._times |= times
             if self._share_s is not None and time.monotonic() - self._began > SEARCH_SHARE * self._share_s:
                 candidates = len(self._bucket.candidates.tactics)
@@ -269,7 +262,7 @@ class BucketTuner:
             NoResultError: a default tactic failed or computes a wrong result.
         """
         bucket, bench, default = self._bucket, self._bench, self._bucket.default
-        rejected = {**bucket.failed, **self._failed}
+        rejected = dict(self._failed)
         self._require_default(self._failures, bucket.rows)
         defaults = dict.fromkeys(count.default for count in bucket.row_counts)
         others = [tactic for tactic in (*finalists, *defaults) if tactic != default and tactic not in self._failed]
@@ -329,13 +322,31 @@ class BucketTuner:
             message = f"The default tactic {default} failed at {rows} rows: {failures[default]}."
             raise NoResultError(message, self._bucket.default_hint)
 
+    def _rounds(self, batch: Batch) -> int:
+        """Returns how often each tactic of a batch is timed, at all row counts together."""
+        return batch.rounds * self._bucket.num_search_row_counts
+
+    def _replayed(self, batch: Batch) -> dict[Tactic, float] | None:
+        """Returns the times in µs that an interrupted run took of a batch, or None if it must be measured."""
+        times = self._replay.answer(batch, self._rounds(batch))
+        if times is not None:
+            self._report_tried(batch, times, known=True)
+        return times
+
+    def _report_tried(self, batch: Batch, times: Times, *, known: bool = False) -> None:
+        """Reports the tactics of a batch that have not been reported yet."""
+        for tactic in batch.tactics:
+            if tactic not in self._tried:
+                self._tried.add(tactic)
+                reason, is_known = self._failures.get(tactic, ""), known or tactic in self._bucket.past.failed
+                self._report(TacticMeasured(self._bucket.rows, tactic, times.get(tactic), reason, is_known))
+
     def _measure(self, batch: Batch) -> dict[Tactic, float]:
         """Returns the mean times in µs of the tactics that ran, over the batch's rounds of each row count.
 
         Whatever leads is checked, so that no tactic that computes a wrong result leads.
         """
-        tactics, rounds = batch.tactics, batch.rounds * self._bucket.num_search_row_counts
-        rows, problem = self._bucket.rows, self._bucket.problem
+        tactics, rounds, problem = batch.tactics, self._rounds(batch), self._bucket.problem
         uncompiled = self._compilers.wait(problem.layer, problem.regime, problem.rows, tactics, batch.likely_next)
         uncompiled.pop(self._bucket.default, None)  # there is no result without it, so its first run decides
         self._failed |= uncompiled
@@ -351,8 +362,5 @@ class BucketTuner:
             failed = {tactic: reason for tactic, reason in self._failures.items() if tactic not in self._noted}
             self._noted.update(failed)
             self._note(rounds, times, failed)
-        for tactic in tactics:
-            if tactic not in self._tried:
-                self._tried.add(tactic)
-                self._report(TacticMeasured(rows, tactic, times.get(tactic), self._failures.get(tactic, "")))
+        self._report_tried(batch, times)
         return times

@@ -36,12 +36,13 @@ class Revalidated:
 class Resumed:
     """The journal of an interrupted run was found.
 
-    It has measurements of the buckets `rows`. `failed` tactics failed in them and are not tried again. `unread` names
-    the lines of the journal that this moetune cannot read.
+    It has measurements of the buckets `rows`: `timed` tactics ran, and their times are not measured again; `failed`
+    tactics failed and are not tried again. `unread` names the lines of the journal that this moetune cannot read.
     """
 
     rows: tuple[int, ...]
     failed: int
+    timed: int = 0
     unread: tuple[str, ...] = ()
 
 
@@ -66,12 +67,16 @@ class DefaultDiffers:
 
 @dataclass(frozen=True, slots=True)
 class TacticMeasured:
-    """A tactic was timed for the first time in its bucket. If it failed, `time_us` is None and `reason` says why."""
+    """A tactic was timed for the first time in its bucket. If it failed, `time_us` is None and `reason` says why.
+
+    `known`: an interrupted run did so, and it is not done again.
+    """
 
     rows: int
     tactic: Tactic
     time_us: float | None
     reason: str = ""
+    known: bool = False
 
 
 @dataclass(frozen=True, slots=True)

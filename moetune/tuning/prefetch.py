@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from moetune.spec.tactic import Tactic
@@ -33,7 +34,8 @@ class Prefetcher:
     Args:
         question: the question that is tuned.
         rows: the row counts of the buckets, in the order in which they are tuned.
-        journaled: the measurements of an interrupted run.
+        journaled: what an interrupted run has journaled.
+        strategy: the search strategy, as the journal names it.
         compilers: compile tactics in processes of their own.
         start: an older profile whose tactics are checked instead of a search.
     """
@@ -43,11 +45,12 @@ class Prefetcher:
         question: Question,
         rows: Sequence[int],
         journaled: Journaled,
+        strategy: str,
         compilers: Compilers,
         start: Profile | None = None,
     ) -> None:
         self.question, self._rows = question, rows
-        self._journaled, self._compilers, self._start = journaled, compilers, start
+        self._journaled, self._strategy, self._compilers, self._start = journaled, strategy, compilers, start
         self._likely: dict[int, Sequence[Tactic]] = {}
         self._threads = ThreadPoolExecutor(REALIZERS, "moetune-realize")
 
@@ -73,7 +76,8 @@ class Prefetcher:
     def bucket(self, rows: int) -> Bucket:
         """Returns one bucket. If it has a search of its own, its likeliest tactics are compiled first."""
         layer, regime, backend = self.question.layer, self.question.regime, self.question.backend
-        bucket = Bucket.of(layer, regime, backend, self.question.device, rows).resumed(self._journaled)
+        bucket = Bucket.of(layer, regime, backend, self.question.device, rows)
+        bucket = replace(bucket, past=self._journaled.of(rows, bucket.default, self._strategy))
         if self._start is not None:
             bucket = bucket.starting_from(self._start, backend)
         elif not regime.ladder.is_searched(rows):

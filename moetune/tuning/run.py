@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from moetune.spec.enums import Strategy
 from moetune.spec.tactic import Tactic
-from moetune.store.journal import Journal, Journaled
+from moetune.store.journal import Journal, Journaled, Searched
 from moetune.store.profile import Choice, Profile
 from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
 from moetune.tuning.events import BucketsSkipped, BucketStarted, DefaultDiffers, NoisyBucket, OnEvent, Resumed
@@ -69,7 +69,7 @@ class TuneRun:
         missing: the buckets to measure.
         stored: the profile that has the other buckets, if there is one.
         start: an older profile whose tactics are checked instead of a search, or None.
-        journal: gets the measurements of each search; it may have those of an interrupted run.
+        journal: gets the measurements of each search; those of an interrupted run are not taken again.
         report: gets the events.
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic.
         isolate: run kernels in a process of their own.
@@ -91,6 +91,7 @@ class TuneRun:
     ) -> None:
         self._question, self._start, self._journal, self._report = question, start, journal, report
         self._strategy, self._isolate = strategy, isolate
+        self._journaled_as = "revalidate" if start else str(strategy)
         self._has_budget = time_budget_s is not None
         self._end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
         self._order = sorted(missing, key=lambda rows: not question.regime.ladder.is_searched(rows))
@@ -113,10 +114,13 @@ class TuneRun:
 
         question, journaled = self._question, self._journal.read()
         self._report_resumed(journaled)
+        self._recall(journaled)
         with ExitStack() as stack:
             bench_of = stack.enter_context(open_benches(question.backend, question.device, self._isolate))
             compilers = stack.enter_context(Compilers(question.backend, capability_of(question.device)))
-            prefetcher = stack.enter_context(Prefetcher(question, self._order, journaled, compilers, self._start))
+            prefetcher = stack.enter_context(
+                Prefetcher(question, self._order, journaled, self._journaled_as, compilers, self._start)
+            )
             for index, bucket in enumerate(chain(prefetcher.buckets(), self._added(prefetcher))):
                 if index and time.monotonic() >= self._end:
                     self._report(BucketsSkipped(tuple(self._order[index:]) or (bucket.rows,)))
@@ -133,15 +137,14 @@ class TuneRun:
         """Tunes one bucket. Returns None if it is noisy and will be compared again."""
         left, count = max(len(self._order) - index, 1), max(len(self._order), index + 1)
         share_s = max(0.0, self._end - time.monotonic()) / left if self._has_budget else None
-        note = partial(self._journal.note, bucket.rows, "revalidate" if self._start else self._strategy)
+        note = partial(self._journal.note, bucket.rows, self._journaled_as)
         most_s = REVALIDATED_S if self._start else math.inf
         backend = self._question.backend
         tuner = BucketTuner(bucket, bench_of, compilers, share_s, self._report, note, backend.final_s, most_s)
         offered = bucket.candidates
         self._report(BucketStarted(bucket.rows, index, count, len(offered.tactics), offered.excluded))
         self._report_defaults(bucket)
-        finalists = tuner.search(bucket.search(backend, self._strategy, self._warm_starts(bucket.rows)))
-        self._fast[bucket.rows], self._promising = finalists, backend.promising(tuner.times_us)
+        finalists = self._searched(bucket, tuner)
         chosen = Chosen(tuner.choose(finalists), index, count)
         self._known[bucket.rows] = chosen.choice
         if chosen.choice.noise <= NOISY:
@@ -149,6 +152,30 @@ class TuneRun:
         self._noisy.append(_Noisy(tuner, finalists, chosen))
         self._report(NoisyBucket(bucket.rows, chosen.choice.noise, NOISY_TRIES))
         return None
+
+    def _searched(self, bucket: Bucket, tuner: BucketTuner) -> tuple[Tactic, ...]:
+        """Searches one bucket, from the same warm starts as an interrupted run if there was one. Returns the finalists.
+
+        What an interrupted run's search left to later ones stays as it was, if that had ended.
+        """
+        backend, search = self._question.backend, bucket.past.search
+        if search is None:
+            warm_starts = self._warm_starts(bucket.rows)
+            search = Searched(rows=bucket.rows, strategy=self._journaled_as, warm_starts=warm_starts)
+            self._journal.note_search(search)
+        finalists = tuner.search(bucket.search(backend, self._strategy, search.warm_starts))
+        if search.finalists is None:
+            promising = tuple(backend.promising(tuner.times_us))
+            self._fast[bucket.rows], self._promising = finalists, promising
+            self._journal.note_search(search.model_copy(update={"finalists": finalists, "promising": promising}))
+        return finalists
+
+    def _recall(self, journaled: Journaled) -> None:
+        """Takes over what an interrupted run's searches of the same strategy left to later ones, in their order."""
+        for search in journaled.searches:
+            if search.finalists is not None and search.strategy == self._journaled_as:
+                self._fast.pop(search.rows, None)
+                self._fast[search.rows], self._promising = search.finalists, search.promising
 
     def _compared_again(self) -> Generator[Chosen]:
         """Compares the finalists of noisy buckets again, each `NOISY_TRIES` times at most, and yields their choices.
@@ -192,11 +219,15 @@ class TuneRun:
 
     def _report_resumed(self, journaled: Journaled) -> None:
         layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
-        past = {rows: journaled.of(rows, backend.default(layer, regime, rows)) for rows in sorted(self._order)}
+        past = {
+            rows: journaled.of(rows, backend.default(layer, regime, rows), self._journaled_as)
+            for rows in sorted(self._order)
+        }
         known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
         if known or journaled.unread:
             failed = sum(len(of_rows.failed) for of_rows in past.values())
-            self._report(Resumed(known, failed, journaled.unread))
+            timed = sum(len(of_rows.times_us) for of_rows in past.values())
+            self._report(Resumed(known, failed, timed, journaled.unread))
 
 
 def nearest_tactics(fast: Mapping[int, Sequence[Tactic]], rows: int) -> tuple[Tactic, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.errors import MissError
+from moetune.errors import MissError, MoetuneError
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -42,8 +42,8 @@ def tune(
     """Returns the choices of all buckets of a regime: the stored ones, and measures those that are missing.
 
     Each bucket is saved as soon as it is decided, and the measurements of its search are journaled before that. So a
-    run after an interrupted one goes on at the bucket where that stopped. It does not try again what failed there, and
-    times what was best there first, if other buckets already give its search warm starts.
+    run after an interrupted one goes on where that stopped: it measures again at most the tactics that were being timed
+    then, or the final comparison that was being taken, and does not try again what failed.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
@@ -86,6 +86,9 @@ def tune(
     else:
         missing = missing_buckets(stored.regime if stored else question.regime, stored)
     if found and not missing:
+        if not frozen:
+            with suppress(MoetuneError):  # a run that was killed after its last bucket has left it
+                question.journal().remove()
         packaged = question.store.is_packaged(found.path)
         report(Served(found.profile, found.path, packaged, found.differences))
         return found.profile
@@ -108,6 +111,7 @@ def tune(
     with closing(run.choices()) as choices:
         for chosen in choices:
             stored = question.store.save(question.profile(chosen.choice), replacing=again)
+            journal.drop([choice.rows for choice in stored.choices])
             report(BucketChosen(chosen.choice, chosen.index, chosen.count))
     assert stored is not None
     if not missing_buckets(question.regime, stored):

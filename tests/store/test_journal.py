@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import ProfileOf
 
+import moetune.store.files as files_module
 import moetune.store.store as store_module
 from moetune.errors import StoreError, UsageError
 from moetune.spec.tactic import Tactic
-from moetune.store.journal import Journal, Journaled, Measurement
+from moetune.store.journal import Journal, Journaled, Measurement, Past, Searched
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 
@@ -243,28 +245,63 @@ def test_the_store_s_lock_is_kept(store: Store, journal: Journal, monkeypatch: p
 # What it knows of a bucket
 
 
-def test_of_a_bucket_it_knows_the_best_by_their_last_times_and_what_failed() -> None:
+def test_of_a_bucket_it_knows_every_time_in_order_and_what_failed() -> None:
     journaled = Journaled(
         (
             measured(4, 0, 9.0),
             measured(4, 1, 2.0),
-            measured(4, 2, 3.0),
             measured(8, 3, 1.0),
             measured(4, 4, 1.0),
             measured(4, 1, 4.0),
             measured(4, 4, "wrong result"),
             measured(8, 2, "hung"),
-        )
+        ),
+        (Searched(rows=4, strategy="auto", warm_starts=(tactic(1),)), Searched(rows=8, strategy="x", warm_starts=())),
     )
-    past = journaled.of(4, tactic(0))
-    assert past.best(2) == (tactic(2), tactic(1))
-    assert past.best(9) == (tactic(2), tactic(1), tactic(0))
+    past = journaled.of(4, tactic(0), "auto")
+    assert past.times_us == {tactic(0): [(2, 9.0)], tactic(1): [(2, 2.0), (2, 4.0)], tactic(4): [(2, 1.0)]}
     assert past.failed == {tactic(4): "wrong result"}
-    assert journaled.of(16, tactic(0)).best(9) == ()
+    assert past.search == journaled.searches[0]
+    assert journaled.of(16, tactic(0), "auto") == Past()
+    assert journaled.of(8, tactic(0), "auto").search is None
+    assert journaled.of(4, tactic(0), "exhaustive") == Past({}, past.failed)
 
 
 def test_where_the_default_failed_nothing_is_believed() -> None:
     journaled = Journaled((measured(4, 1, "out of memory"), measured(4, 0, "out of memory"), measured(4, 2, 1.0)))
-    past = journaled.of(4, tactic(0))
-    assert (past.failed, past.best(9)) == ({}, ())
-    assert journaled.of(4, tactic(5)).failed.keys() == {tactic(0), tactic(1)}
+    assert journaled.of(4, tactic(0), "auto") == Past()
+    assert journaled.of(4, tactic(5), "auto").failed.keys() == {tactic(0), tactic(1)}
+
+
+def test_a_search_is_read_as_it_ended_and_finished_buckets_keep_that_alone(journal: Journal) -> None:
+    began = [Searched(rows=rows, strategy="auto", warm_starts=(tactic(rows),)) for rows in (4, 8)]
+    ended = [each.model_copy(update={"finalists": (tactic(1),), "promising": (tactic(2),)}) for each in began]
+    for search, result in zip(began, ended, strict=True):
+        journal.note_search(search)
+        journal.note(search.rows, "auto", 1, {tactic(1): 1.0}, {tactic(3): "hung"})
+        if search.rows == 4:
+            journal.note_search(result)
+    assert journal.read().searches == (ended[0], began[1])
+    with journal.path.open("ab") as file:
+        file.write(b'damage\n{"torn')
+    journal.drop([4, 2])
+    left = journal.read()
+    assert left.searches == (ended[0], began[1])
+    assert [measurement.rows for measurement in left.measurements] == [8, 8]
+    assert len(left.unread) == 1
+    journal.drop([4, 8])
+    assert journal.path.read_bytes() == f"{ended[0].model_dump_json()}\ndamage\n".encode()
+    journal.remove()
+    journal.drop([4])
+    assert not journal.path.exists()
+
+
+def test_an_append_reads_no_more_than_the_end_of_the_file(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read.append(size) or pread(file, size, at))
+    for tile in range(200):
+        journal.note(4, "auto", 1, {tactic(tile): 1.0}, {})
+    assert journal.path.stat().st_size > 5 * files_module.BLOCK
+    assert max(read) <= files_module.BLOCK
+    assert len(read) == 199

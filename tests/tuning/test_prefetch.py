@@ -118,7 +118,7 @@ os.environ["SLOW_US"] = "200000"
 Prefetcher.bucket = lambda self, rows: realize(layer, regime, rows)
 Prefetcher._compile_more = lambda self, drawn: None
 question = SimpleNamespace(layer=layer, regime=regime, backend=None, device="cuda")
-with Prefetcher(question, regime.buckets, None, None) as prefetcher:
+with Prefetcher(question, regime.buckets, None, "auto", None) as prefetcher:
     drawn = len(list(prefetcher.buckets()))
 assert drawn == len(regime.buckets)
 os._exit(0)

@@ -1,8 +1,11 @@
 """A run that was interrupted goes on where it stopped."""
 
+import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,12 +13,15 @@ from planted import LAYER, PlantedBackend, PlantedRunner, tactic
 from processes import children, eventually
 from runs import REGIME, tune_planted
 
+import moetune.store.journal as journal_module
+import moetune.store.store as store_module
 from moetune.errors import MissError, NoResultError
 from moetune.measure.probe import environment
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
 from moetune.store.profile import Rejection
 from moetune.store.store import Store
+from moetune.tuning.bucket import BucketTuner
 from moetune.tuning.events import (
     BucketChosen,
     BucketStarted,
@@ -69,12 +75,12 @@ def test_what_failed_before_an_interrupt_is_not_run_again_and_keeps_its_reason(p
     plant(milliseconds=times)  # it works now, and would win
     events = []
     (choice,) = tune_planted(regime, store=tmp_path, on_event=events.append).choices
-    assert [event for event in events if isinstance(event, Resumed)] == [Resumed((8,), 1)]
-    measured = [event.tactic for event in events if isinstance(event, TacticMeasured)]
-    assert measured == [tactic("default"), tactic("fast")]
+    assert [event for event in events if isinstance(event, Resumed)] == [Resumed((8,), 1, 2)]
+    reported = [(event.tactic, event.known) for event in events if isinstance(event, TacticMeasured)]
+    assert reported == [(tactic(name), True) for name in ("default", "fast", "broken")]
     assert choice.tactic == tactic("fast")
     assert choice.rejected == (Rejection(tactic=tactic("broken"), reason="RuntimeError: planted failure"),)
-    assert (choice.tried, choice.candidates) == (2, 4)
+    assert (choice.tried, choice.candidates) == (3, 4)
     assert _journals(tmp_path) == []
 
     path.write_bytes(interrupted)
@@ -101,23 +107,93 @@ def test_an_interrupt_amid_a_batch_leaves_what_failed_in_it(plant, tmp_path, mon
     assert (left.rows, left.tactic, left.reason) == (4, tactic("broken"), "RuntimeError: planted failure")
 
 
-def test_what_an_interrupted_search_found_best_is_a_warm_start_of_the_next_one_if_there_are_others(plant):
-    backend = plant(milliseconds={"default": 8.0, "slow": 4.0, "fast": 0.1})
-    given = []
+class _Killed(BaseException):
+    """Ends a tune as `kill -9` does: nothing of the tune's own handles it."""
 
-    def search(problem, candidates, warm_starts):
-        given.append((problem.rows, tuple(warm_starts)))
-        times = yield Batch(tuple(map(tactic, ("default", "slow") if problem.rows == 4 else ("slow", "fast"))))
-        return tuple(sorted(times, key=times.__getitem__))
 
-    backend.search = search
-    for rows in (4, 8):
-        with pytest.raises(KeyboardInterrupt):
-            tune_planted(on_event=_interrupt_at(rows))
-    assert given[-1] == (8, (tactic("slow"), tactic("default")))
-    assert {starts for rows, starts in given if rows == 4} == {()}
-    tune_planted()
-    assert given[-1] == (8, (tactic("fast"), tactic("slow")))
+def _search_in_three_batches(problem, candidates, warm_starts):
+    """Times the warm starts and half of the rest, then the better half, then the best two; the order shows in each."""
+    first = tuple(dict.fromkeys((*warm_starts, *candidates.tactics[: len(candidates.tactics) // 2 + len(warm_starts)])))
+    times = yield Batch(first)
+    for count, rounds in ((3, 4), (2, 4)):
+        again = sorted(times, key=times.__getitem__)[:count]
+        rest = [each for each in candidates.tactics if each not in times][:1]
+        times = {**times, **(yield Batch((*again, *rest), rounds))}
+    return tuple(sorted(times, key=times.__getitem__))[:2]
+
+
+def _decided(profile):
+    """Returns what a tune decided. Planted times have some real nanoseconds in them."""
+    return [(each.rows, each.tactic, each.default_tactic, each.tried, each.rejected) for each in profile.choices]
+
+
+@dataclass
+class _Writes:
+    """Counts the writes of journal and store, and kills the tune at one of them."""
+
+    last: int
+    count: int = 0
+
+    def killing(self, real):
+        def write(path, content):
+            self.count += 1
+            if self.count == self.last:
+                raise _Killed
+            real(path, content)
+
+        return write
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The batches that are measured, with their buckets."""
+    batches, measure = [], BucketTuner._measure
+
+    def noted(self, batch):
+        batches.append((self._bucket.rows, batch.rounds, batch.tactics))
+        return measure(self, batch)
+
+    monkeypatch.setattr(BucketTuner, "_measure", noted)
+    return batches
+
+
+def test_killed_at_any_write_a_tune_goes_on_and_measures_no_batch_again_but_the_one_in_flight(
+    plant, tmp_path, monkeypatch, measured
+):
+    backend = plant(milliseconds={name: 2.25 - 0.25 * at for at, name in enumerate(("default", *"abcde"))})
+    backend.search = _search_in_three_batches
+    regime = Regime(ep_size=2, attention_dp=True, ladder="4,8,16", draws=4)
+    whole = tune_planted(regime, store=tmp_path / "whole")
+    batches = list(measured)
+    assert len(set(batches)) == len(batches) == 9
+    writes_of_a_bucket = 2 + 3 + 2  # a search begins and ends, three batches, the choice, what is dropped
+    for last in range(1, 3 * writes_of_a_bucket + 2):
+        measured.clear()
+        writes, store = _Writes(last), tmp_path / str(last)
+        with monkeypatch.context() as patched:
+            for module, name in ((journal_module, "append"), (journal_module, "replace"), (store_module, "replace")):
+                patched.setattr(module, name, writes.killing(getattr(module, name)))
+            with pytest.raises(_Killed) if last <= 3 * writes_of_a_bucket else nullcontext():
+                tune_planted(regime, store=store)
+        in_flight = measured[-1:]
+        assert _decided(tune_planted(regime, store=store)) == _decided(whole)
+        assert list(dict.fromkeys(measured)) == batches
+        assert {each for each in measured if measured.count(each) > 1} <= set(in_flight)
+        assert len(measured) <= len(batches) + 1
+        assert _journals(store) == []
+
+
+def test_times_of_another_strategy_are_measured_but_what_failed_is_known(plant, tmp_path):
+    times = {"default": 4.0, "fast": 1.0, "broken": 0.1}
+    plant(milliseconds=times, raising=frozenset({"broken"}))
+    regime = Regime(ladder="8", draws=4)
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(regime, store=tmp_path, strategy="exhaustive", on_event=_interrupt_at(8))
+    events = []
+    (choice,) = tune_planted(regime, store=tmp_path, on_event=events.append).choices
+    known = {event.tactic: event.known for event in events if isinstance(event, TacticMeasured)}
+    assert known == {tactic("default"): False, tactic("fast"): False, tactic("broken"): True}
+    assert choice.tactic == tactic("fast")
 
 
 def test_where_the_default_itself_failed_everything_is_tried_again(plant):
@@ -182,9 +258,10 @@ def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(o
     words = ["--model", config, "--ladder", "1,128", "--draws", "1", "--backend", "torch", "--store", store]
     # on a busy machine the first bucket would be too noisy to be saved at once
     program = "import moetune.tuning.run as run; run.NOISY = float('inf'); from moetune.cli.main import main; main()"
+    timed = re.compile(r'"rows":128,.*"time_us":[0-9]')
     with subprocess.Popen([sys.executable, "-c", program, "tune", *words], stderr=subprocess.PIPE, text=True) as run:
         try:
-            assert eventually(lambda: any('"rows":128' in path.read_text() for path in _journals(store)), 60)
+            assert eventually(lambda: any(timed.search(path.read_text()) for path in _journals(store)), 60)
             run.send_signal(signal.SIGINT)
             _, said = run.communicate(timeout=30)
         finally:
