@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
 
+from moetune.cli import signals
 from moetune.cli.help import Commands
+from moetune.cli.streams import discard_stdout, failure_of_stdout
 from moetune.errors import MissError, MoetuneError
 
 DEBUG_VARIABLE = "MOETUNE_DEBUG"
-INTERRUPTED = 130
 
 
 class LazyGroup(Commands):
@@ -54,9 +55,19 @@ class CommandLine(LazyGroup):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command line and ends the process.
 
-        Exit codes: 0 done. 1 no valid result. 2 usage. 3 a miss. 130 interrupted. A reader that closes the pipe early,
-        such as `head`, is no error.
+        Exit codes: 0 done. 1 no valid result, or it cannot be written to stdout. 2 usage. 3 a miss. 130, 143 and 129
+        ended by SIGINT, SIGTERM and SIGHUP. A reader that closes the pipe early, such as `head`, is no error.
         """
+        try:
+            code = self._run(*args, **kwargs)
+            if signals.pending():
+                raise KeyboardInterrupt
+        except (click.Abort, KeyboardInterrupt):
+            code = _interrupted()
+        sys.exit(code)
+
+    def _run(self, *args: Any, **kwargs: Any) -> int:
+        """Runs the command line. Returns the exit code."""
         stdout = sys.stdout
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
@@ -64,30 +75,30 @@ class CommandLine(LazyGroup):
         except (BrokenPipeError, SystemExit):
             if sys.stdout is stdout and not isinstance(sys.exception(), BrokenPipeError):
                 raise
-            _discard_stdout()  # click has wrapped stdout and turned the error into an exit with code 1
-            code = 0
+            discard_stdout()  # click has wrapped stdout and turned the error into an exit with code 1
+            return 0
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
-            code = error.exit_code
+            return error.exit_code
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "moetune"
-            code = _fail(f"{error.format_message()} See `{command} --help`.", code=error.exit_code)
+            return _fail(f"{error.format_message()} See `{command} --help`.", code=error.exit_code)
         except click.ClickException as error:
-            code = _fail(error.format_message(), code=error.exit_code)
+            return _fail(error.format_message(), code=error.exit_code)
         except MissError as error:
-            code = _fail(error.message, error.hint, command=_view(error), code=error.exit_code)
+            return _fail(error.message, error.hint, command=_view(error), code=error.exit_code)
         except MoetuneError as error:
-            code = _fail(str(error), code=error.exit_code)
-        except (click.Abort, KeyboardInterrupt):
-            code = _fail("interrupted.", code=INTERRUPTED)
+            return _fail(str(error), code=error.exit_code)
         except Exception as error:
-            code = _unexpected(error)
-        sys.exit(code)
+            return _unexpected(error)
+        return code if isinstance(code, int) else 0
 
 
 def _fail(*lines: str, code: int, command: str = "") -> int:
     from moetune.cli.output import report
 
+    if signals.pending():
+        raise KeyboardInterrupt  # the error is what became of the interrupt
     report("\n".join([f"error: {' '.join(lines[0].split())}", *filter(None, lines[1:])]), command=command)
     return code
 
@@ -99,8 +110,26 @@ def _view(miss: MissError) -> str:
     return f"View the closest: {command('show', shortest(miss.nearest))}" if miss.nearest else ""
 
 
+def _interrupted() -> int:
+    """Says that a signal has ended the command. Returns the exit code."""
+    number = signals.take()
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    return _fail(f"interrupted{by}.", code=signals.EXIT_CODE_BASE + number)
+
+
+def _unwritten(error: OSError) -> int:
+    """Says that the result cannot be written to stdout. Returns the exit code."""
+    discard_stdout()
+    line = f"The result cannot be written to stdout: {error.strerror}."
+    return _fail(line, "Stored profiles are not lost: `moetune show` prints them.", code=1)
+
+
 def _unexpected(error: Exception) -> int:
-    """Reports an error that moetune did not raise itself: a package that is not installed, or a bug."""
+    """Reports an error that moetune did not raise itself: a stdout that is full, a missing package, or a bug."""
+    if isinstance(error, click.Abort):
+        raise error
+    if isinstance(error, OSError) and (failure := failure_of_stdout()):
+        return _unwritten(failure)
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
@@ -112,12 +141,6 @@ def _unexpected(error: Exception) -> int:
         )
     report = f"This is a bug in moetune. Set {DEBUG_VARIABLE}=1 to see where."
     return _fail(f"unexpected {type(error).__name__}: {error}. {report}", code=1)
-
-
-def _discard_stdout() -> None:
-    """Points stdout at the null device: the interpreter flushes it once more at its end."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(

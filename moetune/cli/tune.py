@@ -78,6 +78,7 @@ def tune(
     from moetune.cli.backend_choice import options_of_engine
     from moetune.cli.progress import Progress
     from moetune.cli.stored import backend_of_start
+    from moetune.cli.streams import stdout_on_stderr
     from moetune.cli.written import request_for_engine, say, write_for
     from moetune.store.match import Match
     from moetune.store.profile import Profile
@@ -92,7 +93,7 @@ def tune(
     folder = Store(store)
     if start is not None and request.auto:
         request = replace(request, backend=backend_of_start(request, start, folder), auto=False)
-    with Progress() as progress:
+    with stdout_on_stderr(), Progress() as progress:
         of_engine = options_of_engine(request.engine)
         tune_all_request = partial(tune_all, options=of_engine) if of_engine else tune_all
         tune_request = tune_all_request if request.auto else partial(tune_of, backend=request.backend, start=start)

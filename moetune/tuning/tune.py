@@ -16,6 +16,7 @@ from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import all_buckets, missing_buckets
 from moetune.tuning.run import TuneRun
+from moetune.tuning.uninterrupted import uninterrupted
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -110,8 +111,9 @@ def tune(
     )  # fmt: skip
     with closing(run.choices()) as choices:
         for chosen in choices:
-            stored = question.store.save(question.profile(chosen.choice), replacing=again)
-            journal.drop([choice.rows for choice in stored.choices])
+            with uninterrupted():
+                stored = question.store.save(question.profile(chosen.choice), replacing=again)
+                journal.drop([choice.rows for choice in stored.choices])
             report(BucketChosen(chosen.choice, chosen.index, chosen.count))
     assert stored is not None
     if not missing_buckets(question.regime, stored):

@@ -2,12 +2,15 @@ import importlib
 import resource
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from moetune.cli.main import DEBUG_VARIABLE, INTERRUPTED, CommandLine, main
+import moetune.__main__
+from moetune.cli.main import DEBUG_VARIABLE, CommandLine, main
 from moetune.errors import MissError, NoResultError, UsageError
 
 COMMANDS = ["doctor", "export", "models", "plan", "show", "store list", "tune"]
@@ -57,7 +60,9 @@ def test_every_command_that_the_help_names_can_be_imported():
 
 
 def test_the_entry_point_of_the_distribution_is_main():
-    assert importlib.import_module("moetune.cli.main").main is main
+    entry = tomllib.loads(Path(moetune.__file__).parents[1].joinpath("pyproject.toml").read_text())
+    module, _, function = entry["project"]["scripts"]["moetune"].partition(":")
+    assert getattr(importlib.import_module(module), function) is moetune.__main__.main
 
 
 def _failing(error):
@@ -76,7 +81,7 @@ def _failing(error):
         (MissError("No profile."), 3, "error: No profile."),
         (click.UsageError("Odd words."), 2, "error: Odd words. See `failing --help`."),
         (click.FileError("x", "gone"), 1, "error: Could not open file 'x': gone"),
-        (KeyboardInterrupt(), INTERRUPTED, "error: interrupted."),
+        (KeyboardInterrupt(), 130, "error: interrupted."),
         (UsageError("Two\n  lines."), 2, "error: Two lines."),
     ],
 )
