@@ -1,0 +1,104 @@
+"""An extension of vLLM's worker that profiles a few decode steps: how long its kernels run.
+
+vLLM mixes the class into its worker (`worker_extension_cls`), and the methods are called by `collective_rpc`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+MOE_KERNELS: Final = re.compile(
+    r"fused_moe_kernel|GroupProblemShape|GroupedGemm|grouped_gemm|moe_gemm|MoeGemm|MoeFCGemm"
+)
+"""The grouped GEMMs: vLLM's Triton kernel, and those of FlashInfer's CUTLASS experts."""
+LONGEST: Final = 12
+
+
+class StepProfile:
+    """Profiles pure decode steps of a model runner.
+
+    Args:
+        run: the runner's `execute_model`.
+        running: the number of sequences; only steps that give each of them one token count.
+        skip: how many such steps pass first.
+        count: how many are profiled.
+        start: starts a profiler. It returns a function that ends it and returns (name, calls, µs) of each kernel.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        running: int,
+        skip: int,
+        count: int,
+        start: Callable[[], Callable[[], Iterable[tuple[str, int, float]]]],
+    ) -> None:
+        self._run, self._running, self._skip, self._count, self._start = run, running, skip, count, start
+        self._seen = 0
+        self._end: Callable[[], Iterable[tuple[str, int, float]]] | None = None
+        self.result: dict[str, Any] | None = None
+
+    def __call__(self, scheduler_output: Any, *given: Any, **named: Any) -> Any:
+        scheduled = scheduler_output.num_scheduled_tokens
+        if len(scheduled) == self._running == scheduler_output.total_num_scheduled_tokens:
+            if self._seen == self._skip:
+                self._end = self._start()
+            elif self._seen == self._skip + self._count and self._end is not None:
+                self.result = kernel_times(self._end(), self._count)
+            self._seen += 1
+        return self._run(scheduler_output, *given, **named)
+
+
+def kernel_times(kernels: Iterable[tuple[str, int, float]], steps: int) -> dict[str, Any]:
+    """Returns the ms of all kernels and of the grouped GEMMs in one step, and the longest kernels.
+
+    Args:
+        kernels: (name, calls, µs) of each kernel over all steps.
+        steps: the number of steps.
+    """
+    found = sorted((kernel for kernel in kernels if kernel[2] > 0), key=lambda kernel: -kernel[2])
+    moe = [kernel for kernel in found if MOE_KERNELS.search(kernel[0])]
+    return {
+        "steps": steps,
+        "kernels_ms": sum(time for _, _, time in found) / steps / 1e3,
+        "moe_ms": sum(time for _, _, time in moe) / steps / 1e3,
+        "moe_calls": sum(calls for _, calls, _ in moe) / steps,
+        "longest": [[name[:160], calls, round(time / steps / 1e3, 4)] for name, calls, time in found[:LONGEST]],
+    }
+
+
+def start_torch_profiler() -> Callable[[], Iterable[tuple[str, int, float]]]:
+    """Starts PyTorch's profiler of the GPU's kernels."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    profiler.start()
+
+    def end() -> Iterable[tuple[str, int, float]]:
+        torch.cuda.synchronize()
+        profiler.stop()
+        return [(event.key, event.count, float(event.self_device_time_total)) for event in profiler.key_averages()]
+
+    return end
+
+
+class ProfilesSteps:
+    """The extension."""
+
+    model_runner: Any
+
+    def moetune_profile(self, running: int, skip: int, count: int) -> None:
+        """Profiles the next decode steps of `running` sequences."""
+        runner = self.model_runner
+        runner.execute_model = StepProfile(
+            type(runner).execute_model.__get__(runner), running, skip, count, start_torch_profiler
+        )
+
+    def moetune_profiled(self) -> dict[str, Any] | None:
+        """Returns what was profiled, and ends profiling. None: too few steps ran."""
+        result: dict[str, Any] | None = vars(self.model_runner).pop("execute_model").result
+        return result
