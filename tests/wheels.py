@@ -32,6 +32,7 @@ WHEELS = {
         "4b6bdec4ab269990bf70d45a3c1e94c3760a27064513760193b26d6f0da883aa",
         (
             "vllm/plugins/__init__.py",
+            "vllm/v1/worker/gpu_worker.py",
             "vllm/model_executor/layers/fused_moe/fused_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
         ),
@@ -42,6 +43,7 @@ WHEELS = {
         "00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937",
         (
             "sglang/srt/plugins/__init__.py",
+            "sglang/srt/managers/scheduler.py",
             "sglang/kernels/ops/moe/fused_moe_triton_kernels.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",
@@ -54,7 +56,10 @@ OLDER_VLLM = {
     version: Wheel(
         version,
         sha256,
-        tuple(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
+        (
+            "vllm/v1/worker/gpu_worker.py",
+            *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
+        ),
         "vllm/model_executor/layers/fused_moe/configs/",
     )
     for version, sha256, *others in (

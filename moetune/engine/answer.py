@@ -141,6 +141,7 @@ def _place(session: Session, call: TunerCall, rows: int, tactic: Any) -> None:
     key, profile = call.keys[rows], call.profiles[rows]
     call.tuner.choices.place(key, tactic, profile, call.effective_config)
     session.placed[key] = (tactic, profile)
+    session.placed_profiles[id(profile)] = profile
     if call.tuner.is_tuning_mode:
         session.agreed.add(key)
 

@@ -60,7 +60,7 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
-    from moetune.engine import flashinfer_hook, session, triton_hook
+    from moetune.engine import flashinfer_hook, session, triton_hook, warmup_end
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -78,6 +78,8 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     for engine in triton_hook.ENGINES:
         install = partial(triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled)
         when_imported(engine.caller, install)
+    for step in warmup_end.LAST_STEPS:
+        when_imported(step.module, partial(warmup_end.install, step=step, session=opened))
     if obstacle := flashinfer_versions.obstacle():
         logger.warning("moetune: %s", obstacle)
         return

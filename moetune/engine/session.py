@@ -30,16 +30,25 @@ class AskedShape:
         profile: the profile that answers, or None.
         largest_block_m: the largest BLOCK_SIZE_M of the profile.
         configs: the configuration for each number of rows that was asked for; None for the engine's own.
+        own_rows: the numbers of rows for which the profile chose the engine's own configuration.
         hits: the number of calls that moetune answered.
-        misses: the number of calls that the engine's own look-up answered.
+        misses: the number of calls that the engine answered itself.
+        same: those of the misses for which the profile chose the engine's own configuration.
     """
 
     name: str
     profile: Profile | None = None
     largest_block_m: int = 0
     configs: dict[int, Config | None] = field(default_factory=dict, repr=False)
+    own_rows: set[int] = field(default_factory=set, repr=False)
     hits: int = 0
     misses: int = 0
+    same: int = 0
+
+    def summary(self) -> str:
+        """Returns the line for the engine's log."""
+        same = f", {self.same} of them because its own configuration is the profile's choice" if self.same else ""
+        return f"moetune: {self.name}: {self.hits} calls hit, {self.misses} left to the engine{same}"
 
 
 @dataclass(eq=False)
@@ -58,6 +67,7 @@ class Session:
         tuned: (backend, rows) of the buckets that were measured.
         missed: (backend, rows) of the buckets that were left to FlashInfer.
         placed: the tactic that this session placed for each of FlashInfer's keys, and the key's optimization profile.
+        placed_profiles: each optimization profile that was placed, by its identity.
         agreed: those of the keys that were placed in tuning mode. They are the same on all ranks of the group.
         answered: the keys that were placed, by the signature of each call that was answered in tuning mode.
         passed: identities of the calls that FlashInfer answers by itself.
@@ -65,7 +75,10 @@ class Session:
         profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
             tuning mode. None if there was none.
         has_tuned: whether an MoE op was called in tuning mode.
-        asked: the shapes for which the engine asked for a Triton configuration, with the number of hits and misses.
+        asked: the shapes for which the engine asked for a Triton configuration or a FlashInfer tactic, with the number
+            of hits and misses. Those of FlashInfer are counted until the warm-up ends.
+        asked_ops: those of FlashInfer's ops, by `TunerCall.identity`.
+        is_warm: whether the engine's warm-up has ended.
         announced: the summary that was logged last.
     """
 
@@ -79,6 +92,7 @@ class Session:
     tuned: set[tuple[str, int]] = field(default_factory=set)
     missed: set[tuple[str, int]] = field(default_factory=set)
     placed: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    placed_profiles: dict[int, Any] = field(default_factory=dict, repr=False)
     agreed: set[Any] = field(default_factory=set, repr=False)
     answered: dict[Any, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     passed: set[Any] = field(default_factory=set, repr=False)
@@ -86,6 +100,8 @@ class Session:
     profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)
     has_tuned: bool = False
     asked: list[AskedShape] = field(default_factory=list, repr=False)
+    asked_ops: dict[Any, AskedShape] = field(default_factory=dict, repr=False)
+    is_warm: bool = False
     announced: str = ""
 
     def count(self, backend: str, *, served: object = (), tuned: object = (), missed: object = ()) -> None:
@@ -110,6 +126,13 @@ class Session:
         if line != self.announced:
             self.announced = line
             self.logger.info(line)
+
+    def end_warm_up(self) -> None:
+        """Logs a line for each shape that the engine asked for. The first call does it, further ones do nothing."""
+        if not self.is_warm:
+            self.is_warm = True
+            for shape in self.asked:
+                self.logger.info(shape.summary())
 
 
 _here: ContextVar[Session | None] = ContextVar("moetune_session")

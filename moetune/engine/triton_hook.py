@@ -113,6 +113,7 @@ class TritonAnswers:
                 config = shape.configs[rows] = self._config(shape, rows, key)
             if config is None or self._overridden():
                 shape.misses += 1
+                shape.same += rows in shape.own_rows
                 return None
             shape.hits += 1
             return config, shape
@@ -253,7 +254,10 @@ class TritonAnswers:
             return config
         w1, w2, top_k, dtype, block = key
         own = self.original(w1, w2, top_k, dtype, choice.rows, block_shape=None if block is None else list(block))
-        return None if self._tunables(own) == config else config
+        if self._tunables(own) != config:
+            return config
+        shape.own_rows.add(rows)
+        return None
 
     def _converted(self, choice: Choice) -> Config:
         from moetune.export.triton import engine_config

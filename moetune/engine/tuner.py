@@ -14,7 +14,8 @@ from typing import Any, Final
 from flashinfer.autotuner.autotuner import AutoTuner
 
 from moetune.engine import session as sessions
-from moetune.engine.answer import answer
+from moetune.engine.answer import OPS, answer
+from moetune.engine.hits import count
 from moetune.engine.tuner_cache import PlainCache, cache_class
 from moetune.engine.tuner_call import TunerCall
 
@@ -39,6 +40,9 @@ _recording: ContextVar[Recording | None] = ContextVar("moetune_recording", defau
 class MoetuneTuner(AutoTuner):  # type: ignore[misc]
     """`AutoTuner` that answers the current session's ops by its regime."""
 
+    _found: Any = None
+    """The optimization profile of the entry that the last search found. An entry that moetune placed has its own."""
+
     def choose_one(self, custom_op: str, runners: Any, tuning_config: Any, inputs: Any, **kwargs: Any) -> Any:
         """See `AutoTuner`; the cache is filled with the session's answer first."""
         session = sessions.current()
@@ -46,18 +50,24 @@ class MoetuneTuner(AutoTuner):  # type: ignore[misc]
             call = TunerCall(self, custom_op, runners[0], tuning_config, inputs, kwargs)
             with self._lock:
                 answer(session, call)
+                chosen = super().choose_one(custom_op, runners, tuning_config, inputs, **kwargs)
+                if not session.is_warm and custom_op.startswith(OPS):
+                    count(session, call, self._found)
+                return chosen
         return super().choose_one(custom_op, runners, tuning_config, inputs, **kwargs)
 
     def search_cache(
         self, custom_op: str, runners: Any, input_shapes: Any, tuning_config: Any, inputs: Any = None, **kwargs: Any
     ) -> Any:
-        """See `AutoTuner`; during a recording, the missing keys are not found."""
+        """See `AutoTuner`; during a recording, the missing keys are not found. The last profile found is kept."""
         recording = _recording.get()
         if recording is not None:
             extras = runners[0].get_cache_key_extras(inputs) if inputs is not None else ()
             if self._get_cache_key(custom_op, runners[0], input_shapes, tuning_config, extras) in recording.missing:
                 return False, 0, -1, None
-        return super().search_cache(custom_op, runners, input_shapes, tuning_config, inputs, **kwargs)
+        found = super().search_cache(custom_op, runners, input_shapes, tuning_config, inputs, **kwargs)
+        self._found = found[3]  # `choose_one` searches for the rows of its call last
+        return found
 
     def _profile_single_kernel(self, runner: Any, inputs: Any, tactic: Any, *args: Any, **kwargs: Any) -> float:
         """See `AutoTuner`; during a recording, the time is recorded."""

@@ -16,7 +16,7 @@ from stand_ins import FAST, Trtllm
 from test_cutlass import MoERunner, call
 
 import moetune
-from moetune.engine import flashinfer_hook, plugins, session
+from moetune.engine import flashinfer_hook, plugins, session, warmup_end
 from moetune.inputs import flashinfer_versions
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 
@@ -131,6 +131,39 @@ def test_after_the_warmup_a_miss_is_one_short_line_for_each_op(started, kernels,
         assert message.startswith("moetune: no stored tactic for")
         assert message.endswith("or run `moetune tune` first.")
         assert len(message) <= 200
+
+
+def test_at_the_end_of_the_warm_up_each_flashinfer_op_has_its_line(started, regime, monkeypatch, caplog):
+    worker = types.ModuleType("vllm.v1.worker.gpu_worker")
+    ops = [Trtllm(started.layer, regime), Trtllm(started.layer.model_copy(update={"num_experts": 20}), regime)]
+
+    class Worker:
+        def compile_or_warm_up_model(self):
+            for op in ops:
+                op(3)
+                with autotune(True):
+                    op()
+                assert tuple(op(3)) == tuple(FAST)
+            return "compiled"
+
+    vars(worker)["Worker"] = Worker
+    (step,) = (step for step in warmup_end.LAST_STEPS if step.module == worker.__name__)
+    warmup_end.install(worker, step, started)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert Worker().compile_or_warm_up_model() == "compiled"
+        ops[0]()
+    op = "moetune: FlashInfer flashinfer::trtllm_fp4_block_scale_moe"
+    assert [record.message for record in caplog.records if "calls hit" in record.message] == [
+        f"{op} E=4: 2 calls hit, 1 left to the engine",
+        f"{op} E=5: 0 calls hit, 3 left to the engine",
+    ]
+
+
+def test_an_engine_without_the_last_step_is_left_alone(started):
+    for step in warmup_end.LAST_STEPS:
+        for module in (types.ModuleType("empty"), types.SimpleNamespace(**{step.owner: object})):
+            warmup_end.install(module, step, started)
 
 
 @pytest.mark.parametrize(

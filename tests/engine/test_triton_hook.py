@@ -15,6 +15,7 @@ from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import request_of
 from moetune.engine import plugins, session, triton_hook
+from moetune.engine.warmup_end import LAST_STEPS
 from moetune.export.engine_log import parsed_log
 from moetune.inputs import flashinfer_versions, launch
 from moetune.inputs.options import parse
@@ -194,7 +195,58 @@ def test_where_the_choice_is_the_default_the_engines_own_runs(engine, engine_of)
     assert grouped.ask(W1, W2, 2, None, 24) == other.ask(W1, W2, 2, None, 24)
     assert grouped.ask(W1, W2, 2, None, 64) == dict(default), "the engine's own is not the default that was measured"
     (asked,) = session.current().asked
-    assert (asked.hits, asked.misses) == (1, 1)
+    assert (asked.hits, asked.misses, asked.same) == (1, 1, 1)
+
+
+LAST_MODULES = {"vllm": "vllm.v1.worker.gpu_worker", "sglang": "sglang.srt.managers.scheduler"}
+LAST_CLASSES = {"vllm": "Worker", "sglang": "Scheduler"}
+
+
+@pytest.mark.parametrize("imported_first", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_at_the_end_of_the_warm_up_each_shape_has_its_line(
+    engine, imported_first, engine_of, tmp_path, monkeypatch, caplog
+):
+    default = tactic(16, 64, 128, 1, 4, 4 if engine == "vllm" else 3)
+    save(spelled(), backend_for(engine), lambda at, rows: default, default)
+    plant(tmp_path, engine)
+    path = tmp_path.joinpath(*LAST_MODULES[engine].split(".")).with_suffix(".py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    method = "compile_or_warm_up_model" if engine == "vllm" else "run_event_loop"
+    path.write_text(f"class {LAST_CLASSES[engine]}:\n    def {method}(self, then):\n        return then()\n")
+    if imported_first:
+        importlib.import_module(LAST_MODULES[engine])
+    grouped, _ = engine_of(engine, spelled(), planted=False)
+    last = getattr(importlib.import_module(LAST_MODULES[engine]), LAST_CLASSES[engine])()
+
+    def run():
+        for rows in (24, 24, 64):
+            grouped.ask(W1, W2, 2, None, rows)
+        grouped.ask((5, 512, 512), (5, 512, 256), 2, None, 8)
+        return "what the engine returns"
+
+    if engine == "sglang":  # its warm-up is over when it begins to serve
+        run()
+    caplog.clear()
+    assert getattr(last, method)(run) == getattr(last, method)(run) == "what the engine returns"
+    own = "2 of them because its own configuration is the profile's choice"
+    assert [line for line in lines(caplog) if "calls hit" in line] == [
+        f"moetune: Triton experts E=4, N=256: 1 calls hit, 2 left to the engine, {own}",
+        "moetune: Triton experts E=5, N=256: 0 calls hit, 1 left to the engine",
+    ]
+
+
+@pytest.mark.network
+def test_the_engines_have_the_last_steps(vllm_version_sources, engine_sources):
+    found = []
+    roots = {"vllm": [vllm_version_sources(version) for version in ("0.26.0", "0.33.0")]}
+    roots["sglang"] = [engine_sources("sglang")]
+    for step in LAST_STEPS:
+        for root in roots[step.module.partition(".")[0]]:
+            tree = ast.parse(root.joinpath(*step.module.split(".")).with_suffix(".py").read_text())
+            (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == step.owner)
+            found += [node.name for node in owner.body if getattr(node, "name", "") == step.method]
+    assert found == ["compile_or_warm_up_model"] * 2 + ["run_event_loop"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
