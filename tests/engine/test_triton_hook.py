@@ -245,7 +245,7 @@ def test_the_engines_have_the_last_steps(vllm_version_sources, engine_sources):
         for root in roots[step.module.partition(".")[0]]:
             tree = ast.parse(root.joinpath(*step.module.split(".")).with_suffix(".py").read_text())
             (owner,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == step.owner)
-            found += [node.name for node in owner.body if getattr(node, "name", "") == step.method]
+            found += [step.method for node in owner.body if getattr(node, "name", "") == step.method]
     assert found == ["compile_or_warm_up_model"] * 2 + ["run_event_loop"]
 
 
