@@ -2,29 +2,92 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 BLOCK = 4096
 """How many bytes are read at once to find the end of the last whole line."""
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file durably: a temporary file, fsync, rename, fsync of the folder. Missing folders are made."""
+    """Writes a file durably: a temporary file, fsync, rename, fsync of the folder. Missing folders are made.
+
+    A file that is replaced keeps its mode, and its owner and group as far as the system permits.
+    """
+    with _written_beside(path, content) as temporary:
+        temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def probe(path: Path, size: int) -> None:
+    """Checks that a file of `size` bytes can be written and synced in the folder of `path`. Leaves only the folder."""
+    with _written_beside(path, bytes(size)):
+        pass
+
+
+def sweep(folder: Path) -> None:
+    """Deletes the temporary files of writers that were killed. Needs the store's lock.
+
+    A writer holds a lock on its temporary file as long as it lives, so that of a living one stays.
+    """
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+            with suppress(OSError):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    entry.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+@contextmanager
+def _written_beside(path: Path, content: bytes) -> Iterator[Path]:
+    """Writes and syncs a temporary file in the folder of `path`, locked. It is deleted at the end if still there."""
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _keep_owner(descriptor, path)
+        write_all(descriptor, content)
+        os.fsync(descriptor)
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        os.close(descriptor)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _keep_owner(descriptor: int, path: Path) -> None:
+    """Gives a file the mode, the group and the owner of the one at `path`, if there is one.
+
+    Only a privileged process may keep another owner, and a group needs a member of it. If the group cannot be kept,
+    the new one gets no more rights than everybody has.
+    """
+    try:
+        old = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    new, mode = os.fstat(descriptor), old.st_mode & 0o777
+    if new.st_gid != old.st_gid:
+        try:
+            os.fchown(descriptor, -1, old.st_gid)
+        except OSError:
+            mode = mode & 0o707 | (mode & 0o007) << 3
+    if new.st_uid != old.st_uid:
+        with suppress(OSError):
+            os.fchown(descriptor, old.st_uid, -1)
+    with suppress(OSError):
+        os.fchmod(descriptor, mode)
 
 
 def append(path: Path, lines: bytes) -> None:

@@ -9,34 +9,32 @@ The packaged profiles have the same layout in a second folder, which is only rea
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from moetune.errors import DamagedProfileError, StoreError, UsageError
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.store.files import move_aside, replace
-from moetune.store.folders import PACKAGED_VARIABLE, STORE_VARIABLE, default_root, expanded, packaged_root
+from moetune.store.files import make_folder, move_aside, probe, replace, sweep
+from moetune.store.folders import PACKAGED_VARIABLE, default_root, expanded, packaged_root
 from moetune.store.journal import Journal
 from moetune.store.key import Key
+from moetune.store.lock import LOCK_NAME, held
 from moetune.store.match import Match, nearest_match
 from moetune.store.miss import miss
+from moetune.store.obstacles import obstacle
 from moetune.store.profile import Profile
 from moetune.store.reading import read_profile
 
-LOCK_NAME = ".lock"
 JOURNAL_SUFFIX = ".journal.jsonl"
-LOCK_TIMEOUT_S = 60.0
-LOCK_POLL_S = 0.01
+PROBED_BYTES = 1 << 16
+"""How many bytes are written and synced before a tune. Most profiles and journals are not larger."""
 
 
 class Store:
-    """A folder of profiles, and a second one that is only read. Nothing is created before the first save.
+    """A folder of profiles, and a second one that is only read. Nothing is created before the store is written.
 
     Args:
         root: the folder; `default_root()` if not given.
@@ -177,26 +175,28 @@ class Store:
                 profile = self._over_packaged(profile, replacing)
             except DamagedProfileError as error:
                 damaged = _moved_aside(path, error)
+            sweep(path.parent)
             replace(path, f"{profile.model_dump_json(indent=1)}\n".encode())
         if damaged is not None:
             raise DamagedProfileError(damaged.message, f"{damaged.hint} The new measurements are saved in its place.")
         return profile
 
-    def ensure_writable(self) -> None:
-        """Checks that the store can be written, so that no measurement is lost.
+    def ensure_writable(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> None:
+        """Checks that the profile of a question can be saved, so that this is known before anything is measured.
+
+        Takes the lock, writes and syncs `PROBED_BYTES` in the profile's own folder, and deletes what killed writers
+        have left there.
 
         Raises:
-            UsageError: the store cannot be written.
+            UsageError: the store cannot be written, such as on a read-only mount or with another user's files.
+            StoreError: the lock is not free in time, or the disk is full.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise UsageError(
-                f"The store {self.root} cannot be written: {error.strerror or error}.",
-                f"Give another folder with --store or {STORE_VARIABLE}.",
-            ) from None
+        path = self.path(layer, regime, backend, environment)
+        with self._locked():
+            sweep(path.parent)
+            probe(path, PROBED_BYTES)
+            with suppress(FileNotFoundError):
+                path.with_suffix(JOURNAL_SUFFIX).open("r+b").close()
 
     def _over_packaged(self, profile: Profile, replacing: bool) -> Profile:
         """Returns `profile` with the buckets added that only the packaged profile of its question has."""
@@ -247,24 +247,18 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Holds the store's lock, which a writer needs for the milliseconds of a merge.
+        """Holds the store's lock while it is written.
 
         Raises:
             UsageError: the store cannot be written.
-            StoreError: the lock is not free in time, or the system refuses it.
+            StoreError: the lock is not free in time, or the disk is full.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / LOCK_NAME, timeout=LOCK_TIMEOUT_S, poll_interval=LOCK_POLL_S):
+            make_folder(self.root)
+            with held(self.root / LOCK_NAME):
                 yield
-        except Timeout:
-            raise StoreError(
-                f"The lock of the store {self.root} was not free within {LOCK_TIMEOUT_S:.0f} s.",
-                "End the process that holds it, or give another folder with --store.",
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            self.ensure_writable()
-            raise StoreError(f"The store {self.root} cannot be written: {error}.") from None
+        except OSError as error:
+            raise obstacle(self.root, error) from None
 
 
 def _moved_aside(path: Path, error: DamagedProfileError) -> DamagedProfileError:

@@ -154,6 +154,10 @@ class Question:
             )
         return Match(path, profile, key.differences(profile))
 
+    def ensure_writable(self) -> None:
+        """Checks that the profile can be saved. Raises the errors of `Store.ensure_writable`."""
+        self.store.ensure_writable(self.layer, self.regime, self.backend.name, self.environment)
+
     def journal(self) -> Journal:
         """Returns the journal of a tune of this question."""
         return self.store.journal(self.layer, self.regime, self.backend.name, self.environment)

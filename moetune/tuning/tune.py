@@ -101,7 +101,7 @@ def tune(
     older = None if start is None else question.start(start)
     if older is not None:
         report(Revalidated(older.profile, older.differences))
-    question.store.ensure_writable()
+    question.ensure_writable()
     journal = question.journal()
     if again:
         journal.remove()

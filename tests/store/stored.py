@@ -8,8 +8,9 @@ from pathlib import Path
 
 from moetune.errors import MissError
 from moetune.spec.regime import Regime
+from moetune.store.lock import LOCK_NAME
 from moetune.store.profile import Profile
-from moetune.store.store import LOCK_NAME, Store
+from moetune.store.store import Store
 
 ProfileOf = Callable[..., Profile]
 BASE = Regime(ep_size=2, attention_dp=True, tune_max_num_tokens=64)
@@ -65,3 +66,7 @@ def damage(store: Store, profile: Profile, content: Callable[[bytes], bytes]) ->
 
 def newer(good: bytes) -> bytes:
     return good.replace(b'"schema_version": 1', b'"schema_version": 2').replace(b'"backend"', b'"later": 1, "backend"')
+
+
+def ensure_writable(store: Store, profile: Profile) -> None:
+    store.ensure_writable(profile.layer, profile.regime, profile.backend, profile.environment)

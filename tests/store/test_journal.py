@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import ProfileOf
 
 import moetune.store.files as files_module
-import moetune.store.store as store_module
+import moetune.store.lock as lock_module
 from moetune.errors import StoreError, UsageError
 from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journal, Journaled, Measurement, Past, Searched
@@ -231,8 +230,8 @@ def test_four_writers_at_once_lose_nothing(
 def test_the_store_s_lock_is_kept(store: Store, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     journal.note(4, "auto", 1, {tactic(1): 1.0}, {})
     before = journal.path.read_bytes()
-    monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 0.05)
-    with FileLock(store.root / store_module.LOCK_NAME):
+    monkeypatch.setattr(lock_module, "LOCK_TIMEOUT_S", 0.0)
+    with lock_module.held(store.root / lock_module.LOCK_NAME):
         for attempt in (lambda: journal.note(4, "auto", 1, {tactic(2): 1.0}, {}), journal.remove):
             with pytest.raises(StoreError, match="lock"):
                 attempt()

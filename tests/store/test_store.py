@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
-from stored import BASE, DAMAGE, ProfileOf, damage, files, load, newer, path_of
+from stored import BASE, DAMAGE, ProfileOf, damage, ensure_writable, files, load, newer, path_of
 
 import moetune.store.store as store_module
-from moetune.errors import DamagedProfileError, MissError, NewerSchemaError, StoreError, UsageError
+from moetune.errors import DamagedProfileError, MissError, NewerSchemaError, UsageError
 from moetune.spec.environment import Environment
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, Profile
@@ -97,20 +96,11 @@ def test_sixteen_processes_that_replace_beside_sixteen_stored_buckets_lose_nothi
     assert kept == {rows: rows if rows % 2 else 0 for rows in regime.buckets}
 
 
-def test_lock_that_is_held_is_named(store: Store, profile_of: ProfileOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "LOCK_TIMEOUT_S", 0.05)
-    store.ensure_writable()
-    with FileLock(store.root / store_module.LOCK_NAME), pytest.raises(StoreError, match="lock") as raised:
-        store.save(profile_of())
-    assert str(store.root) in str(raised.value)
-    assert not files(store)
-
-
 @pytest.mark.parametrize("below", ["file", "file/deeper"])
 def test_store_that_cannot_be_written_is_a_usage_error(below: str, tmp_path: Path, profile_of: ProfileOf) -> None:
     (tmp_path / "file").write_text("in the way")
     store = Store(tmp_path / below)
-    for attempt in (store.ensure_writable, lambda: store.save(profile_of())):
+    for attempt in (lambda: ensure_writable(store, profile_of()), lambda: store.save(profile_of())):
         with pytest.raises(UsageError, match="cannot be written") as raised:
             attempt()
         assert raised.value.exit_code == 2
@@ -121,9 +111,12 @@ def test_store_that_cannot_be_written_is_a_usage_error(below: str, tmp_path: Pat
         load(store, profile_of())
 
 
-def test_ensure_writable_leaves_nothing_behind(store: Store) -> None:
-    store.ensure_writable()
-    assert list(store.root.iterdir()) == []
+def test_ensure_writable_writes_where_the_profile_will_lie_and_leaves_nothing_behind(
+    store: Store, profile_of: ProfileOf
+) -> None:
+    ensure_writable(store, profile_of())
+    assert files(store) == set()
+    assert path_of(store, profile_of()).parent.is_dir()
 
 
 def test_packaged_profile_answers_where_the_store_has_none(
@@ -238,7 +231,6 @@ def test_damaged_file_that_cannot_be_moved_is_still_reported_as_damaged(
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "rename", refused)
-    monkeypatch.setattr(store_module.tempfile, "TemporaryFile", refused)
     with pytest.raises(DamagedProfileError, match=r"could not be moved aside.*Read-only"):
         load(store, profile_of())
     assert path.read_bytes() == content
