@@ -60,7 +60,7 @@ class VllmEngine:
             "moe_backend": moe_backend,
             "max_model_len": MAX_MODEL_LEN,
             "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-            "max_num_seqs": max(running),
+            "max_num_seqs": max(64, *running),
             "enable_prefix_caching": False,
             "gpu_memory_utilization": memory,
             "seed": 0,
@@ -132,8 +132,7 @@ def measure(
                 marks.wait()
             _add(results, partial(decode, engine, sequences, steps), what="decode", at=sequences, number=number)
         for tokens in PREFILL:
-            marks.wait()
-            _add(results, partial(prefill, engine, tokens), what="prefill", at=tokens, number=number)
+            _add(results, partial(prefill, engine, tokens, marks), what="prefill", at=tokens, number=number)
     for sequences in running if profile else ():
         marks.wait()
         _add(results, partial(_profiled, engine, sequences, steps), what="profile", at=sequences)
@@ -146,7 +145,7 @@ def decode(engine: Engine, sequences: int, steps: int) -> dict[str, Any]:
     return summary(steady_ms(found, sequences))
 
 
-def prefill(engine: Engine, tokens: int) -> dict[str, Any]:
+def prefill(engine: Engine, tokens: int, marks: Marks) -> dict[str, Any]:
     """Returns the time in ms of a step that processes this many prompt tokens.
 
     A full step (`MAX_BATCHED_TOKENS`) is one of many in a row, of prompts of 1024 tokens. A smaller one is one prompt,
@@ -155,10 +154,12 @@ def prefill(engine: Engine, tokens: int) -> dict[str, Any]:
     if tokens < MAX_BATCHED_TOKENS:
         times = []
         for _ in range(PREFILL_REPEATS + 1):
+            marks.wait()
             submitted, steps = engine.generate(1, tokens, 1)
             times.append((steps[-1].at_s - submitted) * 1e3)
         return summary(times[1:])
     at_once = MAX_BATCHED_TOKENS // PREFILL_PROMPT
+    marks.wait()
     _, steps = engine.generate(at_once * (PREFILL_REPEATS + 3), PREFILL_PROMPT, 1)
     return summary(steady_ms(steps, at_once, trim=0))
 

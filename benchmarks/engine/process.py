@@ -26,6 +26,14 @@ HERE = Path(__file__).resolve().parent
 DROPPED = ("MOETUNE_REGIME", "VLLM_TUNED_CONFIG_FOLDER", VARIABLE, "VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
 """Variables of the caller that no process of an arm may inherit."""
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def end_all() -> None:
+    """Ends all processes of arms that run now."""
+    for child in tuple(_running):
+        _kill(child)
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -117,6 +125,7 @@ def run(case: Case, arm: Arm, rep: int, folders: Folders, place: Place, what: Me
                     start_new_session=True,
                 )
             children.append(child)
+            _running.add(child)
         codes = _wait(children, began + place.timeout_s)
     finally:
         for child in children:
@@ -168,10 +177,15 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], end: float) -> list[int |
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kills all processes of a child's session."""
+    _kill(child)
+    child.wait()
+    _running.discard(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """Kills all processes of a child's session, those of the engine too."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -72,15 +73,25 @@ def main() -> None:
         text, failed = report(Journal(options.journal).lines)
         print(text)
         sys.exit(int(failed))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end_at_signal)
     sys.exit(measure_all(options, device()))
 
 
 def device() -> Device:
-    """Returns the first GPU, without a CUDA context in this process."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    name, memory = first.rsplit(",", 1)
-    return Device(name.strip(), float(memory) * 2**20)
+    """Returns the first GPU. Another process asks, so that this one has no CUDA context."""
+    question = (
+        "import torch; found = torch.cuda.get_device_properties(0); print(found.name, found.total_memory, sep=',')"
+    )
+    answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout
+    name, memory = answer.strip().rsplit(",", 1)
+    return Device(name, float(memory))
+
+
+def end_at_signal(number: int, _: object) -> None:
+    """Ends the engines, which are in sessions of their own, and this process."""
+    process.end_all()
+    os._exit(128 + number)
 
 
 def measure_all(options: argparse.Namespace, gpu: Device) -> int:

@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -138,6 +139,15 @@ def test_a_process_out_of_time_is_ended_with_its_children(monkeypatch, tmp_path,
     while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not stat.exists() or " Z " in stat.read_text()
+
+
+def test_a_signal_ends_the_engine_that_runs(monkeypatch, tmp_path, place, folders):
+    stub(monkeypatch, tmp_path, "time.sleep(60)")
+    timer = threading.Timer(2.0, process.end_all)
+    timer.start()
+    found = process.run(CASES["qwen3-30b"], ARMS["default"], 0, folders, place, WHAT)
+    timer.join()
+    assert found["exit_codes"] == [-9]
 
 
 def test_the_other_ranks_are_not_waited_for_after_a_failure(monkeypatch, tmp_path, place, folders):

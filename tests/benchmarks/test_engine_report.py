@@ -81,6 +81,12 @@ def test_the_plugin_must_answer_on_each_rank_and_a_file_is_logged_on_the_first_o
     assert "on rank 1" in missing("plugin-triton", LOGS["plugin-triton"], [TRITON, ROUTING])[0]
 
 
+def test_a_default_that_the_plugin_leaves_to_vllm_is_read_from_its_file_but_nothing_else_may_be_left():
+    assert missing("plugin-triton", [*LOGS["plugin-triton"], read(FOLDERS.shipped)]) == []
+    left = f"{PREFIX}moetune: Triton experts E=128, N=768: no profile, the engine's own configuration runs; `moetune …`"
+    assert "that rank 0 has `moetune: Triton" in missing("plugin-triton", [*LOGS["plugin-triton"], left])[0]
+
+
 def test_a_share_must_be_built_as_one():
     built = f"{PREFIX}moetune benchmark: MoE layers are built as rank 0 of expert parallelism over 8 ranks"
     assert "expert parallelism over" in missing("moetune", LOGS["moetune"], case=SHARE)[0]
