@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,12 +16,15 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks/engine"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 import process
 import run
 from arms import ARMS, Folders
 from cases import CASES
 from common import Journal
+from engine_report import report
+from engine_trees import functions, plant
 from process import Measurement, Place
 
 H200 = run.Device("NVIDIA H200", 143_771 * 2**20)
@@ -266,3 +271,96 @@ def test_moetunes_folder_is_the_one_that_its_export_wrote(monkeypatch, tmp_path)
         assert folders.tuned.name == "ep1-tp1-nodp-none-random"
     assert len(commands) == 1
     assert commands[0][-1] == "0.26.0"
+
+
+VLLM = """
+import os, time
+from types import SimpleNamespace
+
+class SamplingParams:
+    def __init__(self, **named):
+        self.tokens = named["max_tokens"]
+
+class Core:
+    def __init__(self):
+        self.messages, self.now = [], 5.0
+    def get_output(self):
+        return self.messages.pop(0)
+
+class LLM:
+    def __init__(self, **options):
+        assert options["load_format"] == "dummy" and os.path.exists(options["model"] + "/config.json")
+        folder = os.environ["VLLM_TUNED_CONFIG_FOLDER"]
+        print("Using TRITON Unquantized MoE backend out of potential backends: [].")
+        print(f"Using configuration from {folder}/E=128,N=768,device_name=NVIDIA_H200.json for MoE layer.")
+        print("Simulating MoE routing using a uniform_random strategy. ")
+        self.llm_engine = SimpleNamespace(engine_core=Core())
+        self.speed = 0.004 if "tuned" in folder else 0.005
+    def generate(self, prompts, parameters, use_tqdm):
+        core, at_once = self.llm_engine.engine_core, len(prompts)
+        if parameters.tokens == 1 and at_once > 1:
+            at_once = 16
+        core.now = max(core.now, time.monotonic())
+        for _ in range(parameters.tokens * len(prompts) // at_once):
+            core.now += self.speed
+            core.messages.append(SimpleNamespace(timestamp=core.now, outputs=[0] * at_once))
+        while core.messages:
+            core.get_output()
+    def collective_rpc(self, method, args=()):
+        moe = self.speed * 500
+        return [{"steps": 8, "kernels_ms": 4.0, "moe_ms": moe, "moe_calls": 96.0, "longest": []}]
+"""
+
+
+def test_from_the_driver_to_the_report_on_a_planted_vllm(monkeypatch, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "out"
+    site.mkdir()
+    (site / "vllm.py").write_text(VLLM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), str(Path(__file__).parents[2])]))
+    folders = Folders(work / "empty", work / "shipped", work / "tuned")
+    monkeypatch.setattr(run, "prepared", lambda *given: folders)
+    given = options(tmp_path, out=work, arms="default,moetune", reps=2, running="1,32", passes=2, layers=2)
+    assert run.measure_all(given, H200) == 0
+    text, failed = report(Journal(work / "engine.jsonl").lines)
+    assert not failed
+    assert "| 32 | 5.00 (6,400) | 4.00 (8,000) |" in text
+    assert "| 32 | +25.0% [+25.0%, +25.0%] (0.0%) |" in text
+    assert "| 16384 | 5.00 (3,276,800) | 4.00 (4,096,000) |" in text
+    assert "| 32 | 2.50 | 50% | +25.0% | +11.1% | +25.0% [+25.0%, +25.0%] |" in text
+    assert f"Using configuration from {folders.tuned}/" in text
+
+
+ASKS = """
+import json, sys
+from vllm.model_executor.layers.fused_moe import fused_moe as module
+answers = []
+for folder in sys.argv[1:]:
+    module.envs.VLLM_TUNED_CONFIG_FOLDER = folder or None
+    module.get_moe_configs.cache_clear()
+    answers.append(module.try_get_optimal_moe_config((128, 1536, 2048), (128, 2048, 768), 8, None, 64))
+answers.append(module.get_default_config(64, 128, 768, 2048, 8, None))
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.network
+def test_an_empty_file_makes_vllm_run_its_heuristic_although_it_ships_a_file(vllm_version_sources, tmp_path):
+    source = vllm_version_sources("0.26.0") / "vllm/model_executor/layers/fused_moe/fused_moe.py"
+    names = ("get_config_file_name", "get_moe_configs", "get_default_config", "try_get_optimal_moe_config")
+    plant(tmp_path / "site", "vllm", lookup=functions(source, *names))
+    name, shipped = CASES["qwen3-30b"].file_name("NVIDIA H200"), {"BLOCK_SIZE_M": 1}
+    configs = tmp_path / "site/vllm/model_executor/layers/fused_moe/configs"
+    (configs / name).write_text(json.dumps({"64": shipped}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / name).write_text("{}")
+    asked = subprocess.run(
+        [sys.executable, "-c", ASKS, "", str(tmp_path / "empty")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    stock, overridden, heuristic = json.loads(asked.stdout)
+    assert stock == shipped
+    assert overridden == heuristic
+    assert heuristic != shipped
