@@ -14,7 +14,7 @@ from multiprocessing.connection import Pipe, wait
 from typing import Any, Self
 
 from moetune.backends.base import Backend
-from moetune.measure.child import Channel, Child
+from moetune.measure.child import Channel, Child, GarbledError, kill_all
 from moetune.measure.reasons import both, reason_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -178,8 +178,7 @@ class Compilers:
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            for child in [*idle, *(each.child for each in busy.values())]:
-                child.kill()
+            kill_all([*idle, *(each.child for each in busy.values())])
 
     def _assign(self, busy: dict[Any, _Busy], idle: list[Child]) -> None:
         while len(busy) < self._most and (job := self._next(busy.values())):
@@ -197,6 +196,8 @@ class Compilers:
         process = busy.pop(ready)
         try:
             answer = process.child.channel.receive()
+            if not isinstance(answer, _Compiled | None):
+                raise GarbledError(f"a {type(answer).__name__}, which is no answer to a job")
         except (EOFError, OSError):
             self._died(process, str(process.child.died()))
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 
+from moetune.quoting import printable
+
 MOST_CHARACTERS = 240
 """The longest reason."""
 
@@ -13,15 +15,15 @@ def reason_of(error: BaseException) -> str:
 
     If the first line ends with a colon, the last line is added. Triton's errors begin with a source position like that.
     """
-    lines = str(error).strip().splitlines() or [""]
+    lines = _message(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
     reason = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return shortened(f"out of memory: {reason}" if is_out_of_memory(error) else reason)
+    return shortened(printable(f"out of memory: {reason}" if is_out_of_memory(error) else reason))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the error is a failed allocation of host or device memory, in Python, torch or CUDA."""
-    text = str(error).lower()
+    text = _message(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
@@ -40,7 +42,15 @@ def reason_of_death(returncode: int, last_line: str = "") -> str:
             how += ", as the system does when memory runs out"
     else:
         how = f"the process exited with status {returncode}"
-    return shortened(f"{how}: {last_line}" if last_line else how)
+    return shortened(printable(f"{how}: {last_line}" if last_line else how))
+
+
+def _message(error: BaseException) -> str:
+    """Returns the message of an exception. A backend's own exceptions may raise when they are asked for it."""
+    try:
+        return str(error)
+    except Exception as raised:
+        return f"its message cannot be read ({type(raised).__name__})"
 
 
 def both(first: str, second: str) -> str:

@@ -8,6 +8,7 @@ is tried once more, alone in a new process, and fails only if it ends that one t
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any, Self
 from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError, MoetuneError, NoResultError
 from moetune.measure.bench import Activity, Bench, BenchLike, Series
-from moetune.measure.child import Channel, Child
+from moetune.measure.child import Channel, Child, GarbledError
 from moetune.measure.reasons import both, reason_of, shortened
 from moetune.spec.tactic import Tactic
 
@@ -165,10 +166,14 @@ class Worker:
                 message = child.channel.receive()
                 if isinstance(message, _Answer):
                     return message.value
+                if not isinstance(message, _Failed | _Eager):
+                    raise GarbledError(f"a {type(message).__name__}, which is no message of a worker")
                 reasons = bench.eager if isinstance(message, _Eager) else bench.failures
                 reasons[message.tactic] = message.reason
             elif self._now_s() > max(status.since, sent) + limit_s and status == child.channel.noted():
                 raise _ProcessLostError(status, f"hung: not finished within {limit_s:g} s", hung=True)
+            elif child.has_ended and not child.channel.connection.poll():  # a process that it left holds the other end
+                raise EOFError
 
     def _start(self) -> Child:
         if self._child is None:
@@ -327,13 +332,21 @@ class _Reporter:
         self._channel = channel
 
     def starts(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
-        self._channel.note(_Status(activity, tactic, runs))
+        try:
+            self._channel.note(_Status(activity, tactic, runs))
+        except OSError:  # a tactic has closed the note's file; the last note names it
+            os._exit(1)
 
     def failed(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Failed(tactic, reason))
 
     def eager(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Eager(tactic, reason))
+
+
+def is_moetunes(error: Exception) -> bool:
+    """Returns whether an error is one of moetune's own. The parent may not be able to load another class."""
+    return type(error).__module__ == MoetuneError.__module__
 
 
 def _serve(channel: Channel, backend: Backend, device: str) -> None:
@@ -357,12 +370,14 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
                 bench = Bench(backend, request, observer=reporter, have_run=have_run)
         except DeviceLostError:
             return
-        except MoetuneError as error:
-            answer = error
         except Exception as error:
-            answer = NoResultError(
-                f"A problem could not be prepared on {device}, or its reference not computed: {reason_of(error)}.",
-                "No tactic caused this. Check the free memory and whether the backend has a bug.",
+            answer = (
+                error
+                if is_moetunes(error)
+                else NoResultError(
+                    f"A problem could not be prepared on {device}, or its reference not computed: {reason_of(error)}.",
+                    "No tactic caused this. Check the free memory and whether the backend has a bug.",
+                )
             )
         reporter.starts(Activity.IDLE)  # the tactic is done, so it cannot cause what happens next
         channel.send(_Answer(answer))

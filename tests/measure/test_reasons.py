@@ -18,6 +18,27 @@ def test_a_reason_is_one_short_line_that_begins_with_the_type(text):
     assert "ValueError" in reason
 
 
+class UnreadableError(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def test_an_exception_whose_message_cannot_be_read_still_has_a_reason():
+    assert reason_of(UnreadableError()) == "UnreadableError: its message cannot be read (ZeroDivisionError)"
+    assert not reason_of(UnreadableError()).startswith("out of memory")
+
+
+@given(st.text(st.characters()))  # lone surrogates too
+def test_a_reason_can_be_printed_and_written_as_utf_8(text):
+    for reason in (reason_of(ValueError(text)), reason_of_death(1, text.partition("\n")[0])):
+        assert reason.isprintable()
+        reason.encode()
+
+
+def test_control_characters_and_bytes_that_are_no_utf_8_are_escapes():
+    assert reason_of(ValueError("\x1b[31mred\tand\udcff")) == r"ValueError: \x1b[31mred\tand\udcff"
+
+
 @pytest.mark.parametrize(
     "error",
     [
