@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import random
@@ -191,7 +192,9 @@ def versions() -> dict[str, str]:
             installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return installed
+    spec = importlib.util.find_spec("moetune")
+    commit = Path(spec.origin).with_name("COMMIT") if spec and spec.origin else None  # a packed site may have it
+    return installed | ({"commit": commit.read_text().strip()[:12]} if commit and commit.exists() else {})
 
 
 def main() -> None:

@@ -142,6 +142,8 @@ def _case(case: str, runs: Runs, left_out: Sequence[Line]) -> Iterator[str]:
     yield from (f"- `{arm}`: {ARMS[arm].words}; {len(runs.of(arm))} runs" for arm in runs.arms)
     yield from (f"- `{line['arm']}` is left out: {line['why']}" for line in left_out)
     for kind, of in KINDS.items():
+        if not runs.sizes(kind):
+            continue
         yield from ["", f"**{kind}, ms a step** (tokens/s)", ""]
         yield from _table(
             [of, *runs.arms], ([at, *(_time(runs, arm, kind, at) for arm in runs.arms)] for at in runs.sizes(kind))
@@ -161,12 +163,14 @@ def _time(runs: Runs, arm: str, kind: str, at: int) -> str:
 
 
 def _gains(runs: Runs, kind: str, of: str) -> Iterator[str]:
-    compared = [(arm, other) for arm in runs.arms if (other := runs.stock(arm))]
+    stock = [(arm, other) for arm in runs.arms if (other := runs.stock(arm))]
+    rest = [(arm, REFERENCE) for arm in runs.arms if arm != REFERENCE and REFERENCE in runs.arms]
+    compared = list(dict.fromkeys(stock + rest))
     if not compared:
         return
     yield from [
         "",
-        f"**{kind}, gain in speed** with 95 % bounds over the repetitions; in parentheses the stock arm's noise",
+        f"**{kind}, gain in speed** with 95 % bounds over the repetitions; in parentheses the other arm's noise",
         "",
     ]
     header = [of, *(f"{arm} against {other}" for arm, other in compared)]
@@ -177,6 +181,7 @@ def _gains(runs: Runs, kind: str, of: str) -> Iterator[str]:
 
 
 def _gain(comparison: Comparison) -> str:
+    """Returns the gain as the table shows it."""
     noise = "" if comparison.noise is None else f" ({comparison.noise:.1%})"
     return f"{comparison.text}{noise}{' **slower**' if comparison.is_slower else ''}"
 

@@ -147,7 +147,9 @@ def test_a_slower_arm_fails_by_name():
     text, failed = report(journal({"shipped": STOCK, "default": SLOWER, "moetune": SLOWER}))
     assert failed
     assert "- qwen3-30b, `moetune`: slower than `shipped` at 32 running sequences: -2.9% [-2.9%, -2.9%]" in text
+    assert "| running sequences | moetune against shipped | shipped against default | moetune against default |" in text
     assert "`default`: slower" not in text  # it is no moetune arm
+    assert "prefill" not in text
 
 
 def test_a_loss_within_the_noise_between_passes_is_none():
