@@ -60,7 +60,7 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
-    from moetune.engine import flashinfer_hook, session, triton_hook, warmup_end
+    from moetune.engine import flashinfer_hook, session, start_tune, triton_hook, warmup_end
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -75,8 +75,15 @@ def _register(spelled: str, logger: logging.Logger) -> None:
         )
     opened = session_for(options.layer, options.regime, options.rank, logger=logger)
     session.set_for_process(opened)
+    try:
+        tune_s = start_tune.seconds()
+    except UsageError as error:
+        logger.error("moetune: nothing is tuned at the start: %s", error)
+        tune_s = None
     for engine in triton_hook.ENGINES:
-        install = partial(triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled)
+        install = partial(
+            triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled, tune_s=tune_s
+        )
         when_imported(engine.caller, install)
     for step in warmup_end.LAST_STEPS:
         when_imported(step.module, partial(warmup_end.install, step=step, session=opened))

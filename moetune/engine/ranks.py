@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+GLANCE_S = 0.2
+"""The interval at which a process looks for the answer of another one."""
 ENGINE_GROUPS = (
     ("vllm", "vllm.distributed.parallel_state", "get_ep_group", ("0.26.", "0.33.")),
     ("sglang", "sglang.srt.distributed.parallel_state", "get_moe_ep_group", ("0.5.23",)),
@@ -104,6 +107,46 @@ def together(make: Callable[[], T], group: ProcessGroup | None) -> T:
         if reason is not None:
             raise UnsupportedError(f"Rank {rank} of the group failed: {reason}", "See its log.")
     return made[0]
+
+
+def first_answer(name: str, make: Callable[[], str], limit_s: float) -> str | None:
+    """Returns what `make` returns in that process of the engine which asks for `name` first.
+
+    The processes are those of torch.distributed, and its key-value store carries the answer. This is no collective: a
+    process waits only for one that has begun, at most `limit_s`, and leaves nothing unfinished in the engine's group if
+    it stops waiting. An error of `make` is an answer too.
+
+    Args:
+        name: what is asked. A process that asks again gets the same answer.
+        make: is called in the first process. Without torch.distributed it is called in each.
+        limit_s: how long the other processes wait for the answer.
+
+    Returns:
+        The answer, or None if there was none in time, or `make` raised in another process.
+
+    Raises:
+        Exception: what `make` raised here.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+    store = PrefixStore(f"moetune/{name}", _get_default_store())
+    if store.add("asked", 1) == 1:
+        answer = ""
+        try:
+            answer = make()
+        finally:
+            store.set("answer", answer)
+        return answer
+    end = time.monotonic() + limit_s
+    while not store.check(["answer"]):  # `wait` would keep the store from the engine's other threads
+        if time.monotonic() > end:
+            return None
+        time.sleep(GLANCE_S)
+    return store.get("answer").decode() or None
 
 
 def leads(group: ProcessGroup | None) -> bool:

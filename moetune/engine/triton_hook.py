@@ -17,11 +17,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
+from moetune.engine import start_tune
 from moetune.engine.session import AskedShape, Config, Session
 from moetune.errors import MissError, MoetuneError, UnsupportedError
+from moetune.tuning.refine import missing_buckets
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.backend import TritonBackend
@@ -65,6 +68,7 @@ class TritonAnswers:
         original: the engine's own look-up.
         rank: as in `Question.of`.
         spelled: the value of `MOETUNE_REGIME`, for the command in the log.
+        tune_s: how long the first look-up may tune what the store lacks; None not to tune.
     """
 
     def __init__(
@@ -74,9 +78,10 @@ class TritonAnswers:
         original: Callable[..., Any],
         rank: Any = None,
         spelled: str = "",
+        tune_s: float | None = None,
     ) -> None:
         self.session, self.engine, self.original = session, engine, original
-        self._rank, self._spelled = rank, spelled
+        self._rank, self._spelled, self._tune_s = rank, spelled, tune_s
         self._shapes: dict[Any, AskedShape] = {}
         self._overridden: Callable[[], object] = lambda: None
         self._failed = False
@@ -135,12 +140,11 @@ class TritonAnswers:
                 return shape
             package = sys.modules[self.original.__module__.rpartition(".")[0]]
             self._overridden = package.get_config
-            found = self._profile()
-            if found is None or not found[0].choices:
+            profile, note = self._found(shape)
+            if profile is None or not profile.choices:
                 command = f"moetune tune {self._spelled} --backend triton{self._options()}"
-                self._log(f"{shape.name}: no profile, {own}; `{command}` makes one")
+                self._log(f"{shape.name}: no profile{note}, {own}; `{command}` makes one")
                 return shape
-            profile, note = found
             shape.largest_block_m = max(self._converted(choice)["BLOCK_SIZE_M"] for choice in profile.choices)
             shape.profile = profile
             buckets = f"{len(profile.choices)} bucket{'' if len(profile.choices) == 1 else 's'}"
@@ -208,6 +212,21 @@ class TritonAnswers:
             version = {"kernel_version": backend.version.since} if backend is builtin else {}
             yield TritonBackend(backend.kernel, "drop" if backend.remote == "zero" else "zero", **version)
 
+    def _found(self, shape: AskedShape) -> start_tune.Found:
+        """Returns the profile that answers a shape, or None, and what the log says of it. What is missing is tuned."""
+        if self._tune_s is None:
+            return self._profile() or (None, "")
+        name = f"{self.engine.name}/{self.session.layer.digest}/{self.session.regime.digest}/{self._rank}"
+        return start_tune.found(name, self._tune_s, self._profile, partial(self._tune, shape, self._tune_s))
+
+    def _tune(self, shape: AskedShape, limit_s: float) -> str | None:
+        import torch
+
+        self._log(f"{shape.name}: tuning what the store lacks, at most {limit_s:g} s")
+        device = f"cuda:{torch.cuda.current_device()}"
+        layer, regime, root = self.session.layer, self.session.regime, self.session.store.root
+        return start_tune.tune_within(limit_s, layer, regime, self._backend(), root, device, self._rank)
+
     def _profile(self) -> tuple[Profile, str] | None:
         """Returns the stored profile and what the log says of its ladder and kernel; None if there is none."""
         from moetune.backends.grouped_triton.kernel_versions import unread
@@ -243,12 +262,18 @@ class TritonAnswers:
     def _config(self, shape: AskedShape, rows: int, key: tuple[Any, ...]) -> Config | None:
         """Returns the configuration for a number of rows; None for the engine's own.
 
-        The engine's own runs if the choice is the default, and the engine's own configuration for the bucket is that
-        default. It is another one if the profile was measured without the engine's tuned files, for instance.
+        The engine's own runs if the bucket is not tuned, because another bucket's choice may be much slower there. It
+        also runs if the choice is the default, and the engine's own configuration for the bucket is that default. It is
+        another one if the profile was measured without the engine's tuned files, for instance.
         """
-        if shape.profile is None:
+        profile = shape.profile
+        if profile is None:
             return None
-        choice = shape.profile.choice(rows * shape.profile.regime.ladder.divisor)
+        rows_of_all = rows * profile.regime.ladder.divisor
+        bucket = profile.regime.ladder.lookup(rows_of_all, profile.regime.tune_max_num_tokens)
+        if bucket in missing_buckets(profile.regime, profile):
+            return None
+        choice = profile.choice(rows_of_all)
         config = self._converted(choice)
         if choice.tactic != choice.default_tactic:
             return config
@@ -286,7 +311,14 @@ class TritonAnswers:
             self.session.logger.warning("moetune: Triton experts are left to the engine: %s%s", kind, error)
 
 
-def install(module: ModuleType, engine: Engine, session: Session, rank: Any = None, spelled: str = "") -> None:
+def install(
+    module: ModuleType,
+    engine: Engine,
+    session: Session,
+    rank: Any = None,
+    spelled: str = "",
+    tune_s: float | None = None,
+) -> None:
     """Replaces the look-up in the module that runs an engine's grouped GEMM. It raises nothing.
 
     Args:
@@ -295,6 +327,7 @@ def install(module: ModuleType, engine: Engine, session: Session, rank: Any = No
         session: the session whose store answers.
         rank: the rank that is measured for all; see `Question.of`.
         spelled: the value of `MOETUNE_REGIME`.
+        tune_s: as in `TritonAnswers`.
     """
     original = getattr(module, NAME, None)
     try:
@@ -306,7 +339,7 @@ def install(module: ModuleType, engine: Engine, session: Session, rank: Any = No
             "moetune: Triton experts are left to the engine: %s of this version has another %s", engine.name, NAME
         )
         return
-    answers = TritonAnswers(session, engine, original, rank, spelled)
+    answers = TritonAnswers(session, engine, original, rank, spelled, tune_s)
     replacement = _vllm(answers) if engine is VLLM else _sglang(answers)
     setattr(module, NAME, replacement)
 

@@ -6,21 +6,24 @@ import ast
 import importlib
 import importlib.metadata
 import logging
+import shutil
 import sys
 
 import pytest
+import torch
 from choices import make_choice
 from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
 
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import request_of
-from moetune.engine import plugins, session, triton_hook
+from moetune.engine import plugins, session, start_tune, triton_hook
 from moetune.engine.warmup_end import LAST_STEPS
 from moetune.export.engine_log import parsed_log
 from moetune.inputs import flashinfer_versions, launch
 from moetune.inputs.options import parse
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
+from moetune.store.store import Store
 from moetune.tuning.question import Question
 
 ENGINES = ("vllm", "sglang")
@@ -459,6 +462,93 @@ def test_the_store_is_read_once_for_a_shape_and_its_profile_once_for_a_row_count
             grouped.ask(W1, W2, 2, None, rows)
     assert reads == [1]
     assert looked_up == list(range(1, 65))
+
+
+def some_of(profile, text, backend, buckets):
+    """Stores the choices of some buckets of a profile."""
+    options = parse(text)
+    question = Question.of(options.layer, options.regime, backend, rank=options.rank)
+    chosen = tuple(choice for choice in profile.choices if choice.rows in buckets)
+    question.store.save(profile.model_copy(update={"choices": chosen}))
+
+
+@pytest.fixture
+def tunes(monkeypatch):
+    """Replaces the process that tunes. Returns what it is asked, and sets what it does."""
+    asked = []
+
+    def set_tune(act, obstacle=None):
+        monkeypatch.setenv(start_tune.VARIABLE, "120")
+        monkeypatch.setattr(start_tune, "obstacle", lambda: obstacle)
+        monkeypatch.setattr(start_tune, "tune_within", lambda *given: asked.append(given) or act())
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        return asked
+
+    return set_tune
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_not_stored_is_tuned_before_the_first_answer(engine, engine_of, tunes, caplog):
+    saved = []
+    asked = tunes(lambda: saved.append(save(spelled(), backend_for(engine))))
+    grouped, _ = engine_of(engine, spelled())
+    for rows in (8, 8, 60):
+        found = grouped.ask(W1, W2, 2, None, rows)
+        assert found == dict(saved[0].tactic(rows))
+    ((limit_s, layer, regime, backend, root, device, rank),) = asked
+    opened = session.current()
+    assert (limit_s, layer, regime, root) == (120.0, opened.layer, opened.regime, opened.store.root)
+    assert (backend.name, device, rank) == ("triton", "cuda:3", parse(spelled()).rank)
+    begun, ended = lines(caplog)
+    assert begun == "moetune: Triton experts E=4, N=256: tuning what the store lacks, at most 120 s"
+    assert ended.endswith(f", {len(saved[0].choices)} buckets (tuned in 0 s)")
+    assert parsed_log(ended).plugin == ("E=4, N=256",)
+
+
+def test_a_stored_profile_is_not_tuned_again(engine_of, tunes):
+    profile = save(spelled(), TritonBackend())
+    asked = tunes(lambda: None)
+    grouped, _ = engine_of("vllm", spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+    assert not asked
+
+
+@pytest.mark.parametrize("obstacle", [None, "a CUDA graph is being captured"])
+def test_if_nothing_could_be_tuned_the_engines_own_runs_and_the_reason_is_one_short_line(
+    obstacle, engine_of, tunes, caplog
+):
+    asked = tunes(lambda: "out of memory: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", obstacle)
+    grouped, other = engine_of("vllm", spelled())
+    for rows in (8, 9):
+        assert grouped.ask(W1, W2, 2, None, rows) == other.ask(W1, W2, 2, None, rows)
+    assert len(asked) == (obstacle is None), "once"
+    reason = obstacle or "out of memory: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+    assert lines(caplog)[-1].startswith(
+        f"moetune: Triton experts E=4, N=256: no profile (not all tuned: {reason}), the"
+    )
+
+
+def test_a_bucket_that_was_not_tuned_in_time_is_left_to_the_engine(engine_of, tunes, caplog):
+    profile = save(spelled(), TritonBackend())
+    shutil.rmtree(Store().root)
+    tuned = (1, 2, 4, 8)
+    tunes(lambda: some_of(profile, spelled(), TritonBackend(), tuned) or "the time ended before 6 buckets")
+    grouped, other = engine_of("vllm", spelled())
+    for rows in range(1, 70):
+        bucket = profile.choice(rows).rows
+        own = dict(profile.tactic(rows)) if bucket in tuned else other.ask(W1, W2, 2, None, rows)
+        assert grouped.ask(W1, W2, 2, None, rows) == own
+    assert lines(caplog)[-1].endswith(", 4 buckets (not all tuned: the time ended before 6 buckets)")
+
+
+def test_a_wrong_number_of_seconds_is_logged_and_the_store_answers(engine_of, tunes, monkeypatch, caplog):
+    profile = save(spelled(), TritonBackend())
+    asked = tunes(lambda: None)
+    monkeypatch.setenv(start_tune.VARIABLE, "1")
+    grouped, _ = engine_of("vllm", spelled())
+    assert grouped.ask(W1, W2, 2, None, 8) == dict(profile.tactic(8))
+    assert "moetune: nothing is tuned at the start: MOETUNE_TUNE_AT_START=1 is not a number" in caplog.text
+    assert not asked
 
 
 LOOKUPS = ("get_config_file_name", "get_moe_configs", "get_default_config", NAME)
