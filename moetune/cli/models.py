@@ -18,6 +18,8 @@ def models(as_json: bool) -> None:
 
     In a pipe and with --json, each has the address of the config that its values come from.
     """
+    from rich.text import Text
+
     from moetune.inputs import presets
     from moetune.report.lists import models_table
 
@@ -33,4 +35,5 @@ def models(as_json: bool) -> None:
         addresses = not on_terminal()
         show(models_table(sources, addresses=addresses))
         if not addresses:
-            show("", "[dim]The names are links to the configs; `moetune models | cat` prints the addresses.[/]")
+            links = "The names are links to the configs; `moetune models | cat` prints the addresses."
+            show("", Text(links, style="dim"))

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moetune.quoting import printable
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console, RenderableType
@@ -40,15 +42,25 @@ def miss_document(miss: MissError) -> dict[str, Any]:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Returns a console on stdout, or on stderr. It raises `BrokenPipeError` if the reader has closed the pipe."""
-    from rich.console import Console
+    """Returns a console on stdout, or on stderr. It raises `BrokenPipeError` if the reader has closed the pipe.
+
+    Names and messages can come from anyone, so no string is read as markup, and what a terminal would obey is escaped.
+    """
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
 
     class RaisingConsole(Console):
         def on_broken_pipe(self) -> None:
             raise
 
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                plain = segment.control is None and not segment.text.isprintable()
+                yield segment._replace(text=printable(segment.text)) if plain else segment
+
     stream = sys.stderr if stderr else sys.stdout
-    return RaisingConsole(file=stream, width=None if stream.isatty() else _columns(PIPE_COLUMNS), highlight=False)
+    width = None if stream.isatty() else _columns(PIPE_COLUMNS)
+    return RaisingConsole(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def _columns(default: int) -> int:
@@ -92,20 +104,25 @@ def report(text: str, *, command: str = "") -> None:
         text: its lines.
         command: a last line that is never folded, because a reader copies it whole.
     """
-    lines = text.splitlines()
+    lines = printable(text).split("\n")
     if sys.stderr.isatty():
         width = _columns(shutil.get_terminal_size().columns)
         lines = [
             textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False, subsequent_indent="  ")
             for line in lines
         ]
-    click.echo("\n".join([*lines, *([command] if command else [])]), err=True)
+    click.echo("\n".join([*lines, *([printable(command)] if command else [])]), err=True)
+
+
+def line(text: str, *, err: bool = False) -> None:
+    """Writes one line to stdout or stderr, never folded."""
+    click.echo(printable(text), err=err)
 
 
 @contextmanager
 def patience(message: str, seconds: float = 2.0) -> Iterator[None]:
     """Prints `message` on stderr if what runs inside takes longer than `seconds`."""
-    timer = threading.Timer(seconds, lambda: click.echo(message, err=True))
+    timer = threading.Timer(seconds, lambda: line(message, err=True))
     timer.daemon = True
     timer.start()
     try:

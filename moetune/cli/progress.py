@@ -8,11 +8,10 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self
 
-import click
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from moetune.cli.output import console
+from moetune.cli.output import console, line
 from moetune.report.format import duration, human_time
 from moetune.report.lines import versions
 from moetune.report.tactics import tactic_line
@@ -41,7 +40,7 @@ class Progress:
         self.served: Served | None = None
         self._console = console(stderr=True)
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("buckets ·"),
@@ -176,4 +175,4 @@ class Progress:
         if self._task is not None:
             self._bar.console.print(text, markup=False)
         else:
-            click.echo(text, err=True)
+            line(text, err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
+from rich.text import Text
 
 from moetune.cli.help import Command, Commands
 from moetune.cli.options import json_option, store_option
@@ -61,15 +61,20 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
     packaged = [entry for entry in profiles if folder.is_packaged(entry[0])]
     files = not on_terminal()
     if own:
-        show(f"[dim]store[/] [cyan]{escape(str(folder.root))}[/]", "", store_table(own, folder.root, files=files))
+        show(_where("store", folder.root), "", store_table(own, folder.root, files=files))
     else:
-        show(f"The store [cyan]{escape(str(folder.root))}[/] has no profile yet. `moetune tune` writes one.")
+        show(f"The store {folder.root} has no profile yet. `moetune tune` writes one.")
     if packaged and folder.packaged:
-        where = f"[dim]packaged with moetune, read-only[/] [cyan]{escape(str(folder.packaged))}[/]"
+        where = _where("packaged with moetune, read-only", folder.packaged)
         show("", where, "", store_table(packaged, folder.packaged, files=files))
     if profiles and not files:
-        show("", "[dim]The regimes are links to the files; `moetune store list | cat` prints their paths.[/]")
-    show(*(f"[yellow]unreadable[/] {escape(str(error))}" for _, error in broken))
+        links = "The regimes are links to the files; `moetune store list | cat` prints their paths."
+        show("", Text(links, style="dim"))
+    show(*(Text.assemble(("unreadable", "yellow"), f" {error}", no_wrap=True) for _, error in broken))
+
+
+def _where(what: str, folder: Path) -> Text:
+    return Text.assemble((what, "dim"), " ", (str(folder), "cyan"), no_wrap=True)
 
 
 def _summary(profile: Profile) -> dict[str, Any]:

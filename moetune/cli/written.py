@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import click
-
 from moetune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -119,13 +117,13 @@ def request_for_engine(request: Request, for_version: str | None = None) -> Requ
 
 def say(written: Written) -> None:
     """Prints files and shell lines on stdout, warnings and notes on stderr."""
-    from moetune.cli.output import report
+    from moetune.cli.output import line, report
 
     for warning in written.warnings:
         report(f"warning: {warning}")
     for note in written.notes:
         report(f"note: {note}")
     for file, state in written.files.items():
-        click.echo(f"{state}: {file}")
+        line(f"{state}: {file}")
     for name, value in written.variables.items():
-        click.echo(f"export {name}={shlex.quote(value)}")
+        line(f"export {name}={shlex.quote(value)}")

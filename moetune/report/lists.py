@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -43,7 +42,7 @@ def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = Tr
             *(f"{size:,}" for size in sizes),
             layer.precision.value,
             routing_line(layer.routing),
-            *([escape(source)] if addresses else []),
+            *([source] if addresses else []),
         )
     return table
 
@@ -68,7 +67,7 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for name, value in facts:
-        table.add_row(name.replace("_", " "), escape(value))
+        table.add_row(name.replace("_", " "), value)
     return table
 
 
@@ -100,7 +99,7 @@ def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: b
             profile.environment.device,
             f"{len(profile.choices)}/{len(profile.regime.buckets)}",
             measured[:10],
-            *([escape(below)] if files else []),
+            *([below] if files else []),
         )
     return table
 
