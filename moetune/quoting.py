@@ -24,10 +24,10 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…"
 
 
-def enumerated(words: Iterable[object], most: int = MOST_LISTED) -> str:
+def enumerated(words: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
     """Returns `a, b, c`, each word shortened, with `and N more` in place of the words after the first `most`."""
     named: Sequence[object] = list(words)
-    text = ", ".join(shortened(str(word)) for word in named[:most])
+    text = separator.join(shortened(str(word)) for word in named[:most])
     return f"{text} and {len(named) - most} more" if len(named) > most else text
 
 

@@ -7,17 +7,28 @@ Texts: `get_moe_configs` of vLLM 0.26.0 and 0.33.0 (`fused_moe.py`) and of SGLan
 from __future__ import annotations
 
 import re
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from moetune.errors import UsageError
 from moetune.spec.model import FrozenModel
+from moetune.untrusted import opened
 
 Event = Literal["read", "default", "other_triton", "reused"]
 """What an engine did: it read the file, ran its default, read the file of another Triton (SGLang), or took the first
 GEMM's rows for the second one (SGLang)."""
+MOST_BYTES: Final = 1_073_741_824
+"""The largest log. It is read line by line."""
+MOST_IN_LINE: Final = 2_048
+"""The most bytes of a line; the rest counts as another line. The engines' lines about files have some hundred."""
+MOST_LINES: Final = 10_000
+"""The most lines that can say something of MoE kernels. Engines write them when they start."""
+_MARKS: Final = re.compile(rb"MoE|moetune|Deterministic")
+"""What each line that says something of MoE kernels has in it."""
 _COLORS: Final = re.compile(r"\x1b\[[0-9;]*m")
-_NAMED: Final = r"[^\n]*?E=\d+,N=\d+,[^\n]*?\.json"
+_NAMED: Final = r"(?>[^\n]*?E=\d+,N=\d+,)[^\n]*?\.json"  # atomic: in a line without `.json` it gives up once
 _TEXTS: Final[tuple[tuple[Event, re.Pattern[str]], ...]] = (
     ("read", re.compile(rf"Using configuration from ({_NAMED}) for MoE layer\.")),
     ("read", re.compile(rf"Using MoE kernel config from ({_NAMED})\.")),
@@ -100,12 +111,14 @@ def read_log(path: Path | str) -> EngineLog:
         UsageError: the file cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        with opened(path, MOST_BYTES) as file:
+            lines = iter(partial(file.readline, MOST_IN_LINE), b"")
+            marked = list(islice(filter(_MARKS.search, lines), MOST_LINES))
     except OSError as error:
         raise UsageError(
             f"--log {path} cannot be read: {error.strerror or error}.", "Give the file with the engine's output."
         ) from None
-    return parsed_log(text, str(path))
+    return parsed_log(b"".join(marked).decode("utf-8", errors="replace"), str(path))
 
 
 def parsed_log(text: str, path: str = "") -> EngineLog:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Final, Literal
 
 from moetune.errors import UsageError
+from moetune.quoting import enumerated, quoted
 from moetune.store.files import replace
+from moetune.untrusted import read_bytes
+
+MOST_COMPARED: Final = 67_108_864
+"""The largest file whose content is compared, in bytes; a larger one is another."""
 
 State = Literal["written", "unchanged"]
 
@@ -28,13 +33,15 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
     Raises:
         UsageError: a file with other content exists and `force` was not given, or the folder cannot be written.
     """
+    for name in files:
+        _require_inside(name)
     try:
         present = {path: _held(path) for path in (folder / name for name in files)}
         texts = {folder / name: text.encode() for name, text in files.items()}
         others = [path for path, content in present.items() if content is not None and content != texts[path]]
         if others and not force:
             raise UsageError(
-                f"{', '.join(map(str, others))} exists with other content. Nothing was written.",
+                f"{enumerated(others)} exists with other content. Nothing was written.",
                 "Give another --out, or --force to replace it.",
             )
         for path, content in texts.items():
@@ -46,8 +53,18 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
     return {path: "unchanged" if present[path] == content else "written" for path, content in texts.items()}
 
 
+def _require_inside(name: str) -> None:
+    """Raises UsageError if a file's name, which has parts of the profile, leads out of the folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        raise UsageError(
+            f"The file {quoted(name)} would not lie in the output folder. Nothing was written.",
+            "Correct the profile's device or versions; moetune did not write them so.",
+        )
+
+
 def _held(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_bytes(path, MOST_COMPARED)
     except FileNotFoundError:
         return None

@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, Final
 
 from moetune.errors import UsageError
+from moetune.inputs.suggestions import MOST_COMPARED
 from moetune.quoting import quoted
 from moetune.spec.enums import ENGINE_TITLES
 
@@ -125,7 +126,7 @@ class FlagTable:
             **{one: self._names[one].name for one in self._names},
         }
         names |= {one: flag.name for one, flag in self._short.items() if len(one) > 1}
-        near = difflib.get_close_matches(_plain(name.partition(".")[0]), names, n=1, cutoff=0.7)
+        near = difflib.get_close_matches(_plain(name.partition(".")[0])[:MOST_COMPARED], names, n=1, cutoff=0.7)
         return names[near[0]] if near else None
 
     def _abbreviated(self, name: str, plain: str) -> Flag | None:

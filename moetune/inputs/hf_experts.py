@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from moetune.errors import UsageError
-from moetune.quoting import quoted
+from moetune.quoting import quoted, shortened
 
 PREFIXES = (
     "model.layers",
@@ -39,6 +40,14 @@ first expert only (vLLM `compressed_tensors_moe.py`)."""
 _LAYER = re.compile(r"(?:^|[.*])(?:layers|blocks|h)\.(\d+)(?=\.|\*|$)")
 _NAMES_EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
 _ELSEWHERE = re.compile(r"mtp|nextn|eagle|shared|vision|visual|image|audio|talker|resampler|experts\\?\.[\d(\[\\]")
+MOST_PATTERNS = 2_000
+"""The most patterns with wildcards in a list. Plain names are not counted."""
+MOST_IN_PATTERN = 2_000
+MOST_REPEATS = 5
+MOST_SECONDS = 0.5
+"""Of processor time, for the patterns of one list."""
+_REPEAT = re.compile(r"(?<!\\)[*+]|(?<![\\(*+?}])\?|(?<!\\)\{\d*,?\d*\}")
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{)")
 _REGEX_MARKS = re.compile(r"[\^$()|\\+{]")
 
 
@@ -68,12 +77,15 @@ class ExpertModules:
         patterns = [_Pattern(name, where) for name in dict.fromkeys(names)]
         plain = frozenset(p.text for p in patterns if p.expression is None and self._words.issuperset(p.components))
         searched = [pattern for pattern in patterns if pattern.expression is not None]
+        if len(searched) > MOST_PATTERNS:
+            raise UsageError(f"{where}: more than {MOST_PATTERNS} patterns.", "Pass --precision.")
         used: set[str] = set()
-        found = frozenset(layer for layer in self.layers if self._is_meant(layer, plain, searched, used))
+        clock = _Clock(where)
+        found = frozenset(layer for layer in clock.watched(self.layers) if self._is_meant(layer, plain, searched, used))
         for pattern in patterns:
             if pattern.text in used or not self._should_match(pattern.text):
                 continue
-            if not any(pattern.matches(name) for layer in self.layers for name in self._names(layer)):
+            if not any(pattern.matches(name) for layer in clock.watched(self.layers) for name in self._names(layer)):
                 raise UsageError(
                     f"{where}: {quoted(pattern.given)} names experts, but not as {PREFIXES[0]}.N.{self.experts[0]}.",
                     "Pass --precision.",
@@ -147,12 +159,14 @@ class _Pattern:
     def expression(self) -> re.Pattern[str] | None:
         """Returns the compiled pattern, or None for a plain name."""
         if self.is_regular:
+            _require_fast(self.text, f"{self.where}: {quoted(self.given)}")
             try:
                 # Without `re:` a match must end where a module's name ends (transformers: should_convert_module).
                 return re.compile(self.text if self.given.startswith("re:") else rf"(?:{self.text})(?=\.|$)")
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise UsageError(
-                    f"{self.where}: {quoted(self.given)} is not a regular expression: {error}.", "Pass --precision."
+                    f"{self.where}: {quoted(self.given)} is not a regular expression: {shortened(str(error))}.",
+                    "Pass --precision.",
                 ) from None
         if not any(mark in self.text for mark in "*?["):
             return None
@@ -174,6 +188,41 @@ class _Pattern:
         """Returns the only layer that the pattern can name, or None if there can be others. It saves comparisons."""
         number = None if self.is_regular else _LAYER.search(self.text)
         return int(number.group(1)) if number else None
+
+
+class _Clock:
+    """Ends a search that takes too long."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._began = where, time.thread_time()
+
+    def watched(self, layers: Iterable[int]) -> Iterator[int]:
+        """Yields the layers.
+
+        Raises:
+            UsageError: the layers before took more than `MOST_SECONDS`.
+        """
+        for layer in layers:
+            if time.thread_time() - self._began > MOST_SECONDS:
+                raise UsageError(f"{self._where}: its patterns take too long to search for.", "Pass --precision.")
+            yield layer
+
+
+def _require_fast(text: str, what: str) -> None:
+    """Checks that a regular expression needs little time: it repeats single characters only, and few of them.
+
+    `(a+)+` needs time that doubles with each character of the name that it does not match.
+
+    Raises:
+        UsageError: it repeats a group, or has too many repetitions.
+    """
+    repeats = len(_REPEAT.findall(text))
+    if len(text) > MOST_IN_PATTERN or repeats > MOST_REPEATS or _REPEATED_GROUP.search(text):
+        raise UsageError(
+            f"{what} can take too long: moetune reads regular expressions of at most {MOST_IN_PATTERN} characters and "
+            f"{MOST_REPEATS} repetitions, none of a group.",
+            "Pass --precision.",
+        )
 
 
 def _runs(name: str) -> set[str]:

@@ -16,7 +16,7 @@ from moetune.inputs.launch_line import Line, known_text, parse
 from moetune.inputs.launch_model import Deployed, changed_precision, model_named
 from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
-from moetune.quoting import quoted
+from moetune.quoting import enumerated, quoted, shortened
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
 _READERS: Final[Mapping[str, _Reader]] = {
@@ -26,6 +26,8 @@ _READERS: Final[Mapping[str, _Reader]] = {
 }
 _SETTINGS_FLAG: Final = {"vllm": "config", "sglang": "config", "trtllm": None}
 """The flag that names a settings file, if its settings have the names of flags. TensorRT-LLM's have other names."""
+MOST_UNKNOWN: Final = 100
+"""The most flags of a line that the engine does not have."""
 _DISPATCHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "vllm": ("all2all-backend", "VLLM_ALL2ALL_BACKEND"),
     "sglang": ("moe-a2a-backend", "enable-deepep-moe"),
@@ -137,10 +139,15 @@ def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
         UsageError: a flag looks like a misspelling of one that decides the kernels or their load.
     """
     said = []
-    for flag in dict.fromkeys(line.unknown):
+    unknown = dict.fromkeys(line.unknown)
+    if len(unknown) > MOST_UNKNOWN:
+        raise UsageError(
+            f"{program} has none of these {len(unknown)} flags: {enumerated(unknown)}.", "Give the server's command."
+        )
+    for flag in unknown:
         nearest = line.table.nearest(flag)
         hint = f" The nearest is --{nearest}." if nearest else ""
-        message = f"{program} has no flag {flag} ({engine} {line.table.version})."
+        message = f"{program} has no flag {shortened(flag)} ({engine} {line.table.version})."
         if nearest in DECIDING:
             raise UsageError(f"{message}{hint}", "Correct the line, or leave the flag out.")
         said.append(f"{message}{hint} It is ignored.")

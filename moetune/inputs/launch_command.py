@@ -11,7 +11,7 @@ from typing import Final
 from moetune.errors import UsageError
 from moetune.inputs import shell
 from moetune.inputs.shell import Command, Word
-from moetune.quoting import quoted
+from moetune.quoting import enumerated, quoted, shortened
 from moetune.untrusted import parse_json
 
 FORMS: Final = (
@@ -38,6 +38,8 @@ _IMAGES: Final = (
 """The images whose entry point is a server. vLLM's `docker/Dockerfile` ends in `ENTRYPOINT ["vllm", "serve"]`. The
 images of SGLang and TensorRT-LLM have no such entry point."""
 _CONTAINERS: Final = ("docker", "podman", "nerdctl")
+MOST_SHELLS: Final = 8
+"""The most shells that run each other, as in `bash -c "bash -c …"`."""
 _SHELLS: Final = ("bash", "sh", "zsh", "dash")
 _TALK: Final = ("echo", "printf", "pip", "pip3", "git", "cd", "cat", "grep", "pkill", "curl", "watch", "sleep", "which")
 _DOCKERFILE: Final = re.compile(r"(CMD|ENTRYPOINT|RUN)\s+(?=\S)")
@@ -84,20 +86,20 @@ def find(text: str) -> ServerCommand:
         UsageError: no server or more than one, a quote that is not closed, or a flag that begins with a typographic
                 sign.
     """
-    found = list(_servers(_commands(text, {})))
+    found = list(_servers(_commands(text, {}), 0))
     if not found:
         shown = " ".join(text.split())
         raise UsageError(f"--launch finds no server in {quoted(shown[:100])}.", f"It reads {FORMS}.")
     if len(found) > 1:
-        listed = "; ".join(f"({number}) {one.spelled[:100]}" for number, one in enumerate(found, 1))
+        listed = enumerated((f"({number}) {one.spelled[:100]}" for number, one in enumerate(found, 1)), separator="; ")
         raise UsageError(f"--launch finds {len(found)} servers: {listed}.", "Pass the line of one of them.")
     for word in found[0].arguments:
         _require_plain(word)
     for command in _commands(text, {}):
         if command.words[0].text.startswith("-") and command.words[0].text.strip("-"):
             raise UsageError(
-                f"A command begins with {command.words[0].text}: the line before it does not end with a backslash, so "
-                "a shell would not pass it to the server.",
+                f"A command begins with {shortened(command.words[0].text)}: the line before it does not end with a "
+                "backslash, so a shell would not pass it to the server.",
                 "End every line but the last with a backslash.",
             )
     return found[0]
@@ -116,14 +118,16 @@ def _commands(text: str, variables: Mapping[str, Word]) -> tuple[Command, ...]:
     return shell.commands(text, variables)
 
 
-def _servers(commands: tuple[Command, ...]) -> Iterator[ServerCommand]:
+def _servers(commands: tuple[Command, ...], depth: int) -> Iterator[ServerCommand]:
+    if depth > MOST_SHELLS:  # a variable can contain the command that runs it
+        raise UsageError(f"--launch has more than {MOST_SHELLS} shells inside each other.", "Give the innermost.")
     for command in commands:
         words = [word.text for word in command.words]
         if words[0] in _TALK:
             continue
         nested = _nested(words)
         if nested is not None:
-            yield from _servers(_commands(words[nested], _variables(command, nested)))
+            yield from _servers(_commands(words[nested], _variables(command, nested)), depth + 1)
         elif (called := _called(words)) is not None:
             (engine, program), start = called
             yield ServerCommand(
@@ -133,13 +137,13 @@ def _servers(commands: tuple[Command, ...]) -> Iterator[ServerCommand]:
 
 def _nested(words: list[str]) -> int | None:
     """Returns the index of the text that a nested shell runs (`bash -lc TEXT`), or None."""
-    for index, word in enumerate(words):
-        if PurePosixPath(word).name in _SHELLS:
-            for later in range(index + 1, len(words) - 1):
-                if re.fullmatch(r"-[a-z]*c", words[later]):
-                    return later + 1
+    names = [PurePosixPath(word).name for word in words]
+    if (first := next((index for index, name in enumerate(names) if name in _SHELLS), None)) is not None:
+        for later in range(first + 1, len(words) - 1):
+            if re.fullmatch(r"-[a-z]*c", words[later]):
+                return later + 1
     # docker run --entrypoint bash IMAGE -c TEXT
-    if "--entrypoint" in words and PurePosixPath(words[words.index("--entrypoint") + 1]).name in _SHELLS:
+    if "--entrypoint" in words[:-1] and names[words.index("--entrypoint") + 1] in _SHELLS:
         return next((index + 1 for index, word in enumerate(words[:-1]) if re.fullmatch(r"-[a-z]*c", word)), None)
     return None
 

@@ -15,6 +15,10 @@ from typing import Final
 
 from moetune.errors import UsageError
 
+MOST_CHARACTERS: Final = 32_768
+"""The longest text."""
+MOST_EXPANDED: Final = 131_072
+"""The most characters that replace variables."""
 _BLANKS: Final = " \t\r"
 _OPERATORS: Final = ("&&", "||", "|&", ";;", "&", "|", ";", "(", ")", "\n")
 _REDIRECTION: Final = re.compile(r"&>>|&>|<<<|<<-|<<|<>|<&|>>|>&|>\||<|>")
@@ -61,8 +65,13 @@ def commands(text: str, variables: Mapping[str, Word] | None = None) -> tuple[Co
         variables: the variables that are set before the first line.
 
     Raises:
-        UsageError: a quote or a bracket is not closed.
+        UsageError: a quote or a bracket is not closed, or the text is too long.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"A launch line has at most {MOST_CHARACTERS:,} characters, given {len(text):,}.",
+            "Give the command that starts the server alone.",
+        )
     return tuple(_Reader(text, dict(variables or {})).read())
 
 
@@ -92,6 +101,7 @@ class _Reader:
         self.variables = variables
         self.arrays: dict[str, list[Word]] = {}
         self.heredocs: list[str] = []
+        self.expanded = 0
 
     def read(self) -> Iterator[Command]:
         words: list[Word] = []
@@ -283,6 +293,15 @@ class _Reader:
         self.at += 1
         return None
 
+    def _count(self, *words: Word) -> None:
+        """Counts what replaces a variable. Variables that contain others can double with each line."""
+        self.expanded += sum(len(word.text) + len(word.unexpanded) + len(word.assumed) + 1 for word in words)
+        if self.expanded > MOST_EXPANDED:
+            raise UsageError(
+                f"The launch line cannot be read: its variables have more than {MOST_EXPANDED:,} characters.",
+                "Write their values where they are used.",
+            )
+
     def _unknown(self, current: _Field, end: int) -> None:
         written = self.text[self.at : end]
         current.add(written)
@@ -295,6 +314,7 @@ class _Reader:
         if (elements := _ELEMENTS.fullmatch(inner)) and elements[1] in self.arrays and split is not None:
             self.at = end
             listed = self.arrays[elements[1]]
+            self._count(*listed)
             return self._spread(current, split, listed if quoted else [part for one in listed for part in _parts(one)])
         value, defaulted = self.variables.get(inner), _DEFAULTED.fullmatch(inner)
         if value is None and defaulted:
@@ -304,6 +324,7 @@ class _Reader:
         if value is None:
             return self._unknown(current, end)
         self.at = end
+        self._count(value)
         if quoted or split is None:
             current.unexpanded += value.unexpanded
             current.assumed += value.assumed

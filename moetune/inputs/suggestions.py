@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
+
+MOST_COMPARED: Final = 100
+"""The characters of a name that are compared: the time grows with their square."""
 
 
 def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -11,7 +15,7 @@ def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
     Names that contain `given` come first. At most four are suggested.
     """
-    names = list(known)
+    names, given = list(known), given[:MOST_COMPARED]
     containing = [name for name in names if given and given in name]
     similar = difflib.get_close_matches(given, names, n=4, cutoff=cutoff)
     found = list(dict.fromkeys([*containing, *similar]))[:4]
