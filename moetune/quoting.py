@@ -7,6 +7,10 @@ from typing import Final
 
 MOST_QUOTED: Final = 200
 """Number of characters of an input that a message quotes."""
+MOST_IN_PATH: Final = 4_096
+"""Number of characters of a path that can exist (`PATH_MAX` of Linux)."""
+MOST_CONDENSED: Final = 1_000
+"""Number of characters of another library's message."""
 MOST_LISTED: Final = 8
 """Number of names that a message lists."""
 
@@ -24,11 +28,23 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}…"
 
 
+def shown_path(path: object) -> str:
+    """Returns a path whole, because a reader copies it. One that is too long for any file is shortened."""
+    text = str(path)
+    return text if len(text) <= MOST_IN_PATH else shortened(text)
+
+
 def enumerated(words: Iterable[object], most: int = MOST_LISTED, separator: str = ", ") -> str:
     """Returns `a, b, c`, each word shortened, with `and N more` in place of the words after the first `most`."""
     named: Sequence[object] = list(words)
     text = separator.join(shortened(str(word)) for word in named[:most])
     return f"{text} and {len(named) - most} more" if len(named) > most else text
+
+
+def condensed(text: str) -> str:
+    """Returns a message of another library, which can quote an input whole: each word shortened, then all of it."""
+    words = " ".join(shortened(word) for word in text.split(" "))
+    return words if len(words) <= MOST_CONDENSED else f"{words[:MOST_CONDENSED]}…"
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _places(line: TableLine, folder: Path | None, triton: str | None) -> Places:
 
     source = "--folder" if folder is not None else FOLDER_VARIABLES[line.engine]
     own = folder if folder is not None else Path(line.folder) if line.folder else None
-    if own is not None and not own.is_dir():
+    if own is not None and not os.path.isdir(own):
         raise UsageError(
             f"{source} must be a folder, given {quoted(str(own))}.",
             "Give the folder that `moetune export` wrote; inside a container it may have another path: give --folder.",

@@ -15,6 +15,7 @@ from moetune.cli import signals
 from moetune.cli.help import Commands
 from moetune.cli.streams import discard_stdout, failure_of_stdout
 from moetune.errors import MissError, MoetuneError
+from moetune.quoting import condensed
 
 DEBUG_VARIABLE = "MOETUNE_DEBUG"
 
@@ -82,9 +83,9 @@ class CommandLine(LazyGroup):
             return error.exit_code
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "moetune"
-            return _fail(f"{error.format_message()} See `{command} --help`.", code=error.exit_code)
+            return _fail(f"{condensed(error.format_message())} See `{command} --help`.", code=error.exit_code)
         except click.ClickException as error:
-            return _fail(error.format_message(), code=error.exit_code)
+            return _fail(condensed(error.format_message()), code=error.exit_code)
         except MissError as error:
             return _fail(error.message, error.hint, command=_view(error), code=error.exit_code)
         except MoetuneError as error:
@@ -140,7 +141,7 @@ def _unexpected(error: Exception) -> int:
             code=1,
         )
     report = f"This is a bug in moetune. Set {DEBUG_VARIABLE}=1 to see where."
-    return _fail(f"unexpected {type(error).__name__}: {error}. {report}", code=1)
+    return _fail(f"unexpected {type(error).__name__}: {condensed(str(error))}. {report}", code=1)
 
 
 @click.group(

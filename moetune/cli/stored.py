@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,7 @@ def stored_profile(
         raise UsageError("--near looks a profile up; a profile's path needs no look-up.", "Give --model, or no --near.")
     folder = Store(root)
     if path is not None:
-        if not path.exists() and is_model(str(path)):
+        if not os.path.exists(path) and is_model(str(path)):
             raise UsageError(f"There is no profile {path}: it is the name of a model.", model_hint(str(path), command))
         return Match(path, folder.read(path))
     assert request is not None

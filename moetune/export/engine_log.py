@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Literal
 
 from moetune.errors import UsageError
+from moetune.quoting import shown_path
 from moetune.spec.model import FrozenModel
 from moetune.untrusted import opened
 
@@ -116,7 +117,8 @@ def read_log(path: Path | str) -> EngineLog:
             marked = list(islice(filter(_MARKS.search, lines), MOST_LINES))
     except OSError as error:
         raise UsageError(
-            f"--log {path} cannot be read: {error.strerror or error}.", "Give the file with the engine's output."
+            f"--log {shown_path(path)} cannot be read: {error.strerror or error}.",
+            "Give the file with the engine's output.",
         ) from None
     return parsed_log(b"".join(marked).decode("utf-8", errors="replace"), str(path))
 

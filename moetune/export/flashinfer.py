@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from moetune.backends.grouped_triton.kernel_versions import numbers
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer_keys import RUNNER, cutlass_keys, trtllm_keys
@@ -123,7 +124,7 @@ def _entries(profile: Profile, version: Version, rows: int, tactic: Tactic) -> I
     if profile.backend == "flashinfer-cutlass":
         first, second = cutlass_pair(profile, tactic)
         capability = profile.environment.strict.get("compute_capability", "9.0")
-        early = int(capability.partition(".")[0]) >= 9
+        early = numbers(capability)[:1] >= (9,)
         for keys in cutlass_keys(version, layer, regime, rows, early):
             yield keys[0], [RUNNER, first]
             yield keys[1], [RUNNER, second]

@@ -257,7 +257,7 @@ def _other_deployment(line: TableLine, name: str, places: Places) -> str:
         origin = read_json(path)
         layer, regime = MoELayer(**origin["layer"]), origin["regime"]
         regime = Regime(**{key: value for key, value in regime.items() if key != "digest"})
-    except (OSError, ValueError, KeyError, TypeError, UsageError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
         return ""
     mine, theirs = line.layer.shape, layer.shape
     found = [(key, theirs[key], mine[key]) for key in mine if mine[key] != theirs[key]]

@@ -73,7 +73,9 @@ class TritonProfile:
                 f"{engine}'s grouped Triton GEMM has no file for {layer.precision.value} experts.",
                 f"It has files for {', '.join(DTYPES)}.",
             )
-        if missing := ", ".join(sorted({"compute_capability", "triton", "remote"} - strict.keys())):
+        named = [name for name in ("compute_capability", "triton") if numbers(strict.get(name, ""))]
+        named += ["remote"] if strict.get("remote") in ("drop", "zero") else []
+        if missing := ", ".join(sorted({"compute_capability", "triton", "remote"} - set(named))):
             raise UnsupportedError(
                 f"The profile was measured on {profile.environment.device} and does not say {missing}.",
                 "Tune on the GPU that will serve.",

@@ -15,7 +15,7 @@ from moetune.inputs.hf_experts import ExpertModules, mentioned_layers
 from moetune.inputs.hf_fields import SIZES_HINT, Config, Fields
 from moetune.inputs.hf_model_types import MODEL_TYPES, PARAMS_JSON, ModelType
 from moetune.inputs.hf_quantization import named_modules, stored_dtype, stored_experts
-from moetune.quoting import enumerated, quoted
+from moetune.quoting import enumerated, quoted, shown_path
 from moetune.spec.enums import Precision
 from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation, MoELayer
 from moetune.untrusted import read_json
@@ -72,11 +72,11 @@ def read_config(
         config = _merged(source, overrides or {})
         return _reading(config, _quantization(config), "config", name or "custom", precision)
     path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     config = _merged(_read(path), overrides or {})
     quantization = _quantization(config)
     beside = path.with_name("hf_quant_config.json")
-    if quantization is None and beside.is_file():
+    if quantization is None and os.path.isfile(beside):
         found = _read(beside).get("quantization")
         if not isinstance(found, Mapping):
             raise UsageError(
@@ -94,10 +94,11 @@ def _read(path: Path) -> Config:
         parsed = read_json(path)
     except OSError as error:
         raise UsageError(
-            f"{path} cannot be read: {error.strerror or error}.", "Pass a config.json, its folder or a model's name."
+            f"{shown_path(path)} cannot be read: {error.strerror or error}.",
+            "Pass a config.json, its folder or a model's name.",
         ) from None
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON: {error}.", "Pass a model's config.json.") from None
+        raise UsageError(f"{shown_path(path)} is not JSON: {error}.", "Pass a model's config.json.") from None
     if not isinstance(parsed, dict):
         raise UsageError(
             f"{path} is not a config: a JSON object is expected, found {type(parsed).__name__}.",

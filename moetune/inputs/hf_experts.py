@@ -37,7 +37,7 @@ MATRICES = (
 )
 """The spellings of one expert's matrices, then of the tensors that have those of all experts. An engine looks up the
 first expert only (vLLM `compressed_tensors_moe.py`)."""
-_LAYER = re.compile(r"(?:^|[.*])(?:layers|blocks|h)\.(\d+)(?=\.|\*|$)")
+_LAYER = re.compile(r"(?:^|[.*])(?:layers|blocks|h)\.(\d{1,9})(?=\.|\*|$)")
 _NAMES_EXPERTS = re.compile(r"(?<![A-Za-z_])experts(?![A-Za-z_])")
 _ELSEWHERE = re.compile(r"mtp|nextn|eagle|shared|vision|visual|image|audio|talker|resampler|experts\\?\.[\d(\[\\]")
 MOST_PATTERNS = 2_000

@@ -169,7 +169,7 @@ def _inputs(group: Config) -> Config | None:
 
 def _block(structure: Any) -> Any:
     """Returns the sides of a block: `[128, 128]` for `"128x128"`, which some checkpoints have instead."""
-    if isinstance(structure, str) and structure.replace("x", "").isdigit():
+    if isinstance(structure, str) and len(structure) < 16 and structure.replace("x", "").isdecimal():
         return [int(side) for side in structure.split("x") if side]
     return structure if structure is not None else ()
 

@@ -14,7 +14,7 @@ from moetune.inputs import settings_file
 from moetune.inputs.flag_table import Flag, FlagTable
 from moetune.inputs.shell import Word
 from moetune.quoting import quoted, shortened
-from moetune.untrusted import parse_json
+from moetune.untrusted import MOST_DIGITS, parse_json
 
 TRUE: Final = ("true", "1", "yes", "on")
 _FLAG: Final = re.compile(r"--?[A-Za-z]")
@@ -142,7 +142,7 @@ def number(text: str, shown: str, least: int = 1) -> int:
     Raises:
         UsageError: not an integer, or below `least`.
     """
-    match = _NUMBER.fullmatch(text.replace("_", ""))
+    match = _NUMBER.fullmatch(text.replace("_", "")) if len(text) <= MOST_DIGITS else None
     scaled = Fraction(match[1] + (match[2] or "")) * _FACTORS[match[3]] if match else None
     if scaled is None or scaled.denominator != 1:
         raise UsageError(f"{shown} must be an integer, given {quoted(text)}.")

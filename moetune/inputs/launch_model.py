@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs import presets, repositories
 from moetune.inputs.launch_line import Line, known_text
+from moetune.quoting import enumerated
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 
@@ -64,13 +65,13 @@ def model_named(line: Line, *, precise: bool) -> Model:
     word = value.words[0] if value and value.words else (line.positional[0] if line.positional else None)
     if word is None or not word.text:
         swallowed = (
-            f" The engine has no flag {', '.join(line.unknown)}; the name may have been read as its value."
+            f" The engine has no flag {enumerated(line.unknown)}; the name may have been read as its value."
             if line.unknown
             else ""
         )
         raise UsageError(f"The launch line names no model.{swallowed}", "Pass --model as well.")
     name = known_text(word, "The model")
-    if Path(name).exists():
+    if os.path.exists(name):
         return Model(name, None)
     if "/" not in name and name.lower() in presets.names():
         return Model(name.lower(), None)

@@ -6,6 +6,7 @@ Sources: `get_moe_configs` of vLLM 0.33.0 and SGLang 0.5.23. Shared experts: `re
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,7 +200,7 @@ def _fused(line: Line, layer: MoELayer, options: Mapping[str, Any], ep: int, dis
 
 def _architecture(layer: MoELayer, model: Any) -> str:
     """Returns the first architecture of a config, or that of a preset; empty if it is neither or fuses nothing."""
-    if model is None or not Path(str(model)).exists():
+    if model is None or not os.path.exists(str(model)):
         return _ARCHITECTURES.get(layer.name, "")
     path = Path(str(model))
     try:

@@ -12,7 +12,8 @@ from moetune.errors import UsageError
 from moetune.inputs import presets
 from moetune.inputs.hf import Reading
 from moetune.inputs.option_table import OPTIONS, SIZES, Group, flag
-from moetune.quoting import quoted
+from moetune.inputs.shell import MOST_CHARACTERS
+from moetune.quoting import condensed, quoted
 from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -45,6 +46,8 @@ def parse(text: str) -> Deployment:
         UsageError: an option is unknown, a value is missing or invalid, there is no `--model`, or as `resolve`.
         UnsupportedError: as `launch.read`.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(f"Options have at most {MOST_CHARACTERS:,} characters, given {len(text):,}.")
     try:
         given = _parsed(shlex.split(text))
     except ValueError as error:
@@ -85,9 +88,9 @@ def _parsed(words: list[str]) -> dict[str, Any]:
                 f"{error.option_name} cannot be given here: the engine chooses its kernels and its device itself.",
                 "Leave the option out.",
             ) from None
-        raise UsageError(error.format_message(), _known()) from None
+        raise UsageError(condensed(error.format_message()), _known()) from None
     except click.UsageError as error:
-        raise UsageError(error.format_message(), _known()) from None
+        raise UsageError(condensed(error.format_message()), _known()) from None
 
 
 def _known() -> str:

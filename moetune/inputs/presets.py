@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moetune.errors import UsageError
@@ -154,7 +153,7 @@ def layer_from_sizes(
 
 def _is_path(text: str) -> bool:
     separators = {os.sep, os.altsep or os.sep}
-    return any(mark in text for mark in separators) or text.endswith(".json") or (bool(text) and Path(text).is_dir())
+    return any(mark in text for mark in separators) or text.endswith(".json") or (bool(text) and os.path.isdir(text))
 
 
 def _key(name: str) -> str:

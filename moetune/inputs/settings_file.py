@@ -10,7 +10,7 @@ import yaml
 
 from moetune.errors import UsageError
 from moetune.inputs.shell import Word
-from moetune.quoting import shortened
+from moetune.quoting import shortened, shown_path
 from moetune.untrusted import MOST_DIGITS, MOST_NESTING, read_text, require_plain
 
 MOST_BYTES: Final = 65_536
@@ -34,7 +34,8 @@ def read(path: str, flag: str) -> dict[str, Any]:
     try:
         text = read_text(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{flag} {path}: the file cannot be read: {error}.", hint) from None
+        said = shortened(str(error))
+        raise UsageError(f"{flag} {shown_path(path)}: the file cannot be read: {said}.", hint) from None
     try:
         found = _plain(_loaded(text))
     except (yaml.YAMLError, *_CONSTRUCTORS_ERRORS) as error:

@@ -24,6 +24,8 @@ from moetune.spec.bounds import MOST_BUCKETS, MOST_RANKS, MOST_ROWS, require_bet
 from moetune.spec.model import FrozenModel
 
 Rounding = Literal["floor", "ceil", "nearest"]
+MOST_DIGITS = 20
+"""Number of digits of a number that are read. It is out of range if it has more."""
 POW2_LAST = 8192
 """The largest power of two among the buckets of `pow2`."""
 VLLM_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
@@ -76,7 +78,7 @@ class Ladder(FrozenModel):
         text, slash, divisor = str(spelled).strip().lower().partition("/")
         if slash and not (divisor.isascii() and divisor.isdecimal()):
             raise UsageError(f"Unknown ladder {quoted(spelled)}.", f"A ladder is one of {SPELLINGS}.")
-        share = int(divisor or 1)
+        share = int(divisor[:MOST_DIGITS] or 1)
         match text:
             case "pow2" | "hybrid" | "vllm" | "adaptive":
                 return cls(name=text, divisor=share)
@@ -85,7 +87,7 @@ class Ladder(FrozenModel):
         parts = [part.strip() for part in text.split(",")]
         if not all(part.isascii() and part.removeprefix("-").isdecimal() for part in parts):
             raise UsageError(f"Unknown ladder {quoted(spelled)}.", f"A ladder is one of {SPELLINGS}.")
-        return cls(name="list", sizes=tuple(map(int, parts)), divisor=share)
+        return cls(name="list", sizes=tuple(int(part[:MOST_DIGITS]) for part in parts), divisor=share)
 
     def __str__(self) -> str:
         text = ",".join(map(str, self.sizes)) if self.name == "list" else self.name

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from moetune.errors import DamagedProfileError, MoetuneError, NewerSchemaError, StoreError
-from moetune.quoting import quoted, shortened
+from moetune.quoting import quoted, shortened, shown_path
 from moetune.store.profile import SCHEMA_VERSION, Profile
 from moetune.untrusted import parse_json, read_bytes
 
@@ -26,7 +26,9 @@ def load_profile(path: Path | str) -> Profile:
     try:
         return read_profile(Path(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"There is no profile file {path}.", "`moetune store list` shows the stored ones.") from None
+        raise StoreError(
+            f"There is no profile file {shown_path(path)}.", "`moetune store list` shows the stored ones."
+        ) from None
 
 
 def read_profile(path: Path) -> Profile:
@@ -43,7 +45,7 @@ def read_profile(path: Path) -> Profile:
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
-        raise StoreError(f"The profile {path} cannot be read: {error.strerror or error}.") from None
+        raise StoreError(f"The profile {shown_path(path)} cannot be read: {error.strerror or error}.") from None
     return parsed(content, Profile, SCHEMA_VERSION, str(path))
 
 

@@ -9,11 +9,13 @@ The packaged profiles have the same layout in a second folder, which is only rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moetune.errors import DamagedProfileError, StoreError, UsageError
+from moetune.quoting import shown_path
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -126,14 +128,16 @@ class Store:
             DamagedProfileError: the file is not a valid profile. It was moved aside if it is in this store.
             NewerSchemaError: a newer moetune wrote the file, which stays.
         """
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise UsageError(
                 f"{path} is a folder, no profile.", "Give one of its .json files, or the folder as --store."
             )
         try:
             return self._read(Path(path))
         except (FileNotFoundError, NotADirectoryError):
-            raise UsageError(f"There is no profile {path}.", "`moetune store list` shows the stored ones.") from None
+            raise UsageError(
+                f"There is no profile {shown_path(path)}.", "`moetune store list` shows the stored ones."
+            ) from None
 
     def profiles(self) -> Iterator[tuple[Path, Profile | StoreError]]:
         """Yields every profile file with its profile, or with the error of reading it. Moves no file."""

@@ -97,6 +97,8 @@ SGLANG: Final = (
 NEWEST: Final = VLLM[-1]
 NEWEST_READ: Final[Mapping[str, str]] = {"vllm": "0.33.0", "sglang": "0.5.23"}
 """The newest version of each engine that was read."""
+MOST_DIGITS: Final = 18
+"""Number of digits that are read of each part of a version."""
 _ROWS: Final[Mapping[str, tuple[KernelVersion, ...]]] = {"vllm": VLLM, "sglang": SGLANG}
 
 
@@ -165,7 +167,7 @@ def numbers(version: str) -> tuple[int, ...]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]
         if not digits:
             break
-        found.append(int(digits))
+        found.append(int(digits[:MOST_DIGITS]))
         if digits != part:
             break
     return tuple(found)

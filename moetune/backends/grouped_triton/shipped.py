@@ -94,7 +94,7 @@ class EngineConfigs:
         """
         if given is not None:
             folder = Path(given)
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise UsageError(
                     f"--engine-configs must be a folder, given {quoted(str(given))}.",
                     f"Give the folder of {ENGINE_TITLES[engine]}'s tuned files; for none of them, an empty folder.",
