@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from moetune.backends.grouped_triton.kernel_versions import numbers
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
 from moetune.export.flashinfer import trtllm_pair
@@ -132,7 +133,7 @@ def _entries(
 def _version(version: str | None) -> str:
     wanted = version or NEWEST
     parts = wanted.split(".")
-    if len(parts) < 2 or not all(part.isdecimal() for part in parts[:2]):
+    if len(parts) < 2 or not all(part.isdecimal() and len(part) <= 9 for part in parts[:2]):
         raise UsageError(f"Not a version of TensorRT-LLM: {quoted(wanted)}.", "Write it like 1.3.0.")
     if tuple(map(int, parts[:2])) < OLDEST:
         raise UsageError(
@@ -144,7 +145,7 @@ def _version(version: str | None) -> str:
 
 def _parsed(version: str) -> Version:
     """Returns `1.3.0rc25` as (1, 3, 0, 25). A release has ∞ for the candidate; a missing part is 0."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?", version)
+    found = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(?:rc(\d{1,9}))?", version)
     assert found is not None
     major, minor, patch, candidate = found.groups()
     return int(major), int(minor), int(patch or 0), math.inf if candidate is None else int(candidate)
@@ -156,5 +157,5 @@ def _metadata(profile: Profile, version: str) -> dict[str, Any]:
         "lib_version": version,
         "creation_timestamp": max(choice.measured_time.timestamp() for choice in profile.choices),
         "device_name": profile.environment.device,
-        "device_capability": [int(part) for part in capability.split(".")],
+        "device_capability": list(numbers(capability)),
     }

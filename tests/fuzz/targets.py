@@ -223,6 +223,8 @@ def _profiles() -> list[bytes]:
             choice |= {"tactic": tactic, "default_tactic": tactic, "equally_fast": [], "rejected": []}
             for compared in choice.get("by_rows", ()):
                 compared["default_tactic"] = tactic
+        if backend == "flashinfer-trtllm":
+            document["layer"] |= {"precision": "fp8_block"}
         found.append(json.dumps({**document, "backend": backend}).encode())
     return found
 
