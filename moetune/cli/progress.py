@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 
 from moetune.cli.output import console, line
+from moetune.quoting import MOST_LISTED
 from moetune.report.format import duration, human_time
 from moetune.report.lines import versions
 from moetune.report.tactics import tactic_line
@@ -94,8 +95,10 @@ class Progress:
             self._line(f"Going on at {buckets} rows, where a run was interrupted.{times}")
         if event.failed:
             self._line(f"Tactics that failed there are not tried again: {event.failed}. Use --again to try them.")
-        for reason in event.unread:
+        for reason in event.unread[:MOST_LISTED]:
             self._line(f"Ignored: {reason}")
+        if (more := len(event.unread) - MOST_LISTED) > 0:
+            self._line(f"Ignored: {more} more lines of the journal.")
 
     @_show.register
     def _bucket_started(self, event: BucketStarted) -> None:

@@ -27,8 +27,11 @@ from moetune.spec.tactic import Tactic
 from moetune.store.files import append, replace
 from moetune.store.profile import Finite
 from moetune.store.reading import parsed
+from moetune.untrusted import read_bytes
 
 SCHEMA_VERSION: Final = 1
+MOST_BYTES: Final = 33_554_432
+"""The largest journal. One bucket of 4,000 tactics takes some hundred kB."""
 
 
 class Measurement(FrozenModel):
@@ -178,7 +181,7 @@ class Journal:
             StoreError: the file cannot be read.
         """
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path, MOST_BYTES)
         except (FileNotFoundError, NotADirectoryError):
             return Journaled()
         except OSError as error:
@@ -213,7 +216,7 @@ class Journal:
         """
         with self._lock():
             try:
-                content = self.path.read_bytes()
+                content = read_bytes(self.path, MOST_BYTES)
             except (FileNotFoundError, NotADirectoryError):
                 return
             kept = b"".join(line for line in content.splitlines(keepends=True) if not _is_dropped(line, buckets))

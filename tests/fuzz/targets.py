@@ -96,8 +96,7 @@ def read_journal(content: bytes, folder: Path) -> None:
     journal = Journal(_file(folder, "journal.jsonl", content), contextlib.nullcontext)
     read = journal.read()
     for measurement in read.measurements[:4]:
-        past = read.of(measurement.rows, measurement.tactic)
-        past.best(3)
+        read.of(measurement.rows, measurement.tactic, measurement.strategy)
         measurement.model_dump_json()
     assert all(len(text) < 4000 for text in read.unread)
 
@@ -233,6 +232,7 @@ _MEASURED = {"rows": 8, "rounds": 3, "strategy": "auto", "measured_at": "2026-01
 _JOURNAL = [
     json.dumps({"schema_version": 1, "tactic": {"BLOCK_SIZE_M": 16, "kind": "a"}, "time_us": 12.5, **_MEASURED}),
     json.dumps({"schema_version": 1, "tactic": {"gemm1": 3}, "reason": "does not compile", **_MEASURED}),
+    json.dumps({"schema_version": 1, "rows": 8, "strategy": "auto", "warm_starts": [{"gemm1": 1}], "finalists": []}),
 ]
 _ROWS = {"triton_version": "3.6.0"} | {
     str(rows): {
