@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moetune.errors import MissError as MissError
     from moetune.errors import MoetuneError as MoetuneError
     from moetune.errors import NoResultError as NoResultError
+    from moetune.errors import NotSavedError as NotSavedError
     from moetune.errors import StoreError as StoreError
     from moetune.errors import UnsupportedError as UnsupportedError
     from moetune.errors import UsageError as UsageError
@@ -61,6 +62,7 @@ _HOMES = {
     "MoELayer": "moetune.spec.layer",
     "MoetuneError": "moetune.errors",
     "NoResultError": "moetune.errors",
+    "NotSavedError": "moetune.errors",
     "Plan": "moetune.tuning.plan",
     "Profile": "moetune.store.profile",
     "Regime": "moetune.spec.regime",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,21 @@ class MissError(MoetuneError):
 
 class StoreError(MoetuneError):
     """The store cannot be read or written."""
+
+
+class NotSavedError(StoreError):
+    """A tune has ended, and some of what it measured cannot be saved.
+
+    `answer` has all of it: the profile, or the comparison of `tune_all`. `rows` names the buckets that are not saved,
+    by backend.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, hint: str, answer: object, rows: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(message, hint)
+        self.answer = answer
+        self.rows = rows
 
 
 class DamagedProfileError(StoreError):

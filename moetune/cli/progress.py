@@ -26,6 +26,8 @@ from moetune.tuning.events import (
     DefaultDiffers,
     Event,
     NoisyBucket,
+    NotJournaled,
+    NotSaved,
     Resumed,
     Revalidated,
     SearchStopped,
@@ -128,6 +130,14 @@ class Progress:
     def _noisy_bucket(self, event: NoisyBucket) -> None:
         then = "compared again after the other buckets" if event.tries else "so the default is kept"
         self._line(f"{event.rows} rows: A/A noise of {100 * event.noise:.0f} % is too much to decide, {then}")
+
+    @_show.register
+    def _not_saved(self, event: NotSaved) -> None:
+        self._line(f"warning: {event.rows} rows: the result cannot be saved yet. {event.reason}")
+
+    @_show.register
+    def _not_journaled(self, event: NotJournaled) -> None:
+        self._line(f"warning: measurements are not journaled any more, a later run cannot go on. {event.reason}")
 
     @_show.register
     def _buckets_skipped(self, event: BucketsSkipped) -> None:

@@ -12,7 +12,7 @@ import click
 from moetune.cli.help import Command
 from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document, show
-from moetune.errors import UsageError
+from moetune.errors import NotSavedError, UsageError
 from moetune.spec.enums import STRATEGIES, Strategy
 
 EXAMPLE = """\
@@ -83,6 +83,7 @@ def tune(
     from moetune.store.match import Match
     from moetune.store.profile import Profile
     from moetune.store.store import Store
+    from moetune.tuning.comparison import Comparison
     from moetune.tuning.tune import tune as tune_of
     from moetune.tuning.tune_all import tune_all
 
@@ -93,27 +94,34 @@ def tune(
     folder = Store(store)
     if start is not None and request.auto:
         request = replace(request, backend=backend_of_start(request, start, folder), auto=False)
+    answer: object
+    unsaved: NotSavedError | None = None
     with stdout_on_stderr(), Progress() as progress:
         of_engine = options_of_engine(request.engine)
         tune_all_request = partial(tune_all, options=of_engine) if of_engine else tune_all
         tune_request = tune_all_request if request.auto else partial(tune_of, backend=request.backend, start=start)
-        answer = tune_request(
-            request.layer,
-            request.regime,
-            store=folder,
-            device=request.device,
-            frozen=frozen,
-            near=near,
-            again=again,
-            strategy=strategy,
-            time_budget_s=time_budget,
-            on_event=progress,
-        )
-    if not isinstance(answer, Profile):
+        try:
+            answer = tune_request(
+                request.layer,
+                request.regime,
+                store=folder,
+                device=request.device,
+                frozen=frozen,
+                near=near,
+                again=again,
+                strategy=strategy,
+                time_budget_s=time_budget,
+                on_event=progress,
+            )
+        except NotSavedError as error:
+            answer, unsaved = error.answer, error
+    if isinstance(answer, Comparison):
         from moetune.report.comparison import comparison_report
 
-        document(answer) if as_json else show(*comparison_report(answer))
+        document(answer, **_unsaved_field(unsaved)) if as_json else show(*comparison_report(answer))
+        _raise(unsaved)
         return
+    assert isinstance(answer, Profile)
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     found = Match(path, answer, served.differences if served else ())
@@ -122,10 +130,21 @@ def tune(
     state |= {"near": found.near, "neutral": found.neutral, "measured_ladder": found.measured_ladder}
     if as_json:
         exported = {} if written is None else {"exported": written.document()}
-        document(answer, path=str(path), **state, **exported)
-        return
-    from moetune.report.profile import profile_report
+        document(answer, path=str(path), **state, **exported, **_unsaved_field(unsaved))
+    else:
+        from moetune.report.profile import profile_report
 
-    show(*profile_report(answer, path, exported=written is not None, engine=request.engine, **state))
-    if written is not None:
-        say(written)
+        show(*profile_report(answer, path, exported=written is not None, engine=request.engine, **state))
+        if written is not None:
+            say(written)
+    _raise(unsaved)
+
+
+def _unsaved_field(unsaved: NotSavedError | None) -> dict[str, Any]:
+    """Returns the field of the document that names the buckets that are not saved, if there are any."""
+    return {} if unsaved is None else {"unsaved": {backend: list(rows) for backend, rows in unsaved.rows.items()}}
+
+
+def _raise(error: NotSavedError | None) -> None:
+    if error is not None:
+        raise error

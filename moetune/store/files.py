@@ -37,15 +37,25 @@ def sweep(folder: Path) -> None:
 
     A writer holds a lock on its temporary file as long as it lives, so that of a living one stays.
     """
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if _TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
-            with suppress(OSError):
-                descriptor = os.open(entry, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    entry.unlink()
-                finally:
-                    os.close(descriptor)
+    for temporary in temporaries(folder):
+        with suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    """Returns the temporary files of writers in a folder, which may be missing."""
+    try:
+        entries = list(folder.iterdir())
+    except OSError:
+        return []
+    return [
+        entry for entry in entries if _TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink()
+    ]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from pydantic import model_validator
 from moetune.errors import DamagedProfileError, NewerSchemaError, StoreError, UsageError
 from moetune.spec.model import FrozenModel
 from moetune.spec.tactic import Tactic
-from moetune.store.files import append, replace
+from moetune.store.files import append, replace, sweep, temporaries
 from moetune.store.profile import Finite
 from moetune.store.reading import parsed
 from moetune.untrusted import read_bytes
@@ -232,13 +232,16 @@ class Journal:
     def remove(self) -> None:
         """Deletes the journal's file, when every bucket has its choice or its measurements are not wanted.
 
+        What killed writers have left beside it is deleted, too.
+
         Raises:
             UsageError: the store cannot be written.
             StoreError: the lock is not available.
         """
-        if self.path.exists():
+        if self.path.exists() or temporaries(self.path.parent):
             with self._lock():
                 self.path.unlink(missing_ok=True)
+                sweep(self.path.parent)
 
 
 def _parsed(line: bytes, name: str) -> Measurement | Searched:

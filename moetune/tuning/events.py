@@ -81,11 +81,26 @@ class TacticMeasured:
 
 @dataclass(frozen=True, slots=True)
 class BucketChosen:
-    """The choice of bucket `index` of `count` is made and stored."""
+    """The choice of bucket `index` of `count` is made, and stored unless `NotSaved` was reported before."""
 
     choice: Choice
     index: int
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotSaved:
+    """The choice of bucket `rows` cannot be saved now. That is tried again after each bucket; `reason` says why."""
+
+    rows: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NotJournaled:
+    """The journal cannot be written, so a run after this one, if it is interrupted, measures its bucket again."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +167,8 @@ Event = (
     | SearchStopped
     | NoisyBucket
     | BucketChosen
+    | NotSaved
+    | NotJournaled
     | BucketsSkipped
     | BackendStarted
     | BackendFailed

@@ -162,14 +162,14 @@ class Question:
         """Returns the journal of a tune of this question."""
         return self.store.journal(self.layer, self.regime, self.backend.name, self.environment)
 
-    def profile(self, choice: Choice) -> Profile:
-        """Returns a profile with one bucket's choice."""
+    def profile(self, *choices: Choice) -> Profile:
+        """Returns a profile with some buckets' choices."""
         return Profile(
             layer=self.layer,
             regime=self.regime,
             backend=self.backend.name,
             environment=self.environment,
-            choices=(choice,),
+            choices=choices,
         )
 
     def require_support(self) -> None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from moetune.spec.enums import Strategy
 from moetune.spec.tactic import Tactic
-from moetune.store.journal import Journal, Journaled, Searched
+from moetune.store.journal import Journaled, Searched
 from moetune.store.profile import Choice, Profile
 from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
 from moetune.tuning.events import BucketsSkipped, BucketStarted, DefaultDiffers, NoisyBucket, OnEvent, Resumed
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question
 from moetune.tuning.refine import further_bucket
+from moetune.tuning.saving import Notes
 from moetune.tuning.verdict import NOISY
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TuneRun:
         missing: the buckets to measure.
         stored: the profile that has the other buckets, if there is one.
         start: an older profile whose tactics are checked instead of a search, or None.
-        journal: gets the measurements of each search; those of an interrupted run are not taken again.
+        notes: gets the measurements of each search; those of an interrupted run are not taken again.
         report: gets the events.
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic.
         isolate: run kernels in a process of their own.
@@ -82,14 +83,14 @@ class TuneRun:
         missing: Sequence[int],
         stored: Profile | None,
         start: Profile | None,
-        journal: Journal,
+        notes: Notes,
         report: OnEvent,
         *,
         strategy: Strategy,
         isolate: bool,
         time_budget_s: float | None,
     ) -> None:
-        self._question, self._start, self._journal, self._report = question, start, journal, report
+        self._question, self._start, self._notes, self._report = question, start, notes, report
         self._strategy, self._isolate = strategy, isolate
         self._journaled_as = "revalidate" if start else str(strategy)
         self._has_budget = time_budget_s is not None
@@ -112,7 +113,7 @@ class TuneRun:
         from moetune.measure.compiling import Compilers, capability_of
         from moetune.measure.worker import open_benches
 
-        question, journaled = self._question, self._journal.read()
+        question, journaled = self._question, self._notes.journal.read()
         self._report_resumed(journaled)
         self._recall(journaled)
         with ExitStack() as stack:
@@ -137,7 +138,7 @@ class TuneRun:
         """Tunes one bucket. Returns None if it is noisy and will be compared again."""
         left, count = max(len(self._order) - index, 1), max(len(self._order), index + 1)
         share_s = max(0.0, self._end - time.monotonic()) / left if self._has_budget else None
-        note = partial(self._journal.note, bucket.rows, self._journaled_as)
+        note = partial(self._notes.note, bucket.rows, self._journaled_as)
         most_s = REVALIDATED_S if self._start else math.inf
         backend = self._question.backend
         tuner = BucketTuner(bucket, bench_of, compilers, share_s, self._report, note, backend.final_s, most_s)
@@ -162,12 +163,12 @@ class TuneRun:
         if search is None:
             warm_starts = self._warm_starts(bucket.rows)
             search = Searched(rows=bucket.rows, strategy=self._journaled_as, warm_starts=warm_starts)
-            self._journal.note_search(search)
+            self._notes.note_search(search)
         finalists = tuner.search(bucket.search(backend, self._strategy, search.warm_starts))
         if search.finalists is None:
             promising = tuple(backend.promising(tuner.times_us))
             self._fast[bucket.rows], self._promising = finalists, promising
-            self._journal.note_search(search.model_copy(update={"finalists": finalists, "promising": promising}))
+            self._notes.note_search(search.model_copy(update={"finalists": finalists, "promising": promising}))
         return finalists
 
     def _recall(self, journaled: Journaled) -> None:

@@ -16,7 +16,7 @@ from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import all_buckets, missing_buckets
 from moetune.tuning.run import TuneRun
-from moetune.tuning.uninterrupted import uninterrupted
+from moetune.tuning.saving import Notes, Saver
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -75,6 +75,8 @@ def tune(
         UnsupportedError: the backend cannot run here, or does not compute this layer.
         MissError: `frozen`, and a choice is not stored; or `start` is `near`, and no profile is.
         NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared.
+        StoreError: the store's disk is full, or its lock is not free, before anything is measured.
+        NotSavedError: the store could no longer be written when buckets were to be saved. The error has the profile.
     """
     report = on_event or (lambda event: None)
     check_options(frozen, again, time_budget_s, near, start is not None, strategy)
@@ -106,18 +108,22 @@ def tune(
     if again:
         journal.remove()
     run = TuneRun(
-        question, missing, stored, older.profile if older else None, journal, report,
+        question, missing, stored, older.profile if older else None, Notes(journal, report), report,
         strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
     )  # fmt: skip
+    saver = Saver(question, stored, again, report)
     with closing(run.choices()) as choices:
-        for chosen in choices:
-            with uninterrupted():
-                stored = question.store.save(question.profile(chosen.choice), replacing=again)
-                journal.drop([choice.rows for choice in stored.choices])
-            report(BucketChosen(chosen.choice, chosen.index, chosen.count))
-    assert stored is not None
+        try:
+            for chosen in choices:
+                saver.save(chosen.choice)
+                report(BucketChosen(chosen.choice, chosen.index, chosen.count))
+        except (KeyboardInterrupt, MoetuneError):
+            saver.raise_unsaved()
+            raise
+    stored = saver.finish()
     if not missing_buckets(question.regime, stored):
-        journal.remove()
+        with suppress(MoetuneError):  # what stays in the journal is of no use, and does no harm
+            journal.remove()
     return stored
 
 

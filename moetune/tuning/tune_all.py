@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.errors import MoetuneError, NoResultError, UnsupportedError
+from moetune.errors import MoetuneError, NoResultError, NotSavedError, UnsupportedError
 from moetune.inputs.engine_flags import engine_flags
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
@@ -64,6 +64,7 @@ def tune_all(
         UnsupportedError: no backend can run here and computes this layer.
         MissError: `frozen`, and no backend's whole profile is stored.
         NoResultError: every backend failed; the buckets before that are saved.
+        NotSavedError: some profiles could not be saved. The error has the comparison, and the profiles in it.
     """
     from moetune.backends.registry import able, backend, backends_computing, preferred
     from moetune.measure.probe import device_for
@@ -110,7 +111,7 @@ def tune_all(
         compared = [each for each in backends if each.name in profiles]
         seconds = budget.of_comparison(len(first.regime.buckets))
         buckets = list(side_by_side.interleaved(compared, profiles, device_for(device), isolate, seconds, report))
-    return Comparison(
+    comparison = Comparison(
         layer=layer,
         regime=first.regime,
         device=first.environment.device,
@@ -118,6 +119,10 @@ def tune_all(
         left_out=left_out,
         buckets=tuple(buckets),
     )
+    if unsaved := [outcome.unsaved for outcome in outcomes if outcome.unsaved]:
+        rows = {backend: rows for error in unsaved for backend, rows in error.rows.items()}
+        raise NotSavedError(" ".join(error.message for error in unsaved), unsaved[0].hint, comparison, rows)
+    return comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +150,11 @@ class _Budget:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """The result of one backend, and the error that ended its tune, if one did."""
+    """The result of one backend, the error that ended its tune, if one did, and what says that it is not saved."""
 
     result: BackendResult
     error: MoetuneError | None
+    unsaved: NotSavedError | None = None
 
 
 def _outcome(
@@ -171,8 +177,11 @@ def _outcome(
 
     profile: Profile | None = None
     error: MoetuneError | None = None
+    unsaved: NotSavedError | None = None
     try:
         profile = tuned(on_event=listen)
+    except NotSavedError as raised:
+        unsaved, profile = raised, Profile.model_validate(raised.answer)
     except Exception as raised:  # a package of kernels may raise anything
         error = raised if isinstance(raised, MoetuneError) else NoResultError(f"{backend.name}: {reason_of(raised)}.")
         if stored is not None:
@@ -195,7 +204,7 @@ def _outcome(
         failed=error.message if error else "",
         flags=dict(engine_flags(backend.name, layer.precision)),
     )
-    return _Outcome(result, error)
+    return _Outcome(result, error, unsaved)
 
 
 def _no_result(outcomes: Sequence[_Outcome]) -> MoetuneError:
