@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
@@ -60,6 +61,7 @@ def register(logger: logging.Logger) -> None:
 
 
 def _register(spelled: str, logger: logging.Logger) -> None:
+    began = time.perf_counter()
     from moetune.engine import flashinfer_hook, session, start_tune, triton_hook, warmup_end
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
@@ -75,6 +77,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
         )
     opened = session_for(options.layer, options.regime, options.rank, logger=logger)
     session.set_for_process(opened)
+    opened.spent_s = time.perf_counter() - began
     try:
         tune_s = start_tune.seconds()
     except UsageError as error:

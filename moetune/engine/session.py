@@ -78,6 +78,7 @@ class Session:
         asked: the shapes for which the engine asked for a Triton configuration or a FlashInfer tactic, with the number
             of hits and misses. Those of FlashInfer are counted until the warm-up ends.
         asked_ops: those of FlashInfer's ops, by `TunerCall.identity`.
+        spent_s: the seconds that moetune's own work has taken, tuning included. Hits are not counted.
         is_warm: whether the engine's warm-up has ended.
         announced: the summary that was logged last.
     """
@@ -101,6 +102,7 @@ class Session:
     has_tuned: bool = False
     asked: list[AskedShape] = field(default_factory=list, repr=False)
     asked_ops: dict[Any, AskedShape] = field(default_factory=dict, repr=False)
+    spent_s: float = 0.0
     is_warm: bool = False
     announced: str = ""
 
@@ -128,11 +130,14 @@ class Session:
             self.logger.info(line)
 
     def end_warm_up(self) -> None:
-        """Logs a line for each shape that the engine asked for. The first call does it, further ones do nothing."""
-        if not self.is_warm:
-            self.is_warm = True
-            for shape in self.asked:
-                self.logger.info(shape.summary())
+        """Logs a line for each shape that the engine asked for, and moetune's own time. Further calls do nothing."""
+        if self.is_warm:
+            return
+        self.is_warm = True
+        for shape in self.asked:
+            self.logger.info(shape.summary())
+        if self.asked:
+            self.logger.info("moetune: took %.1f s until the end of the warm-up", self.spent_s)
 
 
 _here: ContextVar[Session | None] = ContextVar("moetune_session")

@@ -14,12 +14,13 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from moetune.engine import start_tune
 from moetune.engine.session import AskedShape, Config, Session
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from moetune.backends.grouped_triton.backend import TritonBackend
     from moetune.store.profile import Choice, Profile
 
+T = TypeVar("T")
 NAME: Final = "try_get_optimal_moe_config"
 _UNKNOWN: Final[Any] = object()
 
@@ -111,11 +113,11 @@ class TritonAnswers:
             key = (w1_shape, w2_shape, top_k, dtype, None if block_shape is None else tuple(block_shape))
             shape = self._shapes.get(key)
             if shape is None:
-                shape = self._shapes[key] = self._looked_up(*key)
+                shape = self._shapes[key] = self._timed(self._looked_up, *key)
             config = shape.configs.get(rows, _UNKNOWN)
             if config is _UNKNOWN:
                 shape.configs[rows] = None  # also if the next line raises
-                config = shape.configs[rows] = self._config(shape, rows, key)
+                config = shape.configs[rows] = self._timed(self._config, shape, rows, key)
             if config is None or self._overridden():
                 shape.misses += 1
                 shape.same += rows in shape.own_rows
@@ -125,6 +127,14 @@ class TritonAnswers:
         except Exception as error:  # the engine must go on
             self._log_failure(error)
             return None
+
+    def _timed(self, act: Callable[..., T], *given: Any) -> T:
+        """Returns what `act` returns, and adds its time to the session's."""
+        began = time.perf_counter()
+        try:
+            return act(*given)
+        finally:
+            self.session.spent_s += time.perf_counter() - began
 
     def _looked_up(self, w1: Any, w2: Any, top_k: int, dtype: str | None, block: tuple[int, ...] | None) -> AskedShape:
         """Returns a shape that is asked for the first time, and logs what answers it."""

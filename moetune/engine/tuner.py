@@ -7,6 +7,7 @@ session's layer, and calls in a context without a session, pass through unchange
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Final
@@ -49,7 +50,9 @@ class MoetuneTuner(AutoTuner):  # type: ignore[misc]
         if session is not None and len(runners) == 1 and custom_op not in self._effective_skip_ops:
             call = TunerCall(self, custom_op, runners[0], tuning_config, inputs, kwargs)
             with self._lock:
+                began = time.perf_counter()
                 answer(session, call)
+                session.spent_s += time.perf_counter() - began
                 chosen = super().choose_one(custom_op, runners, tuning_config, inputs, **kwargs)
                 if not session.is_warm and custom_op.startswith(OPS):
                     count(session, call, self._found)

@@ -158,6 +158,8 @@ def test_at_the_end_of_the_warm_up_each_flashinfer_op_has_its_line(started, regi
         f"{op} E=4: 2 calls hit, 1 left to the engine",
         f"{op} E=5: 0 calls hit, 3 left to the engine",
     ]
+    assert started.spent_s > 0
+    assert caplog.records[-1].message == f"moetune: took {started.spent_s:.1f} s until the end of the warm-up"
 
 
 def test_an_engine_without_the_last_step_is_left_alone(started):

@@ -237,6 +237,10 @@ def test_at_the_end_of_the_warm_up_each_shape_has_its_line(
         f"moetune: Triton experts E=4, N=256: 1 calls hit, 2 left to the engine, {own}",
         "moetune: Triton experts E=5, N=256: 0 calls hit, 1 left to the engine",
     ]
+    assert [line for line in caplog.text.splitlines() if "s until the end of the warm-up" in line], "moetune's time"
+    spent = session.current().spent_s
+    grouped.ask(W1, W2, 2, None, 24)
+    assert session.current().spent_s == spent > 0, "a repeated look-up costs nothing that is counted"
 
 
 @pytest.mark.network
