@@ -62,7 +62,7 @@ def register(logger: logging.Logger) -> None:
 
 def _register(spelled: str, logger: logging.Logger) -> None:
     began = time.perf_counter()
-    from moetune.engine import flashinfer_hook, session, start_tune, triton_hook, warmup_end
+    from moetune.engine import flashinfer_hook, session, start_tune, triton_engines, triton_hook, warmup_end
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -83,7 +83,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     except UsageError as error:
         logger.error("moetune: nothing is tuned at the start: %s", error)
         tune_s = None
-    for engine in triton_hook.ENGINES:
+    for engine in triton_engines.ENGINES:
         install = partial(
             triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled, tune_s=tune_s
         )

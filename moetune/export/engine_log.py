@@ -51,7 +51,7 @@ _TEXTS: Final[tuple[tuple[Event, re.Pattern[str]], ...]] = (
 )
 _KERNELS: Final = re.compile(r"Using '?([\w ]+?)'? (?:Fp8|Unquantized|MxFp8|NvFp4|Mxfp4|MXFP4) MoE backend")
 _PLUGIN: Final = re.compile(r"moetune: Triton experts (E=\d+, N=\d+): profile of ")
-"""The line of moetune's plugin (`moetune.engine.triton_hook`) that says that it answers the look-ups of a shape."""
+"""The line of moetune's plugin (`moetune.engine.triton_answers`) that says that it answers the look-ups of a shape."""
 _DETERMINISTIC: Final = "Deterministic inference is enabled, using default MoE kernel config."
 
 

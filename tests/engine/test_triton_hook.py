@@ -16,7 +16,7 @@ from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
 
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.cli.options import request_of
-from moetune.engine import plugins, session, start_tune, triton_hook
+from moetune.engine import plugins, session, start_tune, triton_engines, triton_hook
 from moetune.engine.warmup_end import LAST_STEPS
 from moetune.export.engine_log import parsed_log
 from moetune.inputs import flashinfer_versions, launch
@@ -319,7 +319,7 @@ def test_of_two_profiles_the_one_with_the_kernels_non_local_slots_answers(versio
     save(spelled(), TritonBackend(remote="zero"), lambda at, rows: tactic(128, 32, 64, 1, 4, 3))
     session.current().asked.clear()
     importlib.reload(grouped)
-    triton_hook.install(grouped, triton_hook.VLLM, session.current())
+    triton_hook.install(grouped, triton_engines.VLLM, session.current())
     assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 128
 
 
@@ -335,7 +335,9 @@ def test_a_profile_of_the_ladder_vllm_answers_with_adaptive_until_one_of_that_la
     adaptive = save(spelled(ladder="adaptive"), backend_for(engine), lambda at, rows: tactic(128, 32, 64, 1, 4, 3))
     session.current().asked.clear()
     importlib.reload(grouped)
-    triton_hook.install(grouped, triton_hook.SGLANG if engine == "sglang" else triton_hook.VLLM, session.current())
+    triton_hook.install(
+        grouped, triton_engines.SGLANG if engine == "sglang" else triton_engines.VLLM, session.current()
+    )
     assert grouped.ask(W1, W2, 2, None, 8)["BLOCK_SIZE_M"] == 128
     assert lines(caplog)[-1].endswith(f", {len(adaptive.choices)} buckets")
 
