@@ -6,6 +6,7 @@ still measured. A crash or a hang raises no exception; `worker` handles those by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
@@ -190,6 +191,10 @@ class Bench:
 
             try:
                 series = self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)
+                if odd := _odd_times(running, series):
+                    for tactic, time_us in odd.items():
+                        self._fail(tactic, f"a time of {time_us:g} µs was read, so it disturbs the clock")
+                    continue
                 for position, reason in self._clock.eager.items():
                     self.eager[running[position]] = reason
                     self._observer.eager(running[position], reason)
@@ -211,6 +216,15 @@ class Bench:
     def _fail(self, tactic: Tactic, reason: str) -> None:
         self.failures[tactic] = reason
         self._observer.failed(tactic, reason)
+
+
+def _odd_times(tactics: Sequence[Tactic], series: Sequence[Sequence[float]]) -> dict[Tactic, float]:
+    """Returns the tactics with a time that no run can take, each with the first such time in µs."""
+    return {
+        tactic: next(time_us for time_us in taken if not 0 < time_us < math.inf)
+        for tactic, taken in zip(tactics, series, strict=True)
+        if not all(0 < time_us < math.inf for time_us in taken)
+    }
 
 
 def is_lost(device: str) -> bool:

@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Self
 
@@ -30,6 +31,8 @@ from moetune.measure.reasons import reason_of_death
 
 DYING_S = 60.0
 """How long `Child.kill` waits. A killed process whose GPU still runs a kernel normally ends within seconds."""
+ENDING_S = 1.0
+"""How long a process whose connection is closed or garbled may take to end by itself."""
 MESSAGE_S = 10
 """How long a message may take from its first byte to its last, in whole seconds."""
 SWEEPING_S = 10.0
@@ -66,6 +69,7 @@ class Channel:
         self._note = note
         self._most_bytes = most_bytes
         self._last: Any = None
+        self._inode = os.fstat(connection.fileno()).st_ino
 
     def send(self, message: object) -> None:
         """Sends a copy of the message.
@@ -89,6 +93,17 @@ class Channel:
             return pickle.loads(message)
         except Exception as error:  # bytes that are no pickle can raise anything
             raise GarbledError(f"{len(message)} bytes that are no message") from error
+
+    def require_open(self) -> None:
+        """Checks that nobody has closed this end's descriptor, or opened something else under its number.
+
+        Raises:
+            OSError: somebody has.
+        """
+        with contextlib.suppress(OSError):
+            if os.fstat(self.connection.fileno()).st_ino == self._inode:
+                return
+        raise OSError("it closed its connection to moetune")
 
     def note(self, value: object) -> None:
         """Replaces the note. This takes microseconds."""
@@ -186,7 +201,7 @@ class Child:
         """
         has_ended = True
         try:
-            self._process.wait(timeout=1)
+            self._process.wait(timeout=ENDING_S)
         except subprocess.TimeoutExpired:
             has_ended = False
         self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - _LOG_TAIL_BYTES))
@@ -195,7 +210,7 @@ class Child:
         code = self._process.returncode
         assert code is not None
         if not has_ended and code == -signal.SIGKILL:
-            return ChildDiedError("the process closed its connection to moetune, or wrote something else to it")
+            return ChildDiedError("the process wrote something else than messages to its connection to moetune")
         return ChildDiedError(reason_of_death(code, lines[-1].strip() if lines else ""))
 
     def kill(self) -> None:
@@ -273,7 +288,7 @@ def _main(connection: int, note: int, niceness: int) -> None:
     ours: Connection[Any, Any] = Connection(connection)
     for number in (connection, note):
         os.set_inheritable(number, False)  # or a process that outlives this one would keep them open
-    os.register_at_fork(after_in_child=ours.close)  # a copy of this process must not answer too
+    os.register_at_fork(after_in_child=lambda: _leave(ours, note))
     channel = Channel(ours, note)
     try:
         serve, arguments = channel.receive()
@@ -282,6 +297,13 @@ def _main(connection: int, note: int, niceness: int) -> None:
         traceback.print_exc()  # `Child.died` reports the last line
         os._exit(1)
     os._exit(0)  # skips clean-up, which could hang on a broken device
+
+
+def _leave(connection: Connection[Any, Any], note: int) -> None:
+    """Closes what a copy of the process, which a kernel's code has forked, must not answer or note by."""
+    for close in (connection.close, partial(os.close, note)):
+        with contextlib.suppress(OSError):
+            close()
 
 
 def _die_with_parent(connection: int) -> None:

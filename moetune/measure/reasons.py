@@ -18,7 +18,7 @@ def reason_of(error: BaseException) -> str:
     lines = _message(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
     reason = f"{type(error).__name__}: {text}".removesuffix(": ")
-    return shortened(printable(f"out of memory: {reason}" if is_out_of_memory(error) else reason))
+    return _on_one_line(f"out of memory: {reason}" if is_out_of_memory(error) else reason)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -42,7 +42,7 @@ def reason_of_death(returncode: int, last_line: str = "") -> str:
             how += ", as the system does when memory runs out"
     else:
         how = f"the process exited with status {returncode}"
-    return shortened(printable(f"{how}: {last_line}" if last_line else how))
+    return _on_one_line(f"{how}: {last_line}" if last_line else how)
 
 
 def _message(error: BaseException) -> str:
@@ -51,6 +51,10 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception as raised:
         return f"its message cannot be read ({type(raised).__name__})"
+
+
+def _on_one_line(text: str) -> str:
+    return shortened(printable(text).replace("\n", r"\n"))
 
 
 def both(first: str, second: str) -> str:

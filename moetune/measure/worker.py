@@ -9,6 +9,7 @@ is tried once more, alone in a new process, and fails only if it ends that one t
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -127,6 +128,9 @@ class Worker:
                 return self._exchange(bench, request) if request else None
             except _ProcessLostError as lost:
                 status = lost.status
+                if lost.garbled and request:
+                    bench._garbled(request.tactics, lost.how)
+                    raise _TacticLostError from None
                 if status.tactic is not None:
                     bench._ended(status.tactic, f"{lost.how} during {status.activity}", lost.hung)
                     raise _TacticLostError from None
@@ -144,11 +148,12 @@ class Worker:
         child = self._start()
         try:
             answer = self._answer(child, bench, request)
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
             status = child.channel.noted()
             how = str(child.died())
             self.close()
-            raise _ProcessLostError(status, how, hung=False) from None
+            garbled = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+            raise _ProcessLostError(status, how, garbled=garbled) from None
         except BaseException:
             self.close()  # or the answer to this request would be taken for the answer to the next
             raise
@@ -213,8 +218,8 @@ class WorkerBench:
     problem: Problem
     failures: dict[Tactic, str] = field(default_factory=dict)
     eager: dict[Tactic, str] = field(default_factory=dict)
-    _suspects: dict[Tactic, str] = field(default_factory=dict)
-    """The tactics during which the process died once, with the reason; each is tried alone next."""
+    _suspects: dict[Tactic, str | None] = field(default_factory=dict)
+    """The tactics that are tried alone next: the process died during them once, with the reason, or may have."""
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
         """Times tactics; see `Bench.samples`.
@@ -237,7 +242,7 @@ class WorkerBench:
                 continue
             ran_alone[alone] += 1
             reason = self._suspects.pop(alone)
-            if ran_alone[alone] > RETRIES and alone not in self.failures:
+            if reason and ran_alone[alone] > RETRIES and alone not in self.failures:
                 self.failures[alone] = shortened(f"{reason} beside others, {ran_alone[alone]} times")
         else:
             return [None] * len(tactics)
@@ -260,6 +265,15 @@ class WorkerBench:
             return right
         return False
 
+    def _garbled(self, tactics: Sequence[Tactic], reason: str) -> None:
+        """Notes that one of `tactics` has garbled the connection. The process may have gone on to others since."""
+        if len(tactics) == 1:
+            self._ended(tactics[0], reason, hung=False)
+        else:
+            for tactic in tactics:
+                if tactic not in self.failures:
+                    self._suspects.setdefault(tactic, None)
+
     def _ended(self, tactic: Tactic, reason: str, hung: bool) -> None:
         """Notes that the process died or hung while `tactic` ran. It fails if it hung, or if this is the second time.
 
@@ -278,6 +292,12 @@ class WorkerBench:
 class _Request:
     method: str
     arguments: tuple[Any, ...]
+
+    @property
+    def tactics(self) -> Sequence[Tactic]:
+        """The tactics that run."""
+        first = self.arguments[0]
+        return (first,) if isinstance(first, Tactic) else tuple(dict.fromkeys(first))
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,11 +334,12 @@ class _ProcessLostError(Exception):
         status: what it was doing.
         how: how it ended.
         hung: whether it hangs; else it has ended.
+        garbled: whether something else than a message came from it.
     """
 
-    def __init__(self, status: _Status, how: str, *, hung: bool) -> None:
+    def __init__(self, status: _Status, how: str, *, hung: bool = False, garbled: bool = False) -> None:
         super().__init__(how)
-        self.status, self.how, self.hung = status, how, hung
+        self.status, self.how, self.hung, self.garbled = status, how, hung, garbled
 
 
 class _TacticLostError(Exception):
@@ -333,8 +354,10 @@ class _Reporter:
 
     def starts(self, activity: Activity, tactic: Tactic | None = None, runs: int = 1) -> None:
         try:
+            self._channel.require_open()
             self._channel.note(_Status(activity, tactic, runs))
-        except OSError:  # a tactic has closed the note's file; the last note names it
+        except OSError as error:  # the last note names the tactic that did it
+            print(error, file=sys.stderr, flush=True)
             os._exit(1)
 
     def failed(self, tactic: Tactic, reason: str) -> None:
