@@ -55,7 +55,7 @@ def seconds() -> float | None:
     if not least <= value <= most:
         raise UsageError(
             f"{VARIABLE}={given} is not a number of seconds from {least:g} to {most:g}.",
-            "Set it to 120, for example, or unset it.",
+            "Set it to 180, for example, or unset it.",
         )
     return value
 

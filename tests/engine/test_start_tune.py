@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.engine import start_tune
 from moetune.engine.ranks import first_answer
 from moetune.errors import NoResultError, UsageError
@@ -69,6 +70,11 @@ def within(limit_s, tune, monkeypatch, tmp_path):
 def test_whatever_the_process_does_the_engine_gets_a_reason(tune, reason, monkeypatch, tmp_path):
     said = within(30.0, tune, monkeypatch, tmp_path)
     assert said is None if reason is None else reason.format(store=tmp_path) in said
+
+
+def test_the_real_process_says_why_it_cannot_measure(tmp_path):
+    reason = start_tune.tune_within(60.0, LAYER, Regime(ep_size=4), TritonBackend(), tmp_path, "cuda:99", None)
+    assert "This machine has no device 'cuda:99'" in reason
 
 
 def test_a_process_that_hangs_is_killed_when_its_time_ends(monkeypatch, tmp_path):
