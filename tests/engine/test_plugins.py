@@ -16,7 +16,7 @@ from stand_ins import FAST, Trtllm
 from test_cutlass import MoERunner, call
 
 import moetune
-from moetune.engine import flashinfer_hook, plugins, session, warmup_end
+from moetune.engine import flashinfer_hook, hits, plugins, session, warmup_end
 from moetune.inputs import flashinfer_versions
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 
@@ -160,6 +160,22 @@ def test_at_the_end_of_the_warm_up_each_flashinfer_op_has_its_line(started, regi
     ]
     assert started.spent_s > 0
     assert caplog.records[-1].message == f"moetune: took {started.spent_s:.1f} s until the end of the warm-up"
+
+
+def test_the_two_gemms_of_cutlass_are_two_shapes(started, regime):
+    OTHERS["cutlass"](started.layer, regime)()
+    assert [(shape.name, shape.hits, shape.misses) for shape in started.asked] == [
+        (f"FlashInfer trtllm::fused_moe::gemm{at} E=4", 0, 1) for at in (1, 2)
+    ]
+
+
+def test_if_a_call_cannot_be_counted_the_engine_goes_on_and_nothing_more_is(started, regime, monkeypatch):
+    monkeypatch.setattr(hits, "_name", lambda call: 1 / 0)
+    op = Trtllm(started.layer, regime)
+    with autotune(True):
+        assert [op(), op()] == [tuple(FAST)] * 2
+    assert not started.asked
+    assert started.is_warm
 
 
 def test_an_engine_without_the_last_step_is_left_alone(started):

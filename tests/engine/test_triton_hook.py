@@ -256,6 +256,18 @@ def test_the_engines_have_the_last_steps(vllm_version_sources, engine_sources):
     assert found == ["compile_or_warm_up_model"] * 2 + ["run_event_loop"]
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("release", ["0.26.0", "0.33.0"])
+def test_vllms_first_look_up_is_before_the_kv_cache(release, vllm_version_sources):
+    """`MOETUNE_TUNE_AT_START` tunes in it: the run that finds out how much memory is left for the cache."""
+    tree = ast.parse((vllm_version_sources(release) / "vllm/v1/worker/gpu_worker.py").read_text())
+    (worker,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Worker")
+    methods = {node.name: ast.unparse(node) for node in worker.body if isinstance(node, ast.FunctionDef)}
+    assert "self.model_runner.profile_run(" in methods["determine_available_memory"]
+    assert "memory_profiling(" in methods["determine_available_memory"]
+    assert "kernel_warmup(self)" in methods.get("_compile_or_warm_up_model", methods["compile_or_warm_up_model"])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_miss_names_the_command(engine, engine_of, caplog):
     save(spelled(ladder="pow2"), backend_for(engine))
