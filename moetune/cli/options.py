@@ -165,15 +165,30 @@ def request_of(
     from moetune.inputs.options import resolve
     from moetune.tuning.question import resolved
 
+    strict_skew = given.pop("strict_skew", None)
     own = _backend_options(given)
     rest = {name: value for name, value in given.items() if name not in _BACKEND_FIELDS and name != "backend_option"}
-    layer, regime, rank, warnings = resolve(model, **rest)
+    layer, regime, rank, warnings, _ = resolve(model, **rest)
     for warning in warnings:
         report(f"warning: {warning}")
     layer, regime = resolved(layer, regime, rank)
+    _check_skew(layer, regime, strict=bool(strict_skew))
     dispatch = given.get("dispatch") or ""
     if given.get("dp") and not dispatch and given.get("layout") is None:
         report(notes.dp_alone(regime))
     engine = dispatch.partition(":")[0] if ":" in dispatch else None
     chosen, auto = choose(backend, own, engine, layer, regime)
     return Request(layer, regime, chosen, rank, auto, engine, device)
+
+
+def _check_skew(layer: MoELayer, regime: Regime, *, strict: bool) -> None:
+    """Prints a warning if the asked skew is missed, or raises UsageError if it is `strict`."""
+    if regime.skew is None:
+        return
+    from moetune.workload.achieved import miss
+
+    error = miss(layer, regime, simulate=strict)
+    if error and strict:
+        raise error
+    if error:
+        report(f"warning: {error.message} {error.hint}")

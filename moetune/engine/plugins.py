@@ -18,8 +18,12 @@ from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from moetune.errors import MoetuneError, UsageError
+
+if TYPE_CHECKING:
+    from moetune.inputs.options import Deployment
 
 VARIABLE = "MOETUNE_REGIME"
 TUNER_MODULE = "flashinfer.autotuner.autotuner"
@@ -75,6 +79,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             f"--rank {options.rank} in {VARIABLE}: an engine's process is one rank.",
             "Give its number, or leave --rank out.",
         )
+    _check_skew(options, logger)
     opened = session_for(options.layer, options.regime, options.rank, logger=logger)
     session.set_for_process(opened)
     opened.spent_s = time.perf_counter() - began
@@ -95,6 +100,19 @@ def _register(spelled: str, logger: logging.Logger) -> None:
         return
     when_imported(TUNER_MODULE, lambda module: flashinfer_hook.install_for_process())
     logger.info("moetune: FlashInfer's MoE ops will be tuned for %s under %s", opened.layer.name, opened.regime.slug)
+
+
+def _check_skew(options: Deployment, logger: logging.Logger) -> None:
+    """Logs a warning if the asked skew is missed, or raises UsageError if the options are strict."""
+    if options.regime.skew is None:
+        return
+    from moetune.workload.achieved import miss
+
+    error = miss(options.layer, options.regime, options.rank if isinstance(options.rank, int) else None)
+    if error and options.strict_skew:
+        raise error
+    if error:
+        logger.warning("moetune: %s: %s", VARIABLE, error)
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:

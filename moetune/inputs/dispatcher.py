@@ -103,7 +103,8 @@ def resolve(
     ranks share each expert (`tp_size`), TensorRT-LLM gathers all ranks' rows, even if another method is forced
     (`CommunicationFactory.create_strategy`). An ep_size that does not divide the experts sets `uneven_shards` if the
     engine accepts it. vLLM always does, and TensorRT-LLM with `allgather` and `nvlink_one_sided` (#13888). In both the
-    first ranks hold one expert more (TensorRT-LLM's `_compute_ep_partition`).
+    first ranks hold one expert more (TensorRT-LLM's `_compute_ep_partition`). Redundant experts are placed by the
+    engine's balancer, which matters under a skewed distribution only.
 
     Args:
         spelled: `ENGINE:NAME`; case is ignored.
@@ -127,6 +128,8 @@ def resolve(
     arguments = dict(dispatcher.regime)
     if attention_dp is False:
         arguments = {"attention_dp": False, "ladder": arguments["ladder"].partition("/")[0]}
+    if redundant_experts:
+        arguments["eplb"] = dispatcher.engine
     arguments["ladder"] = arguments["ladder"].format(ep_size=ep_size)
     if arguments["ladder"] == "pow2" and arguments.get("layout") == "pool":
         arguments["ladder"] = _pools(ep_size)

@@ -19,6 +19,7 @@ from moetune.spec.enums import (
     DISTRIBUTIONS,
     LAYOUTS,
     RANK_WORDS,
+    SKEWED_DISTRIBUTIONS,
     Precision,
 )
 
@@ -178,9 +179,18 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "distribution",
         Group.WORKLOAD,
         "regime.distribution",
-        "How the experts of a token are sampled: from random logits by the model's routing rule, or balanced.",
-        "|".join(DISTRIBUTIONS),
+        "How the experts of a token are sampled: from random logits by the model's routing rule, balanced, or skewed. "
+        "docs/workload.md explains ddist, zipf and powerlaw.",
+        "|".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS)),
         default=f"${DISTRIBUTION_VARIABLE}, otherwise random",
+    ),
+    Option(
+        "strict_skew",
+        Group.WORKLOAD,
+        "",
+        "Fail if the achieved effective number of experts differs from the asked one by more than 5 %.",
+        type=bool,
+        default="no-strict-skew: a warning",
     ),
     Option("seed", Group.WORKLOAD, "regime.seed", "Seed of the sampled routings.", "N", int, default="0"),
     Option(

@@ -14,7 +14,7 @@ from moetune.inputs.hf import Reading
 from moetune.inputs.option_table import OPTIONS, SIZES, Group, flag
 from moetune.inputs.shell import MOST_CHARACTERS
 from moetune.quoting import condensed, quoted
-from moetune.spec.enums import DISPATCHES, RANK_WORDS, RankWord
+from moetune.spec.enums import DISPATCHES, ENGINE_TITLES, RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -27,13 +27,15 @@ _DEPLOYMENT = [option for option in OPTIONS if option.group is not Group.KERNELS
 class Deployment(NamedTuple):
     """The layer and the regime that the options describe.
 
-    `rank` is an argument for `workload.ranks.of_rank`. `warnings` come from the launch line and from the config.
+    `rank` is an argument for `workload.ranks.of_rank`. `warnings` come from the launch line, from the config and from
+    the balancer's rule. `strict_skew` says whether a skew that is missed is an error; see `workload.achieved.miss`.
     """
 
     layer: MoELayer
     regime: Regime
     rank: RankWord | int | None
     warnings: tuple[str, ...] = ()
+    strict_skew: bool = False
 
 
 def parse(text: str) -> Deployment:
@@ -52,8 +54,9 @@ def parse(text: str) -> Deployment:
         given = _parsed(shlex.split(text))
     except ValueError as error:
         raise UsageError(f"{quoted(text)} cannot be split into options: {error}.", "Close every quote.") from None
-    line = given.pop("launch")
-    return resolve(**given) if line is None else launched(line, given)[0]
+    line, strict = given.pop("launch"), bool(given.pop("strict_skew"))
+    found = resolve(**given) if line is None else launched(line, given)[0]
+    return found._replace(strict_skew=strict)
 
 
 def launched(line: str, given: Mapping[str, Any]) -> tuple[Deployment, str | None]:
@@ -147,7 +150,26 @@ def resolve(model: str | None = None, **given: Any) -> Deployment:
             fields[option.field] = given[option.name]
     regime = Regime(**fields)
     regime.shard(layer, rank if isinstance(rank, int) else 0)
-    return Deployment(layer, regime, rank, notes)
+    return Deployment(layer, regime, rank, (*notes, *_eplb_warnings(layer, regime)))
+
+
+def _eplb_warnings(layer: MoELayer, regime: Regime) -> tuple[str, ...]:
+    """Returns what an engine's balancer may do otherwise than `workload.eplb.placement`."""
+    if regime.eplb is None:
+        return ()
+    warnings = []
+    title = ENGINE_TITLES[regime.eplb]
+    if layer.routing.grouped and regime.eplb != "trtllm":
+        warnings.append(
+            f"{title}'s balancer first packs the router's groups to nodes if the nodes divide the groups. The copies "
+            "are placed as on one node."
+        )
+    if regime.eplb == "sglang":
+        warnings.append(
+            "The copies are placed by load, as SGLang does with --enable-eplb or --init-expert-location. Without these "
+            "flags it places them without regard to load."
+        )
+    return tuple(warnings)
 
 
 def _rank(text: str | int | None) -> RankWord | int | None:

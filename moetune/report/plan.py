@@ -52,6 +52,7 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
         *([Text(f"read from the line: {', '.join(flags)}", style="dim")] if flags else []),
         Text(_rank_line(plan), style="dim"),
         Text(_load_line(plan), style="dim"),
+        *(Text(line, style="dim") for line in _skew_lines(plan)),
         Text(),
         plan_table(plan),
         Text(),
@@ -280,9 +281,28 @@ def _rank_line(plan: Plan) -> str:
 
 def _load_line(plan: Plan) -> str:
     way = "simulated" if plan.simulated else "in closed form"
-    load = "experts with equal loads" if plan.regime.distribution == "balanced" else "random logits"
+    load = {"random": "random logits", "balanced": "experts with equal loads"}.get(
+        plan.regime.distribution, f"the shares of {plan.regime.distribution}"
+    )
     rule = "" if plan.regime.distribution == "balanced" else " through the model's routing rule"
     return (
         f"numbers are means for {load}{rule}, {way}: {100 * plan.hit_fraction:.1f} % of all tokens have a slot on "
         "this rank"
     )
+
+
+def _skew_lines(plan: Plan) -> list[str]:
+    """Returns the asked and the achieved skew, and that of the rank; nothing if the distribution is not skewed."""
+    skew = plan.skew
+    if skew is None:
+        return []
+    where = "all experts" if skew.num_experts == plan.layer.num_experts else "a rank's experts"
+    peak = f", busiest {skew.asked_max_over_mean:.3g} × the mean" if skew.asked_max_over_mean else ""
+    rank = f"this rank: {skew.rank_load:.3g} × the mean load of a rank; " if plan.regime.ep_size > 1 else "this rank: "
+    return [
+        f"skew over {where}: asked {skew.asked_effective_experts:.4g} effective experts of {skew.num_experts}{peak}; "
+        f"achieved {skew.effective_experts:.4g}, busiest {skew.max_over_mean:.3g} × the mean",
+        f"{rank}{skew.rank_effective_experts:.3g} effective experts of {plan.num_local_experts}, busiest "
+        f"{skew.rank_max_over_mean:.3g} × their mean; in draws of {skew.drawn_rows:,} rows "
+        f"{skew.drawn_effective_experts:.3g} and {skew.drawn_max_over_mean:.3g} ×",
+    ]

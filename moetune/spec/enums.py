@@ -44,8 +44,13 @@ DISPATCHES: tuple[Dispatch, ...] = ("none", "alltoall", "allgather")
 LAYOUTS: tuple[Layout, ...] = ("packed", "deduplicated", "slot", "pool")
 STRATEGIES: tuple[Strategy, ...] = ("auto", "exhaustive")
 DISTRIBUTIONS = ("balanced", "random")
+SKEWED_DISTRIBUTIONS = ("ddist:X", "zipf:S", "powerlaw:A")
+"""Distributions with a parameter; `spec/distribution.py` reads them."""
 DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
 DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
+
+Eplb = Literal["vllm", "sglang", "trtllm"]
+"""The engine whose expert-parallel load balancer places the copies of experts."""
 
 ENGINE_TITLES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 """The engines, and how their names are written."""

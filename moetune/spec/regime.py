@@ -18,24 +18,13 @@ from pydantic import (
 from moetune.errors import UsageError
 from moetune.quoting import enumerated, quoted
 from moetune.spec.bounds import MOST_DRAWS, MOST_EXPERTS, MOST_RANKS, MOST_ROWS, require_between
-from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, DISTRIBUTIONS, Dispatch, Layout
+from moetune.spec.distribution import Skew, parse_distribution, skew_of
+from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, Dispatch, Eplb, Layout
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel, digest_of
 
 RANDOM_DRAWS = 16
-
-
-def parse_distribution(spelled: object, source: str = "distribution") -> str:
-    """Returns the canonical spelling of a distribution; case is ignored.
-
-    Raises:
-        UsageError: there is no such distribution. The message names `source` and lists the allowed values.
-    """
-    text = str(spelled).strip().lower()
-    if text not in DISTRIBUTIONS:
-        raise UsageError(f"{source} must be one of {', '.join(DISTRIBUTIONS)}; given {quoted(spelled)}.")
-    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +47,9 @@ class Regime(FrozenModel):
         dispatch: how these tokens travel to the experts. The default is `alltoall` with attention DP, else `none`.
         layout: how the rows of an all-to-all arrive. The default is `packed`.
         redundant_experts: the number of physical experts beyond `num_experts`.
+        eplb: the engine whose balancer places the redundant experts by load. It is set if and only if the distribution
+            is skewed and experts are redundant; otherwise physical expert s is a copy of expert s mod E. It is in dumps
+            and keys only if it is set.
         distribution, seed: how sampled routings are made.
         draws: the number of sampled routings of a bucket. The default is 16, and 1 if the distribution is balanced.
         ladder, tune_max_num_tokens: these decide which row counts are tuned.
@@ -76,6 +68,7 @@ class Regime(FrozenModel):
     dispatch: Dispatch = "none"
     layout: Layout | None = None
     redundant_experts: int = 0
+    eplb: Eplb | None = None
     distribution: Annotated[str, BeforeValidator(parse_distribution)] = "random"
     seed: int = Field(default=0, ge=0, lt=2**63)
     draws: int = RANDOM_DRAWS
@@ -95,10 +88,12 @@ class Regime(FrozenModel):
         return regime  # type: ignore[no-any-return]
 
     @model_serializer(mode="wrap")
-    def _without_rank_0(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
         if not self.rank:
             dumped.pop("rank", None)
+        if self.eplb is None:
+            dumped.pop("eplb", None)
         return dumped
 
     @model_validator(mode="after")
@@ -128,6 +123,12 @@ class Regime(FrozenModel):
             )
         if not 0 <= self.rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {quoted(self.rank)}.")
+        if self.eplb is None and self.redundant_experts and self.skew:
+            raise UsageError(
+                f"Under {self.distribution} the redundant experts are placed by load, and each engine's balancer has "
+                "its own rule.",
+                "Name the engine: --dispatch ENGINE:NAME or --launch; in Python Regime(eplb='vllm').",
+            )
         sizes = self.ladder.sizes
         if sizes and sizes[-1] > self.tune_max_num_tokens:
             raise UsageError(
@@ -140,6 +141,11 @@ class Regime(FrozenModel):
                 "Use a ladder with larger buckets, or another layout than pool.",
             )
         return self
+
+    @property
+    def skew(self) -> Skew | None:
+        """Returns the skew of the distribution; None for `random` and `balanced`."""
+        return skew_of(self.distribution)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -192,7 +198,7 @@ class Regime(FrozenModel):
         """Returns a readable summary: `ep8-tp1-dp-alltoall-packed-random`."""
         parts = [f"ep{self.ep_size}", f"tp{self.tp_size}", "dp" if self.attention_dp else "nodp", self.dispatch]
         parts += [self.layout] if self.layout else []
-        parts += [f"r{self.redundant_experts}"] if self.redundant_experts else []
+        parts += [f"r{self.redundant_experts}{self.eplb or ''}"] if self.redundant_experts else []
         parts += [self.distribution.replace(":", "")]
         return "-".join([*parts, f"rank{self.rank}"] if self.rank else parts)
 
@@ -201,7 +207,7 @@ class Regime(FrozenModel):
 
     def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
         """Returns the fields in which `other` differs: their names, mapped to (this value, the other value)."""
-        mine, theirs = ({"rank": 0, **regime.model_dump(mode="json")} for regime in (self, other))
+        mine, theirs = ({"rank": 0, "eplb": None, **regime.model_dump(mode="json")} for regime in (self, other))
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     def with_default_distribution(self, spelled: str | None) -> Regime:
@@ -263,6 +269,9 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         data.setdefault("layout", "packed")
     if "draws" not in data and str(data.get("distribution", "random")).strip().lower() == "balanced":
         data["draws"] = 1
+    skewed = ":" in str(data.get("distribution", "")).replace("ddist_", "ddist:")
+    if not (skewed and data.get("redundant_experts")):
+        data.pop("eplb", None)
     if "tune_max_num_tokens" not in data and "ladder" in data:
         sizes = Ladder.parse(data["ladder"]).sizes
         data["tune_max_num_tokens"] = max((DEFAULT_TUNE_MAX_NUM_TOKENS, *sizes))

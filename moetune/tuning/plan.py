@@ -121,6 +121,37 @@ class Payload(FrozenModel):
     tensors: dict[str, int]
 
 
+class SkewPlan(FrozenModel):
+    """The asked and the achieved skew. The effective number of experts is 1 / Σ share² over their shares of the slots.
+
+    Attributes:
+        num_experts: the experts over which the distribution is skewed: all, or those of one rank in packed rows.
+        asked_effective_experts: the effective number that the distribution asks for.
+        asked_max_over_mean: the asked load of the busiest expert over the mean load; None for `ddist`, which asks for
+            the effective number alone.
+        effective_experts: the effective number that is achieved, on average over draws.
+        max_over_mean: the load of the busiest expert over the mean load, on average over draws.
+        rank_load: the load of the plan's rank over the mean load of a rank; 1 in packed rows without a balancer.
+        rank_effective_experts: the effective number of the rank's physical experts, on average over draws.
+        rank_max_over_mean: the load of the busiest of them over their mean load, on average over draws.
+        drawn_rows: the rows of the draws that are counted for the next two fields: those of the largest bucket.
+        drawn_effective_experts: the effective number of the rank's physical experts, from the added loads of draws.
+        drawn_max_over_mean: the load of the busiest of them over their mean load, from the same loads.
+    """
+
+    num_experts: int
+    asked_effective_experts: float
+    asked_max_over_mean: float | None
+    effective_experts: float
+    max_over_mean: float
+    rank_load: float
+    rank_effective_experts: float
+    rank_max_over_mean: float
+    drawn_rows: int
+    drawn_effective_experts: float
+    drawn_max_over_mean: float
+
+
 class Plan(FrozenModel):
     """The plan of one rank.
 
@@ -139,6 +170,7 @@ class Plan(FrozenModel):
         skipped_buckets: the ladder's buckets that no pool maps to.
         buckets: the plan of each bucket, ascending.
         wire: the formats in which a token can travel; empty if nothing is dispatched.
+        skew: the asked and the achieved skew; None if the distribution is not skewed.
         kernels: the kernels that run the experts. Only the command line sets this and the next two fields.
         profile: the nearest stored profile.
         next_command: the command to run next; None if there is none.
@@ -158,6 +190,7 @@ class Plan(FrozenModel):
     skipped_buckets: tuple[int, ...]
     buckets: tuple[BucketPlan, ...]
     wire: tuple[Payload, ...]
+    skew: SkewPlan | None = None
     kernels: Kernels | None = None
     profile: NearestProfile | None = None
     next_command: str | None = None
@@ -213,7 +246,18 @@ def plan(
             _bucket(layer, regime, rank, rows, expected, candidates) for rows, expected in expectations.items()
         ),
         wire=_payloads(layer, regime),
+        skew=_skew(layer, regime, list(expectations.values())[-1].rows, rank),
     )
+
+
+def _skew(layer: MoELayer, regime: Regime, rows: int, rank: int) -> SkewPlan | None:
+    if regime.skew is None:
+        return None
+    from dataclasses import asdict
+
+    from moetune.workload.achieved import achieved
+
+    return SkewPlan(**asdict(achieved(layer, regime, rows, rank)))
 
 
 def _candidates(

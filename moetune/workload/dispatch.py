@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moetune.spec.layer import MoELayer
-from moetune.spec.regime import Regime, Shard
-from moetune.workload.law import Chances, LocalSlotLaw, expert_shares, local_slot_law
-from moetune.workload.ranks import expert_chances, num_copies
+from moetune.spec.regime import Regime
+from moetune.workload.law import Chances, LocalSlotLaw, expert_shares
+from moetune.workload.rank_law import row_chances, slot_law, token_chances
 from moetune.workload.router import representative_shard
 from moetune.workload.routing import realize
 
@@ -56,14 +56,13 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
     deduplicated layout has one row for each token with a slot on the rank. The slot layout has one row for each local
     slot, ep·k·L/E in all (k if ep divides E).
     """
-    shard = regime.shard(layer, rank)
     match regime.layout or regime.dispatch:
         case "allgather" | "pool":
             return regime.ep_size
         case "deduplicated":
-            return regime.ep_size * _law(layer, regime, rank).hit_fraction
+            return regime.ep_size * slot_law(layer, regime, rank).hit_fraction
         case "slot":
-            return regime.ep_size * sum(expert_chances(layer, shard))
+            return regime.ep_size * sum(token_chances(layer, regime, rank))
         case _:
             return 1
 
@@ -77,7 +76,7 @@ def expect(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) 
         UsageError: as `routing.realize`.
     """
     shard = regime.shard(layer, rank)
-    law = _law(layer, regime, rank)
+    law = slot_law(layer, regime, rank)
     if regime.distribution == "balanced":
         load = realize(layer, regime, rows, rank).load
         slots, active = float(load.sum()), float((load > 0).sum())
@@ -102,7 +101,7 @@ def local_slots(layer: MoELayer, regime: Regime, rows: int, rank: int | None = N
     experts. The deduplicated layout keeps only the tokens with a local slot. So its rows have on average that number
     over the hit fraction.
     """
-    return float(rows * sum(_row_chances(layer, regime, rank)))
+    return float(rows * sum(row_chances(layer, regime, rank)))
 
 
 def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> float:
@@ -111,30 +110,13 @@ def active_experts(layer: MoELayer, regime: Regime, rows: int, rank: int | None 
     Rows are independent. So an expert that a row selects with chance p is active with chance 1 − (1 − p)^M. By symmetry
     p is k/E over the number of copies of the expert, for grouped routers too. It is min(k, L)/L in packed rows. In
     deduplicated rows it is divided by the hit fraction. In the slot layout a row is one slot, and rows are not
-    independent: see `_idle_chance_of_slots`.
+    independent: see `_idle_chance_of_slots`. Under a skew the slots of one token are taken as independent there.
     """
-    if regime.layout == "slot":
-        law, kinds = _law(layer, regime, rank), expert_shares(layer, *_of_law(layer, regime, rank))
+    if regime.layout == "slot" and not regime.skew:
+        law = slot_law(layer, regime, rank)
+        kinds = expert_shares(layer, representative_shard(layer, regime, rank), regime.seed)
         return sum(slots * (1.0 - _idle_chance_of_slots(law, shares, rows)) for slots, shares in kinds)
-    return sum(1.0 - (1.0 - min(chance, 1.0)) ** rows for chance in _row_chances(layer, regime, rank))
-
-
-def _row_chances(layer: MoELayer, regime: Regime, rank: int | None) -> list[float]:
-    """Returns, for each local physical expert, the chance that a row of random routing selects it."""
-    shard = regime.shard(layer, rank)
-    match regime.layout:
-        case "packed":
-            distinct = min(shard.num_local, layer.num_experts)
-            within = Shard(0, 0, shard.num_local, shard.num_local)
-            share = min(layer.top_k, distinct) / distinct
-            return [share / num_copies(distinct, within, slot) for slot in range(shard.num_local)]
-        case "slot":
-            return [1.0 / shard.num_local] * shard.num_local
-        case "deduplicated":
-            hit = _law(layer, regime, rank).hit_fraction
-            return [chance / hit for chance in expert_chances(layer, shard)]
-        case _:
-            return expert_chances(layer, shard)
+    return sum(1.0 - (1.0 - min(chance, 1.0)) ** rows for chance in row_chances(layer, regime, rank))
 
 
 def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> float:
@@ -162,11 +144,3 @@ def _idle_chance_of_slots(law: LocalSlotLaw, shares: Chances, slots: int) -> flo
         if idle[-1] < 1e-12:
             return 0.0
     return idle[slots]
-
-
-def _law(layer: MoELayer, regime: Regime, rank: int | None) -> LocalSlotLaw:
-    return local_slot_law(layer, *_of_law(layer, regime, rank))
-
-
-def _of_law(layer: MoELayer, regime: Regime, rank: int | None) -> tuple[Shard, int]:
-    return representative_shard(layer, regime, rank), regime.seed

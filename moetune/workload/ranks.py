@@ -11,13 +11,16 @@ from moetune.quoting import quoted
 from moetune.spec.enums import RANK_WORDS, RankWord
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
+from moetune.workload.placed import is_local_skew, physical_shares
 
 
 def tuned_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = None) -> int:
     """Returns the rank that a tune measures.
 
     `mean` chooses the rank with the load nearest to the mean of all ranks, and `fullest` the one with the highest load.
-    A rank's load is the expected number of a token's slots on it (k·L/E without redundant experts). If ranks tie, the
+    A rank's load is the expected number of a token's slots on it (k·L/E without redundant experts). Under a skew over
+    all experts it follows from the shares of its physical experts, as the engine's balancer has placed them. If ranks
+    tie, the
     router has groups and the layout is deduplicated or pool, the spread of their experts over the groups decides in
     the same way: the more even the spread, the more tokens reach the rank. Of ranks that still tie, the lowest number
     is returned. If all ranks are alike, the result is 0, for every value of `rank`.
@@ -62,11 +65,14 @@ def of_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = None)
 def alike(layer: MoELayer, regime: Regime) -> bool:
     """Returns whether the loads of all ranks differ only in the ids of their experts.
 
-    Unequal shards have different loads. So have equal shards if experts are redundant, or if shards cut the router's
-    groups in different places. These two do not matter in the packed layout, because its rows have local experts only.
+    Unequal shards have different loads. So have equal shards if experts are redundant, if shards cut the router's
+    groups in different places, or if the distribution is skewed over all experts. These do not matter in the packed
+    layout, because its rows have local experts only, unless a balancer has placed them.
     """
     if not equal_shards(layer, regime):
         return False
+    if regime.skew and not is_local_skew(regime):
+        return regime.ep_size == 1
     num_local = regime.shard(layer, 0).num_local
     return regime.layout == "packed" or not (regime.redundant_experts or straddles(layer, num_local))
 
@@ -110,6 +116,9 @@ def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
     number of its physical experts, except in the layouts in which the router's law decides how many slots are local.
     """
     shard = regime.shard(layer, rank)
+    if regime.skew and not is_local_skew(regime):
+        share = sum(physical_shares(layer, regime)[shard.first : shard.first + shard.num_local])
+        return Fraction(round(share * layer.num_experts * 10**12), 10**12)
     if regime.layout == "packed":
         return Fraction(min(layer.top_k, shard.num_local))
     if regime.distribution == "balanced" and regime.layout in (None, "slot"):

@@ -12,6 +12,9 @@ from moetune.spec.regime import Regime, Shard
 from moetune.workload.distribution import random_logits
 from moetune.workload.ranks import alike
 
+Choice = tuple[torch.Tensor, torch.Tensor | None]
+"""Ids int64 `[rows, k]`, and the router's weights for them float32, or None if no router chose them."""
+
 _CHUNK_LOGITS = 1 << 20
 _SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(1),
@@ -58,7 +61,7 @@ def random_top_k(
     groups. The bias is zero: a model's trained bias evens out its load, and random logits have an even load without it.
     """
     num_experts = min(layer.num_experts, count)
-    method = _method_within(layer, first, num_experts)
+    method = method_within(layer, first, num_experts)
     step = max(1, _CHUNK_LOGITS // num_experts)
     parts = [
         route(method, random_logits(generator, min(step, rows - start), num_experts), top_k)
@@ -72,25 +75,45 @@ def random_top_k(
     return experts + first, weights
 
 
-def arriving_top_k(
-    generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def arriving_top_k(generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int) -> Choice:
     """Returns the routing of the first `rows` tokens that have a slot in `shard`, in the form of `random_top_k`."""
+    return arriving(_global_chunks(generator, layer, shard, rows), shard, rows)
+
+
+def arriving(chunks: Iterator[Choice], shard: Shard, rows: int) -> Choice:
+    """Returns the first `rows` tokens of `chunks` that have a slot in `shard`."""
     found = 0
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for slots, weights in _global_chunks(generator, layer, shard, rows):
+    parts: list[Choice] = []
+    for slots, weights in chunks:
         arrived = is_local(slots, shard).any(1)
-        parts.append((slots[arrived], weights[arrived]))
+        parts.append((slots[arrived], None if weights is None else weights[arrived]))
         found += len(parts[-1][0])
         if found >= rows:
             break
-    slots, weights = (torch.cat(column)[:rows] for column in zip(*parts, strict=True))
-    return slots, weights
+    ids, given = zip(*parts, strict=True)
+    return torch.cat(ids)[:rows], None if given[0] is None else torch.cat(given)[:rows]
 
 
-def _global_chunks(
-    generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def front_of_blocks(ids: torch.Tensor, weights: torch.Tensor | None, shard: Shard, blocks: int) -> Choice:
+    """Returns the rows of a pool: in each block those with a local id, in their order, then rows of −1.
+
+    Args:
+        ids, weights: the tokens of all blocks, `[M, k]`; changed in place.
+        shard: the local experts.
+        blocks: the number of equal blocks, which divides M.
+    """
+    absent = ~is_local(ids, shard).any(1)
+    ids[absent] = -1
+    front = absent.view(blocks, -1).int().argsort(dim=1, stable=True)
+    block = torch.arange(0, len(ids), len(ids) // blocks).unsqueeze(1)
+    order = (front + block).flatten()
+    if weights is None:
+        return ids[order], None
+    weights[absent] = 0.0
+    return ids[order], weights[order]
+
+
+def _global_chunks(generator: torch.Generator, layer: MoELayer, shard: Shard, rows: int) -> Iterator[Choice]:
     size = min(max(64, 2 * rows), max(1, _CHUNK_LOGITS // layer.num_experts))
     while True:
         yield random_top_k(generator, layer, 0, shard.num_physical, size, layer.top_k)
@@ -120,7 +143,8 @@ def has_closed_form(layer: MoELayer, shard: Shard) -> bool:
     return not layer.routing.grouped and shard.num_physical == layer.num_experts
 
 
-def _method_within(layer: MoELayer, first: int, num_experts: int) -> RoutingMethod:
+def method_within(layer: MoELayer, first: int, num_experts: int) -> RoutingMethod:
+    """Returns the routing method among some experts: without the group limit if they are not whole groups."""
     method = layer.routing
     group_size = layer.num_experts // method.num_groups
     if not method.grouped:

@@ -20,13 +20,17 @@ from moetune.workload.distribution import (
     uniform_subsets,
 )
 from moetune.workload.law import local_slot_law
+from moetune.workload.placed import copies_of
 from moetune.workload.router import (
+    Choice,
     arriving_top_k,
+    front_of_blocks,
     has_closed_form,
     is_local,
     random_top_k,
     representative_shard,
 )
+from moetune.workload.skewed import SkewedSampler
 
 _SERIAL_ELEMENTS = 16384  # torch wakes its thread pool above 32768, which costs milliseconds on a busy host
 _WEIGHT_ROWS = 1021
@@ -50,14 +54,16 @@ class Routing:
 def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None, draw: int = 0) -> Routing:
     """Returns draw number `draw` of `rows` rows for `rank`'s kernel; None means the regime's rank.
 
-    The result depends only on E, k, routing method, shard, dispatch, layout, distribution, seed, rows and draw. If all
-    ranks are alike and no expert is redundant, every rank has the ids of rank 0, shifted by whole shards.
+    The result depends only on E, k, routing method, shard, dispatch, layout, EPLB, distribution, seed, rows and draw.
+    If all ranks are alike and no expert is redundant, every rank has the ids of rank 0, shifted by whole shards.
 
     In a balanced draw the loads of any two physical experts differ by at most one: of all experts for the dispatches
     none and allgather, and of the local experts for an all-to-all. With redundant experts this can be impossible,
     because no row has two copies of one expert. Then the rows stay valid, and the loads are as even as in
     `saturated_rows`. In the layouts deduplicated and pool, a row for which there are too few non-local experts has more
     local ones.
+
+    Under a skew the ids of a row are distinct too. `placed.is_local_skew` says over which experts it is skewed.
 
     Weights come from the layer's router if it chose the ids. Otherwise they are random, add up to the routing's scaling
     in each row, and repeat after 1021 rows.
@@ -77,8 +83,13 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
         )
     shard = regime.shard(layer, rank)
     drawn_for = representative_shard(layer, regime, rank)
-    sampler = _Sampler(layer, regime, rows, drawn_for, draw)
-    ids, weights = sampler.balanced() if regime.distribution == "balanced" else sampler.random()
+    sampler: _Sampler | SkewedSampler
+    if regime.skew:
+        sampler = SkewedSampler(layer, regime, rows, drawn_for, draw)
+        ids, weights = sampler.ids()
+    else:
+        sampler = _Sampler(layer, regime, rows, drawn_for, draw)
+        ids, weights = sampler.balanced() if regime.distribution == "balanced" else sampler.random()
     if shard != drawn_for:
         ids = torch.where(ids < 0, ids, (ids + shard.first) % shard.num_physical)
     ids = ids.int()
@@ -106,7 +117,8 @@ def stress(layer: MoELayer, regime: Regime, routing: Routing, rank: int | None, 
     hot = shard.first + busiest
     ids = routing.topk_ids.clone()
 
-    twin = (ids >= 0) & (ids % layer.num_experts == hot % layer.num_experts)
+    expert = torch.tensor(copies_of(layer, regime))
+    twin = (ids >= 0) & (expert[ids.long().clamp(min=0)] == expert[hot])
     preference = (ids >= 0).int() + is_local(ids, shard)
     preference[twin.any(1)] = 0
     preference[twin & (ids != hot)] = 2
@@ -146,10 +158,6 @@ def _random_weights(generator: torch.Generator, ids: torch.Tensor, scaling: floa
     return weights.masked_fill_(empty.unsqueeze(1), 0.0) if bool(empty.any()) else weights
 
 
-Ids = tuple[torch.Tensor, torch.Tensor | None]
-"""Ids of physical experts `[M, k]`, and the router's weights for them, or None if no router chose them."""
-
-
 class _Sampler:
     """Samples one draw for the rank of `shard`."""
 
@@ -171,7 +179,7 @@ class _Sampler:
             draw,
         )
 
-    def random(self) -> Ids:
+    def random(self) -> Choice:
         match self.regime.layout:
             case "packed":
                 return self._random_packed()
@@ -184,7 +192,7 @@ class _Sampler:
             case None:
                 return self._random_global()
 
-    def balanced(self) -> Ids:
+    def balanced(self) -> Choice:
         match self.regime.layout:
             case "packed":
                 return self._balanced_packed(), None
@@ -198,10 +206,10 @@ class _Sampler:
             case None:
                 return self._balanced_global(), None
 
-    def _random_global(self) -> Ids:
+    def _random_global(self) -> Choice:
         return random_top_k(self.generator, self.layer, 0, self.shard.num_physical, self.rows, self.layer.top_k)
 
-    def _random_packed(self) -> Ids:
+    def _random_packed(self) -> Choice:
         if self.local_k == self.layer.top_k:
             first, count = self.shard.first, self.shard.num_local
             return random_top_k(self.generator, self.layer, first, count, self.rows, self.local_k)
@@ -210,7 +218,7 @@ class _Sampler:
             return self._completed(self._uniform_local(counts)), None
         return self._uniform_with(counts), None
 
-    def _random_deduplicated(self) -> Ids:
+    def _random_deduplicated(self) -> Choice:
         if not has_closed_form(self.layer, self.shard):
             return arriving_top_k(self.generator, self.layer, self.shard, self.rows)
         law = torch.tensor(self._law(arrived_only=True), dtype=torch.float64)
@@ -220,21 +228,15 @@ class _Sampler:
         shuffle = torch.rand(ids.shape, dtype=torch.float64, generator=self.generator).argsort(1)
         return ids.gather(1, shuffle), None
 
-    def _random_slot(self) -> Ids:
+    def _random_slot(self) -> Choice:
         ids, weights = self._random_deduplicated()
         local = is_local(ids, self.shard)
         first = slice(0, self.rows)
         return ids[local][first].unsqueeze(1), None if weights is None else weights[local][first].unsqueeze(1)
 
-    def _random_pool(self) -> Ids:
+    def _random_pool(self) -> Choice:
         ids, weights = self._random_global()
-        assert weights is not None
-        absent = ~is_local(ids, self.shard).any(1)
-        ids[absent], weights[absent] = -1, 0.0
-        front = absent.view(self.regime.ep_size, -1).int().argsort(dim=1, stable=True)
-        block = torch.arange(0, self.rows, self.rows // self.regime.ep_size).unsqueeze(1)
-        order = (front + block).flatten()
-        return ids[order], weights[order]
+        return front_of_blocks(ids, weights, self.shard, self.regime.ep_size)
 
     def _balanced_global(self) -> torch.Tensor:
         layer, shard = self.layer, self.shard

@@ -11,9 +11,7 @@ from moetune.quoting import quoted
 from moetune.spec.enums import Dispatch
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.workload.law import local_slot_law
-from moetune.workload.ranks import expert_chances
-from moetune.workload.router import representative_shard
+from moetune.workload.rank_law import slot_law, token_chances
 
 WireActivation = Literal["bf16", "fp8", "fp4"]
 WireRouting = Literal["logits", "topk", "packed_topk"]
@@ -119,8 +117,8 @@ def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int) -> tuple[float,
 
     def copies_of_a_token(receiver: int) -> float:
         if regime.layout == "slot":
-            return sum(expert_chances(layer, regime.shard(layer, receiver)))
-        return local_slot_law(layer, representative_shard(layer, regime, receiver), regime.seed).hit_fraction
+            return sum(token_chances(layer, regime, receiver))
+        return slot_law(layer, regime, receiver).hit_fraction
 
     returning = sum(copies_of_a_token(other) for other in range(regime.ep_size) if other != rank)
     return (regime.ep_size - 1) * copies_of_a_token(rank), returning

@@ -1,0 +1,108 @@
+"""Compares the skew that a distribution asks for with the one that is achieved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moetune.errors import UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.workload.placed import is_local_skew, skew_shares
+from moetune.workload.rank_law import row_chances, scope_preferences, token_chances
+from moetune.workload.routing import realize
+from moetune.workload.skew import TOLERANCE, effective_experts, largest_parameter, max_over_mean
+
+DRAWN_ROWS = 65536
+"""The most rows of the draws whose loads are added for `Achieved.drawn_effective_experts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Achieved:
+    """The asked and the achieved skew. All loads are of slots; an effective number is 1 / Σ share².
+
+    Attributes:
+        num_experts: the experts over which the distribution is skewed: all, or those of one rank (packed layout).
+        asked_effective_experts, asked_max_over_mean: what the distribution asks of them. The second is None for
+            `ddist`, which asks for the first alone.
+        effective_experts, max_over_mean: what is achieved, on average over draws.
+        rank_load: the tuned rank's load over the mean load of a rank; 1 if the skew is over one rank's experts.
+        rank_effective_experts, rank_max_over_mean: the same of the rank's physical experts, on average over draws.
+        drawn_rows: the rows of each draw that was counted.
+        drawn_effective_experts, drawn_max_over_mean: the same of the rank's physical experts, counted from draws.
+    """
+
+    num_experts: int
+    asked_effective_experts: float
+    asked_max_over_mean: float | None
+    effective_experts: float
+    max_over_mean: float
+    rank_load: float
+    rank_effective_experts: float
+    rank_max_over_mean: float
+    drawn_rows: int
+    drawn_effective_experts: float
+    drawn_max_over_mean: float
+
+
+def achieved(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> Achieved:
+    """Returns the asked and the achieved skew of `rank`, None for the regime's rank, with draws of `rows` rows.
+
+    The loads of the regime's draws are added, as many as have `DRAWN_ROWS` rows together, but at least one.
+
+    Raises:
+        UsageError: the distribution is not skewed, or as `routing.realize`.
+    """
+    asked = skew_shares(layer, regime, rank)
+    chances = scope_preferences(layer, regime, rank).chances
+    in_rows = row_chances(layer, regime, rank)
+    numbers = range(max(1, min(regime.draws, DRAWN_ROWS // rows)))
+    loads = _sum(realize(layer, regime, rows, rank, number).load.tolist() for number in numbers)
+    mean = layer.top_k / regime.ep_size
+    return Achieved(
+        num_experts=len(chances),
+        asked_effective_experts=asked.asked_effective,
+        asked_max_over_mean=asked.asked_max_over_mean,
+        effective_experts=effective_experts(chances),
+        max_over_mean=max_over_mean(chances),
+        rank_load=1.0 if is_local_skew(regime) else sum(token_chances(layer, regime, rank)) / mean,
+        rank_effective_experts=effective_experts(in_rows),
+        rank_max_over_mean=max_over_mean(in_rows),
+        drawn_rows=rows,
+        drawn_effective_experts=effective_experts(loads),
+        drawn_max_over_mean=max_over_mean(loads),
+    )
+
+
+def miss(layer: MoELayer, regime: Regime, rank: int | None = None, *, simulate: bool = False) -> UsageError | None:
+    """Returns an error that says the reachable range if the asked effective number of experts is missed, else None.
+
+    It is missed if the achieved one differs by more than 5 %.
+
+    Args:
+        layer, regime, rank: the deployment.
+        simulate: whether to simulate a grouped router, which takes seconds. Otherwise only the limit that distinct ids
+            set is checked.
+    """
+    if regime.skew is None:
+        return None
+    asked = skew_shares(layer, regime, rank)
+    values = scope_preferences(layer, regime, rank).chances if simulate else asked.values
+    found, wanted, size = effective_experts(values), asked.asked_effective, len(values)
+    if abs(found / wanted - 1.0) <= TOLERANCE:
+        return None
+    of = f"{size} experts of a rank" if is_local_skew(regime) else f"{size} experts"
+    least, last = asked.least_effective, largest_parameter(regime.skew, size, asked.least_effective)
+    spelled = f"; within 5 %, that is up to {regime.skew.kind}:{last:.4g}" if last else ""
+    top_k = min(layer.top_k, size)
+    why = f"a row selects {top_k} distinct ones, so none has more than 1/{top_k} of the slots"
+    if not asked.missed:
+        why = "the router's group limit allows no more"
+    return UsageError(
+        f"{regime.distribution} asks for {wanted:.4g} effective experts of {of}, and {found:.4g} are achieved: {why}.",
+        f"Reachable are {least:.4g} to {size} effective experts{spelled}.",
+    )
+
+
+def _sum(loads: Iterable[list[int]]) -> list[int]:
+    return [sum(of_expert) for of_expert in zip(*loads, strict=True)]

@@ -1,0 +1,131 @@
+"""Makes a router choose experts with given chances."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from moetune.spec.layer import MoELayer, RoutingMethod
+from moetune.spec.regime import Regime
+from moetune.workload.distribution import random_logits, seeded_generator
+from moetune.workload.placed import is_local_skew, skew_shares
+from moetune.workload.router import Choice, method_within, route
+from moetune.workload.weighted_subsets import fitted_odds, inclusion, local_slots, sample, symmetric_sums
+
+LAW_TOKENS = 16384
+_FIT_TOKENS = 8192
+_FIT_STEPS = 12
+_CHUNK_LOGITS = 1 << 20
+
+
+class Preferences(ABC):
+    """A router of k distinct experts of n, in which each expert has its chance to be chosen.
+
+    Attributes:
+        chances: the chance that a token selects each expert; they add up to k. They are what is achieved.
+        simulated: whether they are frequencies of simulated routing.
+    """
+
+    chances: tuple[float, ...]
+    simulated: bool
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator, rows: int) -> Choice:
+        """Returns the experts of `rows` tokens."""
+
+    @abstractmethod
+    def local_slots(self, local: Sequence[float]) -> tuple[float, ...]:
+        """Returns the chances of c = 0 … k local slots; `local` is the chance that each expert's slot is local."""
+
+
+class Weighted(Preferences):
+    """Preferences without a group limit: the sets of `weighted_subsets`. All numbers are exact."""
+
+    simulated = False
+
+    def __init__(self, chances: Sequence[float], top_k: int) -> None:
+        self.top_k = top_k
+        self.odds = fitted_odds(torch.tensor(chances, dtype=torch.float64), top_k)
+        self.chances = tuple(inclusion(self.odds, top_k).tolist())
+        self._sums = symmetric_sums(self.odds, top_k)
+
+    def sample(self, generator: torch.Generator, rows: int) -> Choice:
+        return sample(generator, self._sums, rows), None
+
+    def sample_with(self, generator: torch.Generator, rows: int, first: int, count: int) -> torch.Tensor:
+        """Returns the experts of tokens that select at least one of the experts `first … first + count − 1`."""
+        order = torch.cat((torch.arange(first, len(self.odds)), torch.arange(first)))
+        return order[sample(generator, symmetric_sums(self.odds[order], self.top_k), rows, first_below=count)]
+
+    def local_slots(self, local: Sequence[float]) -> tuple[float, ...]:
+        return tuple(local_slots(self.odds.tolist(), local, self.top_k))
+
+
+class Biased(Preferences):
+    """Preferences of a router with groups: its own rule on random logits, to which each expert's bias is added.
+
+    The biases are fitted on `_FIT_TOKENS` simulated tokens. The chances are frequencies in `LAW_TOKENS` other ones. A
+    group limit can make the asked chances impossible, for instance if the busiest experts lie in too many groups.
+    """
+
+    simulated = True
+
+    def __init__(self, method: RoutingMethod, chances: Sequence[float], top_k: int) -> None:
+        self.method, self.top_k = method, top_k
+        wanted = torch.tensor(chances, dtype=torch.float64)
+        logits = random_logits(seeded_generator("fit of biases", len(chances), top_k), _FIT_TOKENS, len(chances))
+        margin = 0.5 / _FIT_TOKENS
+        target = torch.special.ndtri(wanted.clamp(margin, 1.0 - margin))
+        self.bias = target.clone()
+        for _ in range(_FIT_STEPS):
+            found = self._frequencies(self._route(logits)[0])
+            self.bias += target - torch.special.ndtri(found.clamp(margin, 1.0 - margin))
+        self._tokens = self.sample(seeded_generator("law of biases", len(chances), top_k), LAW_TOKENS)[0]
+        self.chances = tuple(self._frequencies(self._tokens).tolist())
+
+    def sample(self, generator: torch.Generator, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        step = max(1, _CHUNK_LOGITS // len(self.bias))
+        parts = [
+            self._route(random_logits(generator, min(step, rows - start), len(self.bias)))
+            for start in range(0, rows, step)
+        ]
+        experts, weights = (torch.cat(column) for column in zip(*parts, strict=True))
+        return experts, weights
+
+    def local_slots(self, local: Sequence[float]) -> tuple[float, ...]:
+        part = torch.tensor(local, dtype=torch.float64)[self._tokens]
+        chances = torch.zeros(len(part), self.top_k + 1, dtype=torch.float64)
+        chances[:, 0] = 1.0
+        for column in part.T:
+            moved = torch.nn.functional.pad(chances[:, :-1], (1, 0))
+            chances += (moved - chances) * column.unsqueeze(1)
+        return tuple(chances.mean(0).tolist())
+
+    def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return route(self.method, logits + self.bias, self.top_k)
+
+    def _frequencies(self, experts: torch.Tensor) -> torch.Tensor:
+        return torch.bincount(experts.flatten(), minlength=len(self.bias)).double() / len(experts)
+
+
+@lru_cache(maxsize=32)
+def preferences(method: RoutingMethod, chances: tuple[float, ...], top_k: int) -> Preferences:
+    """Returns preferences with these chances, which add up to `top_k`."""
+    return Biased(method, chances, top_k) if method.grouped else Weighted(chances, top_k)
+
+
+def of_scope(layer: MoELayer, regime: Regime, rank: int | None = None) -> Preferences:
+    """Returns the preferences over the experts of `placed.skew_shares`.
+
+    Raises:
+        UsageError: as `skew_shares`.
+    """
+    values = skew_shares(layer, regime, rank).values
+    top_k = min(layer.top_k, len(values))
+    method = layer.routing
+    if is_local_skew(regime):
+        method = method_within(layer, regime.shard(layer, rank).first, len(values))
+    return preferences(method, tuple(top_k * value for value in values), top_k)
