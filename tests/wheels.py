@@ -35,6 +35,7 @@ WHEELS = {
             "vllm/v1/worker/gpu_worker.py",
             "vllm/model_executor/layers/fused_moe/fused_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
+            "vllm/distributed/eplb/policy/default.py",
         ),
         "vllm/model_executor/layers/fused_moe/configs/",
     ),
@@ -44,6 +45,7 @@ WHEELS = {
         (
             "sglang/srt/plugins/__init__.py",
             "sglang/srt/managers/scheduler.py",
+            "sglang/srt/eplb/eplb_algorithms/deepseek.py",
             "sglang/kernels/ops/moe/fused_moe_triton_kernels.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",

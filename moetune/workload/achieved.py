@@ -91,7 +91,7 @@ def miss(layer: MoELayer, regime: Regime, rank: int | None = None, *, simulate: 
     found, wanted, size = effective_experts(values), asked.asked_effective, len(values)
     if abs(found / wanted - 1.0) <= TOLERANCE:
         return None
-    of = f"{size} experts of a rank" if is_local_skew(regime) else f"{size} experts"
+    of = f"the {size} of a rank" if is_local_skew(regime) else str(size)
     least, last = asked.least_effective, largest_parameter(regime.skew, size, asked.least_effective)
     spelled = f"; within 5 %, that is up to {regime.skew.kind}:{last:.4g}" if last else ""
     top_k = min(layer.top_k, size)

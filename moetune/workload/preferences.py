@@ -13,11 +13,14 @@ from moetune.spec.regime import Regime
 from moetune.workload.distribution import random_logits, seeded_generator
 from moetune.workload.placed import is_local_skew, skew_shares
 from moetune.workload.router import Choice, method_within, route
-from moetune.workload.weighted_subsets import fitted_odds, inclusion, local_slots, sample, symmetric_sums
+from moetune.workload.skew import effective_experts
+from moetune.workload.weighted_subsets import fitted_odds, inclusion, local_slots, sample, sample_with
 
 LAW_TOKENS = 16384
 _FIT_TOKENS = 8192
 _FIT_STEPS = 12
+_MOST_FACTOR = 64.0
+_NEAR = 0.01
 _CHUNK_LOGITS = 1 << 20
 
 
@@ -50,15 +53,14 @@ class Weighted(Preferences):
         self.top_k = top_k
         self.odds = fitted_odds(torch.tensor(chances, dtype=torch.float64), top_k)
         self.chances = tuple(inclusion(self.odds, top_k).tolist())
-        self._sums = symmetric_sums(self.odds, top_k)
 
     def sample(self, generator: torch.Generator, rows: int) -> Choice:
-        return sample(generator, self._sums, rows), None
+        return sample(generator, self.odds, self.top_k, rows), None
 
-    def sample_with(self, generator: torch.Generator, rows: int, first: int, count: int) -> torch.Tensor:
+    def arriving(self, generator: torch.Generator, rows: int, first: int, count: int) -> torch.Tensor:
         """Returns the experts of tokens that select at least one of the experts `first … first + count − 1`."""
         order = torch.cat((torch.arange(first, len(self.odds)), torch.arange(first)))
-        return order[sample(generator, symmetric_sums(self.odds[order], self.top_k), rows, first_below=count)]
+        return order[sample_with(generator, self.odds[order], self.top_k, rows, count)]
 
     def local_slots(self, local: Sequence[float]) -> tuple[float, ...]:
         return tuple(local_slots(self.odds.tolist(), local, self.top_k))
@@ -68,7 +70,8 @@ class Biased(Preferences):
     """Preferences of a router with groups: its own rule on random logits, to which each expert's bias is added.
 
     The biases are fitted on `_FIT_TOKENS` simulated tokens. The chances are frequencies in `LAW_TOKENS` other ones. A
-    group limit can make the asked chances impossible, for instance if the busiest experts lie in too many groups.
+    group limit can make the asked chances impossible, for instance if the busiest experts lie in too many groups. Then
+    all biases are multiplied by one factor, so that at least the effective number of experts is the asked one.
     """
 
     simulated = True
@@ -83,6 +86,7 @@ class Biased(Preferences):
         for _ in range(_FIT_STEPS):
             found = self._frequencies(self._route(logits)[0])
             self.bias += target - torch.special.ndtri(found.clamp(margin, 1.0 - margin))
+        self.bias *= self._factor(logits, effective_experts(chances))
         self._tokens = self.sample(seeded_generator("law of biases", len(chances), top_k), LAW_TOKENS)[0]
         self.chances = tuple(self._frequencies(self._tokens).tolist())
 
@@ -103,6 +107,21 @@ class Biased(Preferences):
             moved = torch.nn.functional.pad(chances[:, :-1], (1, 0))
             chances += (moved - chances) * column.unsqueeze(1)
         return tuple(chances.mean(0).tolist())
+
+    def _factor(self, logits: torch.Tensor, asked: float) -> float:
+        """Returns the factor of the biases at which the effective number of experts is `asked`, by bisection."""
+        bias, low, high = self.bias, 0.0, _MOST_FACTOR
+
+        def found(factor: float) -> float:
+            experts, _ = route(self.method, logits + factor * bias, self.top_k)
+            return effective_experts(self._frequencies(experts).tolist())
+
+        if abs(found(1.0) / asked - 1.0) < _NEAR:
+            return 1.0
+        for _ in range(_FIT_STEPS):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if found(middle) > asked else (low, middle)
+        return high
 
     def _route(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return route(self.method, logits + self.bias, self.top_k)

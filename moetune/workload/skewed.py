@@ -138,7 +138,7 @@ class SkewedSampler:
     def _deduplicated(self) -> Choice:
         scope = of_scope(self.layer, self.regime)
         if isinstance(scope, Weighted) and not self.regime.redundant_experts:
-            return scope.sample_with(self.generator, self.rows, self.shard.first, self.shard.num_local), None
+            return scope.arriving(self.generator, self.rows, self.shard.first, self.shard.num_local), None
         size = min(max(64, 2 * self.rows), _MOST_TOKENS)
         return arriving(iter(lambda: self._global(size), None), self.shard, self.rows)
 

@@ -25,17 +25,24 @@ def fitted_odds(chances: torch.Tensor, size: int) -> torch.Tensor:
     Args:
         chances: float64 `[E]`, each between 0 and 1; they add up to `size`.
         size: the number of experts of a set.
+
+    Each step multiplies the odds by the ratio of the asked to the found p / (1 − p), or by its root.
     """
     wanted = chances.clamp(1e-12, _MOST)
     ratio = wanted / (1.0 - wanted)
     odds = ratio / ratio.max()
     if size >= len(chances):
         return torch.ones_like(chances)
+    power, before = 1.0, float("inf")
     for _ in range(_STEPS):
         found = inclusion(odds, size).clamp(1e-300, _MOST)
-        if bool(((found - wanted).abs() < _EXACT).all()):
+        error = float((found - wanted).abs().max())
+        if error < _EXACT:
             break
-        odds = odds * ratio / (found / (1.0 - found))
+        if error > 0.7 * before:  # steps that are too long swing around the solution
+            power = 0.5
+        before = error
+        odds = odds * (ratio * (1.0 - found) / found) ** power
         odds = (odds / odds.max()).clamp(min=1e-18)
     return odds
 
@@ -57,34 +64,45 @@ def symmetric_sums(odds: torch.Tensor, size: int) -> torch.Tensor:
     return torch.tensor(rows[::-1], dtype=torch.float64)
 
 
-def sample(generator: torch.Generator, sums: torch.Tensor, rows: int, first_below: int | None = None) -> torch.Tensor:
-    """Returns sets of experts in random order, int64 `[rows, k]`.
+def sample(generator: torch.Generator, odds: torch.Tensor, size: int, rows: int) -> torch.Tensor:
+    """Returns sets of `size` experts in random order, int64 `[rows, size]`."""
+    sums = symmetric_sums(odds, size)
+    return _shuffled(generator, _continued(generator, sums, torch.empty(rows, 0, dtype=torch.int64), size))
 
-    The experts of a set are drawn in ascending order. If the last one was i − 1, the next is below j with the chance
-    1 − e_r(from j) / e_r(from i), where r experts are still to be drawn.
 
-    Args:
-        sums: `symmetric_sums` of the odds; k is its last column.
-        rows: the number of sets.
-        first_below: the condition that a set has at least one expert below this number; None for no condition.
+def sample_with(generator: torch.Generator, odds: torch.Tensor, size: int, rows: int, below: int) -> torch.Tensor:
+    """Returns sets of `size` experts in random order of which at least one is below `below`, int64 `[rows, size]`."""
+    sums = symmetric_sums(odds, size)
+    weights = (odds * sums[1:, size - 1])[:below].cumsum(0)  # of the sets in which an expert is the lowest
+    chance = torch.rand(rows, dtype=torch.float64, generator=generator) * weights[-1]
+    lowest = torch.searchsorted(weights, chance, right=True).clamp(max=below - 1)
+    return _shuffled(generator, _continued(generator, sums, lowest.unsqueeze(1), size))
+
+
+def _continued(generator: torch.Generator, sums: torch.Tensor, start: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns sets of `size` experts in ascending order that begin with `start`.
+
+    If the last expert was i − 1, the next is below j with the chance 1 − e_r(from j) / e_r(from i), where r experts are
+    still to be drawn.
     """
-    size = sums.shape[1] - 1
     falling = sums.T.contiguous()
+    rows, given = start.shape
     chosen = torch.empty(rows, size, dtype=torch.int64)
-    left = falling[size, 0].expand(rows)
-    least = 0.0 if first_below is None else float(falling[size, first_below] / falling[size, 0])
-    for column in range(size):
-        remaining = size - column
+    chosen[:, :given] = start
+    following = start[:, -1] + 1 if given else torch.zeros(rows, dtype=torch.int64)
+    for column in range(given, size):
+        left = falling[size - column]
         chance = 1.0 - torch.rand(rows, dtype=torch.float64, generator=generator)  # above 0, at most 1
-        if column == 0:
-            chance = least + (1.0 - least) * chance
+        rising = left.flip(0)
         # the next expert is the first j with e_r(from j + 1) < chance · e_r(from i)
-        rising = falling[remaining].flip(0)
-        after = torch.searchsorted(rising, (chance * left).contiguous(), right=False)
-        expert = len(rising) - 1 - after
+        expert = len(rising) - 1 - torch.searchsorted(rising, chance * left[following])
         chosen[:, column] = expert
-        left = falling[remaining - 1][expert + 1]
-    return chosen.gather(1, torch.rand(rows, size, dtype=torch.float64, generator=generator).argsort(1))
+        following = expert + 1
+    return chosen
+
+
+def _shuffled(generator: torch.Generator, rows: torch.Tensor) -> torch.Tensor:
+    return rows.gather(1, torch.rand(rows.shape, dtype=torch.float64, generator=generator).argsort(1))
 
 
 def local_slots(odds: Sequence[float], local: Sequence[float], size: int) -> list[float]:

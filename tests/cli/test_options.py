@@ -38,6 +38,13 @@ def _refused(result, *said, code=2):
     [
         (["--model", "qwen3-30b"], ["Unknown model 'qwen3-30b'", "qwen3-30b-a3b", "moetune models"]),
         (["--model", "no/such/config.json"], ["no/such/config.json"]),
+        ([*QWEN, "--distribution", "skewed"], ["balanced, random, ddist:X, zipf:S, powerlaw:A", "'skewed'"]),
+        ([*QWEN, "--distribution", "ddist:0.5"], ["a number from 1 on, such as ddist:2"]),
+        (
+            [*QWEN, "--distribution", "zipf:3", "--strict-skew"],
+            ["asks for 1.4", "effective experts of 128, and 8 are achieved", "Reachable are 8 to 128", "zipf:1.3"],
+        ),
+        ([*QWEN, "--distribution", "zipf:1", "--redundant-experts", "8"], ["--dispatch ENGINE:NAME"]),
         ([*QWEN, "--ep", "7"], ["ep_size = 7 does not divide the 128 experts", "1, 2, 4, 8, 16, 32, 64, 128"]),
         ([*QWEN, "--ep", "0"], ["ep_size must be at least 1, given 0"]),
         ([*QWEN, "--ep", "-4"], ["ep_size must be at least 1, given -4"]),
@@ -490,3 +497,19 @@ def test_the_name_of_a_model_as_a_profile_leads_to_the_option(moetune, tmp_path,
     refused = moetune(command, "deepseek-r1", *words)
     assert refused.exit_code == 2
     assert "it is the name of a model. Give --model deepseek-r1" in refused.stderr
+
+
+def test_a_skew_that_is_missed_is_a_warning_unless_it_is_strict(moetune):
+    words = ("plan", *QWEN, "--ladder", "64", "--json")
+    missed = moetune(*words, "--distribution", "zipf:3")
+    assert missed.exit_code == 0
+    assert missed.stderr.startswith("warning: zipf:3 asks for 1.4")
+    assert json.loads(missed.stdout)["skew"]["effective_experts"] == pytest.approx(8.0)
+    reached = moetune(*words, "--distribution", "ddist:2", "--strict-skew")
+    assert (reached.exit_code, reached.stderr) == (0, "")
+    assert json.loads(reached.stdout)["skew"]["asked_effective_experts"] == 64.0
+
+
+def test_the_variable_may_be_a_skew(moetune, monkeypatch):
+    monkeypatch.setenv(DISTRIBUTION_VARIABLE, "DDIST_1.5")
+    assert _regime(moetune, *QWEN, "--ladder", "64").distribution == "ddist:1.5"

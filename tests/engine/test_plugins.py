@@ -295,3 +295,15 @@ def test_sglangs_own_loader_loads_it(process, model, monkeypatch, engine_sources
     monkeypatch.setenv(plugins.VARIABLE, spelled(model))
     loader.load_plugins()
     assert type(AutoTuner.get()).__name__ == "MoetuneTuner"
+
+
+@pytest.mark.parametrize(("strict", "level"), [("", logging.WARNING), (" --strict-skew", logging.ERROR)])
+def test_a_skew_that_is_missed_is_logged_and_if_strict_the_regime_is_not_used(
+    process, model, monkeypatch, caplog, strict, level
+):
+    monkeypatch.setenv(plugins.VARIABLE, f"{spelled(model)} --distribution zipf:9{strict}")
+    with caplog.at_level(logging.INFO):
+        plugin(GROUPS[0])()
+    lines = [record for record in caplog.records if "zipf:9 asks for" in record.message]
+    assert [line.levelno for line in lines] == [level]
+    assert (session.current() is None) == bool(strict)

@@ -39,7 +39,8 @@ def test_every_option_sets_a_field_that_exists():
         if option.field and option.owner in fields:
             assert option.field in fields[option.owner]
     assert {option.field for option in OPTIONS if option.owner == "regime"} == set(Regime.model_fields) - {
-        "uneven_shards"
+        "uneven_shards",
+        "eplb",
     }
 
 
@@ -82,3 +83,35 @@ def test_an_unknown_option_of_the_library_is_refused():
 def test_an_invalid_option_is_named(spelled, message):
     with pytest.raises(UsageError, match=message):
         parse(spelled)
+
+
+def test_a_skew_is_spelled_like_flashinfers_and_may_be_strict():
+    asked = parse("--model qwen3-235b-a22b --ep 8 --distribution ddist_1.5 --strict-skew")
+    assert asked.regime.distribution == "ddist:1.5"
+    assert asked.strict_skew
+    assert not parse("--model qwen3-235b-a22b --distribution zipf:1").strict_skew
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "engine"),
+    [("vllm:deepep_high_throughput", "vllm"), ("sglang:none", "sglang"), ("trtllm:attention_dp", "trtllm")],
+)
+def test_the_engine_of_the_dispatcher_places_redundant_experts_under_a_skew(dispatch, engine):
+    line = f"--model qwen3-235b-a22b --ep 8 --dispatch {dispatch} --redundant-experts 32"
+    assert parse(f"{line} --distribution zipf:1").regime.eplb == engine
+    assert parse(line).regime.eplb is None
+    assert ("eplb" in parse(line).regime.model_dump()) is False
+
+
+def test_what_a_balancer_may_do_otherwise_is_a_warning():
+    grouped = "--model deepseek-r1 --ep 8 --redundant-experts 32 --distribution zipf:1 --dispatch"
+    assert parse(f"{grouped} trtllm:attention_dp").warnings == ()
+    assert "vLLM's balancer first packs the router's groups to nodes" in parse(f"{grouped} vllm:naive").warnings[0]
+    nodes, flags = parse(f"{grouped} sglang:none").warnings
+    assert "SGLang's balancer first packs the router's groups to nodes" in nodes
+    assert "--enable-eplb or --init-expert-location" in flags
+
+
+def test_redundant_experts_under_a_skew_without_an_engine_are_an_error():
+    with pytest.raises(UsageError, match="Name the engine: --dispatch ENGINE:NAME or --launch"):
+        parse("--model qwen3-235b-a22b --ep 8 --redundant-experts 32 --distribution zipf:1")

@@ -67,3 +67,17 @@ def test_a_plan_says_why_tactics_are_unknown():
     assert "number of tactics (ways to run the kernel): torch does not compute this layer" in printed(
         *plan_report(plan(layer, REGIME, "torch"))
     )
+
+
+def test_a_skewed_plan_shows_the_asked_and_the_achieved_skew():
+    regime = Regime(ep_size=8, dispatch="allgather", distribution="zipf:1", ladder="64,1024")
+    text = " ".join(printed(*plan_report(plan("qwen3-30b-a3b", regime, device="cpu", rank="fullest"))).split())
+    assert "numbers are means for the shares of zipf:1 through the model's routing rule, in closed form" in text
+    asked = "asked 18.03 effective experts of 128, busiest 23.6 × the mean; achieved 18.03, busiest 16 × the mean"
+    assert f"skew over all experts: {asked}" in text
+    assert re.search(r"this rank: [12]\.\d+ × the mean load of a rank; \d\.\d+ effective experts of 16, busiest", text)
+    assert "in draws of 1,024 rows" in text
+
+
+def test_a_plan_of_random_logits_shows_no_skew():
+    assert "skew" not in printed(*plan_report(plan(LAYER, Regime(ladder="8"), device="cpu")))

@@ -75,7 +75,7 @@ def test_a_shard_is_the_regimes_ranks_unless_another_is_given():
 
 
 def test_every_field_is_in_the_key():
-    assert set(FIELDS) | {"attention_dp", "dispatch", "layout"} == set(Regime.model_fields)
+    assert set(FIELDS) | {"attention_dp", "dispatch", "layout", "eplb"} == set(Regime.model_fields)
 
 
 @given(regime=REGIMES)
@@ -188,7 +188,8 @@ def test_without_the_variable_nothing_changes(spelled):
 
 @pytest.mark.parametrize("regime", [Regime(), Regime(distribution="random")])
 def test_a_bad_variable_is_an_error_that_names_it_and_lists_the_values(regime):
-    with pytest.raises(UsageError, match=f"{DISTRIBUTION_VARIABLE} must be one of balanced, random; given 'foo'"):
+    message = f"{DISTRIBUTION_VARIABLE} must be one of balanced, random, ddist:X, zipf:S, powerlaw:A; given 'foo'"
+    with pytest.raises(UsageError, match=message):
         regime.with_default_distribution("foo")
 
 
