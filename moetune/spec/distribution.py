@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 from moetune.spec.enums import DISTRIBUTIONS, SKEWED_DISTRIBUTIONS
 
 SkewKind = Literal["ddist", "zipf", "powerlaw"]
@@ -44,7 +45,7 @@ def parse_distribution(spelled: object, source: str = "distribution") -> str:
         if kind == known:
             return str(Skew(known, _parameter(known, parameter, source, spelled)))
     allowed = ", ".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS))
-    raise UsageError(f"{source} must be one of {allowed}; given {spelled!r}.")
+    raise UsageError(f"{source} must be one of {allowed}; given {quoted(spelled)}.")
 
 
 def skew_of(distribution: str) -> Skew | None:
@@ -63,5 +64,5 @@ def _parameter(kind: SkewKind, text: str, source: str, spelled: object) -> float
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < least or (value == least and not included):
-        raise UsageError(f"{source} {kind} takes {words}. Given: {spelled!r}.")
+        raise UsageError(f"{source} {kind} takes {words}. Given: {quoted(spelled)}.")
     return value + 0.0  # −0 is 0

@@ -20,6 +20,7 @@ The engines balance the loads that they have counted. Here these are the expecte
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 from moetune.errors import UsageError
@@ -45,7 +46,7 @@ def placement(loads: Sequence[float], num_physical: int, ep_size: int, engine: E
             "Choose another number of redundant experts.",
         )
     copies = _replicas(loads, num_physical, higher_first=engine == "trtllm")
-    counts = [copies.count(expert) for expert in range(len(loads))]
+    counts = Counter(copies)
     each = [loads[expert] / counts[expert] for expert in copies]
     room = num_physical // ep_size
     if room == 1 and engine != "trtllm":

@@ -9,9 +9,12 @@ of the products of their odds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from moetune.errors import UsageError
 
 _MOST = 1.0 - 1e-8
 """The largest chance that is asked of one expert; it keeps the odds finite."""
@@ -55,12 +58,18 @@ def inclusion(odds: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def symmetric_sums(odds: torch.Tensor, size: int) -> torch.Tensor:
-    """Returns e_r of the odds from index i on, as entry [i, r]: float64 `[E + 1, size + 1]`."""
+    """Returns e_r of the odds from index i on, as entry [i, r]: float64 `[E + 1, size + 1]`.
+
+    Raises:
+        UsageError: a sum exceeds float64, which takes more experts and a larger top-k than any model has.
+    """
     row = [1.0] + [0.0] * size
     rows = [row]
     for value in reversed(odds.tolist()):
         row = [1.0, *(keep + value * more for keep, more in zip(row[1:], row, strict=False))]
         rows.append(row)
+    if not math.isfinite(row[-1]):
+        raise UsageError(f"A skew of {len(odds)} experts and top-{size} is out of range: a sum exceeds float64.")
     return torch.tensor(rows[::-1], dtype=torch.float64)
 
 
