@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 from moetune.errors import UsageError
@@ -56,7 +57,12 @@ def physical_shares(layer: MoELayer, regime: Regime) -> tuple[float, ...]:
     The copies of an expert share its slots equally.
     """
     experts, values = copies_of(layer, regime), skew_shares(layer, regime).values
-    counts = [0] * layer.num_experts
-    for expert in experts:
-        counts[expert] += 1
+    counts = Counter(experts)
     return tuple(values[expert] / counts[expert] for expert in experts)
+
+
+def local_parts(layer: MoELayer, regime: Regime, rank: int | None = None) -> list[float]:
+    """Returns, for each expert, its copies on `rank` over all its copies; None means the regime's rank."""
+    shard, experts = regime.shard(layer, rank), copies_of(layer, regime)
+    counts, local = Counter(experts), Counter(experts[shard.first : shard.first + shard.num_local])
+    return [local[expert] / counts[expert] for expert in range(layer.num_experts)]

@@ -57,10 +57,11 @@ class Weighted(Preferences):
     def sample(self, generator: torch.Generator, rows: int) -> Choice:
         return sample(generator, self.odds, self.top_k, rows), None
 
-    def arriving(self, generator: torch.Generator, rows: int, first: int, count: int) -> torch.Tensor:
-        """Returns the experts of tokens that select at least one of the experts `first … first + count − 1`."""
-        order = torch.cat((torch.arange(first, len(self.odds)), torch.arange(first)))
-        return order[sample_with(generator, self.odds[order], self.top_k, rows, count)]
+    def sample_any_of(self, generator: torch.Generator, rows: int, experts: Sequence[int]) -> torch.Tensor:
+        """Returns the experts of `rows` tokens that select at least one of `experts`, int64 `[rows, k]`."""
+        others = sorted(set(range(len(self.odds))).difference(experts))
+        order = torch.tensor([*experts, *others])
+        return order[sample_with(generator, self.odds[order], self.top_k, rows, len(experts))]
 
     def local_slots(self, local: Sequence[float]) -> tuple[float, ...]:
         return tuple(local_slots(self.odds.tolist(), local, self.top_k))

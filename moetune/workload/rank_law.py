@@ -8,7 +8,7 @@ from functools import lru_cache
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.law import LocalSlotLaw, local_slot_law
-from moetune.workload.placed import copies_of, is_local_skew
+from moetune.workload.placed import copies_of, is_local_skew, local_parts
 from moetune.workload.preferences import Preferences, of_scope
 from moetune.workload.ranks import expert_chances, num_copies
 from moetune.workload.router import representative_shard
@@ -73,7 +73,5 @@ def _is_global(regime: Regime) -> bool:
 
 @lru_cache(maxsize=1024)
 def _skewed_law(layer: MoELayer, regime: Regime, rank: int) -> LocalSlotLaw:
-    scope, shard, experts = of_scope(layer, regime), regime.shard(layer, rank), copies_of(layer, regime)
-    counts, local = Counter(experts), Counter(experts[shard.first : shard.first + shard.num_local])
-    parts = [local[expert] / counts[expert] for expert in range(layer.num_experts)]
-    return LocalSlotLaw(scope.local_slots(parts), scope.simulated)
+    scope = of_scope(layer, regime)
+    return LocalSlotLaw(scope.local_slots(local_parts(layer, regime, rank)), scope.simulated)

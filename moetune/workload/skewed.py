@@ -7,16 +7,19 @@ from functools import lru_cache
 
 import torch
 
+from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.distribution import seeded_generator, uniform_subsets
-from moetune.workload.placed import copies_of, is_local_skew
+from moetune.workload.placed import copies_of, is_local_skew, local_parts
 from moetune.workload.preferences import Preferences, Weighted, of_scope, preferences
 from moetune.workload.router import Choice, arriving, front_of_blocks, is_local
 from moetune.workload.skew import capped
 
 _MOST_TOKENS = 1 << 17
 """The most tokens that are sampled at a time to find those that arrive."""
+_LEAST_HIT = 1e-3
+"""The least hit fraction at which a grouped router is simulated until enough tokens arrive."""
 
 
 class Copies:
@@ -136,10 +139,24 @@ class SkewedSampler:
         return self.copies.chosen(self.generator, experts), weights
 
     def _deduplicated(self) -> Choice:
-        scope = of_scope(self.layer, self.regime)
-        if isinstance(scope, Weighted) and not self.regime.redundant_experts:
-            return scope.arriving(self.generator, self.rows, self.shard.first, self.shard.num_local), None
+        scope, parts = of_scope(self.layer, self.regime), local_parts(self.layer, self.regime, self.shard.rank)
         size = min(max(64, 2 * self.rows), _MOST_TOKENS)
+        if isinstance(scope, Weighted):
+            held = [expert for expert, part in enumerate(parts) if part]
+            if not self.regime.redundant_experts:
+                return scope.sample_any_of(self.generator, self.rows, held), None
+
+            def holding() -> Choice:
+                experts = scope.sample_any_of(self.generator, size, held)
+                return self.copies.chosen(self.generator, experts), None
+
+            return arriving(iter(holding, None), self.shard, self.rows)
+        if 1.0 - scope.local_slots(parts)[0] < _LEAST_HIT:
+            raise UsageError(
+                f"Under {self.regime.distribution} rank {self.shard.rank} gets fewer than one token of "
+                f"{round(1 / _LEAST_HIT):,}, so its rows cannot be sampled.",
+                "Choose another rank, such as --rank fullest.",
+            )
         return arriving(iter(lambda: self._global(size), None), self.shard, self.rows)
 
     def _packed(self) -> Choice:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_cases import DEEPSEEK_ROUTING, VIEWS, deepseek_r1, moe, regime_of
 
+from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.dispatch import expect
@@ -242,4 +243,22 @@ def test_the_ids_do_not_move():
                 eplb: Any = "vllm" if redundant else None
                 regime = regime_of(view, 8, spelled, redundant_experts=redundant, eplb=eplb)
                 digest.update(repr(realize(moe(64, 4), regime, 96, rank=1, draw=2).topk_ids.tolist()).encode())
-    assert digest.hexdigest() == "d6a148cebdda0bcc8e97e0d03b3ff9ad1bb269d48e12bfde2ffa6740c2108a67"
+    assert digest.hexdigest() == "4a45f9a76b4f914b6df2ab0d22457aadc2e5b514aaeb8b78a718dd670b5deb7a"
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+def test_a_rank_that_almost_no_token_reaches_has_rows_all_the_same(redundant):
+    layer = moe(60, 4)
+    eplb: Any = "vllm" if redundant else None
+    regime = regime_of("deduplicated", 4, "zipf:8", redundant_experts=redundant, eplb=eplb)
+    rank = min(range(4), key=lambda rank: slot_law(layer, regime, rank).hit_fraction)
+    if not redundant:
+        assert slot_law(layer, regime, rank).hit_fraction < 1e-6
+    check_valid(layer, regime, 64, rank, realize(layer, regime, 64, rank))
+
+
+def test_a_rank_that_almost_no_token_reaches_is_an_error_with_groups():
+    layer, regime = moe(256, 2, DEEPSEEK_ROUTING), regime_of("deduplicated", 64, "zipf:8")
+    rank = min(range(64), key=lambda rank: slot_law(layer, regime, rank).hit_fraction)
+    with pytest.raises(UsageError, match="gets fewer than one token of 1,000, so its rows cannot be sampled"):
+        realize(layer, regime, 64, rank)
