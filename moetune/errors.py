@@ -34,6 +34,10 @@ class NoResultError(MoetuneError):
     """Tuning ended without a valid measurement for some bucket."""
 
 
+class DefaultFailedError(NoResultError):
+    """The default tactic of a bucket failed or computes a wrong result, so nothing can be compared with it."""
+
+
 class DeviceLostError(NoResultError):
     """A kernel broke the device's context, so nothing else can run on it in this process."""
 

@@ -21,6 +21,7 @@ from moetune.tuning.events import (
     BackendStarted,
     BucketChosen,
     BucketCompared,
+    BucketFailed,
     BucketsSkipped,
     BucketStarted,
     DefaultDiffers,
@@ -155,6 +156,10 @@ class Progress:
         best = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
         estimate = f" · {left}" if self._task is None else ""
         self._line(f"[{event.index + 1}/{event.count}] {choice.rows} rows: {best}{estimate}")
+
+    @_show.register
+    def _bucket_failed(self, event: BucketFailed) -> None:
+        self._line(f"{event.rows} rows: no result. {event.reason}")
 
     @_show.register
     def _backend_started(self, event: BackendStarted) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
-from moetune.errors import NoResultError
+from moetune.errors import DefaultFailedError
 from moetune.search.exhaustive import exhaustive
 from moetune.search.revalidate import OTHERS, first_tactics, revalidate
 from moetune.spec.enums import Strategy
@@ -243,6 +243,7 @@ class BucketTuner:
             times = self._replayed(batch)
             times = self._measure(batch) if times is None else times
             self._times |= times
+            self._require_default(self._failures, self._bucket.rows)
             if self._share_s is not None and time.monotonic() - self._began > SEARCH_SHARE * self._share_s:
                 candidates = len(self._bucket.candidates.tactics)
                 if len(self._tried) < candidates:
@@ -259,7 +260,7 @@ class BucketTuner:
         It can be called again if the noise was too large.
 
         Raises:
-            NoResultError: a default tactic failed or computes a wrong result.
+            DefaultFailedError: a default tactic failed or computes a wrong result.
         """
         bucket, bench, default = self._bucket, self._bench, self._bucket.default
         rejected = dict(self._failed)
@@ -320,7 +321,7 @@ class BucketTuner:
         default = self._bucket.default
         if default in failures:
             message = f"The default tactic {default} failed at {rows} rows: {failures[default]}."
-            raise NoResultError(message, self._bucket.default_hint)
+            raise DefaultFailedError(message, self._bucket.default_hint)
 
     def _rounds(self, batch: Batch) -> int:
         """Returns how often each tactic of a batch is timed, at all row counts together."""

@@ -89,6 +89,14 @@ class BucketChosen:
 
 
 @dataclass(frozen=True, slots=True)
+class BucketFailed:
+    """The default of bucket `rows` failed, so the bucket has no choice. The other buckets go on."""
+
+    rows: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class NotSaved:
     """The choice of bucket `rows` cannot be saved now. That is tried again after each bucket; `reason` says why."""
 
@@ -167,6 +175,7 @@ Event = (
     | SearchStopped
     | NoisyBucket
     | BucketChosen
+    | BucketFailed
     | NotSaved
     | NotJournaled
     | BucketsSkipped

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
-from moetune.errors import NoResultError
+from moetune.errors import DefaultFailedError
 from moetune.spec.tactic import Tactic
 from moetune.stats import Ratio, median, noise_floor, paired_ratio
 
@@ -143,7 +143,7 @@ def compare_finalists(
         most_s: about how long all may take, unless the least number of rounds takes longer; `SECONDS` by default.
 
     Raises:
-        NoResultError: the default failed.
+        DefaultFailedError: the default failed.
     """
     taken = _Samples(bench, default, finalists, draws)
     everyone = (*finalists, default)
@@ -183,14 +183,14 @@ def compare_right_ones(
     If a tactic is wrong, the others are compared again, because they may have been dropped for it.
 
     Raises:
-        NoResultError: the default failed or computes a wrong result.
+        DefaultFailedError: the default failed or computes a wrong result.
     """
     checked = draws[-1] if draws[-1] % 2 or len(draws) == 1 else draws[-2]
     while True:
         samples = compare_finalists(bench, default, finalists, draws, rows, seconds=seconds, most_s=most_s)
         right = [bench.check(tactic, checked) for tactic in dict.fromkeys((default, *samples.remaining))]
         if default in bench.failures:
-            raise NoResultError(f"The default tactic {default} failed at {rows} rows: {bench.failures[default]}.")
+            raise DefaultFailedError(f"The default tactic {default} failed at {rows} rows: {bench.failures[default]}.")
         if all(right):
             return samples
         finalists = [tactic for tactic in finalists if tactic not in bench.failures]
@@ -222,7 +222,7 @@ class _Samples:
             least: how many of them must be undisturbed; if fewer are, all count.
 
         Raises:
-            NoResultError: the default failed.
+            DefaultFailedError: the default failed.
         """
         while tactics := [tactic for tactic in tactics if tactic in self.series]:
             twice = self._timed_twice(tactics)
@@ -231,7 +231,9 @@ class _Samples:
             failures = self._bench.failures
             if self._default in failures:
                 reason = failures[self._default]
-                raise NoResultError(f"The default tactic {self._default} failed in the final comparison: {reason}.")
+                raise DefaultFailedError(
+                    f"The default tactic {self._default} failed in the final comparison: {reason}."
+                )
             further = dict(zip((twice, *once), taken, strict=True))
             self.series = {
                 tactic: (*series, *further.get(tactic, ()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Problem, Runner
 from moetune.errors import NoResultError, UnsupportedError
+from moetune.measure.reasons import reason_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -92,7 +93,7 @@ class JoinedRunner:
         name = backend_of(tactic)
         if name in self._failed:
             error = self._failed[name]
-            raise NoResultError(f"cannot be prepared: {type(error).__name__}: {error}")
+            raise NoResultError(f"cannot be prepared: {reason_of(error)}")
         return self._runners[name].run(Tactic({key: value for key, value in tactic.items() if key != BACKEND}), draw)
 
     def reference(self, draw: int = 0) -> torch.Tensor:

@@ -12,12 +12,21 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from moetune.errors import DefaultFailedError
 from moetune.spec.enums import Strategy
 from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journaled, Searched
 from moetune.store.profile import Choice, Profile
 from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
-from moetune.tuning.events import BucketsSkipped, BucketStarted, DefaultDiffers, NoisyBucket, OnEvent, Resumed
+from moetune.tuning.events import (
+    BucketFailed,
+    BucketsSkipped,
+    BucketStarted,
+    DefaultDiffers,
+    NoisyBucket,
+    OnEvent,
+    Resumed,
+)
 from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question
 from moetune.tuning.refine import further_bucket
@@ -103,12 +112,16 @@ class TuneRun:
         self._promising: Sequence[Tactic] = ()
         self._warned: set[str] = set()
         self._noisy: deque[_Noisy] = deque()
+        self._failed: dict[int, DefaultFailedError] = {}
 
     def choices(self) -> Generator[Chosen]:
         """Yields the choice of each bucket once it is made.
 
         Buckets with a search of their own come first, because the others are tuned from their neighbors' fast tactics.
         Noisy buckets are compared again after the others, and before the ladder adds any.
+
+        Raises:
+            DefaultFailedError: after the last bucket, if a bucket has no choice because its default failed.
         """
         from moetune.measure.compiling import Compilers, capability_of
         from moetune.measure.worker import open_benches
@@ -126,11 +139,28 @@ class TuneRun:
                 if index and time.monotonic() >= self._end:
                     self._report(BucketsSkipped(tuple(self._order[index:]) or (bucket.rows,)))
                     break
-                if chosen := self._chosen(bucket, index, bench_of, compilers):
+                if chosen := self._attempted(bucket.rows, partial(self._chosen, bucket, index, bench_of, compilers)):
                     yield chosen
                 if index + 1 >= len(self._order):  # before the ladder adds buckets by these choices
                     yield from self._compared_again()
             yield from self._compared_again()
+        if self._failed:
+            raise self._failure()
+
+    def _attempted(self, rows: int, attempt: Callable[[], Chosen | None]) -> Chosen | None:
+        """Returns the result for one bucket. If its default fails, that is reported, and the others go on."""
+        try:
+            return attempt()
+        except DefaultFailedError as error:
+            self._failed[rows] = error
+            self._report(BucketFailed(rows, error.message))
+            return None
+
+    def _failure(self) -> DefaultFailedError:
+        first, *others = self._failed.values()
+        if not others:
+            return first
+        return DefaultFailedError(f"{first.message} Defaults failed in {len(others)} more buckets.", first.hint)
 
     def _chosen(
         self, bucket: Bucket, index: int, bench_of: Callable[[Problem], BenchLike], compilers: Compilers
@@ -186,10 +216,12 @@ class TuneRun:
         while self._noisy:
             bucket = self._noisy.popleft()
             if time.monotonic() < self._end:
-                bucket.compare_again()
+                self._attempted(bucket.chosen.choice.rows, bucket.compare_again)
             else:
                 bucket.tries = 0
             choice = bucket.chosen.choice
+            if choice.rows in self._failed:
+                continue
             if choice.noise > NOISY:
                 self._report(NoisyBucket(choice.rows, choice.noise, bucket.tries))
             if choice.noise > NOISY and bucket.tries:
@@ -202,6 +234,8 @@ class TuneRun:
         """Yields the buckets that the ladder `adaptive` adds, each once the choices before it are known."""
         if self._question.regime.ladder.name == "adaptive":
             while rows := further_bucket([self._known[rows] for rows in sorted(self._known)]):
+                if rows in self._failed:
+                    return
                 yield prefetcher.bucket(rows)
 
     def _warm_starts(self, rows: int) -> tuple[Tactic, ...]:

@@ -74,7 +74,8 @@ def tune(
             other, a `start` of another layer or backend, or a store that cannot be written.
         UnsupportedError: the backend cannot run here, or does not compute this layer.
         MissError: `frozen`, and a choice is not stored; or `start` is `near`, and no profile is.
-        NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared.
+        NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared
+            there; the other buckets are tuned and saved before. Or the worker's processes failed again and again.
         StoreError: the store's disk is full, or its lock is not free, before anything is measured.
         NotSavedError: the store could no longer be written when buckets were to be saved. The error has the profile.
     """

@@ -3,15 +3,17 @@
 from collections import Counter
 
 import pytest
-from planted import LAYER, PlantedBackend, tactic
+from planted import LAYER, PlantedBackend, PlantedRunner, tactic
 from runs import REGIME, tune_planted
 
-from moetune.errors import NoResultError
+from moetune.errors import DefaultFailedError, NoResultError
 from moetune.measure.bench import Bench
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
+from moetune.store.store import Store
 from moetune.tuning.events import (
     BucketChosen,
+    BucketFailed,
     TacticMeasured,
 )
 from moetune.tuning.tune import tune
@@ -99,6 +101,45 @@ def test_without_a_working_default_there_is_no_result(plant):
     plant(milliseconds={"default": 1.0, "fast": 0.5}, raising=frozenset({"default"}))
     with pytest.raises(NoResultError, match="planted failure"):
         tune_planted()
+
+
+@pytest.mark.parametrize("kind", ["search", "final"])
+@pytest.mark.parametrize(("rows", "left"), [({4}, [8]), ({8}, [4]), ({4, 8}, [])])
+def test_a_default_that_fails_in_one_bucket_does_not_end_the_others(plant, monkeypatch, tmp_path, rows, left, kind):
+    plant(milliseconds={"default": 1.0, "fast": 0.5})
+    real = PlantedRunner.run
+
+    def run(self, tactic, draw=0):
+        if tactic["algorithm"] == "default" and self.problem.rows in rows and self.problem.draws[draw].kind == kind:
+            raise RuntimeError("planted failure")
+        return real(self, tactic, draw)
+
+    monkeypatch.setattr(PlantedRunner, "run", run)
+    events = []
+    with pytest.raises(DefaultFailedError, match="planted failure") as raised:
+        tune_planted(Regime(ladder="4,8", draws=2), store=tmp_path, on_event=events.append)
+    assert ("Defaults failed in 1 more bucket" in str(raised.value)) == (len(rows) == 2)
+    assert {event.rows for event in events if isinstance(event, BucketFailed)} == rows
+    saved = [choice.rows for _, profile in Store(tmp_path).profiles() for choice in profile.choices]
+    assert saved == left
+
+
+def test_a_bucket_that_the_ladder_adds_and_that_fails_is_not_tried_for_ever(plant, monkeypatch):
+    plant(milliseconds={"default": 5.0, "small": 1.0, "large": 2.0}, milliseconds_from={("small", 150): 4.0})
+    real = PlantedRunner.run
+
+    def run(self, tactic, draw=0):
+        is_search = self.problem.draws[draw].kind == "search"
+        if tactic["algorithm"] == "default" and 128 < self.problem.rows < 256 and is_search:
+            raise RuntimeError("planted failure")
+        return real(self, tactic, draw)
+
+    monkeypatch.setattr(PlantedRunner, "run", run)
+    events = []
+    with pytest.raises(DefaultFailedError):
+        tune_planted(Regime(ladder="adaptive", tune_max_num_tokens=300, draws=2), on_event=events.append)
+    (failed,) = [event.rows for event in events if isinstance(event, BucketFailed)]
+    assert 128 < failed < 256
 
 
 def test_a_search_times_a_bucket_of_two_row_counts_with_its_rounds_of_each(plant, monkeypatch):
