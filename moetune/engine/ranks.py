@@ -24,8 +24,9 @@ ENGINE_GROUPS = (
 """Each engine, the module and the function that returns the group of the ranks that share the experts, and the versions
 (by how they begin) of which the sources were read: all these ranks are in tuning mode at the same time.
 
-In other versions of vLLM the first rank alone is (`flashinfer_autotune` in `warmup/kernel_warmup.py`: "Tuning is
-performed only on rank 0"). It would wait for the others forever.
+vLLM 0.27 … 0.33 give FlashInfer a group of all ranks themselves (`set_autotune_process_group` in
+`warmup/kernel_warmup.py`); that one comes first. In other versions the first rank may tune alone. It would wait for the
+others forever.
 """
 
 
