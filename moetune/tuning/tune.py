@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, MoetuneError
+from moetune.measure.forked import require_working_torch
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -72,7 +73,8 @@ def tune(
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, a value out of range, options that exclude each
             other, a `start` of another layer or backend, or a store that cannot be written.
-        UnsupportedError: the backend cannot run here, or does not compute this layer.
+        UnsupportedError: the backend cannot run here, or does not compute this layer; or this process was forked from
+            one that had already used torch.
         MissError: `frozen`, and a choice is not stored; or `start` is `near`, and no profile is.
         NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared
             there; the other buckets are tuned and saved before. Or the worker's processes failed again and again.
@@ -104,6 +106,7 @@ def tune(
     older = None if start is None else question.start(start)
     if older is not None:
         report(Revalidated(older.profile, older.differences))
+    require_working_torch(device)
     question.ensure_writable()
     journal = question.journal()
     if again:
