@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.law import Chances, LocalSlotLaw, expert_shares
-from moetune.workload.rank_law import row_chances, slot_law, token_chances
+from moetune.workload.rank_law import reached, row_chances, slot_law, token_chances
 from moetune.workload.router import representative_shard
 from moetune.workload.routing import realize
 
@@ -55,14 +55,18 @@ def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
     It is one row without a dispatch and in the packed layout, and ep rows after an all-gather and in a pool. The
     deduplicated layout has one row for each token with a slot on the rank. The slot layout has one row for each local
     slot, ep·k·L/E in all (k if ep divides E).
+
+    Raises:
+        UsageError: as `rank_law.reached`.
     """
+    of = regime.rank if rank is None else rank
     match regime.layout or regime.dispatch:
         case "allgather" | "pool":
             return regime.ep_size
         case "deduplicated":
-            return regime.ep_size * slot_law(layer, regime, rank).hit_fraction
+            return regime.ep_size * reached(regime, of, slot_law(layer, regime, rank).hit_fraction)
         case "slot":
-            return regime.ep_size * sum(token_chances(layer, regime, rank))
+            return regime.ep_size * reached(regime, of, sum(token_chances(layer, regime, rank)))
         case _:
             return 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
+from moetune.errors import UsageError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.law import LocalSlotLaw, local_slot_law
@@ -13,6 +14,8 @@ from moetune.workload.preferences import Preferences, of_scope
 from moetune.workload.ranks import expert_chances, num_copies
 from moetune.workload.router import representative_shard
 from moetune.workload.skewed import packed
+
+LEAST_HIT = 1e-6
 
 
 def slot_law(layer: MoELayer, regime: Regime, rank: int | None = None) -> LocalSlotLaw:
@@ -54,12 +57,27 @@ def row_chances(layer: MoELayer, regime: Regime, rank: int | None = None) -> lis
             return [1.0 / shard.num_local] * shard.num_local
         case "slot":
             chances = token_chances(layer, regime, rank)
-            return [chance / sum(chances) for chance in chances]
+            total = reached(regime, shard.rank, sum(chances))
+            return [chance / total for chance in chances]
         case "deduplicated":
-            hit = slot_law(layer, regime, rank).hit_fraction
+            hit = reached(regime, shard.rank, slot_law(layer, regime, rank).hit_fraction)
             return [chance / hit for chance in token_chances(layer, regime, rank)]
         case _:
             return token_chances(layer, regime, rank)
+
+
+def reached(regime: Regime, rank: int, hit: float) -> float:
+    """Returns the chance `hit` that a token has a slot on `rank`, or its mean number of slots there.
+
+    Raises:
+        UsageError: it is below 1e-6. Only a skew can have such ranks.
+    """
+    if hit < LEAST_HIT:
+        raise UsageError(
+            f"Under {regime.distribution} rank {rank} gets no tokens, so there is nothing to measure.",
+            "Choose another rank, such as --rank fullest.",
+        )
+    return hit
 
 
 def scope_preferences(layer: MoELayer, regime: Regime, rank: int | None = None) -> Preferences:

@@ -262,3 +262,14 @@ def test_a_rank_that_almost_no_token_reaches_is_an_error_with_groups():
     rank = min(range(64), key=lambda rank: slot_law(layer, regime, rank).hit_fraction)
     with pytest.raises(UsageError, match="gets fewer than one token of 1,000, so its rows cannot be sampled"):
         realize(layer, regime, 64, rank)
+
+
+@pytest.mark.parametrize("view", ["deduplicated", "slot"])
+def test_a_rank_without_tokens_has_no_rows_to_expect(view):
+    layer, regime = moe(128, 4), regime_of(view, 32, "zipf:4")
+    rank = min(range(32), key=lambda rank: slot_law(layer, regime, rank).hit_fraction)
+    for question in (lambda: expect(layer, regime, 64, rank), lambda: row_chances(layer, regime, rank)):
+        with pytest.raises(UsageError, match=f"Under zipf:4 rank {rank} gets no tokens") as raised:
+            question()
+        assert raised.value.hint == "Choose another rank, such as --rank fullest."
+    assert expect(layer, regime, 64, tuned_rank(layer, regime, "fullest")).tokens < 64
