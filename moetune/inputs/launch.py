@@ -17,6 +17,7 @@ from moetune.inputs.launch_model import Deployed, changed_precision, model_named
 from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
 from moetune.quoting import enumerated, quoted, shortened
+from moetune.spec.distribution import parse_distribution, skew_of
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
 _READERS: Final[Mapping[str, _Reader]] = {
@@ -26,6 +27,8 @@ _READERS: Final[Mapping[str, _Reader]] = {
 }
 _SETTINGS_FLAG: Final = {"vllm": "config", "sglang": "config", "trtllm": None}
 """The flag that names a settings file, if its settings have the names of flags. TensorRT-LLM's have other names."""
+_SGLANG_PLACED: Final = ("deepseek", "deepseek_hierarchical", "auto")
+"""The values of SGLang's --eplb-algorithm whose rule `workload.eplb` has."""
 MOST_UNKNOWN: Final = 100
 """The most flags of a line that the engine does not have."""
 _DISPATCHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -97,6 +100,8 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
             layer = layer_of({**found, **beside})
     deployed = Deployed(layer, beside, warnings)
     found |= _READERS[server.engine](line, deployed)
+    if server.engine != "trtllm" and skew_of(parse_distribution(beside.get("distribution", "random"))):
+        warnings += _other_placements(line, {**found, **beside}.get("redundant_experts"))
     if "dispatch" in beside or "layout" in beside:
         found.pop("dp", None)
     if "dispatch" in beside:
@@ -123,6 +128,22 @@ def _deciding_flags(line: Line, engine: str, beside: Mapping[str, Any]) -> tuple
     if left_open and not any(name in line.variables for name in named):
         given.append(f"no --{named[0]}")
     return tuple(given)
+
+
+def _other_placements(line: Line, redundant_experts: int | None) -> list[str]:
+    """Returns warnings about flags by which an engine places experts otherwise than `workload.eplb` does."""
+    algorithm, said = line.text("eplb-algorithm"), []
+    if algorithm and algorithm not in _SGLANG_PLACED:
+        said.append(
+            f"--eplb-algorithm {shortened(algorithm)} has another rule. The copies are placed "
+            f"as with {_SGLANG_PLACED[0]}."
+        )
+    if not redundant_experts and line.switch("enable-eplb"):
+        said.append(
+            "--enable-eplb moves experts between ranks by their load. Without redundant experts moetune leaves them in "
+            "the order of the model."
+        )
+    return said
 
 
 def _other_devices(server: ServerCommand) -> list[str]:

@@ -342,3 +342,28 @@ def test_a_line_that_cannot_be_read_says_what_to_do(line, error, said):
 )
 def test_the_flags_that_decide_the_deployment_are_named(line, beside, flags):
     assert read(line, beside).flags == flags
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --enable-eplb", "--enable-eplb moves experts between ranks"),
+        (
+            "sglang serve --model-path Qwen/Qwen3-30B-A3B --tp 8 --ep-size 8 --enable-eplb "
+            "--ep-num-redundant-experts 16 --eplb-algorithm elasticity_aware",
+            "--eplb-algorithm elasticity_aware has another rule. The copies are placed as with deepseek.",
+        ),
+    ],
+)
+def test_a_balancer_that_places_experts_otherwise_is_a_warning_under_a_skew(line, said):
+    assert any(said in warning for warning in read(line, {"distribution": "zipf:1"}).warnings)
+    assert not any(said in warning for warning in read(line).warnings)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "deepseek", "deepseek_hierarchical"])
+def test_a_balancer_whose_rule_moetune_has_is_no_warning(algorithm):
+    line = (
+        "sglang serve --model-path Qwen/Qwen3-30B-A3B --tp 8 --ep-size 8 --enable-eplb --ep-num-redundant-experts 16 "
+        f"--eplb-algorithm {algorithm}"
+    )
+    assert not any("--eplb-algorithm" in warning for warning in read(line, {"distribution": "zipf:1"}).warnings)
