@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,12 +131,12 @@ def logged(log: Path) -> Iterator[None]:
         note("batch", self._bucket.rows, batch.rounds, batch.tactics)
         return measure(self, batch)
 
-    def choose_noted(self: BucketTuner, finalists: Sequence[Tactic]) -> Choice:
+    def choose_noted(self: BucketTuner, finalists: Sequence[Tactic], *more: Callable[[], None]) -> Choice:
         note("final", self._bucket.rows)
-        return choose(self, finalists)
+        return choose(self, finalists, *more)
 
     BucketTuner._measure = measure_noted  # type: ignore[method-assign,assignment]
-    BucketTuner.choose = choose_noted  # type: ignore[method-assign]
+    BucketTuner.choose = choose_noted  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -254,10 +254,14 @@ class BucketTuner:
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
 
-    def choose(self, finalists: Sequence[Tactic]) -> Choice:
+    def choose(self, finalists: Sequence[Tactic], measured: Callable[[], None] = lambda: None) -> Choice:
         """Checks the finalists, compares them at every row count of the bucket, and decides.
 
         It can be called again if the noise was too large.
+
+        Args:
+            finalists: what `search` returned.
+            measured: is called when nothing is left but to decide.
 
         Raises:
             DefaultFailedError: a default tactic failed or computes a wrong result.
@@ -282,6 +286,7 @@ class BucketTuner:
             rejected |= wrong
             comparisons.append(samples)
             remaining = [tactic for tactic in samples.finalists if tactic in remaining and not loss(samples, tactic)]
+        measured()
         verdict = decide(comparisons, default, [count.weight for count in bucket.row_counts])
         return choice(
             comparisons,

@@ -31,6 +31,7 @@ from moetune.tuning.prefetch import Prefetcher
 from moetune.tuning.question import Question
 from moetune.tuning.refine import further_bucket
 from moetune.tuning.saving import Notes
+from moetune.tuning.uninterrupted import uninterrupted
 from moetune.tuning.verdict import NOISY
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class _Noisy:
     def __post_init__(self) -> None:
         self.tuner.release()
 
-    def compare_again(self) -> None:
+    def compare_again(self, measured: Callable[[], None]) -> None:
         self.tries -= 1
-        self.chosen = replace(self.chosen, choice=self.tuner.choose(self.finalists))
+        self.chosen = replace(self.chosen, choice=self.tuner.choose(self.finalists, measured))
         self.tuner.release()
 
 
@@ -113,6 +114,7 @@ class TuneRun:
         self._warned: set[str] = set()
         self._noisy: deque[_Noisy] = deque()
         self._failed: dict[int, DefaultFailedError] = {}
+        self._held = ExitStack()
 
     def choices(self) -> Generator[Chosen]:
         """Yields the choice of each bucket once it is made.
@@ -135,17 +137,26 @@ class TuneRun:
             prefetcher = stack.enter_context(
                 Prefetcher(question, self._order, journaled, self._journaled_as, compilers, self._start)
             )
+            stack.callback(self._held.close)
             for index, bucket in enumerate(chain(prefetcher.buckets(), self._added(prefetcher))):
                 if index and time.monotonic() >= self._end:
                     self._report(BucketsSkipped(tuple(self._order[index:]) or (bucket.rows,)))
                     break
                 if chosen := self._attempted(bucket.rows, partial(self._chosen, bucket, index, bench_of, compilers)):
                     yield chosen
+                self._held.close()
                 if index + 1 >= len(self._order):  # before the ladder adds buckets by these choices
                     yield from self._compared_again()
             yield from self._compared_again()
         if self._failed:
             raise self._failure()
+
+    def _hold_signals(self) -> None:
+        """Defers signals until the bucket that is being decided is saved, or will be compared again.
+
+        The caller of `choices` saves a choice before it asks for the next one.
+        """
+        self._held.enter_context(uninterrupted())
 
     def _attempted(self, rows: int, attempt: Callable[[], Chosen | None]) -> Chosen | None:
         """Returns the result for one bucket. If its default fails, that is reported, and the others go on."""
@@ -176,7 +187,7 @@ class TuneRun:
         self._report(BucketStarted(bucket.rows, index, count, len(offered.tactics), offered.excluded))
         self._report_defaults(bucket)
         finalists = self._searched(bucket, tuner)
-        chosen = Chosen(tuner.choose(finalists), index, count)
+        chosen = Chosen(tuner.choose(finalists, self._hold_signals), index, count)
         self._known[bucket.rows] = chosen.choice
         if chosen.choice.noise <= NOISY:
             return chosen
@@ -216,7 +227,7 @@ class TuneRun:
         while self._noisy:
             bucket = self._noisy.popleft()
             if time.monotonic() < self._end:
-                self._attempted(bucket.chosen.choice.rows, bucket.compare_again)
+                self._attempted(bucket.chosen.choice.rows, partial(bucket.compare_again, self._hold_signals))
             else:
                 bucket.tries = 0
             choice = bucket.chosen.choice
@@ -229,6 +240,7 @@ class TuneRun:
             else:
                 self._known[choice.rows] = choice
                 yield bucket.chosen
+            self._held.close()
 
     def _added(self, prefetcher: Prefetcher) -> Iterator[Bucket]:
         """Yields the buckets that the ladder `adaptive` adds, each once the choices before it are known."""

@@ -9,6 +9,7 @@ import pytest
 from runs import tune_planted
 
 from moetune.store.store import Store
+from moetune.tuning import bucket
 from moetune.tuning import uninterrupted as module
 from moetune.tuning.uninterrupted import uninterrupted
 
@@ -93,3 +94,26 @@ def test_ctrl_c_in_a_save_keeps_the_finished_bucket(plant, monkeypatch, tmp_path
         tune_planted(store=tmp_path)
     ((_, profile),) = Store(tmp_path).profiles()
     assert [(choice.rows, choice.tactic["algorithm"]) for choice in profile.choices] == [(4, "fast")]
+
+
+def test_ctrl_c_after_a_final_comparison_keeps_the_finished_bucket(plant, monkeypatch, tmp_path):
+    plant(milliseconds={"default": 2.0, "fast": 1.0})
+    real = bucket.decide
+
+    def decide(*arguments):
+        interrupt()
+        return real(*arguments)
+
+    monkeypatch.setattr(bucket, "decide", decide)
+    with pytest.raises(KeyboardInterrupt):
+        tune_planted(store=tmp_path)
+    ((_, profile),) = Store(tmp_path).profiles()
+    assert [choice.rows for choice in profile.choices] == [4]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_tune_leaves_the_handlers_as_they_were(plant, tmp_path):
+    plant(milliseconds={"default": 2.0, "fast": 1.0})
+    handlers = [signal.getsignal(number) for number in module.DEFERRED]
+    tune_planted(store=tmp_path)
+    assert [signal.getsignal(number) for number in module.DEFERRED] == handlers
