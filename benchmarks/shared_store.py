@@ -8,6 +8,7 @@ a writer ends with an error, such as a lock that is not free in time, or if a fi
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -151,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="how many writers are killed at most  [default: 100]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments  [default: 0]")
     given = parser.parse_args(arguments)
+    logging.getLogger("moetune").setLevel(logging.ERROR)  # all of them wait for the lock
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         writers = Writers(Path(name), given.writers, given.merges)

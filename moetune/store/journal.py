@@ -112,6 +112,10 @@ class Journaled:
     searches: tuple[Searched, ...] = ()
     unread: tuple[str, ...] = ()
 
+    def is_doubted(self, rows: int, default: Tactic) -> bool:
+        """Returns whether the default of a bucket has failed, so that nothing that is known of it is believed."""
+        return any(each.reason and (each.rows, each.tactic) == (rows, default) for each in self.measurements)
+
     def of(self, rows: int, default: Tactic, strategy: str) -> Past:
         """Returns what is known of one bucket, or nothing if its default failed: the machine may then be the cause.
 
@@ -121,10 +125,10 @@ class Journaled:
             strategy: the search strategy. What failed under another one failed all the same, but its times are not
                 those that this one would ask for.
         """
+        if self.is_doubted(rows, default):
+            return Past()
         mine = [measurement for measurement in self.measurements if measurement.rows == rows]
         failed = {measurement.tactic: measurement.reason for measurement in mine if measurement.reason}
-        if default in failed:
-            return Past()
         times_us: dict[Tactic, list[tuple[int, float]]] = {}
         for measurement in mine:
             if measurement.time_us is not None and measurement.strategy == strategy:

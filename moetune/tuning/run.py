@@ -265,11 +265,12 @@ class TuneRun:
                 self._report(DefaultDiffers(bucket.rows, warning))
 
     def _report_resumed(self, journaled: Journaled) -> None:
+        """Reports what an interrupted run has left, and drops what is not believed, so that it does not grow."""
         layer, regime, backend = self._question.layer, self._question.regime, self._question.backend
-        past = {
-            rows: journaled.of(rows, backend.default(layer, regime, rows), self._journaled_as)
-            for rows in sorted(self._order)
-        }
+        defaults = {rows: backend.default(layer, regime, rows) for rows in sorted(self._order)}
+        if doubted := [rows for rows, default in defaults.items() if journaled.is_doubted(rows, default)]:
+            self._notes.drop(doubted)
+        past = {rows: journaled.of(rows, default, self._journaled_as) for rows, default in defaults.items()}
         known = tuple(rows for rows, of_rows in past.items() if of_rows.times_us or of_rows.failed)
         if known or journaled.unread:
             failed = sum(len(of_rows.failed) for of_rows in past.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 
 from moetune.errors import DamagedProfileError, MoetuneError, NotSavedError, StoreError, UsageError
@@ -42,6 +42,13 @@ class Notes:
                 self.journal.note_search(search)
             except (StoreError, UsageError) as error:
                 self._end(error)
+
+    def drop(self, buckets: Collection[int]) -> None:
+        """Drops the measurements of some buckets."""
+        try:
+            self.journal.drop(buckets)
+        except (StoreError, UsageError) as error:
+            self._end(error)
 
     def _end(self, error: MoetuneError) -> None:
         """Notes nothing any more: each attempt may wait for a lock, and a gap ends what a later run can go on from."""
