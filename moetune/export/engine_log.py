@@ -120,7 +120,7 @@ def read_log(path: Path | str) -> EngineLog:
             f"--log {shown_path(path)} cannot be read: {error.strerror or error}.",
             "Give the file with the engine's output.",
         ) from None
-    return parsed_log(b"".join(marked).decode("utf-8", errors="replace"), str(path))
+    return parsed_log(b"\n".join(marked).decode("utf-8", errors="replace"), str(path))
 
 
 def parsed_log(text: str, path: str = "") -> EngineLog:

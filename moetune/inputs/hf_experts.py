@@ -81,11 +81,11 @@ class ExpertModules:
             raise UsageError(f"{where}: more than {MOST_PATTERNS} patterns.", "Pass --precision.")
         used: set[str] = set()
         clock = _Clock(where)
-        found = frozenset(layer for layer in clock.watched(self.layers) if self._is_meant(layer, plain, searched, used))
+        found = frozenset(layer for layer in self.layers if self._is_meant(layer, plain, searched, used, clock))
         for pattern in patterns:
             if pattern.text in used or not self._should_match(pattern.text):
                 continue
-            if not any(pattern.matches(name) for layer in clock.watched(self.layers) for name in self._names(layer)):
+            if not any(pattern.matches(name, clock) for layer in self.layers for name in self._names(layer)):
                 raise UsageError(
                     f"{where}: {quoted(pattern.given)} names experts, but not as {PREFIXES[0]}.N.{self.experts[0]}.",
                     "Pass --precision.",
@@ -96,13 +96,15 @@ class ExpertModules:
                 )
         return found
 
-    def _is_meant(self, layer: int, plain: frozenset[str], searched: list[_Pattern], used: set[str]) -> bool:
+    def _is_meant(
+        self, layer: int, plain: frozenset[str], searched: list[_Pattern], used: set[str], clock: _Clock
+    ) -> bool:
         """Returns whether the layer's module, or each matrix in one spelling, is named. Adds its names to `used`."""
         searched = [pattern for pattern in searched if pattern.layer in (None, layer)]
 
         def named(name: str) -> set[str]:
             hits = _runs(name) & plain if plain else set()
-            return hits | {pattern.text for pattern in searched if pattern.matches(name)}
+            return hits | {pattern.text for pattern in searched if pattern.matches(name, clock)}
 
         if not plain and not searched:
             return False
@@ -123,6 +125,10 @@ class ExpertModules:
             yield from (f"{module}.{part}" for parts in MATRICES for part in parts)
 
     @cached_property
+    def _numbers(self) -> frozenset[int]:
+        return frozenset(self.layers)
+
+    @cached_property
     def _words(self) -> frozenset[str]:
         """Returns all components of the known names. A plain name with any other component names no experts."""
         dotted = (*PREFIXES, *self.experts, *(part for parts in MATRICES for part in parts), *map(str, self.layers))
@@ -133,7 +139,7 @@ class ExpertModules:
         if not _NAMES_EXPERTS.search(text) or _ELSEWHERE.search(text):
             return False
         numbers = [int(number) for number in _LAYER.findall(text)]
-        return not numbers or any(number in self.layers for number in numbers)
+        return not numbers or any(number in self._numbers for number in numbers)
 
 
 def mentioned_layers(names: Iterable[str]) -> frozenset[int]:
@@ -176,11 +182,16 @@ class _Pattern:
         return re.compile(fnmatch.translate(self.text))
 
     @cached_property
+    def repeats(self) -> int:
+        return min(MOST_REPEATS, len(_REPEAT.findall(self.text)))
+
+    @cached_property
     def components(self) -> frozenset[str]:
         return frozenset(self.text.split("."))
 
-    def matches(self, name: str) -> bool:
+    def matches(self, name: str, clock: _Clock) -> bool:
         """Returns whether the pattern names this module, or one that contains it."""
+        clock.check(self.repeats)
         return self.text in _runs(name) if self.expression is None else bool(self.expression.match(name))
 
     @cached_property
@@ -194,18 +205,20 @@ class _Clock:
     """Ends a search that takes too long."""
 
     def __init__(self, where: str) -> None:
-        self._where, self._began = where, time.thread_time()
+        self._where, self._began, self._steps = where, time.thread_time(), 0
 
-    def watched(self, layers: Iterable[int]) -> Iterator[int]:
-        """Yields the layers.
+    def check(self, repeats: int) -> None:
+        """Raises UsageError if the search has taken more than `MOST_SECONDS`.
 
-        Raises:
-            UsageError: the layers before took more than `MOST_SECONDS`.
+        Args:
+            repeats: the repetitions of the next pattern. The time is read before one with many, and seldom otherwise.
         """
-        for layer in layers:
-            if time.thread_time() - self._began > MOST_SECONDS:
-                raise UsageError(f"{self._where}: its patterns take too long to search for.", "Pass --precision.")
-            yield layer
+        self._steps += 4**repeats
+        if self._steps < 4**MOST_REPEATS:
+            return
+        self._steps = 0
+        if time.thread_time() - self._began > MOST_SECONDS:
+            raise UsageError(f"{self._where}: its patterns take too long to search for.", "Pass --precision.")
 
 
 def _require_fast(text: str, what: str) -> None:

@@ -32,6 +32,8 @@ transformers, bitsandbytes and Quark."""
 LINEAR = ("linear", "routedexperts", "fusedmoe")
 """The module classes in the targets of a compressed-tensors group that include the experts (vLLM
 `compressed_tensors.py: _add_fused_moe_to_target_scheme_map`)."""
+MOST_NAMES = 50_000
+"""In one list. A model of 61 layers of 256 experts has 46,848 matrices of experts."""
 PRECISION_HINT = f"Pass one with --precision: {', '.join(Precision)}."
 _SAID = (
     "quant_method", "quant_algo", "moe_quant_algo", "expert_dtype", "format", "weight_block_size", "bits", "group_size",
@@ -198,7 +200,8 @@ class _Said:
         overall = self._known(gptq(self.config), self.config)
         listed = self.config.get("modules_in_block_to_quantize")
         if listed:
-            flat = [name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)]
+            entries = listed if isinstance(listed, list) else [listed]
+            flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
             meant = self.modules.meant_by(self._names(flat, "modules_in_block_to_quantize"), self.where)
             return {layer: overall if layer in meant else None for layer in self.modules.layers}
         found: ByLayer = self._everywhere(overall)
@@ -217,7 +220,7 @@ class _Said:
         return self._known(MODELOPT.get(str(entry.get(key)).upper()), entry)
 
     def _expert_dtype(self, given: Any) -> Precision | None:
-        if given not in EXPERT_DTYPES:
+        if not isinstance(given, str) or given not in EXPERT_DTYPES:
             raise UsageError(
                 f"{self.where}: expert_dtype must be one of {', '.join(EXPERT_DTYPES)}; given {quoted(given)}.",
                 PRECISION_HINT,
@@ -248,6 +251,8 @@ class _Said:
             return []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise UsageError(f"{self.where}: {key} must be a list of module names, given {quoted(value)}.")
+        if len(value) > MOST_NAMES:
+            raise UsageError(f"{self.where}: {key} has more than {MOST_NAMES:,} module names.", PRECISION_HINT)
         return value
 
 

@@ -84,6 +84,7 @@ class Ladder(FrozenModel):
                 return cls(name=text, divisor=share)
             case _:
                 pass
+        require_between("The number of a ladder's buckets", text.count(",") + 1, 1, MOST_BUCKETS)
         parts = [part.strip() for part in text.split(",")]
         if not all(part.isascii() and part.removeprefix("-").isdecimal() for part in parts):
             raise UsageError(f"Unknown ladder {quoted(spelled)}.", f"A ladder is one of {SPELLINGS}.")

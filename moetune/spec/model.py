@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -20,6 +21,10 @@ class FrozenModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _one_line_errors(cls, data: Any, handler: Any) -> Self:
+        if isinstance(data, Mapping) and len(data) > len(cls.model_fields):
+            # pydantic would make an error for each of them, and there can be a million
+            unknown = next(name for name in data if name not in cls.model_fields)
+            raise UsageError(f"{cls.__name__}: {shortened(str(unknown))}: Extra inputs are not permitted.")
         try:
             return handler(data)  # type: ignore[no-any-return]
         except ValidationError as error:

@@ -46,14 +46,14 @@ class Report:
 def run(target: Target, folder: Path, *, seed: int, inputs: int, seconds: float = float("inf")) -> Report:
     """Gives a target mutated inputs, the unchanged seeds first. Input number n of a seed is always the same."""
     report = Report(target.name)
-    ends, before = time.monotonic() + seconds, _peak_bytes()
+    ends, before = time.monotonic() + seconds, peak_bytes()
     for number in range(inputs):
         if time.monotonic() > ends:
             break
         rng = random.Random(f"{target.name} {seed} {number}")
         content = target.seeds[number] if number < len(target.seeds) else mutated(rng, target.seeds)
         _give(target, content, folder, report)
-    report.grown_bytes = _peak_bytes() - before
+    report.grown_bytes = peak_bytes() - before
     return report
 
 
@@ -79,5 +79,6 @@ def _give(target: Target, content: bytes, folder: Path, report: Report) -> None:
         report.findings.setdefault("too slow", (f"{took:.2f} s", content))
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Returns the most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -28,7 +28,7 @@ from moetune.backends.grouped_triton.space import (
     tactic_of,
 )
 from moetune.errors import UsageError
-from moetune.quoting import quoted
+from moetune.quoting import quoted, shortened
 from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.tactic import Tactic
 from moetune.untrusted import read_json
@@ -44,6 +44,8 @@ FOLDERS: Final[Mapping[str, tuple[str, ...]]] = {
 TRITONS_OWN: Final = {"num_warps": 4, "num_stages": 3}
 """What Triton takes on a GPU of NVIDIA if a row does not name it (`CUDAOptions`)."""
 _POWERS_OF_TWO: Final = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "num_warps")
+MOST_ROWS: Final = 4_096
+"""Of one file. Engines' own have some twenty."""
 _LARGEST_BLOCK_SIZE_M: Final = 256  # of moetune's own alignment of slots
 
 
@@ -246,12 +248,14 @@ def read_rows(path: Path, *, has_triton_version: bool, option: str = "--engine-c
         document = read_json(path)
         if not isinstance(document, dict):
             raise ValueError("it is no JSON object")
+        if len(document) > MOST_ROWS:
+            raise ValueError(f"it has more than {MOST_ROWS:,} rows")
         rows = {int(key): row for key, row in document.items() if not (has_triton_version and key == "triton_version")}
         if wrong := [key for key, row in rows.items() if not isinstance(row, dict)]:
             raise ValueError(f"its row {wrong[0]} is no JSON object")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path} cannot be read as an engine's tuned configurations: {error}.",
+            f"{path} cannot be read as an engine's tuned configurations: {shortened(str(error))}.",
             f"Repair the file or remove it, or give another folder with {option}.",
         ) from None
     return rows
