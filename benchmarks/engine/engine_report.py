@@ -92,9 +92,15 @@ class Runs:
         return max(found, key=lambda line: float(line["moe_ms"]), default=None)
 
     def stock(self, arm: str) -> str | None:
-        """Returns the arm that this one is compared with, or the default where vLLM ships no file."""
+        """Returns the arm that this one is compared with, or the default where vLLM ships no file.
+
+        The default runs Triton experts. So an arm of other experts is not compared with it.
+        """
         wanted = ARMS[arm].stock
-        return next((name for name in (wanted, REFERENCE) if wanted and name in self.arms), None)
+        alike = ARMS[arm].moe_backend == ARMS[REFERENCE].moe_backend
+        if wanted is None or wanted in self.arms:
+            return wanted
+        return REFERENCE if alike and REFERENCE in self.arms else None
 
     def compare(self, arm: str, other: str, kind: str, at: int) -> Comparison:
         """Returns an arm against another one."""

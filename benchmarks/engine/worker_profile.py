@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 MOE_KERNELS: Final = re.compile(
-    r"fused_moe_kernel|GroupProblemShape|GroupedGemm|grouped_gemm|moe_gemm|MoeGemm|MoeFCGemm"
+    r"fused_moe_kernel|Fused_Moe_Kernel|GroupProblemShape|GroupedGemm|grouped_gemm|moe_gemm|MoeGemm|MoeFCGemm"
 )
-"""The grouped GEMMs: vLLM's Triton kernel, and those of FlashInfer's CUTLASS experts."""
+"""The grouped GEMMs: vLLM's Triton kernel, and those of FlashInfer's CUTLASS experts.
+
+`Fused_Moe_Kernel` computes the activation too, which the others leave to a kernel of its own.
+"""
 LONGEST: Final = 12
 
 

@@ -152,6 +152,14 @@ def test_a_slower_arm_fails_by_name():
     assert "prefill" not in text
 
 
+def test_other_experts_than_the_defaults_are_not_judged_by_it():
+    text, failed = report(journal({"default": STOCK, "plugin-flashinfer": SLOWER}))
+    assert failed
+    assert "- qwen3-30b, `plugin-flashinfer`: no stock arm to compare it with" in text
+    assert "slower than" not in text
+    assert "the bound" not in text
+
+
 def test_a_loss_within_the_noise_between_passes_is_none():
     noisy = [[16.0, 16.9], [15.8, 16.6], [16.1, 17.0]]
     slightly = [[ms * 1.005 for ms in passes] for passes in noisy]
