@@ -167,6 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--others", type=int, default=30, help="how many SIGTERMs and SIGHUPs each  [default: 30]")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments  [default: 0]")
     given = parser.parse_args(arguments)
+    for ignored in (signal.SIGINT, signal.SIGHUP):  # as in the background of a shell; moetune would ignore them too
+        if signal.getsignal(ignored) is signal.SIG_IGN:
+            signal.signal(ignored, signal.SIG_DFL)
     trials: list[Trial] = []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
