@@ -93,7 +93,7 @@ class NotSavedError(StoreError):
     by backend.
     """
 
-    exit_code = 4
+    exit_code = 5
 
     def __init__(self, message: str, hint: str, answer: object, rows: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(message, hint)

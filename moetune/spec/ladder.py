@@ -19,7 +19,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from moetune.errors import UsageError
-from moetune.quoting import enumerated, quoted
+from moetune.quoting import quoted, shortened
 from moetune.spec.bounds import MOST_BUCKETS, MOST_RANKS, MOST_ROWS, require_between
 from moetune.spec.model import FrozenModel
 
@@ -58,7 +58,7 @@ class Ladder(FrozenModel):
         if (self.name == "list") != bool(self.sizes):
             raise UsageError(f"A ladder is one of {SPELLINGS}.")
         if any(size < 1 for size in self.sizes) or list(self.sizes) != sorted(set(self.sizes)):
-            raise UsageError(f"A ladder's buckets must be positive and ascending, given {enumerated(self.sizes, 32)}.")
+            raise UsageError(f"A ladder's buckets must be positive and ascending, given {shortened(str(self))}.")
         require_between("The number of a ladder's buckets", len(self.sizes), 0, MOST_BUCKETS)
         require_between("A ladder's bucket", self.sizes[-1] if self.sizes else 1, 1, MOST_ROWS)
         require_between("A ladder's divisor", self.divisor, 1, MOST_RANKS)

@@ -123,7 +123,7 @@ def full_after_the_first(monkeypatch):
 
 def test_what_cannot_be_saved_is_in_the_one_document_with_exit_code_4(moetune, command, full_after_the_first):
     result = moetune(*command, "--json")
-    assert result.exit_code == 4
+    assert result.exit_code == 5
     document = json.loads(result.stdout)
     assert [choice["rows"] for choice in document["choices"]] == [4, 8]
     assert document["unsaved"] == {"planted": [8]}
@@ -134,7 +134,7 @@ def test_what_cannot_be_saved_is_in_the_one_document_with_exit_code_4(moetune, c
 
 def test_what_cannot_be_saved_is_printed(moetune, command, full_after_the_first):
     result = moetune(*command)
-    assert result.exit_code == 4
+    assert result.exit_code == 5
     assert {"4", "8"} < {line.split()[0] for line in result.stdout.splitlines() if " fast" in line}
 
 

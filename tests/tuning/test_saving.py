@@ -68,7 +68,7 @@ def test_what_cannot_be_saved_until_the_end_is_raised_with_the_error(plant, full
         tune_planted(store=tmp_path, on_event=events.append)
     assert attempts == [[4], [4, 8], [4, 8]]
     assert [event.rows for event in _of(NotSaved, events)] == [4, 8]
-    assert raised.value.exit_code == 4
+    assert raised.value.exit_code == 5
     assert raised.value.rows == {"planted": (4, 8)}
     assert raised.value.hint.startswith("Free some space.")
     assert [(choice.rows, choice.tactic) for choice in _profile(raised.value).choices] == [
