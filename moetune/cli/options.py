@@ -28,7 +28,8 @@ store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The folder of profiles.  [default: $MOETUNE_STORE, otherwise the user's cache folder]",
+    help="The folder of profiles. In DIR:SHARED:… the first is written, and all are read in this order.  [default: "
+    "$MOETUNE_STORE, otherwise the user's cache folder]",
 )
 near_option = click.option(
     "--near",

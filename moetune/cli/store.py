@@ -14,6 +14,7 @@ from moetune.cli.output import document, on_terminal, show
 
 if TYPE_CHECKING:
     from moetune.store.profile import Profile
+    from moetune.store.store import Store
 
 SCHEMA_VERSION = 1
 
@@ -32,7 +33,7 @@ def store() -> None:
 @store_option
 @json_option
 def list_profiles(store: Path | None, as_json: bool) -> None:
-    """List the profiles of the store, those packaged with moetune, and the files that cannot be read.
+    """List the profiles of the stores, those packaged with moetune, and the files that cannot be read.
 
     In a pipe and with --json, each has its file.
     """
@@ -49,6 +50,7 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
             {
                 "schema_version": SCHEMA_VERSION,
                 "store": str(folder.root),
+                "shared": [str(root) for root in folder.shared],
                 "profiles": [
                     {"path": str(path), "packaged": folder.is_packaged(path), **_summary(profile)}
                     for path, profile in profiles
@@ -57,20 +59,25 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
             }
         )
         return
-    own = [entry for entry in profiles if not folder.is_packaged(entry[0])]
-    packaged = [entry for entry in profiles if folder.is_packaged(entry[0])]
     files = not on_terminal()
-    if own:
-        show(_where("store", folder.root), "", store_table(own, folder.root, files=files))
-    else:
-        show(f"The store {folder.root} has no profile yet. `moetune tune` writes one.")
-    if packaged and folder.packaged:
-        where = _where("packaged with moetune, read-only", folder.packaged)
-        show("", where, "", store_table(packaged, folder.packaged, files=files))
+    for root in folder.roots:
+        within = [entry for entry in profiles if entry[0].is_relative_to(root)]
+        if within:
+            show(*([] if root == folder.root else [""]), _where(_title(folder, root), root))
+            show("", store_table(within, root, files=files))
+        elif root == folder.root:
+            show(f"The store {root} has no profile yet. `moetune tune` writes one.")
     if profiles and not files:
         links = "The regimes are links to the files; `moetune store list | cat` prints their paths."
         show("", Text(links, style="dim"))
     show(*(Text.assemble(("unreadable", "yellow"), f" {error}", no_wrap=True) for _, error in broken))
+
+
+def _title(store: Store, root: Path) -> str:
+    """Returns what one of a store's folders is."""
+    if root == store.root:
+        return "store"
+    return "shared store, read-only" if root in store.shared else "packaged with moetune, read-only"
 
 
 def _where(what: str, folder: Path) -> Text:

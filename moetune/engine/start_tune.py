@@ -15,7 +15,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from moetune.engine.ranks import first_answer
@@ -109,7 +108,7 @@ def _answer(look_up: Callable[[], tuple[Profile, str] | None], tune: Callable[[]
 
 
 def tune_within(
-    limit_s: float, layer: MoELayer, regime: Regime, backend: Any, store: Path, device: str, rank: Any
+    limit_s: float, layer: MoELayer, regime: Regime, backend: Any, store: str, device: str, rank: Any
 ) -> str | None:
     """Tunes the missing buckets in a process of its own. It raises nothing.
 
@@ -118,14 +117,14 @@ def tune_within(
     Args:
         limit_s: after this time the process is killed.
         layer, regime, backend, device, rank: as in `tune`.
-        store: the folder of the store.
+        store: the folder of the store, or several; see `Store`.
 
     Returns:
         Why not everything was tuned, or None.
     """
     end = time.monotonic() + limit_s
     try:
-        with Child(_tune, layer, regime, backend, str(store), device, rank, limit_s * SHARE) as child:
+        with Child(_tune, layer, regime, backend, store, device, rank, limit_s * SHARE) as child:
             if not child.channel.connection.poll(max(0.0, end - time.monotonic())):
                 return f"not finished within {limit_s:g} s"
             try:

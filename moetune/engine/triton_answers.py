@@ -198,8 +198,8 @@ class TritonAnswers:
 
         self._log(f"{shape.name}: tuning what the store lacks, at most {limit_s:g} s")
         device = f"cuda:{torch.cuda.current_device()}"
-        layer, regime, root = self.session.layer, self.session.regime, self.session.store.root
-        return start_tune.tune_within(limit_s, layer, regime, self._backend(), root, device, self._rank)
+        layer, regime, store = self.session.layer, self.session.regime, str(self.session.store)
+        return start_tune.tune_within(limit_s, layer, regime, self._backend(), store, device, self._rank)
 
     def _profile(self) -> tuple[Profile, str] | None:
         """Returns the stored profile and what the log says of its ladder and kernel; None if there is none."""

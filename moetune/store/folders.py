@@ -1,4 +1,4 @@
-"""The folders that hold profiles: the user's store, and the profiles packaged with moetune."""
+"""The folders that hold profiles: the user's stores, and the profiles packaged with moetune."""
 
 from __future__ import annotations
 
@@ -7,18 +7,34 @@ import os
 from pathlib import Path
 
 from moetune.errors import UsageError
+from moetune.quoting import quoted
 
 STORE_VARIABLE = "MOETUNE_STORE"
 PACKAGED_VARIABLE = "MOETUNE_PACKAGED_PROFILES"
 PACKAGE = Path(__file__).parents[1]
 
 
-def default_root() -> Path:
-    """Returns `MOETUNE_STORE`, or `moetune` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+def default_roots() -> tuple[Path, ...]:
+    """Returns the folders in `MOETUNE_STORE`, or `moetune` in the user's cache (`XDG_CACHE_HOME`, else `~/.cache`)."""
     if store := os.environ.get(STORE_VARIABLE):
-        return expanded(store)
+        return roots_of(store)
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else expanded("~/.cache")) / "moetune"
+    return ((cache if cache.is_absolute() else expanded("~/.cache")) / "moetune",)
+
+
+def roots_of(given: Path | str) -> tuple[Path, ...]:
+    """Returns the folders that `given` names, such as `own:shared`, as absolute paths. A repeated one is left out.
+
+    Raises:
+        UsageError: a name is empty, or there is no home folder.
+    """
+    names = str(given).split(os.pathsep)
+    if not all(names):
+        raise UsageError(
+            f"One of the stores {quoted(str(given))} has no name.",
+            f"Give folders joined by {os.pathsep!r}, the one to write first.",
+        )
+    return tuple(dict.fromkeys(map(expanded, names)))
 
 
 def packaged_root(package: Path = PACKAGE) -> Path | None:

@@ -4,11 +4,12 @@ The path is `<store>/<device>/<layer>/<regime slug>-<regime digest>/<backend>-<e
 replace a file as a whole (temporary file, fsync, rename) and hold one lock for the whole store. Readers need no lock.
 Files are parsed as JSON and checked against the schema, never unpickled or evaluated.
 
-The packaged profiles have the same layout in a second folder, which is only read.
+Shared stores and the packaged profiles have the same layout in other folders, which are only read.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.files import make_folder, move_aside, probe, replace, sweep
-from moetune.store.folders import PACKAGED_VARIABLE, default_root, expanded, packaged_root
+from moetune.store.folders import PACKAGED_VARIABLE, default_roots, expanded, packaged_root, roots_of
 from moetune.store.journal import Journal
 from moetune.store.key import Key
 from moetune.store.lock import LOCK_NAME, held
@@ -36,26 +37,36 @@ PROBED_BYTES = 1 << 16
 
 
 class Store:
-    """A folder of profiles, and a second one that is only read. Nothing is created before the store is written.
+    """A folder of profiles, and others that are only read. Nothing is created before the store is written.
 
     Args:
-        root: the folder; `default_root()` if not given.
+        root: the folder, or several joined by `os.pathsep`, such as `own:shared`; `default_roots()` if not given.
         packaged: the folder of the packaged profiles; `packaged_root()` if not given.
+
+    Attributes:
+        root: the folder that is read first, and the only one that is written.
+        shared: the others, in the order in which they are read.
+        packaged: the folder of the packaged profiles, which is read last, or None.
     """
 
     def __init__(self, root: Path | str | None = None, packaged: Path | str | None = None) -> None:
-        self.root = default_root() if root is None else expanded(root)
+        self.root, *shared = default_roots() if root is None else roots_of(root)
+        self.shared = tuple(shared)
         self.packaged = packaged_root() if packaged is None else expanded(packaged)
 
+    def __str__(self) -> str:
+        return os.pathsep.join(map(str, (self.root, *self.shared)))
+
     def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
+        return f"Store({str(self)!r})"
 
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that are read, in this order. Only the first, `root`, is written."""
-        if self.packaged is None or self.packaged.resolve() == self.root.resolve():
-            return (self.root,)
-        return (self.root, self.packaged)
+        roots = (self.root, *self.shared)
+        if self.packaged is None or self.packaged.resolve() in {root.resolve() for root in roots}:
+            return roots
+        return (*roots, self.packaged)
 
     def path(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Path:
         """Returns the file in which the profile of this question is saved.
@@ -71,7 +82,8 @@ class Store:
 
     def is_packaged(self, path: Path) -> bool:
         """Returns whether a profile file is a packaged one."""
-        return any(path.resolve().is_relative_to(root.resolve()) for root in self.roots[1:])
+        packaged = self.roots[1 + len(self.shared) :]
+        return any(path.resolve().is_relative_to(root.resolve()) for root in packaged)
 
     def load(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Profile:
         """Returns the stored profile of a question. Raises the errors of `find`."""
@@ -92,7 +104,7 @@ class Store:
         near: bool = False,
         exact: bool = False,
     ) -> Match:
-        """Returns the stored profile of a question. Falls back to a packaged profile.
+        """Returns the stored profile of a question. The first of `roots` that has one answers.
 
         Layer, regime and backend must be equal to those in the file, wherever the file lies. The layer's name may
         differ. A profile of equal strict environment is taken before one that differs in neutral fields (see
@@ -108,13 +120,23 @@ class Store:
             MissError: no profile matches. Its `differences` to the closest profile are empty if there is no profile.
             DamagedProfileError: the file is not a valid profile. It was moved aside, unless it is a packaged one.
             NewerSchemaError: a newer moetune wrote the file, which stays.
+
+        A shared store's file that cannot be read is logged and left out, because others have to repair it.
         """
         key = Key(layer, regime, backend, environment)
-        for path in (root / key.path for root in self.roots):
-            with suppress(FileNotFoundError, NotADirectoryError):
+        for root in self.roots:
+            path = root / key.path
+            try:
                 profile = self._read(path)
-                if not key.differences(profile):
-                    return Match(path, profile)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except StoreError as error:
+                if root not in self.shared:
+                    raise
+                logging.getLogger("moetune").warning("%s It is in a shared store, and left out.", error)
+                continue
+            if not key.differences(profile):
+                return Match(path, profile)
         beside = None if exact else nearest_match(key, self._beside(key))
         if beside is not None and (near or not beside.near):
             return beside
@@ -145,7 +167,7 @@ class Store:
             yield from _read_all(root.glob("*/*/*/*.json"))
 
     def save(self, profile: Profile, *, replacing: bool = False) -> Profile:
-        """Merges a profile into the stored one, or else into the packaged one, and writes it durably.
+        """Merges a profile into the stored one, or else into a shared or packaged one, and writes it durably.
 
         Of two choices for one bucket the one with the later `measured_at` is kept. When this returns, or raises
         `DamagedProfileError`, everything given is on disk.
@@ -176,7 +198,7 @@ class Store:
                     raise DamagedProfileError(f"{path} holds the profile of another question: {names} differ.")
                 profile = stored.merged(profile, replacing=replacing)
             except FileNotFoundError:
-                profile = self._over_packaged(profile, replacing)
+                profile = self._over_others(profile, replacing)
             except DamagedProfileError as error:
                 damaged = _moved_aside(path, error)
             sweep(path.parent)
@@ -202,14 +224,14 @@ class Store:
             with suppress(FileNotFoundError):
                 path.with_suffix(JOURNAL_SUFFIX).open("r+b").close()
 
-    def _over_packaged(self, profile: Profile, replacing: bool) -> Profile:
-        """Returns `profile` with the buckets added that only the packaged profile of its question has."""
+    def _over_others(self, profile: Profile, replacing: bool) -> Profile:
+        """Returns `profile` with the buckets added that only the shared or packaged profile of its question has."""
         key = Key.of(profile)
         for root in self.roots[1:]:
             with suppress(FileNotFoundError, NotADirectoryError, StoreError):  # new measurements are saved in any case
-                packaged = read_profile(root / key.path)
-                if not key.differences(packaged):
-                    return packaged.merged(profile, replacing=replacing)
+                found = read_profile(root / key.path)
+                if not key.differences(found):
+                    return found.merged(profile, replacing=replacing)
         return profile
 
     def _read(self, path: Path) -> Profile:

@@ -55,7 +55,7 @@ def test_nothing_is_tuned_where_the_engine_must_not_wait(monkeypatch):
 
 def within(limit_s, tune, monkeypatch, tmp_path):
     monkeypatch.setattr(start_tune, "_tune", getattr(planted_tunes, tune))
-    return start_tune.tune_within(limit_s, LAYER, Regime(ep_size=4), "triton", tmp_path, "cuda:3", "mean")
+    return start_tune.tune_within(limit_s, LAYER, Regime(ep_size=4), "triton", str(tmp_path), "cuda:3", "mean")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_whatever_the_process_does_the_engine_gets_a_reason(tune, reason, monkey
 
 
 def test_the_real_process_says_why_it_cannot_measure(tmp_path):
-    reason = start_tune.tune_within(60.0, LAYER, Regime(ep_size=4), TritonBackend(), tmp_path, "cuda:99", None)
+    reason = start_tune.tune_within(60.0, LAYER, Regime(ep_size=4), TritonBackend(), str(tmp_path), "cuda:99", None)
     assert "This machine has no device 'cuda:99'" in reason
 
 

@@ -513,9 +513,9 @@ def test_what_is_not_stored_is_tuned_before_the_first_answer(engine, engine_of, 
     for rows in (8, 8, 60):
         found = grouped.ask(W1, W2, 2, None, rows)
         assert found == dict(saved[0].tactic(rows))
-    ((limit_s, layer, regime, backend, root, device, rank),) = asked
+    ((limit_s, layer, regime, backend, store, device, rank),) = asked
     opened = session.current()
-    assert (limit_s, layer, regime, root) == (120.0, opened.layer, opened.regime, opened.store.root)
+    assert (limit_s, layer, regime, store) == (120.0, opened.layer, opened.regime, str(opened.store.root))
     assert (backend.name, device, rank) == ("triton", "cuda:3", parse(spelled()).rank)
     begun, ended = lines(caplog)
     assert begun == "moetune: Triton experts E=4, N=256: tuning what the store lacks, at most 120 s"
