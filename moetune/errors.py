@@ -60,9 +60,10 @@ def _plain(value: object) -> Plain:
 
 
 class MissError(MoetuneError):
-    """No stored profile matches. `differences` are those of the closest profile, whose file is `nearest`.
+    """No stored profile matches. `differences` are those of the nearest profile, whose file is `nearest`.
 
-    `near`: whether that profile differs in versions only, so that `near=True` serves it.
+    `near`: whether that profile differs in versions only, so that `near=True` serves it. `taken_with`: the options of
+    `moetune show` with which the same look-up takes it; empty if there are none.
     """
 
     exit_code = 3
@@ -75,11 +76,17 @@ class MissError(MoetuneError):
         nearest: Path | None = None,
         *,
         near: bool = False,
+        taken_with: tuple[str, ...] = (),
     ) -> None:
         super().__init__(message, hint)
         self.differences = differences
         self.nearest = nearest
         self.near = near
+        self.taken_with = taken_with
+
+    def hinting(self, hint: str) -> MissError:
+        """Returns the same miss with another hint."""
+        return MissError(self.message, hint, self.differences, self.nearest, near=self.near, taken_with=self.taken_with)
 
 
 class StoreError(MoetuneError):

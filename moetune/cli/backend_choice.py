@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from moetune.errors import UsageError
+from moetune.errors import UnsupportedError, UsageError
 from moetune.quoting import quoted
 
 if TYPE_CHECKING:
@@ -101,6 +101,29 @@ def backend_of_engine(engine: str, layer: MoELayer, regime: Regime) -> Backend |
         names.sort(key=lambda name: name != "flashinfer-trtllm-routed")
     here = [name for name in names if registry.diagnosis(name).available]
     return next((backend_with(name, engine_options(engine, name)) for name in (*here, *names)), None)
+
+
+def require_kernels_of(engine: str, layer: MoELayer, regime: Regime) -> None:
+    """Checks that kernels that the engine runs can run here, because it reads no result of others.
+
+    Raises:
+        UnsupportedError: the engine runs none of moetune's kernels for this layer, or they cannot run here.
+    """
+    from moetune.backends.registry import backends_computing
+    from moetune.spec.enums import ENGINE_TITLES
+
+    title, backend = ENGINE_TITLES[engine], backend_of_engine(engine, layer, regime)
+    trial = ", or give --backend torch for a trial of moetune" if "torch" in backends_computing(layer, regime) else ""
+    if backend is None:
+        raise UnsupportedError(
+            f"{title} runs none of moetune's kernels for {layer.precision.value} experts of this deployment.",
+            f"Run `moetune plan` to see the load{trial}.",
+        )
+    if obstacle := backend.unavailable():
+        raise UnsupportedError(
+            f"{title} runs these experts with {backend.name}, which cannot run here: {obstacle[0]}.",
+            f"Run this on a GPU of the kind that you deploy on{trial}.",
+        )
 
 
 def backend_with(name: str, given: Mapping[str, str]) -> Backend:

@@ -29,11 +29,16 @@ moetune lookup --device-name "NVIDIA H200" --folder tuned/ep8-tp1-dp-allgather-r
   --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel\""""
 _BESIDE = ("model", "experts", "top_k", "hidden", "intermediate", "precision", "ladder", "tune_max_num_tokens")
 """The options of `option_table` that override the launch line here."""
+_HELP = {
+    "ladder": "The row counts to look up: a named ladder or a list.  [default: vllm, those of vLLM's own files]",
+    "tune_max_num_tokens": "The largest row count.  [default: 4096; 8192 with --ladder]",
+}
 
 
 def _takes_line(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed([option for option in OPTIONS if option.name in ("launch", *_BESIDE)]):
-        command = click.option(*option.declarations, **option.attributes)(command)
+        attributes = {**option.attributes, **({"help": _HELP[option.name]} if option.name in _HELP else {})}
+        command = click.option(*option.declarations, **attributes)(command)
     return command
 
 

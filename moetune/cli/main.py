@@ -106,10 +106,10 @@ def _fail(*lines: str, code: int, command: str = "") -> int:
 
 
 def _view(miss: MissError) -> str:
-    """Returns a line with the command that shows the closest profile; empty if there is none."""
+    """Returns a line with the command that shows the nearest profile; empty if there is none."""
     from moetune.report.command import command, shortest
 
-    return f"View the closest: {command('show', shortest(miss.nearest))}" if miss.nearest else ""
+    return f"View the nearest: {command('show', shortest(miss.nearest))}" if miss.nearest else ""
 
 
 def _interrupted() -> int:

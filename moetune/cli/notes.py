@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moetune.spec.enums import ENGINE_TITLES
+
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.spec.layer import MoELayer
@@ -25,11 +27,21 @@ def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Re
     from moetune.inputs.engine_flags import engine_flags
 
     for generation, other in preferred_to(backend, engine, layer, regime).items():
+        title = ENGINE_TITLES[engine]
         yield (
-            f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {engine} prefers "
+            f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {title} prefers "
             f"{other} to Triton. Start it with {engine_flags('triton', layer.precision)[engine]}, "
             "or it reads no Triton file."
         )
+
+
+def other_kernel(engine: str, backend: Backend) -> Iterator[str]:
+    """Yields a warning if the kernel of one engine is timed for another."""
+    from moetune.backends.grouped_triton.backend import TritonBackend
+
+    if isinstance(backend, TritonBackend) and backend.kernel not in ("builtin", engine):
+        kernel = ENGINE_TITLES[backend.kernel]
+        yield f"warning: --kernel {backend.kernel} times {kernel}'s kernel. {ENGINE_TITLES[engine]} runs its own."
 
 
 def preferred_to(backend: Backend, engine: str, layer: MoELayer, regime: Regime) -> dict[str, str]:

@@ -40,8 +40,8 @@ near_option = click.option(
 device_name_option = click.option(
     "--device-name",
     metavar="NAME",
-    help="Look profiles up as on a machine with this GPU, such as 'NVIDIA H200', which need not be here.  "
-    "[default: the device here]",
+    help="Look profiles up for this GPU, such as 'NVIDIA H200', which need not be here, whatever torch and Triton they "
+    "were measured with.  [default: the device here]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Write one versioned JSON document to stdout.")
 
@@ -115,14 +115,22 @@ def _request(options: dict[str, Any], required: bool) -> Request | None:
             f"{', '.join(map(flag, SIZES))}, or --launch 'vllm serve …'.",
         )
     request = request_of(**given, device=device)
-    if (
-        request.engine and not request.auto and "backend" not in from_line
-    ):  # a line that selects kernels starts them itself
+    if request.engine:
         from moetune.cli import notes
 
-        for note in notes.preferred_kernels(request.engine, request.backend, request.layer, request.regime):
-            report(note)
-    return replace(request, flags=launch.flags) if launch else request
+        deployed = (request.engine, request.backend, request.layer, request.regime)
+        for warning in notes.other_kernel(request.engine, request.backend):
+            report(warning)
+        if not request.auto and "backend" not in from_line:  # a line that selects kernels starts them itself
+            for note in notes.preferred_kernels(*deployed):
+                report(note)
+    if launch is None:
+        return request
+    from moetune.inputs.launch import LARGEST_BUCKET
+
+    largest = launch.options.get("tune_max_num_tokens")
+    without = LARGEST_BUCKET if largest is not None and largest != request.regime.tune_max_num_tokens else ()
+    return replace(request, flags=tuple(flag for flag in launch.flags if not flag.startswith(without)))
 
 
 def _launch(line: str, given: dict[str, Any]) -> Launch:

@@ -38,19 +38,21 @@ def plan(request: Request, store: Path | None, near: bool, device_name: str | No
     rank.
     """
     from moetune.cli.stored import backends_of, on_device
+    from moetune.report.lines import counted
     from moetune.tuning.plan import plan as plan_of
 
     request = on_device(request, device_name) or request
     layer, regime = request.layer, request.regime
-    with patience(f"Simulating the router of {layer.name} for {len(regime.buckets)} buckets ..."):
+    with patience(f"Computing the loads of {counted(len(regime.buckets), 'bucket')} ..."):
         backends = backends_of(request)
         answer = plan_of(layer, regime, backends[0], request.device, rank=request.rank)
         kernels = _kernels(request, backends[0])
-        profile = _nearest(request, backends, store, near)
+        profile, unknown = _nearest(request, backends, store, near)
         answer = answer.model_copy(
             update={
                 "kernels": kernels,
                 "profile": profile,
+                "profile_unknown": unknown,
                 "next_command": _next_command(answer.backend, kernels, profile),
             }
         )
@@ -79,40 +81,44 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
     )
 
 
-def _nearest(request: Request, backends: list[Backend], root: Path | None, near: bool) -> NearestProfile | None:
-    """Returns the nearest stored profile. A store that cannot be read is a warning: the plan needs none."""
+def _nearest(
+    request: Request, backends: list[Backend], root: Path | None, near: bool
+) -> tuple[NearestProfile | None, str]:
+    """Returns the nearest stored profile, and why none can be looked up here; the reason is empty otherwise.
+
+    A store that cannot be read is a warning: the plan needs none.
+    """
     from moetune.cli.stored import question_of
     from moetune.errors import StoreError, UnsupportedError
     from moetune.store.store import Store
     from moetune.tuning.outlook import nearest_profile
 
     folder = Store(root)
-    keys = []
+    keys, unknown = [], ""
     for backend in backends:
         try:
             keys.append(question_of(request, backend, folder, near=near))
-        except UnsupportedError:  # its package is not installed, so no profile is for this environment
-            continue
+        except UnsupportedError as error:  # its package is not installed, so no profile is for this environment
+            unknown = unknown or error.message
     try:
-        return nearest_profile(keys, any_backend=request.auto and request.engine is None)
+        return nearest_profile(keys, any_backend=request.auto and request.engine is None), "" if keys else unknown
     except StoreError as error:
         report(f"warning: {error}")
-        return None
+        return None, ""
 
 
 def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None) -> str | None:
     """Returns the command to run next: the one that shows the profile, or the one that measures it."""
-    from moetune.report.command import command, command_elsewhere
+    from moetune.report.command import command
 
     if profile is not None and profile.answers:
         return command("show", profile.path)
+    if backend not in kernels.computing:
+        return None
     start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
     reads_file = backend == "triton" and kernels.engine is not None and kernels.engine in kernels.flags
     export = ("--export", "tuned") if reads_file else ()
-    words = ["tune", *_measuring(typed()), *export, *start]
-    if backend not in kernels.computing:
-        return None
-    return command(*words) if kernels.runs_here else command_elsewhere(*words)
+    return command("tune", *_measuring(typed()), *export, *start)
 
 
 def _measuring(words: Sequence[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from moetune.cli.output import console, line
 from moetune.quoting import MOST_LISTED
 from moetune.report.format import duration, human_time
-from moetune.report.lines import versions
+from moetune.report.lines import counted, versions
 from moetune.report.tactics import tactic_line
 from moetune.tuning.events import (
     BackendFailed,
@@ -34,6 +34,7 @@ from moetune.tuning.events import (
     SearchStopped,
     Served,
     TacticMeasured,
+    TuneStarted,
 )
 
 
@@ -102,6 +103,10 @@ class Progress:
             self._line(f"Ignored: {reason}")
         if (more := len(event.unread) - MOST_LISTED) > 0:
             self._line(f"Ignored: {more} more lines of the journal.")
+
+    @_show.register
+    def _tune_started(self, event: TuneStarted) -> None:
+        self._line(f"tuning {event.backend} on {event.device}, {counted(event.count, 'bucket')}")
 
     @_show.register
     def _bucket_started(self, event: BucketStarted) -> None:

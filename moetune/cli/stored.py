@@ -84,7 +84,7 @@ def question_of(request: Request, backend: Backend, folder: Store, *, near: bool
     """Returns the question whose answer is looked up for a request and one backend.
 
     Raises:
-        UsageError: as `Question.of`, or no stored profile is of the request's device.
+        UsageError: as `Question.of`, or the name of the device is none.
         UnsupportedError: this machine lacks what the backend's environment is read from.
     """
     from moetune.tuning.question import Question
@@ -146,7 +146,7 @@ def _found(request: Request, folder: Store, near: bool, vllm_version: str | None
                 return question_of(request, backend, folder, near=accepted).match()
             except MissError as miss:
                 hint = miss.hint.replace("`moetune tune", f"`moetune tune {option}") if option else miss.hint
-                failed.append(MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near))
+                failed.append(miss.hinting(hint))
             except UnsupportedError as error:
                 failed.append(error)
     raise next((error for error in failed if isinstance(error, MissError)), failed[0])

@@ -75,7 +75,7 @@ def tune(
     Each bucket is saved as soon as it is known, and an interrupted run resumes. A tactic replaces the default only if
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.
     """
-    from moetune.cli.backend_choice import options_of_engine
+    from moetune.cli.backend_choice import options_of_engine, require_kernels_of
     from moetune.cli.progress import Progress
     from moetune.cli.stored import backend_of_start
     from moetune.cli.streams import stdout_on_stderr
@@ -91,6 +91,8 @@ def tune(
         request = request_for_engine(request, for_version)
     elif for_version is not None:
         raise UsageError("--for-version needs --export.", "Give --export DIR, or leave --for-version out.")
+    elif request.auto and request.engine and not frozen:
+        require_kernels_of(request.engine, request.layer, request.regime)
     folder = Store(store)
     if start is not None and request.auto:
         request = replace(request, backend=backend_of_start(request, start, folder), auto=False)

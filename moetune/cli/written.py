@@ -56,13 +56,14 @@ def write_for(target: str, found: Match, out: Path, *, for_version: str | None =
     from moetune.export import export
     from moetune.export.base import FOLDER
     from moetune.export.write import write
-    from moetune.report.lines import ladder_line, near_line, neutral_line
+    from moetune.report.lines import ladder_line, near_line, neutral_line, unknown
 
     path, profile = found.path, found.profile
     version = ["--for-version", for_version] if for_version else []
     command = shlex.join(["moetune", "export", str(path), "--to", target, "--out", str(out), *version])
-    warnings = (f"{near_line(found.near)}.",) if found.near else ()
-    notes = [f"{neutral_line(found.neutral)}."] if found.neutral else []
+    near, neutral = near_line(found.near) if found.near else "", neutral_line(found.neutral)
+    warnings = (f"{near}.",) if near and not unknown(found.near) else ()
+    notes = [f"{each}." for each in (near if not warnings else "", neutral) if each]
     notes += [f"{ladder_line(found.measured_ladder)}."] if found.measured_ladder else []
     result = export(
         profile, target, version=for_version, source=str(path), command=command, warnings=warnings, notes=tuple(notes)

@@ -40,6 +40,8 @@ _DISPATCHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
 DECIDING: Final = frozenset(
     {*launch_vllm.DECIDING, *launch_sglang.DECIDING, *launch_trtllm.DECIDING, "model", "model-path", "config"}
 )
+LARGEST_BUCKET: Final = ("--max-num-batched-tokens", "--chunked-prefill-size", "--max-num-tokens")
+"""The flags that decide nothing but the largest bucket. They have no effect beyond the end of a ladder."""
 _OTHER_DEVICE: Final = re.compile(r"/.*(rocm|[/-](cpu|xpu|tpu|hpu)(:|-|$))|/dev/kfd")
 """Matches a word of a container's command that names an image for another device, or ROCm's device file."""
 _OTHER_DEVICE_VARIABLES: Final = ("TPU_BACKEND_TYPE", "HIP_VISIBLE_DEVICES")

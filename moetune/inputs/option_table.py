@@ -92,7 +92,10 @@ class Option:
         return {**found, "metavar": self.metavar, "multiple": self.repeatable}
 
 
+_LINE, _DISPATCHER = "from --launch, otherwise ", "from --launch or the dispatcher, otherwise "
 _PRECISIONS = tuple(map(str, Precision))
+TUNABLE: Final = ("fp32", "bf16", "fp16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp4", "mxint4")
+"""The precisions that some backend computes."""
 OPTIONS: Final[tuple[Option, ...]] = (
     Option(
         "launch",
@@ -125,20 +128,21 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "precision",
         Group.LAYER,
         "layer.precision",
-        f"Weight precision: {', '.join(_PRECISIONS)}.",
+        f"Weight precision. Tunable: {', '.join(TUNABLE)}. Plan only: "
+        f"{', '.join(name for name in _PRECISIONS if name not in TUNABLE)}.",
         "PRECISION",
         choices=_PRECISIONS,
         default="from the model",
     ),
-    Option("ep", Group.DEPLOYMENT, "regime.ep_size", "Ranks that share the experts.", "N", int, default="1"),
-    Option("tp", Group.DEPLOYMENT, "regime.tp_size", "Ranks that share each expert.", "N", int, default="1"),
+    Option("ep", Group.DEPLOYMENT, "regime.ep_size", "Ranks that share the experts.", "N", int, default=f"{_LINE}1"),
+    Option("tp", Group.DEPLOYMENT, "regime.tp_size", "Ranks that share each expert.", "N", int, default=f"{_LINE}1"),
     Option(
         "dp",
         Group.DEPLOYMENT,
         "regime.attention_dp",
         "Attention DP: each rank has tokens of its own.",
         type=bool,
-        default="no-dp",
+        default=f"{_DISPATCHER}no-dp",
     ),
     Option(
         "dispatch",
@@ -147,7 +151,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "How tokens reach the experts: none, alltoall, allgather, or an engine's dispatcher such as "
         "vllm:deepep_high_throughput.",
         "|".join((*DISPATCHES, "ENGINE:NAME")),
-        default="alltoall with --dp, otherwise none",
+        default=f"{_LINE}alltoall with --dp, otherwise none",
     ),
     Option(
         "layout",
@@ -156,7 +160,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "How the rows of an all-to-all arrive: only local slots (packed), each token once (deduplicated), one row for "
         "each slot (slot), or a buffer with room for all tokens (pool). docs/workload.md has a table.",
         choices=LAYOUTS,
-        default="packed",
+        default=f"{_DISPATCHER}packed",
     ),
     Option(
         "rank",
@@ -173,7 +177,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "Number of redundant experts.",
         "N",
         int,
-        default="0",
+        default=f"{_LINE}0",
     ),
     Option(
         "distribution",
@@ -208,7 +212,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "regime.ladder",
         "The buckets to tune: a named ladder or a list of row counts.",
         "pow2|hybrid|vllm|adaptive|1,2,4",
-        default="pow2",
+        default=f"{_DISPATCHER}pow2",
     ),
     Option(
         "tune_max_num_tokens",
@@ -217,7 +221,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "The largest bucket. The ladder vllm has none above 4096, adaptive none above 8192.",
         "N",
         int,
-        default=str(DEFAULT_TUNE_MAX_NUM_TOKENS),
+        default=f"{_LINE}{DEFAULT_TUNE_MAX_NUM_TOKENS}",
     ),
     Option(
         "backend",

@@ -20,11 +20,6 @@ def command(*words: str) -> str:
     return shlex.join([*program(), *words])
 
 
-def command_elsewhere(*words: str) -> str:
-    """Returns `moetune WORDS` for another machine, where this machine's paths mean nothing."""
-    return shlex.join([_NAME, *words])
-
-
 def shortest(path: Path | str) -> str:
     """Returns a path relative to the working folder if it lies in it, otherwise as it is."""
     given, here = Path(path), Path.cwd()

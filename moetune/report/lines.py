@@ -50,14 +50,30 @@ def routing_line(routing: RoutingMethod) -> str:
 
 
 def neutral_line(neutral: Differing) -> str:
-    """Returns `measured with torch 2.11 (here 2.14); torch does not change what this kernel runs`."""
+    """Returns `measured with torch 2.11 (here 2.14); torch does not change what this kernel runs`.
+
+    Empty if the versions are those of another machine, which are not known.
+    """
+    if unknown(neutral):
+        return ""
     verb = "does" if len(neutral) == 1 else "do"
     return f"measured with {versions(neutral)}; {listed(neutral)} {verb} not change what this kernel runs"
 
 
 def near_line(near: Differing) -> str:
-    """Returns `near: measured with triton 3.6.0 (here 3.8.0); other tactics may be fastest here`."""
+    """Returns `near: measured with triton 3.6.0 (here 3.8.0); other tactics may be fastest here`.
+
+    For another machine, whose versions are not known: `measured with triton 3.6.0; check that the engine has the same`.
+    """
+    if unknown(near):
+        measured = listed(f"{name} {each['stored']}" for name, each in near.items())
+        return f"measured with {measured}; check that the engine has the same"
     return f"near: measured with {versions(near)}; other tactics may be fastest here"
+
+
+def unknown(differing: Differing) -> bool:
+    """Returns whether all versions are those of another machine, which nobody knows here. See `Question.elsewhere`."""
+    return all(each["wanted"] is None for each in differing.values())
 
 
 def ladder_line(measured_ladder: str) -> str:

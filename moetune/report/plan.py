@@ -28,6 +28,7 @@ from moetune.report.lines import (
 )
 from moetune.report.table import add_numbers, new_table
 from moetune.spec.enums import ENGINE_TITLES
+from moetune.store.miss import taken_hint
 
 if TYPE_CHECKING:
     from moetune.tuning.outlook import Kernels, NearestProfile
@@ -127,9 +128,8 @@ def columns_table(plan: Plan) -> Table:
         bucket += ". Each rank has as many tokens"
     entries["rows"] = bucket
     if _has_typical_rows(plan):
-        entries["typ. rows"] = (
-            "the typical (most likely) row count that maps to the bucket; the other columns are for it"
-        )
+        near = "within 12 % of" if plan.regime.ladder.name == "adaptive" else "that maps to"
+        entries["typ. rows"] = f"the typical (most likely) row count {near} the bucket; the other columns are for it"
     if not _tokens_are_rows(plan):
         entries["tokens a rank"] = "the tokens of each rank that produce these rows"
     entries |= {
@@ -198,12 +198,19 @@ def _unknown_row(plan: Plan) -> str:
 def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     """Returns which kernels run the experts, which profile is nearest, and what to run next."""
     profile = plan.profile
-    lines = [Text(_kernels_line(plan, kernels)), Text(_profile_line(profile))]
-    if profile is None and (kernels.selected or kernels.engine):
-        lines[1] = Text(f"profile: none measured with {plan.backend} is stored.")
+    lines = [Text(_kernels_line(plan, kernels))]
+    if plan.backend not in kernels.computing and not (profile and profile.answers):
+        return lines
+    if plan.profile_unknown:
+        lines.append(Text(f"profile: none can be looked up here. {plan.profile_unknown}"))
+    elif profile is None and (kernels.selected or kernels.engine):
+        lines.append(Text(f"profile: none measured with {plan.backend} is stored."))
+    else:
+        lines.append(Text(_profile_line(profile)))
     if profile:
         lines.append(Text("A profile holds the fastest tactic of each bucket for one deployment.", style="dim"))
     if profile and not profile.answers:
+        lines += [Text(taken_hint(profile.taken_with))] if profile.taken_with else []
         lines.append(
             Text("view the nearest: ", no_wrap=True).append(command("show", shortest(profile.path)), style="bold")
         )
@@ -248,9 +255,9 @@ def _profile_line(profile: NearestProfile | None) -> str:
     if profile.answers:
         line = f"profile: one that {origin} answers this question."
         lines = [near_line(profile.near)] if profile.near else []
-        lines += [neutral_line(profile.neutral)] if profile.neutral else []
+        lines += [neutral_line(profile.neutral)]
         lines += [ladder_line(profile.measured_ladder)] if profile.measured_ladder else []
-        return " ".join([line, *(f"{text[0].upper()}{text[1:]}." for text in lines)])
+        return " ".join([line, *(f"{text[0].upper()}{text[1:]}." for text in lines if text)])
     if profile.near:
         return f"profile: none for these versions. The nearest {origin}; it was measured with {versions(profile.near)}."
     measured = f"{origin} and was measured with {profile.backend} on {profile.device}"
@@ -268,7 +275,8 @@ def _profile_line(profile: NearestProfile | None) -> str:
             f"profile: none for this deployment. The nearest {measured}. It is for a deployment with {its}; yours has "
             f"{yours}.{others}"
         )
-    return f"profile: none for this machine. One of the same layer and deployment {measured}."
+    wanted = profile.differing["device"]["wanted"] if "device" in profile.differing else "this machine"
+    return f"profile: none for {wanted}. One of the same layer and deployment {measured}."
 
 
 def _rank_line(plan: Plan) -> str:

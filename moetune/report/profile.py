@@ -72,7 +72,7 @@ def profile_report(
     if profile.choices:
         reported += [Text(gain_line(profile), style="bold"), Text(_measured_line(profile))]
     reported += [Text(near_line(near), style="yellow")] if near else []
-    reported += [Text(neutral_line(neutral), style="dim")] if neutral else []
+    reported += [Text(line, style="dim")] if neutral and (line := neutral_line(neutral)) else []
     reported += [Text(ladder_line(measured_ladder))] if measured_ladder else []
     if line := fitting_line(profile, engine):
         reported.append(Text(line, style="yellow" if engine else "dim"))

@@ -117,7 +117,7 @@ class Store:
             exact: neither a strict field nor the ladder may differ.
 
         Raises:
-            MissError: no profile matches. Its `differences` to the closest profile are empty if there is no profile.
+            MissError: no profile matches. Its `differences` to the nearest profile are empty if there is no profile.
             DamagedProfileError: the file is not a valid profile. It was moved aside, unless it is a packaged one.
             NewerSchemaError: a newer moetune wrote the file, which stays.
 

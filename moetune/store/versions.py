@@ -51,6 +51,8 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
 }
 
 
+DEPLOYED: Final = frozenset({"torch", "cuda", "triton"})
+"""The versions that only the machine of the engine decides. Another machine cannot know them."""
 KERNEL_FIELDS: Final = frozenset(
     {
         "kernel", "kernel_version", "remote", "ids", "mxfp4_activations", "arrives_quantized", "fp8_block_layout",

@@ -47,6 +47,15 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class TuneStarted:
+    """A tune begins to measure `count` buckets with one backend on the device of this name."""
+
+    backend: str
+    device: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class BucketStarted:
     """Bucket `index` of `count` begins. It has `tactics` candidates; `excluded` ones are listed with the reasons."""
 
@@ -169,6 +178,7 @@ Event = (
     Served
     | Revalidated
     | Resumed
+    | TuneStarted
     | BucketStarted
     | DefaultDiffers
     | TacticMeasured

@@ -37,7 +37,8 @@ class NearestProfile(FrozenModel):
     was measured, and on what. `differing`: the fields in which it differs from the question, each with `wanted` and
     `stored`; empty if it answers the question. `near`: if it differs in versions only, those that can change
     the rank of a tactic. `neutral`: the versions in which it differs that cannot. `measured_ladder`: its ladder, if it
-    answers (or would, but for versions) with fewer buckets than the question's ladder has.
+    answers (or would, but for versions) with fewer buckets than the question's ladder has. `taken_with`: the options
+    with which `moetune show` and `export` take it; empty if it answers, or if there are none.
     """
 
     path: str
@@ -49,6 +50,7 @@ class NearestProfile(FrozenModel):
     near: dict[str, dict[str, Plain]] = {}
     neutral: dict[str, dict[str, Plain]] = {}
     measured_ladder: str | None = None
+    taken_with: tuple[str, ...] = ()
 
     @property
     def answers(self) -> bool:
@@ -87,14 +89,21 @@ def nearest_profile(questions: Iterable[Question], *, any_backend: bool = True) 
             return _described(question, question.match(), answers=True)
         except MissError as miss:
             if miss.nearest is not None and (nearest is None or (miss.near and not nearest.near)):
-                closest = Match(miss.nearest, question.store.read(miss.nearest), miss.differences)
-                if not any_backend and closest.profile.backend != question.backend.name:
+                stored = Match(miss.nearest, question.store.read(miss.nearest), miss.differences)
+                if not any_backend and stored.profile.backend != question.backend.name:
                     continue
-                nearest = _described(question, closest, near=miss.near)
+                nearest = _described(question, stored, near=miss.near, taken_with=miss.taken_with)
     return nearest
 
 
-def _described(question: Question, match: Match, *, answers: bool = False, near: bool = False) -> NearestProfile:
+def _described(
+    question: Question,
+    match: Match,
+    *,
+    answers: bool = False,
+    near: bool = False,
+    taken_with: tuple[str, ...] = (),
+) -> NearestProfile:
     return NearestProfile(
         path=str(match.path),
         packaged=question.store.is_packaged(match.path),
@@ -105,4 +114,5 @@ def _described(question: Question, match: Match, *, answers: bool = False, near:
         near=match.near if answers or near else {},
         neutral=match.neutral if answers or near else {},
         measured_ladder=match.measured_ladder if answers or near else None,
+        taken_with=taken_with,
     )

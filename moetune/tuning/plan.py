@@ -171,8 +171,9 @@ class Plan(FrozenModel):
         buckets: the plan of each bucket, ascending.
         wire: the formats in which a token can travel; empty if nothing is dispatched.
         skew: the asked and the achieved skew; None if the distribution is not skewed.
-        kernels: the kernels that run the experts. Only the command line sets this and the next two fields.
+        kernels: the kernels that run the experts. Only the command line sets this and the next three fields.
         profile: the nearest stored profile.
+        profile_unknown: why none can be looked up here; empty if that is possible.
         next_command: the command to run next; None if there is none.
     """
 
@@ -193,6 +194,7 @@ class Plan(FrozenModel):
     skew: SkewPlan | None = None
     kernels: Kernels | None = None
     profile: NearestProfile | None = None
+    profile_unknown: str = ""
     next_command: str | None = None
 
 

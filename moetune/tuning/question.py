@@ -17,8 +17,10 @@ from moetune.spec.regime import Regime
 from moetune.store.journal import Journal
 from moetune.store.key import Key
 from moetune.store.match import Match
+from moetune.store.miss import taken_hint
 from moetune.store.profile import Choice, Profile
 from moetune.store.store import Store
+from moetune.store.versions import DEPLOYED
 from moetune.tuning.refine import missing_buckets
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ NEAR = "near"
 class Question:
     """The key of a stored profile, the store that may hold it, and the device that measures it.
 
-    `near`: whether a stored profile of other versions answers it, if none matches.
+    `near`: whether a stored profile of other versions answers it, if none matches. `elsewhere`: whether the device is
+    one that was named; a profile answers whatever torch and Triton it was measured with, as nothing runs on it here.
     """
 
     layer: MoELayer
@@ -46,6 +49,7 @@ class Question:
     store: Store
     device: str
     near: bool = False
+    elsewhere: bool = False
 
     @classmethod
     def of(
@@ -73,24 +77,17 @@ class Question:
         return cls(layer, regime, chosen, environment(chosen, device), store, device, near)
 
     def on_device(self, name: str) -> Question:
-        """Returns the question as a machine with the device `name` asks it that has this machine's versions.
+        """Returns the question for a machine with the device `name`, whose versions are not known.
 
         What belongs to the device, such as its compute capability, is taken from a stored profile of it.
-
-        Raises:
-            UsageError: no stored profile was measured on such a device.
         """
         profiles = [profile for _, profile in self.store.profiles() if isinstance(profile, Profile)]
-        devices = {profile.environment.device: profile.environment for profile in profiles}
-        found = next((each for device, each in devices.items() if device.lower() == name.lower()), None)
-        if found is None:
-            raise UsageError(
-                f"No stored profile was measured on {name!r}.",
-                f"Give one of {', '.join(sorted(devices))}." if devices else "The store is empty.",
-            )
-        versions = {field: value for field, value in self.environment.strict.items() if field not in _OF_DEVICE}
+        devices = {profile.environment.device.lower(): profile.environment for profile in profiles}
+        found = devices.get(name.lower()) or Environment(device=name, strict={})
+        kernel = {field: value for field, value in self.environment.strict.items() if field not in _OF_DEVICE}
         own = {field: value for field, value in found.strict.items() if field in _OF_DEVICE}
-        return replace(self, environment=Environment(device=found.device, strict={**own, **versions}))
+        strict = {field: value for field, value in {**own, **kernel}.items() if field not in DEPLOYED}
+        return replace(self, environment=Environment(device=found.device, strict=strict), elsewhere=True)
 
     def load(self) -> Profile:
         """Returns the stored profile. Raises the errors of `match`."""
@@ -103,16 +100,25 @@ class Question:
             MissError: there is none; the error names every field in which the nearest stored profile differs. Its
                 hint does not ask to tune on a machine on which the backend cannot run.
         """
+        question = (self.layer, self.regime, self.backend.name, self.environment)
         try:
-            return self.store.match(self.layer, self.regime, self.backend.name, self.environment, near=self.near)
+            found = self.store.match(*question, near=self.near or self.elsewhere)
+            if self.elsewhere and found.near.keys() - DEPLOYED:
+                found = self.store.match(*question, near=self.near)
+            return found
         except MissError as miss:
-            if (obstacle := self.backend.unavailable()) is None:
-                raise
-            hint = (
+            raise miss.hinting(f"{self._way_to_measure(miss)} {taken_hint(miss.taken_with)}".rstrip()) from None
+
+    def _way_to_measure(self, miss: MissError) -> str:
+        near = ", or give --near" if miss.near else ""
+        if self.elsewhere:
+            return f"On a machine with this GPU, run `moetune tune` with the same options, without --device-name{near}."
+        if (obstacle := self.backend.unavailable()) is not None:
+            return (
                 f"Backend {self.backend.name} cannot run here: {obstacle[0]}. Run `moetune tune` with the same options "
-                f"on a machine with the GPU that you deploy on{', or give --near' if miss.near else ''}."
+                f"on a machine with the GPU that you deploy on{near}."
             )
-            raise MissError(miss.message, hint, miss.differences, miss.nearest, near=miss.near) from None
+        return miss.hint
 
     def found(self, *, exact: bool = False) -> Match | None:
         """Returns what answers the question as a whole; else the profile of this very environment; None if none.
@@ -144,7 +150,7 @@ class Question:
                 return self.store.match(*key, near=True)
             except MissError as miss:
                 hint = "Leave out --start to search, or give it a profile's path."
-                raise MissError(miss.message, hint, miss.differences, miss.nearest) from None
+                raise miss.hinting(hint) from None
         profile = given if isinstance(given, Profile) else self.store.read(given)
         path = Path() if isinstance(given, Profile) else Path(given)
         if (profile.layer.shape, profile.backend) != (self.layer.shape, self.backend.name) or not profile.choices:

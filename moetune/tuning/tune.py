@@ -13,7 +13,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served
+from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served, TuneStarted
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import all_buckets, missing_buckets
 from moetune.tuning.run import TuneRun
@@ -111,6 +111,7 @@ def tune(
     journal = question.journal()
     if again:
         journal.remove()
+    report(TuneStarted(question.backend.name, question.environment.device, len(missing)))
     run = TuneRun(
         question, missing, stored, older.profile if older else None, Notes(journal, report), report,
         strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,

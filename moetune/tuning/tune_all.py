@@ -79,7 +79,7 @@ def tune_all(
     backends = [backend(each.name, **options[each.name]) if each.name in options else each for each in backends]
     if not backends:
         name = preferred(layer, regime).name
-        if frozen and name in backends_computing(layer, regime):  # a miss says what the closest profile is of
+        if frozen and name in backends_computing(layer, regime):  # a miss says what the nearest profile is of
             load(layer, regime, backend(name, **options.get(name, {})), store, device=device)
         raise UnsupportedError(
             f"No backend can tune {layer.name} here. Backend {name}: {left_out[name]}.",

@@ -164,11 +164,28 @@ def test_a_frozen_tune_without_a_backend_that_runs_here_is_a_miss(moetune, on_a_
     for words in (("--launch", SGLANG), ("--launch", line)):
         frozen = moetune("tune", *words, "--frozen")
         assert frozen.exit_code == 3
-        assert "The closest was measured on NVIDIA H200" in frozen.stderr
-    refused = moetune("tune", "--launch", SGLANG)
-    assert refused.exit_code == 2
-    assert refused.stderr.startswith("error: No backend can tune deepseek-r1 here. Backend triton: needs a CUDA device")
-    assert len(refused.stderr) < 250
+        assert "The nearest was measured with triton on NVIDIA H200" in frozen.stderr
+
+
+VLLM = "vllm serve Qwen/Qwen3-235B-A22B -dp 8 --enable-expert-parallel"
+
+
+def test_a_tune_for_an_engine_whose_kernels_cannot_run_here_measures_no_others(moetune, on_a_cpu, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("moetune.tuning.tune_all"), "tune_all", lambda *_, **__: 1 / 0)
+    for words in (
+        ("--launch", VLLM),
+        ("--model", "qwen3-235b-a22b", "--ep", "8", "--dispatch", "vllm:deepep_high_throughput"),
+    ):
+        refused = moetune("tune", *words)
+        assert refused.exit_code == 2
+        assert refused.stderr == (
+            "error: vLLM runs these experts with triton, which cannot run here: needs a CUDA device, and torch sees "
+            "none. Run this on a GPU of the kind that you deploy on, or give --backend torch for a trial of moetune.\n"
+        )
+    assert moetune("tune", "--launch", SGLANG).stderr.endswith(" Run this on a GPU of the kind that you deploy on.\n")
+    other = moetune("tune", "--launch", VLLM, "--precision", "fp32")
+    assert (other.exit_code, "none of moetune's kernels for fp32 experts" in other.stderr) == (2, True)
+    assert "unexpected ZeroDivisionError" in moetune("tune", "--model", "qwen3-235b-a22b").stderr
 
 
 def test_packaged_profiles_answer_a_line_without_attention_dp_on_their_ladder():
@@ -179,7 +196,7 @@ def test_packaged_profiles_answer_a_line_without_attention_dp_on_their_ladder():
     assert from_launch(line, ladder="pow2").regime.digest in digests
 
 
-ON_H200 = ("--model", "qwen3-30b-a3b", "--ep", "4", "--device-name", "nvidia h200", "--near")
+ON_H200 = ("--model", "qwen3-30b-a3b", "--ep", "4", "--device-name", "nvidia h200")
 
 
 def test_a_machine_without_the_gpu_looks_profiles_up_by_its_name(moetune, on_a_cpu, tmp_path):
@@ -197,10 +214,66 @@ def test_a_machine_without_the_gpu_looks_profiles_up_by_its_name(moetune, on_a_c
     assert equals["next_command"] == other["next_command"]
 
 
-def test_the_name_of_a_device_must_be_one_of_the_stored_ones_and_goes_with_a_look_up(moetune, on_a_cpu):
-    unknown = moetune("show", *ON_H200[:4], "--device-name", "H999")
-    assert unknown.exit_code == 2
-    assert unknown.stderr == "error: No stored profile was measured on 'H999'. Give one of NVIDIA H200.\n"
+def test_a_named_device_makes_torch_and_triton_of_this_machine_irrelevant(moetune, on_a_cpu, tmp_path):
+    shown = moetune("show", *ON_H200)
+    assert "measured with triton 3.6.0; check that the engine has the same" in shown.stdout
+    assert "(here" not in shown.stdout
+    document = _document(moetune("show", *ON_H200, "--json"))
+    assert document["near"] == {"triton": {"wanted": None, "stored": "3.6.0"}}
+    exported = moetune("export", *ON_H200, "--to", "vllm", "--out", tmp_path / "out")
+    assert "note: measured with triton 3.6.0; check that the engine has the same." in exported.stderr.splitlines()
+    assert "answers this question. Measured with triton 3.6.0; check" in moetune("plan", *ON_H200).stdout
+
+
+DENSE = "vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-expert-parallel"
+
+
+def test_a_miss_of_a_device_without_a_profile_is_no_wrong_option_and_a_plan_is_printed(moetune, on_a_cpu):
+    named = ("--launch", DENSE, "--device-name", "NVIDIA H100 80GB HBM3")
+    missed = moetune("show", *named)
+    assert missed.exit_code == 3
+    error, hint, _ = missed.stderr.splitlines()
+    assert error == (
+        "error: No profile for NVIDIA H100 80GB HBM3. The nearest was measured with triton on NVIDIA H200. It has "
+        "ladder pow2 instead of adaptive."
+    )
+    assert hint == "On a machine with this GPU, run `moetune tune` with the same options, without --device-name."
+    planned = moetune("plan", *named)
+    assert planned.exit_code == 0
+    assert "was measured with triton on NVIDIA H200." in planned.stdout
+    answered = ("--model", "qwen3-30b-a3b", "--ep", "4", "--device-name", "NVIDIA H100")
+    assert "profile: none for NVIDIA H100. One of the same layer" in moetune("plan", *answered).stdout
+
+
+def test_a_miss_and_a_plan_give_the_options_that_take_a_profile_of_other_buckets(moetune, on_a_cpu):
+    named = ("--launch", DENSE, "--device-name", "NVIDIA H200")
+    missed = moetune("show", *named)
+    sentence = "`moetune show` and `moetune export` take the nearest with --ladder pow2."
+    assert missed.exit_code == 3
+    assert "The nearest has ladder pow2 instead of adaptive.\n" in missed.stderr
+    assert missed.stderr.splitlines()[1].endswith(sentence)
+    assert sentence in moetune("plan", *named).stdout.splitlines()
+    assert _document(moetune("plan", *named, "--json"))["profile"]["taken_with"] == ["--ladder", "pow2"]
+    assert moetune("show", *named, "--ladder", "pow2").exit_code == 0
+    without = _document(moetune("plan", "--launch", DENSE, "--json"))["profile"]["taken_with"]
+    assert without == ["--device-name", "NVIDIA H200", "--ladder", "pow2"]
+    assert moetune("show", "--launch", DENSE, *without).exit_code == 0
+
+
+def test_a_plan_says_why_no_profile_can_be_looked_up(moetune, on_a_cpu):
+    planned = moetune("plan", "--launch", SGLANG, "--kernel", "vllm")
+    assert "profile: none can be looked up here. --kernel vllm needs vllm" in planned.stdout
+    assert "is stored" not in planned.stdout
+
+
+def test_a_plan_prints_one_form_of_commands(moetune, on_a_cpu, monkeypatch):
+    monkeypatch.setattr("moetune.report.command.program", lambda: [".venv/bin/moetune"])
+    planned = moetune("plan", "--launch", DENSE).stdout
+    assert "\nview the nearest: .venv/bin/moetune show " in planned
+    assert "\n.venv/bin/moetune tune " in planned
+
+
+def test_a_device_goes_with_a_look_up(moetune, on_a_cpu):
     (path, *_) = Path(__file__).parents[2].glob("profiles/*/*/*/*.json")
     for command in (["show"], ["export", "--to", "vllm", "--out", "x"]):
         refused = moetune(*command, path, "--device-name", "NVIDIA H200")
@@ -252,7 +325,9 @@ def test_plan_goes_on_beside_a_damaged_profile(moetune, tiny, monkeypatch):
 def test_plan_has_no_next_command_for_a_layer_that_no_backend_computes(moetune):
     words = ("--model", "qwen3-30b-a3b", "--precision", "gptq_int8", "--ladder", "8")
     assert _document(moetune("plan", *words, "--json"))["next_command"] is None
-    assert "No backend of moetune does." in moetune("plan", *words).stdout
+    planned = moetune("plan", *words).stdout
+    assert planned.endswith("No backend of moetune does.\n")
+    assert "view the nearest" not in planned
 
 
 def test_tune_measures_then_serves_then_shows_the_same_profile(moetune, question, planted, tmp_path):
@@ -312,7 +387,7 @@ def test_frozen_never_measures_and_a_miss_exits_3_and_names_the_field(moetune, q
         error, hint, view = missed.stderr.splitlines()[-3:]
         assert error.startswith("error: No profile ")
         assert hint == "Run `moetune tune` with the same options to measure it."
-        assert view.startswith("View the closest: moetune show ")
+        assert view.startswith("View the nearest: moetune show ")
         document = json.loads(moetune(*command, *other, "--json").stdout)
         assert document["schema_version"] == 1
         assert document["miss"]["differing"]["attention_dp"] == {"wanted": False, "stored": True}
@@ -377,7 +452,9 @@ def test_after_an_interrupt_amid_a_search_the_next_run_says_where_it_goes_on(moe
     monkeypatch.setattr(PlantedRunner, "run", real)
     assert "Going on" not in result.stderr
     lines = moetune("tune", *question).stderr.splitlines()
-    assert lines[1:3] == [
+    assert lines[1].startswith("tuning planted on ")
+    assert lines[1].endswith(", 2 buckets")
+    assert lines[2:4] == [
         "Going on at 4 rows, where a run was interrupted.",
         "Tactics that failed there are not tried again: 1. Use --again to try them.",
     ]
@@ -516,7 +593,7 @@ def test_a_miss_points_to_the_packaged_profile_of_another_torch(moetune, questio
     path.write_text(json.dumps(document))
     missed = moetune("tune", *question, "--frozen")
     assert missed.exit_code == 3
-    assert "The closest has torch 2.0.0 instead of " in missed.stderr
+    assert "The nearest has torch 2.0.0 instead of " in missed.stderr
 
 
 def test_the_torch_backend_is_tuned_end_to_end(moetune, tiny, monkeypatch):
@@ -547,3 +624,19 @@ def test_plan_has_a_bucket_for_every_decode_size_of_a_pool_of_24_ranks(moetune, 
     assert set(answered.values()) == decode
     for rows in decode:
         assert answered[int(listed[rows]["tokens_per_rank"])] == rows
+
+
+def test_a_flag_that_has_no_effect_is_not_listed_as_read(moetune):
+    """vLLM's rows are looked up by the nearest row count of the file, and the ladder adaptive ends at 8192."""
+    line = "vllm serve Qwen/Qwen3-235B-A22B -tp 8 --enable-expert-parallel --max-num-batched-tokens"
+    for tokens, listed in ((16384, False), (4096, True)):
+        planned = moetune("plan", "--launch", f"{line} {tokens}").stdout
+        (read,) = [line for line in planned.splitlines() if line.startswith("read from the line: ")]
+        assert ("--max-num-batched-tokens" in read) == listed
+
+
+def test_the_kernel_of_one_engine_for_another_is_a_warning(moetune, on_a_cpu):
+    warning = "warning: --kernel vllm times vLLM's kernel. SGLang runs its own."
+    for words in (("--launch", SGLANG), ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "sglang:none")):
+        assert warning in moetune("plan", *words, "--kernel", "vllm").stderr.splitlines()
+        assert "times" not in moetune("plan", *words, "--kernel", "builtin").stderr

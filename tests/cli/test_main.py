@@ -167,3 +167,13 @@ def test_a_reader_that_closes_the_pipe_is_no_failure(words):
 def test_a_miss_is_two_lines():
     result = _failing(MissError("No profile\nfor this GPU.", "Run `moetune tune`."))
     assert result.stderr == "error: No profile for this GPU.\nRun `moetune tune`.\n"
+
+
+def test_help_says_what_a_launch_line_and_a_dispatcher_decide(moetune):
+    text = " ".join(moetune("tune", "--help").stdout.split())
+    for option, otherwise in (("--ladder", "pow2"), ("--layout", "packed"), ("--dp", "no-dp")):
+        assert f"[default: from --launch or the dispatcher, otherwise {otherwise}]" in text.partition(option)[2]
+    assert "[default: from --launch, otherwise 1]" in text.partition("--ep")[2]
+    looked_up = " ".join(moetune("lookup", "--help").stdout.split())
+    assert "The row counts to look up" in looked_up
+    assert "to tune" not in looked_up

@@ -331,7 +331,8 @@ def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
 def test_the_help_shows_the_regimes_own_defaults(option, field):
     """It names them without building a model, which takes longer than the help may."""
     (described,) = (parameter.help for parameter in plan.params if parameter.name == option)
-    assert f"[default: {Regime.model_fields[field].default}]" in described
+    of_line = "" if option == "seed" else "from --launch, otherwise "
+    assert f"[default: {of_line}{Regime.model_fields[field].default}]" in described
 
 
 def test_the_words_are_those_of_their_types():
@@ -403,14 +404,14 @@ def test_a_bare_dp_is_said_to_be_no_load_of_vllm_or_sglang_before_anything_runs(
 def test_kernels_that_the_engine_prefers_are_said_before_anything_runs(moetune):
     words = ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "vllm:allgather_reducescatter")
     result = moetune("plan", *words, "--backend", "triton")
-    assert "note: for fp8_block experts at EP 8 on Hopper, vllm prefers" in result.stderr
+    assert "note: for fp8_block experts at EP 8 on Hopper, vLLM prefers" in result.stderr
     assert "--moe-backend triton" in result.stderr
 
 
 def test_a_line_that_starts_these_kernels_itself_needs_no_note(moetune):
     line = "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 -ep"
-    assert "vllm prefers" not in moetune("plan", "--launch", f"{line} --moe-backend triton").stderr
-    assert "vllm prefers" in moetune("plan", "--launch", line, "--backend", "triton").stderr
+    assert "vLLM prefers" not in moetune("plan", "--launch", f"{line} --moe-backend triton").stderr
+    assert "vLLM prefers" in moetune("plan", "--launch", line, "--backend", "triton").stderr
 
 
 def test_warnings_of_a_launch_line_are_said(moetune):

@@ -62,9 +62,9 @@ def test_without_near_a_profile_of_another_triton_is_a_miss_that_names_near(moet
         missed = moetune(*command, *question)
         assert missed.exit_code == 3
         error, hint, view = missed.stderr.splitlines()[-3:]
-        assert error.endswith("The closest has triton 3.6.0 instead of 3.8.0.")
+        assert error.endswith("The nearest has triton 3.6.0 instead of 3.8.0.")
         assert "--near" in hint
-        assert view.startswith("View the closest: moetune show ")
+        assert view.startswith("View the nearest: moetune show ")
 
 
 def test_with_near_it_is_served_and_every_output_names_the_field(moetune, host, tmp_path):

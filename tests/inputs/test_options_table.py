@@ -2,9 +2,11 @@ from typing import get_args
 
 import pytest
 
+from moetune.backends import registry
 from moetune.errors import UsageError
-from moetune.inputs.option_table import OPTIONS, Group
+from moetune.inputs.option_table import OPTIONS, TUNABLE, Group
 from moetune.inputs.options import parse, resolve
+from moetune.inputs.presets import layer
 from moetune.spec.enums import Layout, Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -115,3 +117,9 @@ def test_what_a_balancer_may_do_otherwise_is_a_warning():
 def test_redundant_experts_under_a_skew_without_an_engine_are_an_error():
     with pytest.raises(UsageError, match="Name the engine: --dispatch ENGINE:NAME or --launch"):
         parse("--model qwen3-235b-a22b --ep 8 --redundant-experts 32 --distribution zipf:1")
+
+
+def test_the_help_names_the_precisions_that_a_backend_computes():
+    layers = [layer(name, precision) for precision in Precision for name in ("qwen3-30b-a3b", "gpt-oss-120b")]
+    computed = {each.precision.value for each in layers if registry.backends_computing(each, Regime())}
+    assert computed == set(TUNABLE)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moetune.report.command import command, command_elsewhere, shortest
+from moetune.report.command import command, shortest
 
 
 @pytest.fixture
@@ -46,7 +46,6 @@ def test_without_a_program_on_path_the_typed_one_is_named(installed, monkeypatch
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "argv", [".venv/bin/moetune", "plan"])
     assert command("models") == ".venv/bin/moetune models"
-    assert command_elsewhere("tune", "--model", "a b") == "moetune tune --model 'a b'"
 
 
 def test_a_module_is_started_by_the_interpreter_as_it_was_typed(monkeypatch):

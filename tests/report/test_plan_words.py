@@ -131,7 +131,16 @@ def test_a_column_that_is_not_shown_is_not_explained():
     )
     assert not re.search(r"^(bytes in|bytes back|typ. rows|tokens a rank|each row) {2}", text, re.M)
     typical = plan(LAYER, Regime(ep_size=4, dispatch="alltoall", layout="deduplicated", ladder="vllm"), "torch", "cpu")
-    assert "typ. rows       the typical (most likely) row count" in "\n".join(_lines(typical))
+    assert "typ. rows       the typical (most likely) row count that maps to the bucket" in "\n".join(_lines(typical))
+
+
+def test_the_typical_rows_of_the_ladder_adaptive_are_said_to_lie_near_the_bucket():
+    """They can lie nearer to another bucket, because a tune adds buckets where the choices of two neighbors differ."""
+    regime = Regime(ep_size=8, dispatch="alltoall", layout="deduplicated", ladder="adaptive")
+    shown = plan(LAYER, regime, "torch", "cpu")
+    assert all(1 / 1.12 <= each.met_rows / each.rows <= 1.12 for each in shown.buckets if each.rows >= 8)
+    text = " ".join(" ".join(_lines(shown)).split())
+    assert "typ. rows the typical (most likely) row count within 12 % of the bucket; " in text
 
 
 def test_no_row_of_the_wire_is_claimed_for_an_engine(planned):

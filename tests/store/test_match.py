@@ -197,7 +197,7 @@ def test_a_miss_does_not_name_a_ladder_that_would_answer(store: Store, profile_o
     stored = store.save(profile_of(other, backend="triton"))
     with pytest.raises(MissError) as missed:
         match(store, profile_of(ADAPTIVE, backend="triton"))
-    assert missed.value.message.endswith(" The closest has ep 4 instead of 2.")
+    assert missed.value.message.endswith(" The nearest has ep 4 instead of 2.")
     assert missed.value.nearest == path_of(store, stored)
 
 

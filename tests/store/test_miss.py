@@ -10,7 +10,7 @@ from moetune.spec.regime import Regime
 from moetune.store.store import Store
 
 
-def test_miss_on_another_device_names_the_device_and_versions_of_the_closest(
+def test_miss_on_another_device_names_the_backend_and_the_device_of_the_nearest(
     store: Store, profile_of: ProfileOf
 ) -> None:
     profile = profile_of(environment=Environment(device="NVIDIA H200", strict={"torch": "2.11", "cuda": "13"}))
@@ -18,14 +18,12 @@ def test_miss_on_another_device_names_the_device_and_versions_of_the_closest(
     cpu = Environment(device="AMD EPYC", strict={"torch": "2.13", "threads": "2"})
     with pytest.raises(MissError) as raised:
         store.load(profile.layer, profile.regime, "torch", cpu)
-    assert raised.value.message == (
-        "No profile for AMD EPYC. The closest was measured on NVIDIA H200 (backend torch, torch 2.11)."
-    )
+    assert raised.value.message == "No profile for AMD EPYC. The nearest was measured with torch on NVIDIA H200."
     assert "moetune tune" in raised.value.hint
     assert {difference.field for difference in raised.value.differences} == {"device", "torch", "cuda", "threads"}
 
 
-def test_miss_on_another_device_names_what_the_closest_kernel_does_otherwise(
+def test_miss_on_another_device_names_what_the_nearest_kernel_does_otherwise(
     store: Store, profile_of: ProfileOf
 ) -> None:
     skips = Environment(device="NVIDIA H200", strict={"torch": "2.11", "remote": "drop"})
@@ -57,7 +55,7 @@ def test_miss_names_the_nearest_profile_and_prefers_the_same_layer(store: Store,
     assert "\n" not in str(raised.value)
 
 
-def test_of_equally_near_profiles_the_one_of_the_nearest_size_is_the_closest(
+def test_of_equally_near_profiles_the_one_of_the_nearest_size_is_the_nearest(
     store: Store, profile_of: ProfileOf
 ) -> None:
     for ep_size in (2, 4, 16):
@@ -90,3 +88,49 @@ def test_miss_beside_damaged_files_still_names_the_nearest(store: Store, profile
     with pytest.raises(MissError) as raised:
         load(store, profile_of(BASE))
     assert differing_of(raised.value) == {"draws": (16, 5)}
+
+
+def test_miss_names_every_difference_that_matters_and_no_neutral_one(store: Store, profile_of: ProfileOf) -> None:
+    strict = {"torch": "2.11", "cuda": "13.0", "triton": "3.6.0", "kernel": "builtin", "remote": "drop"}
+    h200 = Environment(device="NVIDIA H200", strict=strict)
+    stored = store.save(profile_of(Regime(seed=3, draws=2), environment=h200, backend="triton"))
+    asked = Environment(device="NVIDIA H200", strict={**strict, "torch": "2.14", "cuda": "13.1", "triton": "3.8.0"})
+    with pytest.raises(MissError) as raised:
+        store.load(stored.layer, Regime(ladder="adaptive"), "triton", asked)
+    assert raised.value.message.endswith(
+        " The nearest has seed 3 instead of 0, draws 2 instead of 16, ladder pow2 instead of adaptive and triton 3.6.0 "
+        "instead of 3.8.0."
+    )
+    assert {"torch", "cuda"} <= differing_of(raised.value).keys()
+    assert raised.value.taken_with == ()
+
+
+def test_miss_of_another_model_names_it_instead_of_its_sizes(store: Store, profile_of: ProfileOf) -> None:
+    asked = profile_of(BASE)
+    other = MoELayer(**{**asked.layer.model_dump(), "hidden_size": 128, "name": "other"})
+    store.save(profile_of(BASE, layer=other))
+    with pytest.raises(MissError) as raised:
+        load(store, asked)
+    assert raised.value.message.endswith(" The nearest is of other.")
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "options"),
+    [
+        ("NVIDIA H200", "3.6.0", ("--ladder", "pow2")),
+        ("NVIDIA H200", "3.8.0", ("--ladder", "pow2", "--near")),
+        ("NVIDIA H100", "3.6.0", ()),
+        ("AMD EPYC", "3.8.0", ("--device-name", "NVIDIA H200", "--ladder", "pow2")),
+    ],
+)
+def test_miss_gives_the_options_that_take_a_profile_of_other_buckets(
+    store: Store, profile_of: ProfileOf, device: str, triton: str, options: tuple[str, ...]
+) -> None:
+    strict = {"compute_capability": "9.0", "triton": "3.6.0", "kernel": "builtin"}
+    h200 = Environment(device="NVIDIA H200", strict=strict)
+    stored = store.save(profile_of(Regime(), environment=h200, backend="triton"))
+    here = {**strict, "triton": triton} if device.startswith("NVIDIA") else {"cpu": device, "kernel": "builtin"}
+    asked = Environment(device=device, strict=here)
+    with pytest.raises(MissError) as raised:
+        store.load(stored.layer, Regime(ladder="adaptive"), "triton", asked)
+    assert raised.value.taken_with == options

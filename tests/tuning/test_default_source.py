@@ -9,7 +9,7 @@ from runs import REGIME
 from moetune.backends.base import Default
 from moetune.errors import NoResultError
 from moetune.tuning.bucket import Bucket
-from moetune.tuning.events import BucketStarted, DefaultDiffers
+from moetune.tuning.events import BucketStarted, DefaultDiffers, TuneStarted
 from moetune.tuning.tune import tune
 
 
@@ -37,7 +37,7 @@ def test_a_choice_has_the_source_of_the_default_at_its_own_rows(tmp_path):
     assert [event for event in events if isinstance(event, DefaultDiffers)] == [
         DefaultDiffers(4, "vLLM runs something else.")
     ]
-    assert [type(event) for event in events[:2]] == [BucketStarted, DefaultDiffers]
+    assert [type(event) for event in events[:3]] == [TuneStarted, BucketStarted, DefaultDiffers]
 
 
 def test_a_backend_that_does_not_say_has_no_source(tmp_path):
