@@ -17,6 +17,7 @@ from moetune.errors import Plain
 from moetune.export.lookup import Lookup
 from moetune.spec.model import FrozenModel
 from moetune.store.profile import Profile
+from moetune.tuning.changes import Changes
 from moetune.tuning.comparison import Comparison
 from moetune.tuning.plan import Plan
 
@@ -48,6 +49,7 @@ DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "profile": Profile,
     "plan": Plan,
     "comparison": Comparison,
+    "changes": Changes,
     "export": ExportDocument,
     "lookup": Lookup,
 }

@@ -155,6 +155,7 @@ def _unexpected(error: Exception) -> int:
         "plan": ("moetune.cli.plan:plan", "Show the load of each bucket and the bytes on the wire. Needs no GPU."),
         "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
+        "compare": ("moetune.cli.compare:compare", "Say what differs between two profiles, and what it costs."),
         "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
         "lookup": ("moetune.cli.lookup:lookup", "Say whether an engine will find its tuned file, and why not."),
         "store": ("moetune.cli.store:store", "List the stored profiles."),

@@ -10,6 +10,7 @@ from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, ComparedRows, Profile
+from moetune.tuning.changes import ChangedBucket, Changes, ComparedProfile, RecordedRows, TimedRows
 from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 from moetune.tuning.outlook import Kernels, NearestProfile
 from moetune.tuning.plan import BucketPlan, Payload, Plan
@@ -20,7 +21,7 @@ DOCUMENTED = (Path(__file__).parents[2] / "docs" / "json-schemas.md").read_text(
 MODELS = (
     MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, BackendResult,
     ComparedBucket, ComparedRows, Kernels, NearestProfile, Lookup, ChosenKernels, Table, LookedUpRow, NearMiss, Part,
-    EngineLog, LoggedFile,
+    EngineLog, LoggedFile, Changes, ChangedBucket, ComparedProfile, RecordedRows, TimedRows,
 )  # fmt: skip
 
 
