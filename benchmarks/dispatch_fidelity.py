@@ -53,7 +53,8 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
-from moetune.tuning.bucket import Bucket, BucketTuner
+from moetune.tuning.bucket import Bucket
+from moetune.tuning.bucket_tuner import BucketTuner
 from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.distribution import seeded_generator
 from moetune.workload.draws import as_draws, typical_rows

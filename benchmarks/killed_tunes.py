@@ -31,7 +31,7 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-from moetune.tuning.bucket import BucketTuner
+from moetune.tuning.bucket_tuner import BucketTuner
 from moetune.tuning.tune import tune
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@
 >>> moetune.realize(layer, regime, rows=64).load.sum().item()  # 64 rows; all 8 slots of each are local
 512
 
-`plan` shows what a rank's kernel receives, `tune` and `tune_all` measure, `load` looks a stored profile up, and
-`Profile.tactic` returns the tactic for a row count. Every error is a `MoetuneError` with a `hint`.
+`plan` shows what a rank's kernel receives, `tune` and `tune_all` measure, `load` looks a stored profile up,
+`Profile.tactic` returns the tactic for a row count, and `check` measures whether a profile is still good. Every error
+is a `MoetuneError` with a `hint`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moetune._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moetune.engine.warmup import warmup as warmup
+    from moetune.errors import CheckFailedError as CheckFailedError
     from moetune.errors import MissError as MissError
     from moetune.errors import MoetuneError as MoetuneError
     from moetune.errors import NoResultError as NoResultError
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from moetune.store.profile import Profile as Profile
     from moetune.store.reading import load_profile as load_profile
     from moetune.store.store import Store as Store
+    from moetune.tuning.check import check as check
+    from moetune.tuning.checked import Check as Check
     from moetune.tuning.comparison import Comparison as Comparison
     from moetune.tuning.plan import Plan as Plan
     from moetune.tuning.plan import plan as plan
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
     from moetune.workload.routing import realize as realize
 
 _HOMES = {
+    "Check": "moetune.tuning.checked",
+    "CheckFailedError": "moetune.errors",
     "Choice": "moetune.store.profile",
     "Comparison": "moetune.tuning.comparison",
     "Deployment": "moetune.inputs.deployment",
@@ -72,6 +78,7 @@ _HOMES = {
     "Tactic": "moetune.spec.tactic",
     "UnsupportedError": "moetune.errors",
     "UsageError": "moetune.errors",
+    "check": "moetune.tuning.check",
     "export_profile": "moetune.export",
     "from_launch": "moetune.inputs.deployment",
     "layer": "moetune.inputs.presets",

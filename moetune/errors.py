@@ -93,6 +93,12 @@ class StoreError(MoetuneError):
     """The store cannot be read or written."""
 
 
+class CheckFailedError(MoetuneError):
+    """Choices of a profile are slower than they may be, or do not run any more."""
+
+    exit_code = 4
+
+
 class NotSavedError(StoreError):
     """A tune has ended, and some of what it measured cannot be saved.
 

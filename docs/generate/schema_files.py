@@ -18,6 +18,7 @@ from moetune.export.lookup import Lookup
 from moetune.spec.model import FrozenModel
 from moetune.store.profile import Profile
 from moetune.tuning.changes import Changes
+from moetune.tuning.checked import Check
 from moetune.tuning.comparison import Comparison
 from moetune.tuning.plan import Plan
 
@@ -52,6 +53,7 @@ DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "changes": Changes,
     "export": ExportDocument,
     "lookup": Lookup,
+    "check": Check,
 }
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moetune.search.base import Search
 from moetune.search.exhaustive import exhaustive
@@ -111,6 +112,11 @@ class Backend(ABC):
     @abstractmethod
     def environment(self) -> dict[str, str]:
         """Returns strict environment fields of its own, such as versions and a digest of the kernel; may be empty."""
+
+    @classmethod
+    def options_in(cls, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the arguments of the class with which a backend has the fields of this strict environment."""
+        return {name: environment[name] for name in inspect.signature(cls).parameters if name in environment}
 
     @abstractmethod
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:

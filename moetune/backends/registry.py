@@ -61,6 +61,20 @@ def backend(name: str, **options: object) -> Backend:
     return _class(name)(**options)
 
 
+def of_environment(name: str, environment: Mapping[str, str]) -> Backend:
+    """Returns the backend that measured a profile, with the options that its environment names.
+
+    Args:
+        name: one of `backends()`.
+        environment: the strict fields of the profile's environment.
+
+    Raises:
+        UsageError: the name is unknown, or an option's value is not allowed.
+    """
+    made = backend(name)
+    return backend(name, **made.options_in(environment))
+
+
 def preferred(layer: MoELayer, regime: Regime) -> Backend:
     """Returns the first backend that can run here and computes the layer.
 

@@ -1,4 +1,4 @@
-"""Shows on stderr what `tune` does: a line for each finished bucket, and on a terminal a bar below them."""
+"""Shows on stderr what `tune` and `check` do: a line for each finished bucket, and on a terminal a bar below them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from moetune.report.tactics import tactic_line
 from moetune.tuning.events import (
     BackendFailed,
     BackendStarted,
+    BucketChecked,
     BucketChosen,
     BucketCompared,
     BucketFailed,
@@ -39,9 +40,14 @@ from moetune.tuning.events import (
 
 
 class Progress:
-    """A listener for the events of `tune`, and the context in which they are shown."""
+    """A listener for the events of `tune` and `check`, and the context in which they are shown.
 
-    def __init__(self) -> None:
+    Args:
+        saves: whether finished buckets are stored, so that an interrupted command goes on from them.
+    """
+
+    def __init__(self, *, saves: bool = True) -> None:
+        self._saves = saves
         self.served: Served | None = None
         self._console = console(stderr=True)
         self._bar = Bar(
@@ -69,7 +75,11 @@ class Progress:
     ) -> None:
         if self._task is not None:
             self._bar.stop()
-        if isinstance(error, KeyboardInterrupt) and (self._finished or self._bucket_seconds or self._measured):
+        if (
+            self._saves
+            and isinstance(error, KeyboardInterrupt)
+            and (self._finished or self._bucket_seconds or self._measured)
+        ):
             saved = self._finished + len(self._bucket_seconds)
             self._line(f"Finished buckets are saved: {saved}. Run the same command again to go on.")
 
@@ -151,16 +161,17 @@ class Progress:
 
     @_show.register
     def _bucket_chosen(self, event: BucketChosen) -> None:
-        self._bucket_seconds.append(time.monotonic() - self._began)
-        choice, remaining = event.choice, max(0, event.count - len(self._bucket_seconds))
-        left = f"about {duration(remaining * fmean(self._bucket_seconds))} left" if remaining else "done"
-        if self._task is not None:
-            self._bar.update(self._task, advance=1, left=left)
+        choice = event.choice
         kept = choice.tactic == choice.default_tactic
         gain = "the default" if kept else f"{choice.gain:.2f}× the default"
         best = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
-        estimate = f" · {left}" if self._task is None else ""
-        self._line(f"[{event.index + 1}/{event.count}] {choice.rows} rows: {best}{estimate}")
+        self._finish(event.index, event.count, f"{choice.rows} rows: {best}")
+
+    @_show.register
+    def _bucket_checked(self, event: BucketChecked) -> None:
+        checked = event.checked
+        reason = f", {checked.reason}" if checked.reason else ""
+        self._finish(event.index, event.count, f"{checked.rows} rows: {checked.finding}{reason}")
 
     @_show.register
     def _bucket_failed(self, event: BucketFailed) -> None:
@@ -180,6 +191,16 @@ class Progress:
         if event.index == 0:
             self._turn_to("the backends' choices, side by side")
         self._line(f"[{event.index + 1}/{event.count}] {event.rows} rows")
+
+    def _finish(self, index: int, count: int, result: str) -> None:
+        """Shows the result of bucket `index` of `count`, and about how long the others take."""
+        self._bucket_seconds.append(time.monotonic() - self._began)
+        remaining = max(0, count - len(self._bucket_seconds))
+        left = f"about {duration(remaining * fmean(self._bucket_seconds))} left" if remaining else "done"
+        if self._task is not None:
+            self._bar.update(self._task, advance=1, left=left)
+        estimate = f" · {left}" if self._task is None else ""
+        self._line(f"[{index + 1}/{count}] {result}{estimate}")
 
     def _turn_to(self, what: str) -> None:
         if self._task is not None:

@@ -1,4 +1,4 @@
-"""Defines the events that `tune` and `tune_all` report while they work."""
+"""Defines the events that `tune`, `tune_all` and `check` report while they work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from moetune.errors import Difference
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
+from moetune.tuning.checked import CheckedBucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,15 @@ class BucketChosen:
     """The choice of bucket `index` of `count` is made, and stored unless `NotSaved` was reported before."""
 
     choice: Choice
+    index: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BucketChecked:
+    """Bucket `index` of `count` of a check is compared."""
+
+    checked: CheckedBucket
     index: int
     count: int
 
@@ -185,6 +195,7 @@ Event = (
     | SearchStopped
     | NoisyBucket
     | BucketChosen
+    | BucketChecked
     | BucketFailed
     | NotSaved
     | NotJournaled

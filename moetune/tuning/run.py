@@ -17,7 +17,8 @@ from moetune.spec.enums import Strategy
 from moetune.spec.tactic import Tactic
 from moetune.store.journal import Journaled, Searched
 from moetune.store.profile import Choice, Profile
-from moetune.tuning.bucket import NUM_FINALISTS, Bucket, BucketTuner
+from moetune.tuning.bucket import Bucket
+from moetune.tuning.bucket_tuner import NUM_FINALISTS, BucketTuner
 from moetune.tuning.events import (
     BucketFailed,
     BucketsSkipped,

@@ -54,7 +54,12 @@ class Verdict:
     rejected: Mapping[Tactic, str]
 
 
-def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequence[float] | None = None) -> Verdict:
+def decide(
+    comparisons: Sequence[FinalSamples],
+    default: Tactic,
+    weights: Sequence[float] | None = None,
+    barred: Mapping[Tactic, str] = {},
+) -> Verdict:
     """Returns the verdict on a bucket.
 
     A finalist is eligible if it is faster than the default beyond noise at one of the row counts, and slower beyond
@@ -70,13 +75,18 @@ def decide(comparisons: Sequence[FinalSamples], default: Tactic, weights: Sequen
         comparisons: the samples at each row count; the finalists of each are among those of the first.
         default: the default tactic at the bucket's own rows.
         weights: the weight of the slowdown in each comparison; 1 by default.
+        barred: finalists that cannot win all the same, with the reasons.
     """
     weights = weights or (1.0,) * len(comparisons)
     tactics = _in_all(comparisons, default)
     gains = {tactic: tuple(samples.gain(tactic) for samples in comparisons) for tactic in tactics}
     if (noisiest := max(comparisons, key=lambda samples: samples.noise)).noise > NOISY:
         return _undecided(comparisons, default, gains, noisiest)
-    losses = {tactic: reason for tactic in tactics if tactic != default and (reason := _any_loss(comparisons, tactic))}
+    losses = {
+        tactic: reason
+        for tactic in tactics
+        if tactic != default and (reason := barred.get(tactic) or _any_loss(comparisons, tactic))
+    }
     safe = [tactic for tactic in tactics if tactic not in losses]
     faster = [
         tactic

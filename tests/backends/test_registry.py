@@ -124,3 +124,24 @@ def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
     found, left_out = registry.able(layer, regime)
     assert [made.name for made in found] == [name for name in "abc" if name in available and name in computing]
     assert left_out.keys() == set("abc") - {made.name for made in found}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torch", {}),
+        ("triton", {"remote": "zero"}),
+        ("triton", {"kernel_version": "0.20.2"}),
+        ("flashinfer-cutlass", {}),
+        ("flashinfer-trtllm", {"quantized": False, "hidden_dtype": "float16"}),
+        ("flashinfer-trtllm", {"quantized": True, "fp8_block_layout": "plain"}),
+        ("flashinfer-trtllm-routed", {"packed": False}),
+        ("flashinfer-trtllm-routed", {"mxfp4_activations": "mxfp8"}),
+    ],
+)
+def test_a_backend_is_made_again_from_the_environment_that_it_writes(name, options) -> None:
+    made = registry.backend(name, **options)
+    again = registry.of_environment(name, made.environment())
+    assert type(again) is type(made)
+    assert again.environment() == made.environment()
+    assert all(getattr(again, option, value) == value for option, value in options.items())

@@ -17,7 +17,7 @@ from moetune.backends import registry
 from moetune.store.lock import LOCK_NAME, held
 from moetune.store.store import Store
 from moetune.tuning import final_comparison as final
-from moetune.tuning.bucket import BucketTuner
+from moetune.tuning.bucket_tuner import BucketTuner
 
 TUNE = importlib.import_module("moetune.tuning.tune")
 

@@ -7,9 +7,9 @@ from runs import tune_planted
 
 from moetune.search.base import Batch
 from moetune.spec.regime import Regime
-from moetune.tuning import bucket as bucket_module
+from moetune.tuning import bucket_tuner as bucket_module
 from moetune.tuning import final_comparison as final_module
-from moetune.tuning.bucket import FINAL_SHARE
+from moetune.tuning.bucket_tuner import FINAL_SHARE
 from moetune.tuning.events import (
     BucketsSkipped,
     SearchStopped,

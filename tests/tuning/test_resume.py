@@ -21,7 +21,7 @@ from moetune.search.base import Batch
 from moetune.spec.regime import Regime
 from moetune.store.profile import Rejection
 from moetune.store.store import Store
-from moetune.tuning.bucket import BucketTuner
+from moetune.tuning.bucket_tuner import BucketTuner
 from moetune.tuning.events import (
     BucketChosen,
     BucketStarted,

@@ -9,7 +9,7 @@ import pytest
 from runs import tune_planted
 
 from moetune.store.store import Store
-from moetune.tuning import bucket
+from moetune.tuning import bucket_tuner
 from moetune.tuning import uninterrupted as module
 from moetune.tuning.uninterrupted import uninterrupted
 
@@ -98,13 +98,13 @@ def test_ctrl_c_in_a_save_keeps_the_finished_bucket(plant, monkeypatch, tmp_path
 
 def test_ctrl_c_after_a_final_comparison_keeps_the_finished_bucket(plant, monkeypatch, tmp_path):
     plant(milliseconds={"default": 2.0, "fast": 1.0})
-    real = bucket.decide
+    real = bucket_tuner.decide
 
     def decide(*arguments):
         interrupt()
         return real(*arguments)
 
-    monkeypatch.setattr(bucket, "decide", decide)
+    monkeypatch.setattr(bucket_tuner, "decide", decide)
     with pytest.raises(KeyboardInterrupt):
         tune_planted(store=tmp_path)
     ((_, profile),) = Store(tmp_path).profiles()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moetune.backends.base import Backend, Candidates, Problem
 from moetune.backends.flashinfer_trtllm.formats import FORMATS, Fp8BlockLayout, format_of
@@ -26,6 +28,7 @@ NEEDED_VERSION = (0, 7, 2)
 Mxfp4Activations = Literal["bf16", "mxfp8"]
 HiddenDtype = Literal["bfloat16", "float16", "float32"]
 _ROUTED_TOP_K = 32
+_ARRIVES_QUANTIZED = {None: "where tokens travel", True: "yes", False: "no"}
 
 
 class TrtllmBackend(Backend):
@@ -114,15 +117,22 @@ class TrtllmBackend(Backend):
 
     def environment(self) -> dict[str, str]:
         """Returns FlashInfer's version and the options, because each of them changes what is timed."""
-        quantized = {None: "where tokens travel", True: "yes", False: "no"}[self.quantized]
         return {
             "flashinfer": flashinfer_versions.version() or "unknown",
             "ids": self.ids,
             "mxfp4_activations": self.mxfp4_activations,
-            "arrives_quantized": quantized,
+            "arrives_quantized": _ARRIVES_QUANTIZED[self.quantized],
             "fp8_block_layout": self.fp8_block_layout,
             "hidden_dtype": self.hidden_dtype,
         }
+
+    @classmethod
+    def options_in(cls, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Returns the arguments of the class with which a backend has the fields of this strict environment."""
+        spelled = {text: quantized for quantized, text in _ARRIVES_QUANTIZED.items()}
+        given = spelled.get(environment.get("arrives_quantized", ""))
+        packed = {"packed": environment.get("ids") == "packed"} if "packed" in inspect.signature(cls).parameters else {}
+        return {**super().options_in(environment), "quantized": given, **packed}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Returns the default and the tactics that FlashInfer's runner enumerates at `rows` and at the real load.
