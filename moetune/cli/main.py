@@ -157,6 +157,7 @@ def _unexpected(error: Exception) -> int:
         "check": ("moetune.cli.check:check", "Measure whether a stored profile's choices are still good here."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
         "compare": ("moetune.cli.compare:compare", "Say what differs between two profiles, and what it costs."),
+        "report": ("moetune.cli.report:report", "Show profiles as one HTML page, as CSV, or as a short table."),
         "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
         "lookup": ("moetune.cli.lookup:lookup", "Say whether an engine will find its tuned file, and why not."),
         "store": ("moetune.cli.store:store", "List the stored profiles."),

@@ -252,6 +252,22 @@ def plan(
     )
 
 
+def bucket_load(layer: MoELayer, regime: Regime, rows: int) -> BucketPlan:
+    """Returns the expected load of the regime's rank in `rows` rows, without candidates.
+
+    Args:
+        layer: the layer.
+        regime: the deployment.
+        rows: rows in the kernel; they need not be a bucket of the ladder.
+
+    Raises:
+        UsageError: as `workload.dispatch.expect`.
+    """
+    from moetune.workload.dispatch import expect
+
+    return _bucket(layer, regime, regime.shard(layer).rank, rows, expect(layer, regime, rows), {})
+
+
 def _skew(layer: MoELayer, regime: Regime, rows: int, rank: int) -> SkewPlan | None:
     if regime.skew is None:
         return None
