@@ -4,7 +4,7 @@ STORE ?= .demo-store
 JOBS ?= 2
 PYTEST_FLAGS ?=
 
-.PHONY: venv demo test network lowest lint types types-package types-tests picture pages docs clean
+.PHONY: venv demo test network lowest lint types types-package types-tests picture report-picture pages docs clean
 
 venv: .venv/.installed
 
@@ -52,6 +52,14 @@ types-tests:
 # The README's picture, from a packaged profile; nothing is measured.
 picture: venv
 	$(BIN)/python benchmarks/picture.py profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json
+
+# docs/report.png, from two packaged profiles; needs chromium and pngquant.
+REPORTED := profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/*.json profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-alltoall-deduplicated-*/*.json
+report-picture: venv
+	$(BIN)/moetune report $(REPORTED) -o build/report.html
+	chromium --headless --no-sandbox --hide-scrollbars --force-device-scale-factor=1 --window-size=1280,1620 \
+	  --virtual-time-budget=10000 --screenshot=build/report.png build/report.html
+	pngquant --force --speed 1 --strip --output docs/report.png 64 build/report.png
 
 # docs/options.md and docs/schemas, from the options and the models; tests/docs compares them.
 pages: venv

@@ -45,7 +45,11 @@ def test_the_wheel_contains_the_modules_profiles_models_and_flags(tmp_path):
     assert wheel.name == f"moetune-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         built = set(archive.namelist())
-    files = {path for path in (ROOT / "moetune").rglob("*") if path.suffix in (".py", ".json", ".typed")}
+    files = {
+        path
+        for path in (ROOT / "moetune").rglob("*")
+        if path.suffix in (".py", ".json", ".typed", ".html", ".css", ".js")
+    }
     assert {path.relative_to(ROOT).as_posix() for path in files} <= built
     assert {f"moetune/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "profiles").rglob("*.json")} <= built
     assert {f"moetune/{planted}", "moetune/profiles/README.md", "moetune/py.typed"} <= built

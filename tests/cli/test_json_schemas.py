@@ -1,3 +1,4 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from moetune.backends.registry import Diagnosis
 from moetune.export.engine_log import EngineLog, LoggedFile
 from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, Table
 from moetune.export.near_misses import NearMiss, Part
+from moetune.report.page.numbers import Row
 from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -28,6 +30,10 @@ MODELS = (
 @pytest.mark.parametrize("model", MODELS)
 def test_every_field_is_documented(model):
     assert not [name for name in model.model_fields if f"`{name}`" not in DOCUMENTED and f'"{name}"' not in DOCUMENTED]
+
+
+def test_every_column_of_a_report_is_documented():
+    assert not [field.name for field in fields(Row) if f"`{field.name}`" not in DOCUMENTED]
 
 
 def test_every_value_of_an_enumeration_is_documented():

@@ -79,11 +79,11 @@ def test_every_figure_is_drawn_and_nothing_is_requested(browser, report, width, 
     for each, texts in zip(given, maps, strict=True):
         tiles = {str(choice.tactic["BLOCK_SIZE_M"]) for choice in each.profile.choices}
         assert tiles <= set(texts)
-    assert HOSTILE in [text for texts in maps for text in texts]
+    assert f"{HOSTILE[:4]}…" in [text for texts in maps for text in texts]
 
     assert browser.requests == [path.as_uri()]
     assert browser.messages == []
-    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate("document.querySelectorAll('a, img, iframe, object').length") == 0
     text, ground = browser.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"

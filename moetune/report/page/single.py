@@ -90,9 +90,10 @@ def tactics_figure(shown: Shown) -> Figure:
         "x": [label(title) for title in columns],
         "y": buckets,
         "z": [list(each) for each in zip(*ranks.values(), strict=True)],
-        "text": [[label(cell) for cell in each] for each in cells],
+        "text": [[label(_brief(cell, len(each))) for cell in each] for each in cells],
         "texttemplate": "%{text}",
-        "hovertemplate": "%{y} rows, %{x}: %{text}<extra></extra>",
+        "hovertext": [[label(cell) for cell in each] for each in cells],
+        "hovertemplate": "%{y} rows, %{x}: %{hovertext}<extra></extra>",
         "colorscale": "Cividis",
         "zmin": 0,
         "zmax": 1,
@@ -131,6 +132,8 @@ def _line(style: Style, dash: str) -> dict[str, object]:
 
 
 _MOST_COLUMNS, _MOST_ROWS = 24, 200
+_ON_A_PHONE = 36
+"""Characters that fit side by side in the map at a width of 360 pixels."""
 _TITLES = {
     "BLOCK_SIZE_M": "M", "BLOCK_SIZE_N": "N", "BLOCK_SIZE_K": "K", "GROUP_SIZE_M": "group", "num_warps": "warps",
     "num_stages": "stages",
@@ -147,6 +150,15 @@ def _columns(tactics: list[Tactic]) -> dict[str, list[str]]:
         title: [shortened(printable(str(tactic[name]))) if name in tactic else "" for tactic in tactics]
         for title, name in zip(titles, names, strict=True)
     }
+
+
+def _brief(cell: str, columns: int) -> str:
+    """Returns the characters of a cell that fit beside the other columns on a phone, and `…` if there are more.
+
+    plotly shows the texts of a map only if all of them fit.
+    """
+    most = max(2, _ON_A_PHONE // columns - 1)
+    return cell if len(cell) <= most else f"{cell[: most - 1]}…"
 
 
 def _ranks(cells: list[str]) -> list[float]:
