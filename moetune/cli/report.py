@@ -54,13 +54,13 @@ def _page(profiles: list[Shown], paths: tuple[Path, ...], out: Path | None, csv_
     """Writes the page if it was asked for. Returns its path."""
     if out is None:
         return []
+    import shlex
     from datetime import UTC, datetime
 
-    from moetune.report.command import command_elsewhere
     from moetune.report.page.html import page
 
-    words = ["report", *map(str, paths), "-o", str(out), *(["--csv", str(csv_path)] if csv_path else [])]
-    _write(out, page(profiles, command_elsewhere(*words), datetime.now(UTC).date().isoformat()))
+    words = ["moetune", "report", *map(str, paths), "-o", str(out), *(["--csv", str(csv_path)] if csv_path else [])]
+    _write(out, page(profiles, shlex.join(words), datetime.now(UTC).date().isoformat()))
     return [str(out)]
 
 
