@@ -54,7 +54,8 @@ def export(
     of_vllm = for_version if target == "vllm" and path is None else None
     request = on_device(request, device_name)
     found = stored_profile("export", path, request, store, near, of_vllm)
-    written = write_for(target, found, out, for_version=for_version, force=force)
+    launch = request.launch if request else None
+    written = write_for(target, found, out, for_version=for_version, force=force, launch=launch)
     if as_json:
         from moetune.cli.output import document
 

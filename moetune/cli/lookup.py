@@ -106,7 +106,7 @@ def lookup(
         _rows(given),
         None if log is None else read_log(log),
     )
-    _print(found, as_json)
+    _print(found, as_json, launch)
     click.get_current_context().exit(0 if found.hit else MISS)
 
 
@@ -124,13 +124,13 @@ def _log_alone(path: Path, as_json: bool) -> None:
     click.get_current_context().exit(0 if log.all_read else MISS)
 
 
-def _print(found: Lookup, as_json: bool) -> None:
+def _print(found: Lookup, as_json: bool, launch: str) -> None:
     if as_json:
         document(found)
     else:
         from moetune.report.lookup import lookup_report
 
-        show(*lookup_report(found))
+        show(*lookup_report(found, launch))
 
 
 def _rows(given: dict[str, Any]) -> tuple[int, ...]:
@@ -175,8 +175,9 @@ def _places(line: TableLine, folder: Path | None, triton: str | None) -> Places:
     own = folder if folder is not None else Path(line.folder) if line.folder else None
     if own is not None and not os.path.isdir(own):
         raise UsageError(
-            f"{source} must be a folder, given {quoted(str(own))}.",
-            "Give the folder that `moetune export` wrote; inside a container it may have another path: give --folder.",
+            f"{source} {quoted(str(own))} {'is no folder' if os.path.exists(own) else 'does not exist'}.",
+            f"Give {'' if folder else '--folder with '}the folder that `moetune export` prints after "
+            f"{FOLDER_VARIABLES[line.engine]}=.{'' if folder else ' Inside a container it may have another path.'}",
         )
     version = triton or _installed_triton()
     if version is None and line.engine == "sglang":

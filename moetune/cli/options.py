@@ -64,6 +64,7 @@ class Request:
         device: the value of `--device`.
         device_name: the name of the device to look profiles up for, if it is not the one here.
         flags: the flags of a launch line that decide the deployment; see `inputs.launch.Launch`.
+        launch: the launch line.
     """
 
     layer: MoELayer
@@ -75,6 +76,7 @@ class Request:
     device: str | None = None
     device_name: str | None = None
     flags: tuple[str, ...] = ()
+    launch: str | None = None
 
 
 def takes_request(*, required: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -130,7 +132,7 @@ def _request(options: dict[str, Any], required: bool) -> Request | None:
 
     largest = launch.options.get("tune_max_num_tokens")
     without = LARGEST_BUCKET if largest is not None and largest != request.regime.tune_max_num_tokens else ()
-    return replace(request, flags=tuple(flag for flag in launch.flags if not flag.startswith(without)))
+    return replace(request, flags=tuple(flag for flag in launch.flags if not flag.startswith(without)), launch=line)
 
 
 def _launch(line: str, given: dict[str, Any]) -> Launch:

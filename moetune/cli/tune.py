@@ -127,7 +127,9 @@ def tune(
     served = progress.served
     path = served.path if served else folder.path(answer.layer, answer.regime, answer.backend, answer.environment)
     found = Match(path, answer, served.differences if served else ())
-    written = write_for(str(request.engine), found, out, for_version=for_version) if out is not None else None
+    written = None
+    if out is not None:
+        written = write_for(str(request.engine), found, out, for_version=for_version, launch=request.launch)
     state: dict[str, Any] = {"served": served is not None, "packaged": bool(served and served.packaged)}
     state |= {"near": found.near, "neutral": found.neutral, "measured_ladder": found.measured_ladder}
     if as_json:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moetune.errors import UsageError
+from moetune.spec.enums import ENGINE_TITLES
 
 if TYPE_CHECKING:
     from moetune.cli.options import Request
     from moetune.store.match import Match
+    from moetune.store.profile import Profile
 
 
 class Written(NamedTuple):
@@ -24,6 +26,8 @@ class Written(NamedTuple):
         variables: the environment variables that make the engine read the files.
         warnings: the cases in which the engine does not read them.
         notes: what else the reader should know.
+        flag: the flag with which the engine runs the kernels that read the files; empty if moetune knows none.
+        check: the command that says whether the engine will find them; empty for engines that `lookup` does not know.
     """
 
     target: str
@@ -32,6 +36,8 @@ class Written(NamedTuple):
     variables: dict[str, str]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    flag: str = ""
+    check: str = ""
 
     def document(self) -> dict[str, Any]:
         """Returns the fields of the JSON documents of `export` and `tune --export`."""
@@ -45,8 +51,18 @@ class Written(NamedTuple):
         }
 
 
-def write_for(target: str, found: Match, out: Path, *, for_version: str | None = None, force: bool = False) -> Written:
+def write_for(
+    target: str,
+    found: Match,
+    out: Path,
+    *,
+    for_version: str | None = None,
+    force: bool = False,
+    launch: str | None = None,
+) -> Written:
     """Writes a profile below `out`, as the files that the engine `target` reads. Warns if the profile is a near one.
+
+    `launch` is the engine's launch line, if the command has one.
 
     Raises:
         UsageError: no such engine or version.
@@ -75,7 +91,23 @@ def write_for(target: str, found: Match, out: Path, *, for_version: str | None =
     files = write(result.files, out, force=force)
     folder = out / profile.regime.slug
     variables = {name: value.replace(FOLDER, str(folder.resolve())) for name, value in result.variables.items()}
-    return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes))
+    flag, check = _start(target, profile, folder, launch)
+    return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes), flag, check)
+
+
+def _start(target: str, profile: Profile, folder: Path, launch: str | None) -> tuple[str, str]:
+    """Returns the engine's flag and the `lookup` that checks the files, both empty for other engines' files."""
+    from moetune.export.fitting import TRITON_ENGINES
+    from moetune.inputs.engine_flags import engine_flags
+    from moetune.report.command import command
+
+    if target not in TRITON_ENGINES:
+        return "", ""
+    line = launch or {"vllm": "vllm serve …", "sglang": "python -m sglang.launch_server …"}[target]
+    triton = ("--triton-version", profile.environment.strict.get("triton", "")) if target == "sglang" else ()
+    device = ("--device-name", profile.environment.device)
+    words = ("lookup", "--launch", line, "--folder", str(folder), *device, *triton)
+    return engine_flags("triton", profile.layer.precision)[target], command(*words)
 
 
 def request_for_engine(request: Request, for_version: str | None = None) -> Request:
@@ -108,7 +140,7 @@ def request_for_engine(request: Request, for_version: str | None = None) -> Requ
         request = replace(request, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
     if not isinstance(request.backend, TritonBackend):
         raise UsageError(
-            f"--export: {engine} reads files for Triton kernels only, not for {request.backend.name}.",
+            f"--export: {ENGINE_TITLES[engine]} reads files for Triton kernels only, not for {request.backend.name}.",
             "Tune without --export. moetune's plugin gives the profile to the engine (docs/engines.md).",
         )
     if engine == "vllm" and for_version is not None:
@@ -126,5 +158,8 @@ def say(written: Written) -> None:
         report(f"note: {note}")
     for file, state in written.files.items():
         line(f"{state}: {file}")
+    if written.flag:
+        line(f"check: {written.check}")
+        line(f"start {ENGINE_TITLES[written.target]} with {written.flag} and:")
     for name, value in written.variables.items():
         line(f"export {name}={shlex.quote(value)}")

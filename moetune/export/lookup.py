@@ -6,7 +6,7 @@ Both ignore a file of another name without an error. The rules are those of `get
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -232,7 +232,10 @@ def _file_problem(
         if proven:  # on the machine that the log is from
             return ""
         if places.own is None and places.shipped is None:
-            return f"{title} is not installed here and no folder is given, so there is no {name} to find."
+            return (
+                f"{title} is not installed here and no folder is given, so there is no {name} to find. "
+                "Give --folder DIR, as `moetune export` printed it."
+            )
         if line.engine == "sglang" and places.root is not None and not places.root.is_dir():
             return f"There is no folder {places.root}: SGLang looks for configs/ there and stops with an error."
         return f"There is no {name} where {title} looks."
@@ -273,8 +276,9 @@ def _other_deployment(line: TableLine, name: str, places: Places) -> str:
     )
 
 
-def _warnings(line: TableLine, places: Places, tables: Iterable[Table]) -> Iterator[str]:
-    if line.engine == "vllm" and places.shipped is None:
+def _warnings(line: TableLine, places: Places, tables: Sequence[Table]) -> Iterator[str]:
+    looked_for = places.own is not None and any(table.file is None for table in tables)
+    if line.engine == "vllm" and places.shipped is None and looked_for:
         yield "vLLM is not installed here, so its own files are not looked at."
     if line.regime is None:
         yield f"moetune does not model the load of {line.dispatcher}, so it does not compare it with a file's."

@@ -102,7 +102,7 @@ def _meaning(line: TableLine, file: ConfigFile, parts: dict[str, Part]) -> str:
             case "N":
                 said.append(_size(line, file.intermediate_size, int(found)))
             case "device_name":
-                said.append(f"It is for {found}.")
+                said.append(f"It is for {found.replace('_', ' ')}.")
             case "dtype":
                 said.append(f"It is for dtype {found or 'bf16 or fp16'}.")
             case "block_shape":

@@ -39,9 +39,11 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     return Export(
         files={f"{folder}/{measured.file(num_experts).sglang_name()}": text for num_experts in experts},
         usage=(
-            f"Start SGLang with `{FOLDER_VARIABLE}={FOLDER}` (the folder that contains `configs`). SGLang then ignores "
-            "its own files: if the model has layers of other shapes, copy their files here too. Ignore it if the log "
-            "misses a `_down.json`: both GEMMs were measured with one configuration. Use this folder for its own "
+            f"Start SGLang with `--moe-runner-backend triton` and `{FOLDER_VARIABLE}={FOLDER}` (it has `configs`). "
+            "`moetune lookup` says before the start whether it will find the file. The GPU is in a file's name, "
+            "and the Triton that it was measured with in its folder's. SGLang then ignores its own files: if the "
+            "model has layers of other shapes, copy their files here too. Ignore it if the log misses a "
+            "`_down.json`: both GEMMs were measured with one configuration. Use this folder for its own "
             "deployment only: k, H, ep and the dispatch are not in a file's name."
         ),
         variables={FOLDER_VARIABLE: FOLDER},

@@ -34,9 +34,12 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     return Export(
         files={measured.file(num_experts).vllm_name: text for num_experts in measured.num_experts},
         usage=(
-            f"Start vLLM with `{FOLDER_VARIABLE}={FOLDER}`. It looks here before its own files, and its log then says "
-            "`Using configuration from …`. Use this folder for its own deployment only: k, H, ep and the dispatch are "
-            "not in a file's name."
+            f"Start vLLM with `--moe-backend triton` and `{FOLDER_VARIABLE}={FOLDER}`. "
+            "Without the flag it runs, for fp8 at EP > 1 and on Blackwell, kernels that read no file. `moetune "
+            "lookup` says before the start whether it will find the file. It looks here before its own files, and "
+            "its log then says `Using configuration from …`. The GPU is in a file's name; `triton_version` in it "
+            "is the Triton that it was measured with. Use this folder for its own deployment only: k, H, ep and "
+            "the dispatch are not in a file's name."
         ),
         variables={FOLDER_VARIABLE: FOLDER},
         warnings=(

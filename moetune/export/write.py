@@ -1,4 +1,4 @@
-"""Writes exported files. Replaces a file that has other content only with `force`."""
+"""Writes exported files. Replaces a file of an engine that has other content only with `force`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ State = Literal["written", "unchanged"]
 def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dict[Path, State]:
     """Writes files below `folder`, and creates the folder if it is missing.
 
-    All paths are checked before the first file is written. A reader sees a file's old content or its new one.
+    All paths are checked before the first file is written. A reader sees a file's old content or its new one. What
+    moetune adds for people, the README and the provenance, is replaced by what belongs to the engine's file.
 
     Args:
         files: relative POSIX path → text.
@@ -38,7 +39,8 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
     try:
         present = {path: _held(path) for path in (folder / name for name in files)}
         texts = {folder / name: text.encode() for name, text in files.items()}
-        others = [path for path, content in present.items() if content is not None and content != texts[path]]
+        others = [path for path, content in present.items() if content not in (None, texts[path])]
+        others = [path for path in others if not _is_added(path)]
         if others and not force:
             raise UsageError(
                 f"{enumerated(others)} exists with other content. Nothing was written.",
@@ -51,6 +53,11 @@ def write(files: Mapping[str, str], folder: Path, *, force: bool = False) -> dic
         where = error.filename or folder
         raise UsageError(f"{where} cannot be written: {error.strerror or error}.", "Give another --out.") from None
     return {path: "unchanged" if present[path] == content else "written" for path, content in texts.items()}
+
+
+def _is_added(path: Path) -> bool:
+    """Returns whether no engine reads a file: it is the README or the provenance that `base.bundle` adds."""
+    return path.name.endswith(".moetune.json") or (path.name.startswith("README.") and path.suffix == ".md")
 
 
 def _require_inside(name: str) -> None:

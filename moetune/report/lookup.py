@@ -11,7 +11,9 @@ from rich.text import Text
 from moetune.export.engine_log import EngineLog, LoggedFile
 from moetune.export.lookup import Lookup, Table
 from moetune.export.near_misses import NearMiss
+from moetune.report.command import command
 from moetune.report.table import add_numbers, new_table
+from moetune.spec.enums import ENGINE_TITLES
 
 _EVENTS = {
     "read": "reads",
@@ -21,20 +23,37 @@ _EVENTS = {
 }
 
 
-def lookup_report(found: Lookup) -> list[RenderableType]:
-    """Returns a look-up as text and a table: what the engine looks for, hit or miss for each row count, and why."""
+def lookup_report(found: Lookup, launch: str = "vllm serve …") -> list[RenderableType]:
+    """Returns a look-up as text: what the engine looks for, why there are misses, and the row counts if they differ.
+
+    Args:
+        found: the look-up.
+        launch: the launch line, for the command to run next.
+    """
     reported: list[RenderableType] = []
     for table in found.tables:
-        reported += [_whole(f"{found.engine} looks for {table.name}", "bold")]
-        reported += [_whole(f"  in {path}", "dim") for path in table.looked_in]
-        reported += [Text(f"kernels: {found.kernels.name}. {found.kernels.why}"), Text(), _rows_table(table), Text()]
+        reported += [_whole(f"{ENGINE_TITLES[found.engine]} looks for {table.name}", "bold")]
+        reported += [_whole(f"  in {path}", "dim") for path in table.looked_in if table.file is None]
         reported += [_whole(line) for line in _file_lines(found, table)]
+        if not any(found.kernels.why in reason for reason in table.reasons):
+            reported.append(Text(f"kernels: {found.kernels.name}. {found.kernels.why}"))
         reported += [_whole(line, "yellow") for line in _reason_lines(table)]
         reported += [_whole(line) for near in table.near_misses for line in _near_lines(near)]
+        reported += [Text(), _rows_table(table), Text()] if _differ(table) else []
     if found.log is not None:
         reported += log_report(found.log)
     reported += [_whole(f"warning: {warning}", "yellow") for warning in found.warnings]
-    return [*reported, Text(_verdict(found), style="bold green" if found.hit else "bold yellow")]
+    reported.append(Text(_verdict(found), style="bold green" if found.hit else "bold yellow"))
+    if any(near.differs.keys() == {"device_name"} for table in found.tables for near in table.near_misses):
+        words = command("tune", "--launch", launch, "--export", "tuned")
+        reported.append(_whole(f"next, on a machine with {found.device}: {words}"))
+    return reported
+
+
+def _differ(table: Table) -> bool:
+    """Returns whether row counts have different answers, or one takes another row of the file."""
+    answers = {(row.hit, row.reason) for row in table.rows}
+    return len(answers) > 1 or any(row.hit and row.key not in (None, row.rows) for row in table.rows)
 
 
 def log_report(log: EngineLog) -> list[RenderableType]:
@@ -74,11 +93,8 @@ def _file_lines(found: Lookup, table: Table) -> Iterator[str]:
 
 
 def _near_lines(near: NearMiss) -> Iterator[str]:
-    parts = ", ".join(
-        f"{name} {part.found or 'none'} (looked for: {part.wanted or 'none'})" for name, part in near.differs.items()
-    )
     yield f"near: {near.path}"
-    yield f"  differs in {parts}. {near.meaning}"
+    yield f"  {near.meaning}"
 
 
 def _reason_lines(table: Table) -> Iterator[str]:

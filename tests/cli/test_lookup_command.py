@@ -1,6 +1,7 @@
 """The command `moetune lookup`: its exit codes, its documents and its errors."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,12 @@ def test_folder_wins_over_the_line(moetune, tuned, tmp_path):
     assert moetune("lookup", "--launch", line, "--folder", tuned, *H200).exit_code == 0
     result = moetune("lookup", "--launch", line, *H200)
     assert result.exit_code == 2
-    assert f"VLLM_TUNED_CONFIG_FOLDER must be a folder, given '{tmp_path / 'gone'}'." in result.stderr
+    assert f"VLLM_TUNED_CONFIG_FOLDER '{tmp_path / 'gone'}' does not exist. Give --folder with" in result.stderr
+    given = moetune("lookup", "--launch", line, *H200, "--folder", tuned / NAME)
+    assert given.stderr == (
+        f"error: --folder '{tuned / NAME}' is no folder. Give the folder that `moetune export` prints after "
+        "VLLM_TUNED_CONFIG_FOLDER=.\n"
+    )
 
 
 def test_what_is_exported_is_hit_by_its_own_deployment_alone(moetune, tmp_path):
@@ -131,3 +137,49 @@ def test_without_a_gpu_the_name_must_be_given(moetune, monkeypatch):
     monkeypatch.setattr(shipped, "device_name", lambda: "NVIDIA H200")
     found = document(moetune("lookup", "--launch", LINE, "--json"), 3)
     assert found["device"] == "NVIDIA H200"
+
+
+def test_a_miss_without_a_folder_is_one_reason_without_a_table(moetune):
+    result = moetune("lookup", "--launch", f"{LINE} --moe-backend triton", *H200)
+    assert result.exit_code == 3
+    assert result.stdout.splitlines()[1:] == [
+        "kernels: Triton. --moe-backend triton selects them.",
+        f"miss: vLLM is not installed here and no folder is given, so there is no {NAME} to find. Give --folder DIR, "
+        "as `moetune export` printed it.",
+        "miss: 18 of 18 row counts",
+    ]
+
+
+def test_the_file_of_another_gpu_leads_to_a_tune_on_this_one(moetune, tuned):
+    line = f"{LINE} --moe-backend triton"
+    shown = moetune("lookup", "--launch", line, "--folder", tuned, "--device-name", "NVIDIA H100 80GB HBM3").stdout
+    assert "looked for" not in shown
+    assert "\n  It is for NVIDIA H200.\n" in shown
+    assert shown.splitlines()[-1] == (
+        f"next, on a machine with NVIDIA H100 80GB HBM3: moetune tune --launch '{line}' --export tuned"
+    )
+
+
+def test_an_export_ends_with_the_look_up_that_checks_it(moetune, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOETUNE_PACKAGED_PROFILES", raising=False)
+    line = f"{LINE} --moe-backend triton"
+    exported = moetune("export", "--launch", line, *H200, "--to", "vllm", "--out", tmp_path)
+    check, start = exported.stdout.splitlines()[-3:-1]
+    assert start == "start vLLM with --moe-backend triton and:"
+    assert moetune(*shlex.split(check.removeprefix("check: moetune "))).exit_code == 0
+    readme = next(tmp_path.rglob("README.vllm.md")).read_text()
+    assert "`--moe-backend triton`" in readme
+    assert "`moetune lookup`" in readme
+
+
+def test_an_export_for_sglang_ends_with_the_look_up_that_checks_it(moetune, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_installed_triton", lambda: "3.9.0")
+    path = next(
+        path for path in PROFILES if "ep8-tp1-dp-allgather-random" in str(path) and "e128-k8-h4096" in str(path)
+    )
+    exported = moetune("export", path, "--to", "sglang", "--out", tmp_path)
+    check, start = exported.stdout.splitlines()[-3:-1]
+    assert start == "start SGLang with --moe-runner-backend triton and:"
+    line = "python -m sglang.launch_server --model-path Qwen/Qwen3-235B-A22B --tp 8 --ep 8 --dp 8 --enable-dp-attention"
+    words = [line if "…" in word else word for word in shlex.split(check.removeprefix("check: moetune "))]
+    assert moetune(*words[:2], f"{line} --moe-runner-backend triton", *words[3:]).exit_code == 0

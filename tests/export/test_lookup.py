@@ -237,7 +237,10 @@ def test_uneven_shards_look_for_two_names(own):
 
 def test_without_an_engine_and_a_folder_nothing_is_found():
     reason, _ = missed(QWEN, None)
-    assert reason == f"vLLM is not installed here and no folder is given, so there is no {QWEN_NAME} to find."
+    assert reason == (
+        f"vLLM is not installed here and no folder is given, so there is no {QWEN_NAME} to find. "
+        "Give --folder DIR, as `moetune export` printed it."
+    )
 
 
 def test_a_file_that_is_no_json_is_an_error(own):

@@ -55,3 +55,18 @@ def test_a_profile_is_exported_in_one_call(tmp_path):
     assert set(made.values()) == {"written"}
     assert all(path.is_relative_to(tmp_path) and path.is_file() for path in made)
     assert set(export_profile(profile(), "vllm", str(tmp_path)).values()) == {"unchanged"}
+
+
+def test_a_second_export_of_the_same_profile_only_rewrites_where_it_came_from(tmp_path):
+    from moetune.export import export
+
+    first, second = (export(profile(), "vllm", command=command).files for command in ("by options", "by its path"))
+    write(first, tmp_path)
+    states = {path.name: state for path, state in write(second, tmp_path).items()}
+    written = [name for name, state in states.items() if state == "written"]
+    assert len(written) == 1
+    assert written[0].endswith(".vllm.moetune.json")
+    assert '"by its path"' in next(tmp_path.rglob("*.moetune.json")).read_text()
+    (tmp_path / next(name for name in first if "/E=" in name and "moetune" not in name)).write_text("{}")
+    with pytest.raises(UsageError, match="exists with other content"):
+        write(second, tmp_path)
