@@ -91,8 +91,8 @@ def write_for(
     files = write(result.files, out, force=force)
     folder = out / profile.regime.slug
     variables = {name: value.replace(FOLDER, str(folder.resolve())) for name, value in result.variables.items()}
-    flag, check = _start(target, profile, folder, launch)
-    return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes), flag, check)
+    start = _start(target, profile, folder, launch)
+    return Written(target, folder, dict(files), variables, tuple(result.warnings), tuple(result.notes), *start)
 
 
 def _start(target: str, profile: Profile, folder: Path, launch: str | None) -> tuple[str, str]:
