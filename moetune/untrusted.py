@@ -88,10 +88,10 @@ def read_text(path: Path | str, most: int = MOST_BYTES) -> str:
 
 def read_json(path: Path | str, most: int = MOST_BYTES) -> Any:
     """Returns the document in a JSON file. Raises the errors of `read_text` and `parse_json`."""
-    return parse_json(read_text(path, most))
+    return parse_json(read_text(path, most), most=most)
 
 
-def parse_json(text: str | bytes, *, own: bool = False) -> Any:
+def parse_json(text: str | bytes, *, own: bool = False, most: int = MOST_BYTES) -> Any:
     """Returns a JSON document.
 
     NaN and infinities, integers of more than `MOST_DIGITS` digits, lone surrogates, and documents that are too deep or
@@ -100,13 +100,14 @@ def parse_json(text: str | bytes, *, own: bool = False) -> Any:
     Args:
         text: the document; bytes are UTF-8.
         own: whether moetune wrote it. Then equal keys in one object are an error too.
+        most: the most characters.
 
     Raises:
         ValueError: it is none of these. The message is short.
     """
     text = decoded(text) if isinstance(text, bytes) else text
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES:,} characters")
+    if len(text) > most:
+        raise ValueError(f"it has more than {most:,} characters")
     if sum(map(text.count, ",[{")) > MOST_VALUES:
         raise ValueError(f"it has more than {MOST_VALUES:,} values")
     try:

@@ -19,6 +19,7 @@ from moetune.spec.enums import (
     DISTRIBUTIONS,
     LAYOUTS,
     RANK_WORDS,
+    REPLAY,
     SKEWED_DISTRIBUTIONS,
     Precision,
 )
@@ -183,9 +184,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "distribution",
         Group.WORKLOAD,
         "regime.distribution",
-        "How the experts of a token are sampled: from random logits by the model's routing rule, balanced, or skewed. "
-        "docs/workload.md explains ddist, zipf and powerlaw.",
-        "|".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS)),
+        "How the experts of a token are sampled: from random logits by the model's routing rule, balanced, skewed, or "
+        "from a recording of real traffic. docs/workload.md explains ddist, zipf, powerlaw and replay.",
+        "|".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS, REPLAY)),
         default=f"${DISTRIBUTION_VARIABLE}, otherwise random",
     ),
     Option(

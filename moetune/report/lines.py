@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from moetune.errors import Plain
 from moetune.report.tactics import reasons_counted
 from moetune.spec.layer import MoELayer, RoutingMethod
+from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.store.match import Differing
 from moetune.store.miss import FIELD_TITLES
@@ -38,6 +39,13 @@ def regime_line(regime: Regime) -> str:
     parts += [f"{regime.distribution} × {regime.draws} draw{'s' if regime.draws > 1 else ''}"]
     parts += [f"seed {regime.seed}"] if regime.seed else []
     return ", ".join([*parts, f"ladder {regime.ladder}{_LADDERS.get(regime.ladder.name, '')}"])
+
+
+def recording_line(recording: RecordingSummary) -> str:
+    """Returns a recording as `recording traffic.npz: 12,000 tokens of 3 layers, with the router's weights`."""
+    layers = counted(recording.layers, "layer") if recording.layer is None else f"layer {recording.layer}"
+    weights = "with the router's weights" if recording.weights else "weights are random"
+    return f"recording {recording.name}: {counted(recording.tokens, 'token')} of {layers}, {weights}"
 
 
 def routing_line(routing: RoutingMethod) -> str:

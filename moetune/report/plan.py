@@ -21,6 +21,7 @@ from moetune.report.lines import (
     near_line,
     neutral_line,
     reason_lines,
+    recording_line,
     regime_line,
     skipped_lines,
     span,
@@ -50,6 +51,7 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
     reported: list[RenderableType] = [
         Text(layer_line(plan.layer), style="bold"),
         Text(regime_line(plan.regime)),
+        *([Text(recording_line(plan.recording), style="dim")] if plan.recording else []),
         *([Text(f"read from the line: {', '.join(flags)}", style="dim")] if flags else []),
         Text(_rank_line(plan), style="dim"),
         Text(_load_line(plan), style="dim"),
@@ -288,15 +290,15 @@ def _rank_line(plan: Plan) -> str:
 
 
 def _load_line(plan: Plan) -> str:
+    on_rank = f"{100 * plan.hit_fraction:.1f} % of all tokens have a slot on this rank"
+    if plan.regime.replay:
+        return f"numbers are means over the recorded tokens: {on_rank}"
     way = "simulated" if plan.simulated else "in closed form"
     load = {"random": "random logits", "balanced": "experts with equal loads"}.get(
         plan.regime.distribution, f"the shares of {plan.regime.distribution}"
     )
     rule = "" if plan.regime.distribution == "balanced" else " through the model's routing rule"
-    return (
-        f"numbers are means for {load}{rule}, {way}: {100 * plan.hit_fraction:.1f} % of all tokens have a slot on "
-        "this rank"
-    )
+    return f"numbers are means for {load}{rule}, {way}: {on_rank}"
 
 
 def _skew_lines(plan: Plan) -> list[str]:
@@ -307,9 +309,12 @@ def _skew_lines(plan: Plan) -> list[str]:
     where = "all experts" if skew.num_experts == plan.layer.num_experts else "a rank's experts"
     peak = f", busiest {skew.asked_max_over_mean:.3g} × the mean" if skew.asked_max_over_mean else ""
     rank = f"this rank: {skew.rank_load:.3g} × the mean load of a rank; " if plan.regime.ep_size > 1 else "this rank: "
+    achieved = f"{skew.effective_experts:.4g}, busiest {skew.max_over_mean:.3g} × the mean"
+    asked = f"asked {skew.asked_effective_experts:.4g} effective experts of {skew.num_experts}{peak}; achieved "
+    if plan.regime.replay:
+        asked, achieved = "recorded ", achieved.replace(",", f" effective experts of {skew.num_experts},", 1)
     return [
-        f"skew over {where}: asked {skew.asked_effective_experts:.4g} effective experts of {skew.num_experts}{peak}; "
-        f"achieved {skew.effective_experts:.4g}, busiest {skew.max_over_mean:.3g} × the mean",
+        f"skew over {where}: {asked}{achieved}",
         f"{rank}{skew.rank_effective_experts:.3g} effective experts of {plan.num_local_experts}, busiest "
         f"{skew.rank_max_over_mean:.3g} × their mean; in draws of {skew.drawn_rows:,} rows "
         f"{skew.drawn_effective_experts:.3g} and {skew.drawn_max_over_mean:.3g} ×",

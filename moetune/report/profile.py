@@ -19,6 +19,7 @@ from moetune.report.lines import (
     near_line,
     neutral_line,
     reason_lines,
+    recording_line,
     regime_line,
     skipped_lines,
     span,
@@ -63,6 +64,7 @@ def profile_report(
     reported: list[RenderableType] = [
         Text(layer_line(profile.layer), style="bold"),
         Text(regime_line(profile.regime)),
+        *([Text(recording_line(profile.recording), style="dim")] if profile.recording else []),
         Text(f"backend {profile.backend} on {profile.environment.device}", style="dim"),
         Text(),
         profile_table(profile),

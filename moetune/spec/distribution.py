@@ -1,14 +1,15 @@
-"""Reads the spelling of a distribution, such as `random` or `ddist:2`."""
+"""Reads the spelling of a distribution, such as `random`, `ddist:2` or `replay:traffic.npz`."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from moetune.errors import UsageError
 from moetune.quoting import quoted
-from moetune.spec.enums import DISTRIBUTIONS, SKEWED_DISTRIBUTIONS
+from moetune.spec.enums import DISTRIBUTIONS, REPLAY, SKEWED_DISTRIBUTIONS
 
 SkewKind = Literal["ddist", "zipf", "powerlaw"]
 _RANGES: dict[SkewKind, tuple[float, bool, str]] = {
@@ -17,6 +18,11 @@ _RANGES: dict[SkewKind, tuple[float, bool, str]] = {
     "powerlaw": (0.0, False, "a number above 0, such as powerlaw:1.2 (equal loads are spelled balanced)"),
 }
 """The least parameter of each kind, whether it is allowed itself, and the words of the error."""
+_REPLAY: Final = "replay:"
+_DIGEST: Final = re.compile(r"[0-9a-f]{16}")
+_LAYER: Final = re.compile(r"(?s)(.+)@([0-9]{1,6})")
+_MOST_PATH: Final = 4_096
+"""The longest path in characters, as Linux has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +36,74 @@ class Skew:
         return f"{self.kind}:{self.parameter:.12g}"
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A recording of routed tokens, which takes the router's place.
+
+    Attributes:
+        source: the recording's digest, or the path of its file or folder. Keys and stored profiles have the digest.
+        layer: the recorded layer, if a path has one: `replay:PATH@LAYER`. None pools all layers.
+    """
+
+    source: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return f"{_REPLAY}{self.source}" + ("" if self.layer is None else f"@{self.layer}")
+
+    @property
+    def digest(self) -> str | None:
+        """Returns the digest; None if the source is a path, which has still to be read."""
+        return self.source if self.layer is None and _DIGEST.fullmatch(self.source) else None
+
+
 def parse_distribution(spelled: object, source: str = "distribution") -> str:
     """Returns the canonical spelling of a distribution; case is ignored, and `ddist_2` is `ddist:2`, as in FlashInfer.
+
+    The path of a recording keeps its case, and is not read here.
 
     Raises:
         UsageError: there is no such distribution, or its parameter is out of range. The message names `source` and
             lists the allowed values.
     """
-    text = str(spelled).strip().lower()
+    plain = str(spelled).strip()
+    text = plain.lower()
     if text in DISTRIBUTIONS:
         return text
+    if text.startswith(_REPLAY):
+        return str(_replay(plain[len(_REPLAY) :].strip(), source, spelled))
     kind, _, parameter = text.replace("ddist_", "ddist:", 1).partition(":")
     for known in get_args(SkewKind):
         if kind == known:
             return str(Skew(known, _parameter(known, parameter, source, spelled)))
-    allowed = ", ".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS))
+    allowed = ", ".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS, REPLAY))
     raise UsageError(f"{source} must be one of {allowed}; given {quoted(spelled)}.")
 
 
 def skew_of(distribution: str) -> Skew | None:
-    """Returns the skew that a canonical spelling names; None for `random` and `balanced`."""
+    """Returns the skew that a canonical spelling names; None for `random`, `balanced` and recordings."""
     kind, colon, parameter = distribution.partition(":")
     for known in get_args(SkewKind):
         if colon and kind == known:
             return Skew(known, float(parameter))
     return None
+
+
+def replay_of(distribution: str) -> Replay | None:
+    """Returns the recording that a canonical spelling names; None for all other distributions."""
+    if not distribution.startswith(_REPLAY):
+        return None
+    return _replay(distribution[len(_REPLAY) :], "distribution", distribution)
+
+
+def _replay(source: str, named: str, spelled: object) -> Replay:
+    if not source or len(source) > _MOST_PATH or "\0" in source:
+        raise UsageError(
+            f"{named} replay takes the path of a recording, or of one layer of it: replay:PATH or replay:PATH@LAYER. "
+            f"Given: {quoted(spelled)}."
+        )
+    of_layer = _LAYER.fullmatch(source)
+    return Replay(of_layer[1], int(of_layer[2])) if of_layer else Replay(source)
 
 
 def _parameter(kind: SkewKind, text: str, source: str, spelled: object) -> float:

@@ -46,6 +46,8 @@ STRATEGIES: tuple[Strategy, ...] = ("auto", "exhaustive")
 DISTRIBUTIONS = ("balanced", "random")
 SKEWED_DISTRIBUTIONS = ("ddist:X", "zipf:S", "powerlaw:A")
 """Distributions with a parameter; `spec/distribution.py` reads them."""
+REPLAY = "replay:PATH[@LAYER]"
+"""How a recording is spelled as a distribution."""
 DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
 DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
 

@@ -18,7 +18,7 @@ from pydantic import (
 from moetune.errors import UsageError
 from moetune.quoting import enumerated, quoted
 from moetune.spec.bounds import MOST_DRAWS, MOST_EXPERTS, MOST_RANKS, MOST_ROWS, require_between
-from moetune.spec.distribution import Skew, parse_distribution, skew_of
+from moetune.spec.distribution import Replay, Skew, parse_distribution, replay_of, skew_of
 from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, Dispatch, Eplb, Layout
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
@@ -50,7 +50,8 @@ class Regime(FrozenModel):
         eplb: the engine whose balancer places the redundant experts by load. It is set if and only if the distribution
             is skewed and experts are redundant; otherwise physical expert s is a copy of expert s mod E. It is in dumps
             and keys only if it is set.
-        distribution, seed: how sampled routings are made.
+        distribution, seed: how sampled routings are made. `plan`, `tune` and `load` replace the path of a recording by
+            its digest, so that the same ids have the same key wherever their file is.
         draws: the number of sampled routings of a bucket. The default is 16, and 1 if the distribution is balanced.
         ladder, tune_max_num_tokens: these decide which row counts are tuned.
         uneven_shards: whether the first ranks hold one expert more if ep does not divide the experts (vLLM's rule).
@@ -143,9 +144,14 @@ class Regime(FrozenModel):
         return self
 
     @property
-    def skew(self) -> Skew | None:
-        """Returns the skew of the distribution; None for `random` and `balanced`."""
-        return skew_of(self.distribution)
+    def skew(self) -> Skew | Replay | None:
+        """Returns the skew of the distribution, or the recording that has it; None for `random` and `balanced`."""
+        return self.replay or skew_of(self.distribution)
+
+    @property
+    def replay(self) -> Replay | None:
+        """Returns the recording that takes the router's place; None for other distributions."""
+        return replay_of(self.distribution)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -199,7 +205,8 @@ class Regime(FrozenModel):
         parts = [f"ep{self.ep_size}", f"tp{self.tp_size}", "dp" if self.attention_dp else "nodp", self.dispatch]
         parts += [self.layout] if self.layout else []
         parts += [f"r{self.redundant_experts}{self.eplb or ''}"] if self.redundant_experts else []
-        parts += [self.distribution.replace(":", "")]
+        unread = self.replay is not None and self.replay.digest is None
+        parts += ["replay" if unread else self.distribution.replace(":", "")]
         return "-".join([*parts, f"rank{self.rank}"] if self.rank else parts)
 
     def __repr__(self) -> str:

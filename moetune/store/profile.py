@@ -8,7 +8,14 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from moetune.errors import NoResultError, UsageError
 from moetune.quoting import enumerated, quoted
@@ -26,6 +33,7 @@ from moetune.spec.bounds import (
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
+from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
@@ -152,7 +160,10 @@ class Choice(FrozenModel):
 
 
 class Profile(FrozenModel):
-    """All choices of one layer under one regime, by one backend in one environment."""
+    """All choices of one layer under one regime, by one backend in one environment.
+
+    `recording` says which recording the regime names by its digest. It is in dumps only if there is one.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     layer: MoELayer
@@ -160,6 +171,23 @@ class Profile(FrozenModel):
     backend: FileNamePart
     environment: Environment
     choices: Annotated[tuple[Choice, ...], Field(max_length=MOST_BUCKETS)]
+    recording: RecordingSummary | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        if self.recording is None:
+            dumped.pop("recording", None)
+        return dumped
+
+    @model_validator(mode="after")
+    def _recording_by_digest(self) -> Self:
+        replay = self.regime.replay
+        if replay is not None and replay.digest is None:
+            raise UsageError(
+                f"A profile names a recording by its digest, replay: and 16 hex digits; given {quoted(str(replay))}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _choices_of_buckets(self) -> Self:

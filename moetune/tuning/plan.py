@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
+from moetune.recordings.recording import known
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
+from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.tuning.outlook import Kernels, NearestProfile
 from moetune.tuning.question import resolved
@@ -170,7 +172,8 @@ class Plan(FrozenModel):
         skipped_buckets: the ladder's buckets that no pool maps to.
         buckets: the plan of each bucket, ascending.
         wire: the formats in which a token can travel; empty if nothing is dispatched.
-        skew: the asked and the achieved skew; None if the distribution is not skewed.
+        skew: the asked and the achieved skew; None if the distribution is not skewed. Of a recording both are its own.
+        recording: the recording that takes the router's place; None for other distributions.
         kernels: the kernels that run the experts. Only the command line sets this and the next three fields.
         profile: the nearest stored profile.
         profile_unknown: why none can be looked up here; empty if that is possible.
@@ -192,6 +195,7 @@ class Plan(FrozenModel):
     buckets: tuple[BucketPlan, ...]
     wire: tuple[Payload, ...]
     skew: SkewPlan | None = None
+    recording: RecordingSummary | None = None
     kernels: Kernels | None = None
     profile: NearestProfile | None = None
     profile_unknown: str = ""
@@ -249,6 +253,7 @@ def plan(
         ),
         wire=_payloads(layer, regime),
         skew=_skew(layer, regime, list(expectations.values())[-1].rows, rank),
+        recording=None if (found := known(regime)) is None else found.summary,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, UnsupportedError, UsageError
 from moetune.inputs.presets import layer as layer_of
+from moetune.recordings.recording import known, recording_of
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
@@ -176,6 +177,7 @@ class Question:
             backend=self.backend.name,
             environment=self.environment,
             choices=choices,
+            recording=None if (found := known(self.regime)) is None else found.summary,
         )
 
     def require_support(self) -> None:
@@ -193,18 +195,26 @@ class Question:
 def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None = None) -> tuple[MoELayer, Regime]:
     """Returns the layer that is meant, and the regime with its distribution and the rank that is measured.
 
+    The path of a recording is replaced by the digest of its ids.
+
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
         regime: takes its distribution from `TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION` if it was constructed without.
         rank: as in `workload.ranks.of_rank`.
 
     Raises:
-        UsageError: the regime does not fit the layer, a name is unknown, or there is no such rank.
+        UsageError: the regime does not fit the layer, a name is unknown, there is no such rank, or the recording cannot
+            be read or is of another layer.
     """
     from moetune.workload.ranks import of_rank
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
+    if regime.replay is not None and regime.replay.digest is None:
+        from moetune.recordings.reading import with_digest  # imports torch
+
+        regime = with_digest(regime)
+        recording_of(layer, regime)
     return layer, of_rank(layer, regime, rank)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moetune.errors import UsageError
+from moetune.spec.distribution import Replay
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.placed import is_local_skew, skew_shares
@@ -77,14 +78,15 @@ def achieved(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None
 def miss(layer: MoELayer, regime: Regime, rank: int | None = None, *, simulate: bool = False) -> UsageError | None:
     """Returns an error that says the reachable range if the asked effective number of experts is missed, else None.
 
-    It is missed if the achieved one differs by more than 5 %.
+    It is missed if the achieved one differs by more than 5 %. A recording asks for none.
 
     Args:
         layer, regime, rank: the deployment.
         simulate: whether to simulate a grouped router, which takes seconds. Otherwise only the limit that distinct ids
             set is checked.
     """
-    if regime.skew is None:
+    skew = regime.skew
+    if skew is None or isinstance(skew, Replay):
         return None
     asked = skew_shares(layer, regime, rank)
     values = scope_preferences(layer, regime, rank).chances if simulate else asked.values
@@ -92,8 +94,8 @@ def miss(layer: MoELayer, regime: Regime, rank: int | None = None, *, simulate: 
     if abs(found / wanted - 1.0) <= TOLERANCE:
         return None
     of = f"the {size} of a rank" if is_local_skew(regime) else str(size)
-    least, last = asked.least_effective, largest_parameter(regime.skew, size, asked.least_effective)
-    spelled = f"; within 5 %, that is up to {regime.skew.kind}:{last:.4g}" if last else ""
+    least, last = asked.least_effective, largest_parameter(skew, size, asked.least_effective)
+    spelled = f"; within 5 %, that is up to {skew.kind}:{last:.4g}" if last else ""
     top_k = min(layer.top_k, size)
     why = f"a row selects {top_k} distinct ones, so none has more than 1/{top_k} of the slots"
     if not asked.missed:

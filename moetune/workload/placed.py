@@ -6,19 +6,22 @@ from collections import Counter
 from functools import lru_cache
 
 from moetune.errors import UsageError
+from moetune.recordings.recording import recording_of
+from moetune.spec.distribution import Replay
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.eplb import placement
-from moetune.workload.skew import Shares, shares
+from moetune.workload.skew import Shares, counted_shares, shares
 
 
 def is_local_skew(regime: Regime) -> bool:
     """Returns whether the skew is over the experts of one rank, and not over all experts.
 
     It is in the packed layout, whose rows have local experts only. If a balancer has placed the experts, the skew is
-    over all experts there too, because the balancer has decided what is left of it on a rank.
+    over all experts there too, because the balancer has decided what is left of it on a rank. A recording is always of
+    all experts.
     """
-    return regime.layout == "packed" and regime.eplb is None
+    return regime.layout == "packed" and regime.eplb is None and regime.replay is None
 
 
 def skew_shares(layer: MoELayer, regime: Regime, rank: int | None = None) -> Shares:
@@ -27,12 +30,16 @@ def skew_shares(layer: MoELayer, regime: Regime, rank: int | None = None) -> Sha
     These are all experts, or those of `rank` where `is_local_skew` says so.
 
     Raises:
-        UsageError: the regime does not fit the layer, there is no such rank, or the distribution is not skewed.
+        UsageError: the regime does not fit the layer, there is no such rank, the distribution is not skewed, or its
+            recording is not at hand.
     """
-    if regime.skew is None:
+    skew = regime.skew
+    if skew is None:
         raise UsageError(f"Distribution {regime.distribution} is not skewed.")
+    if isinstance(skew, Replay):
+        return counted_shares(tuple(recording_of(layer, regime).slots(layer.num_experts)), layer.top_k)
     scope = regime.shard(layer, rank).num_local if is_local_skew(regime) else layer.num_experts
-    return shares(regime.skew, scope, layer.top_k, regime.seed)
+    return shares(skew, scope, layer.top_k, regime.seed)
 
 
 def copies_of(layer: MoELayer, regime: Regime) -> tuple[int, ...]:

@@ -8,11 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from moetune.spec.layer import MoELayer, RoutingMethod
-from moetune.spec.regime import Regime
+from moetune.spec.layer import RoutingMethod
 from moetune.workload.distribution import random_logits, seeded_generator
-from moetune.workload.placed import is_local_skew, skew_shares
-from moetune.workload.router import Choice, method_within, route
+from moetune.workload.router import Choice, route
 from moetune.workload.skew import effective_experts
 from moetune.workload.weighted_subsets import fitted_odds, inclusion, local_slots, sample, sample_with
 
@@ -135,17 +133,3 @@ class Biased(Preferences):
 def preferences(method: RoutingMethod, chances: tuple[float, ...], top_k: int) -> Preferences:
     """Returns preferences with these chances, which add up to `top_k`."""
     return Biased(method, chances, top_k) if method.grouped else Weighted(chances, top_k)
-
-
-def of_scope(layer: MoELayer, regime: Regime, rank: int | None = None) -> Preferences:
-    """Returns the preferences over the experts of `placed.skew_shares`.
-
-    Raises:
-        UsageError: as `skew_shares`.
-    """
-    values = skew_shares(layer, regime, rank).values
-    top_k = min(layer.top_k, len(values))
-    method = layer.routing
-    if is_local_skew(regime):
-        method = method_within(layer, regime.shard(layer, rank).first, len(values))
-    return preferences(method, tuple(top_k * value for value in values), top_k)

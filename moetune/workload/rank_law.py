@@ -10,9 +10,10 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.law import LocalSlotLaw, local_slot_law
 from moetune.workload.placed import copies_of, is_local_skew, local_parts
-from moetune.workload.preferences import Preferences, of_scope
+from moetune.workload.preferences import Preferences
 from moetune.workload.ranks import expert_chances, num_copies
 from moetune.workload.router import representative_shard
+from moetune.workload.scope import of_scope
 from moetune.workload.skewed import packed
 
 LEAST_HIT = 1e-6

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moetune.errors import UsageError
+from moetune.recordings.reading import with_digest
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.distribution import (
@@ -65,13 +66,17 @@ def realize(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None,
 
     Under a skew the ids of a row are distinct too. `placed.is_local_skew` says over which experts it is skewed.
 
-    Weights come from the layer's router if it chose the ids. Otherwise they are random, add up to the routing's scaling
-    in each row, and repeat after 1021 rows.
+    A recording replaces the router: whole recorded tokens are drawn with replacement, and dispatched like others. In
+    packed rows, where all slots are local, the recorded loads of the local experts are kept, not which are together.
+
+    Weights come from the layer's router if it chose the ids, or from the recording if it has them. Otherwise they are
+    random, add up to the routing's scaling in each row, and repeat after 1021 rows.
 
     Raises:
         UsageError: `rows` is below 1, `draw` is below 0, ep does not divide the rows of a pool, the regime does not fit
-            the layer, or there is no such rank.
+            the layer, there is no such rank, or a recording cannot be read or is not at hand.
     """
+    regime = with_digest(regime)
     if rows < 1:
         raise UsageError(f"rows must be at least 1, given {rows}.")
     if draw < 0:

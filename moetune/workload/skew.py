@@ -99,6 +99,14 @@ def shares(skew: Skew, num_experts: int, top_k: int, seed: int) -> Shares:
     )
 
 
+@lru_cache(maxsize=16)
+def counted_shares(slots: tuple[int, ...], top_k: int) -> Shares:
+    """Returns the shares of experts with these numbers of slots, which are what is asked and what is achieved."""
+    total = sum(slots)
+    values = tuple(of_expert / total for of_expert in slots)
+    return Shares(values, effective_experts(values), max_over_mean(values), float(top_k))
+
+
 def expected_effective_experts(num_experts: int, alpha: float) -> float:
     """Returns 1 / E[Σ share²] of a symmetric Dirichlet distribution with the uniform part, by FlashInfer's formula."""
     concentration = (alpha + 1.0) / (num_experts * alpha + 1.0)

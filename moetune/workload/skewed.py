@@ -1,4 +1,4 @@
-"""Samples the ids that one rank's kernel receives under a skewed distribution."""
+"""Samples the ids that one rank's kernel receives under a skewed distribution or from a recording."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, Shard
 from moetune.workload.distribution import seeded_generator, uniform_subsets
 from moetune.workload.placed import copies_of, is_local_skew, local_parts
-from moetune.workload.preferences import Preferences, Weighted, of_scope, preferences
+from moetune.workload.preferences import Preferences, Weighted, preferences
 from moetune.workload.router import Choice, arriving, front_of_blocks, is_local
+from moetune.workload.scope import of_scope
 from moetune.workload.skew import capped
 
 _MOST_TOKENS = 1 << 17
@@ -74,6 +75,11 @@ class Packed:
             of_all[expert] * copies / counts[expert]
             for expert, copies in zip(self.experts, self.copies.count.tolist(), strict=True)
         ]
+        if not sum(loads):
+            raise UsageError(
+                f"Under {regime.distribution} rank {shard.rank} gets no tokens, so there is nothing to measure.",
+                "Choose another rank, such as --rank fullest.",
+            )
         without_groups = layer.routing.model_copy(update={"num_groups": 1, "top_k_groups": 1})
         return preferences(without_groups, tuple(top_k * share for share in capped(loads, 1.0 / top_k)), top_k)
 

@@ -7,9 +7,14 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from unittest import mock
+
+import numpy
+import torch
+from recording_files import calibrator, layers, response, safetensors
 
 from fuzz.run import Target
 from moetune.backends.grouped_triton.engine_files import ConfigFile
@@ -23,15 +28,19 @@ from moetune.export.places import Places
 from moetune.export.write import write
 from moetune.inputs import launch, launch_table, options
 from moetune.inputs.hf import read_config
+from moetune.recordings.reading import read_recording
+from moetune.report.lines import recording_line
 from moetune.report.lists import store_table
 from moetune.report.lookup import log_report, lookup_report
 from moetune.report.profile import profile_report
 from moetune.spec.ladder import Ladder
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime, parse_distribution
 from moetune.store.journal import Journal
 from moetune.store.profile import Profile
 from moetune.store.reading import load_profile
 from moetune.store.store import Store
+from moetune.workload.routing import realize
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -195,6 +204,18 @@ def read_ladder(content: bytes, folder: Path) -> None:
     regime.ladder.lookup(10**6, regime.tune_max_num_tokens)
 
 
+def _recordings(suffix: str) -> Callable[[bytes, Path], None]:
+    """Returns what reads a recording with this suffix, and uses it as a plan does."""
+
+    def read(content: bytes, folder: Path) -> None:
+        found = read_recording(_file(folder, f"traffic{suffix}", content))
+        shown(recording_line(found.summary))
+        layer = MoELayer(num_experts=len(found.loads), top_k=found.ids.shape[1], hidden_size=8, intermediate_size=8)
+        realize(layer, Regime(distribution=f"replay:{found.digest}"), 4)
+
+    return read
+
+
 def _texts(*texts: str) -> list[bytes]:
     return [text.encode() for text in texts]
 
@@ -228,6 +249,29 @@ def _profiles() -> list[bytes]:
     return found
 
 
+def _saved(save: Callable[[io.BytesIO], None]) -> bytes:
+    with io.BytesIO() as buffer:
+        save(buffer)
+        return buffer.getvalue()
+
+
+_IDS = layers(2, each=6)
+_ARRAYS = {"topk_ids": _IDS.numpy(), "topk_weights": numpy.ones(_IDS.shape, numpy.float32), "layers": numpy.arange(2)}
+_RECORDS = {
+    "records": [{"forward_pass_id": 0, "rank": 0, "input_ids": [1, 2], "topk_ids_of_layer": _IDS}],
+    "last_physical_to_logical_map": torch.arange(16).expand(2, 16).contiguous(),
+}
+_RECORDINGS: dict[str, list[bytes]] = {
+    ".npy": [_saved(lambda file: numpy.save(file, _IDS.numpy()))],
+    ".npz": [
+        _saved(lambda file: numpy.savez(file, **_ARRAYS)),
+        _saved(lambda file: numpy.savez_compressed(file, **_ARRAYS)),
+    ],
+    ".safetensors": [safetensors(topk_ids=_IDS), safetensors(topk_ids=_IDS, topk_weights=torch.ones(_IDS.shape))],
+    ".pt": [_saved(lambda file: torch.save(_IDS, file)), _saved(lambda file: torch.save(_RECORDS, file))],
+    ".json": [calibrator(_IDS).encode(), response(_IDS).encode()],
+    ".jsonl": [f"{response(_IDS)}\n{response(_IDS)}\n".encode()],
+}
 _MEASURED = {"rows": 8, "rounds": 3, "strategy": "auto", "measured_at": "2026-01-01T00:00:00+00:00"}
 _JOURNAL = [
     json.dumps({"schema_version": 1, "tactic": {"BLOCK_SIZE_M": 16, "kind": "a"}, "time_us": 12.5, **_MEASURED}),
@@ -282,6 +326,7 @@ TARGETS = MappingProxyType(
             Target("provenance", _texts(json.dumps(_PROVENANCE)), read_provenance),
             Target("log", _texts("".join(_LOG), *_LOG), read_engine_log),
             Target("options", _OPTIONS, read_options),
+            *(Target(f"recording{suffix}", seeds, _recordings(suffix)) for suffix, seeds in _RECORDINGS.items()),
             Target("ladder", _texts("pow2 8192", "hybrid/8 100", "1,2,4", "vllm", "adaptive/2 9000"), read_ladder),
         )
     }

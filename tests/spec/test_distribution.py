@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
-from moetune.spec.distribution import Skew, parse_distribution, skew_of
+from moetune.spec.distribution import Replay, Skew, parse_distribution, skew_of
 from moetune.spec.regime import Regime
 
 
@@ -28,7 +28,10 @@ def test_each_distribution_has_one_spelling(spelled, canonical):
 @pytest.mark.parametrize(
     ("spelled", "message"),
     [
-        ("uniform", "must be one of balanced, random, ddist:X, zipf:S, powerlaw:A; given 'uniform'"),
+        (
+            "uniform",
+            "must be one of balanced, random, ddist:X, zipf:S, powerlaw:A, replay:PATH.@LAYER.; given .uniform.",
+        ),
         ("zipf", "distribution zipf takes a number from 0 on, such as zipf:1. Given: 'zipf'"),
         ("ddist:0.9", "distribution ddist takes a number from 1 on, such as ddist:2"),
         ("ddist:inf", "takes a number from 1 on"),
@@ -81,3 +84,45 @@ def test_the_balancer_is_in_the_key_where_it_decides_the_load():
 def test_redundant_experts_under_a_skew_need_an_engine():
     with pytest.raises(UsageError, match="each engine's balancer has its own rule"):
         Regime(redundant_experts=8, distribution="zipf:1")
+
+
+@pytest.mark.parametrize(
+    ("spelled", "canonical", "replay"),
+    [
+        ("replay:a.npz", "replay:a.npz", Replay("a.npz")),
+        ("Replay: Sub/A b.NPZ@12 ", "replay:Sub/A b.NPZ@12", Replay("Sub/A b.NPZ", 12)),
+        ("replay:a@b@3", "replay:a@b@3", Replay("a@b", 3)),
+        ("replay:a@b", "replay:a@b", Replay("a@b")),
+        ("replay:0123456789abcdef", "replay:0123456789abcdef", Replay("0123456789abcdef")),
+    ],
+)
+def test_a_recording_is_read_back_with_its_case_and_layer(spelled, canonical, replay):
+    assert parse_distribution(spelled) == canonical
+    assert parse_distribution(canonical) == canonical
+    regime = Regime(distribution=spelled)
+    assert regime.replay == regime.skew == replay
+    assert skew_of(canonical) is None
+
+
+def test_only_sixteen_hex_digits_are_a_digest():
+    assert Replay("0123456789abcdef").digest == "0123456789abcdef"
+    for other in ("0123456789ABCDEF", "0123456789abcde", "./0123456789abcdef", "a.npz"):
+        assert Replay(other).digest is None
+    assert Replay("0123456789abcdef", 3).digest is None
+
+
+def test_a_regime_whose_recording_was_not_read_has_no_path_in_its_name():
+    assert Regime(distribution="replay:../a/b.npz").slug == "ep1-tp1-nodp-none-replay"
+    assert Regime(distribution="replay:0123456789abcdef").slug == "ep1-tp1-nodp-none-replay0123456789abcdef"
+
+
+@pytest.mark.parametrize("spelled", ["replay:", "replay: ", "replay:a\0b", f"replay:{'a' * 5000}"])
+def test_a_recording_needs_a_path(spelled):
+    with pytest.raises(UsageError, match="replay:PATH or replay:PATH@LAYER"):
+        Regime(distribution=spelled)
+
+
+def test_redundant_experts_are_placed_by_the_recorded_load_so_the_engine_is_needed():
+    with pytest.raises(UsageError, match="Name the engine"):
+        Regime(ep_size=4, distribution="replay:a.npz", redundant_experts=4)
+    assert Regime(ep_size=4, distribution="replay:a.npz", redundant_experts=4, eplb="vllm").eplb == "vllm"

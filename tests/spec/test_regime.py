@@ -188,8 +188,8 @@ def test_without_the_variable_nothing_changes(spelled):
 
 @pytest.mark.parametrize("regime", [Regime(), Regime(distribution="random")])
 def test_a_bad_variable_is_an_error_that_names_it_and_lists_the_values(regime):
-    message = f"{DISTRIBUTION_VARIABLE} must be one of balanced, random, ddist:X, zipf:S, powerlaw:A; given 'foo'"
-    with pytest.raises(UsageError, match=message):
+    message = f"{DISTRIBUTION_VARIABLE} must be one of balanced, random, ddist:X, zipf:S, powerlaw:A, replay:PATH"
+    with pytest.raises(UsageError, match=rf"{message}\[@LAYER\]; given 'foo'"):
         regime.with_default_distribution("foo")
 
 

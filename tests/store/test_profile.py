@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from moetune.errors import NoResultError, UsageError
 from moetune.spec.ladder import Ladder
+from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
@@ -211,3 +212,14 @@ def test_reprs_are_short_and_the_gain_is_the_geometric_mean(profile_of, choice_o
     assert repr(empty) == f"Profile(small, {empty.regime.slug}, torch, 0 buckets)"
     with pytest.raises(NoResultError):
         _ = empty.gain
+
+
+def test_a_profile_says_which_recording_it_is_of_and_names_it_by_its_digest_only(profile_of):
+    profile = profile_of()
+    assert "recording" not in profile.model_dump(mode="json")
+    summary = RecordingSummary(name="traffic.npz", tokens=10, layers=2)
+    regime = profile.regime.model_copy(update={"distribution": "replay:0123456789abcdef"})
+    of_recording = profile.model_copy(update={"recording": summary, "regime": regime})
+    assert Profile.model_validate_json(of_recording.model_dump_json()) == of_recording
+    with pytest.raises(UsageError, match="names a recording by its digest"):
+        Profile.model_validate({**of_recording.model_dump(), "regime": {"distribution": "replay:/etc/passwd"}})

@@ -1,0 +1,1 @@
+"""Recordings of routed tokens: reads the files of engines, and writes moetune's own."""
