@@ -171,9 +171,15 @@ class _Checker:
 
 
 def _under(regime: Regime, distribution: str) -> Regime:
-    """Returns the regime with another distribution. Raises `UsageError` if there is no such distribution."""
+    """Returns the regime with another distribution.
+
+    Raises:
+        UsageError: there is no such distribution, or its recording cannot be read.
+    """
+    from moetune.recordings.reading import with_digest  # imports torch
+
     given = {name: getattr(regime, name) for name in regime.model_fields_set}
-    return Regime(**{**given, "distribution": distribution})
+    return with_digest(Regime(**{**given, "distribution": distribution}))
 
 
 def _chosen(profile: Profile, buckets: Sequence[int]) -> Iterator[Choice]:

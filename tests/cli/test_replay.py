@@ -104,3 +104,13 @@ def test_strict_skew_asks_nothing_of_a_recording(moetune, words, traffic):
 def test_the_variable_of_the_plugins_takes_a_path_with_blanks(tmp_path):
     asked = parse("--model qwen3-30b-a3b --distribution 'replay:/a b/c.npz@3'")
     assert asked.regime == Regime(distribution="replay:/a b/c.npz@3")
+
+
+def test_a_check_under_a_recording_reads_it_once(moetune, words, traffic):
+    tuned = moetune("tune", *words, "--json")
+    checked = moetune(
+        "check", json.loads(tuned.stdout)["path"], "--also", f"replay:{traffic}", "--device", "cpu", "--json"
+    )
+    assert checked.exit_code in (0, 4), checked.stderr
+    found = {bucket["distribution"] for bucket in json.loads(checked.stdout)["buckets"]}
+    assert found == {"random", *(f"replay:{digest}" for digest in recording._known)}
