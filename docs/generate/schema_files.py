@@ -17,6 +17,7 @@ from moetune.errors import Plain
 from moetune.export.lookup import Lookup
 from moetune.spec.model import FrozenModel
 from moetune.store.profile import Profile
+from moetune.tuning.batch import Batch
 from moetune.tuning.changes import Changes
 from moetune.tuning.checked import Check
 from moetune.tuning.comparison import Comparison
@@ -51,6 +52,7 @@ DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "plan": Plan,
     "comparison": Comparison,
     "changes": Changes,
+    "batch": Batch,
     "export": ExportDocument,
     "lookup": Lookup,
     "check": Check,

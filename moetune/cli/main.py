@@ -154,6 +154,7 @@ def _unexpected(error: Exception) -> int:
         "doctor": ("moetune.cli.doctor:doctor", "List the backends that can run here, and what the others need."),
         "plan": ("moetune.cli.plan:plan", "Show the load of each bucket and the bytes on the wire. Needs no GPU."),
         "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
+        "batch": ("moetune.cli.batch:batch", "Tune the layers and deployments that a file lists, on every GPU here."),
         "check": ("moetune.cli.check:check", "Measure whether a stored profile's choices are still good here."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
         "compare": ("moetune.cli.compare:compare", "Say what differs between two profiles, and what it costs."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import click
 from moetune.cli.output import report
 from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS, SIZES, flag
+from moetune.quoting import condensed
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
@@ -98,6 +99,24 @@ def takes_request(*, required: bool = True) -> Callable[[Callable[..., None]], C
         return wrapped
 
     return decorate
+
+
+def request_of_words(words: Sequence[str]) -> Request:
+    """Returns the request of words such as `--model deepseek-r1 --ep 8`, and prints notes and warnings on stderr.
+
+    Raises:
+        UsageError: an option is unknown, a value is missing or invalid, or as `request_of`.
+    """
+    options = [click.Option(list(option.declarations), **option.attributes) for option in OPTIONS]
+    command = click.Command("job", params=[*options], add_help_option=False)
+    try:
+        given = dict(command.make_context(None, list(words)).params)
+    except click.UsageError as error:
+        message = condensed(error.format_message())
+        raise UsageError(message, "`moetune plan --help` lists the options of a question.") from None
+    request = _request(given, True)
+    assert request is not None
+    return request
 
 
 def _request(options: dict[str, Any], required: bool) -> Request | None:

@@ -40,10 +40,9 @@ def read(path: str, flag: str) -> dict[str, Any]:
         said = shortened(str(error))
         raise UsageError(f"{flag} {shown_path(path)}: the file cannot be read: {said}.", hint) from None
     try:
-        found = _plain(_loaded(text))
-    except (yaml.YAMLError, *_CONSTRUCTORS_ERRORS) as error:
-        said = shortened(" ".join(str(error).split())) or type(error).__name__
-        raise UsageError(f"{flag} {path}: the file is not YAML: {said}.", "Correct it.") from None
+        found = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {path}: the file is {error}.", "Correct it.") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -52,6 +51,19 @@ def read(path: str, flag: str) -> dict[str, Any]:
             "Write one `name: value` a line.",
         )
     return found
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns the document in a YAML or JSON text. Its keys are texts.
+
+    Raises:
+        ValueError: it is not YAML, too deep, too large once its aliases are replaced, or has values that JSON has not.
+    """
+    try:
+        return _plain(_loaded(text))
+    except (yaml.YAMLError, *_CONSTRUCTORS_ERRORS) as error:
+        said = shortened(" ".join(str(error).split())) or type(error).__name__
+        raise ValueError(f"not YAML: {said}") from None
 
 
 def _loaded(text: str) -> Any:

@@ -12,6 +12,7 @@ from moetune.spec.enums import DISPATCHES, DISTRIBUTIONS, LAYOUTS, Precision
 from moetune.spec.layer import MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.store.profile import Choice, ComparedRows, Profile
+from moetune.tuning.batch import Batch, BatchJob, BatchQuestion
 from moetune.tuning.changes import ChangedBucket, Changes, ComparedProfile, RecordedRows, TimedRows
 from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 from moetune.tuning.outlook import Kernels, NearestProfile
@@ -24,6 +25,7 @@ MODELS = (
     MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, BackendResult,
     ComparedBucket, ComparedRows, Kernels, NearestProfile, Lookup, ChosenKernels, Table, LookedUpRow, NearMiss, Part,
     EngineLog, LoggedFile, Changes, ChangedBucket, ComparedProfile, RecordedRows, TimedRows,
+    Batch, BatchJob, BatchQuestion,
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from moetune.export.lookup import lookup
 from moetune.export.places import Places
 from moetune.export.write import write
 from moetune.inputs import launch, launch_table, options
+from moetune.inputs.batch_file import read_jobs
 from moetune.inputs.hf import read_config
 from moetune.recordings.reading import read_recording
 from moetune.report.lines import recording_line
@@ -148,6 +149,13 @@ def read_settings(content: bytes, folder: Path) -> None:
             launch.read(line, {})
     with contextlib.chdir(folder):
         launch.read("vllm serve Qwen/Qwen3-30B-A3B --config settings.yaml", {})
+
+
+def read_batch(content: bytes, folder: Path) -> None:
+    """Reads a file of jobs, as YAML and as lines."""
+    with contextlib.suppress(MoetuneError):
+        read_jobs(_file(folder, "jobs.yaml", content))
+    read_jobs(_file(folder, "jobs", content))
 
 
 def read_tuned_file(content: bytes, folder: Path) -> None:
@@ -307,6 +315,10 @@ _OPTIONS = _texts(
     "--model deepseek-v3 --ep 32 --tp 1 --redundant-experts 32 --rank fullest --ladder 1,2,4/8 --distribution balanced",
     "--launch 'vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep' --tune-max-num-tokens 1024",
 )
+_BATCHES = (
+    "jobs:\n  - model: [a, b]\n    options: [--ep 8, '--ladder 1,4']\n  - launch: vllm serve a -dp 8\n",
+    "# lines\nvllm serve a \\\n  -dp 8\n--model b --ep 4\n",
+)
 _PROVENANCE = {
     "layer": {"name": "a", "num_experts": 128, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768},
     "regime": {"ep_size": 1, "tp_size": 4, "digest": "0"},
@@ -322,6 +334,7 @@ TARGETS = MappingProxyType(
             Target("quant_config", _texts(*_QUANTIZED), read_beside),
             Target("launch", _texts(*_LINES), read_line),
             Target("settings", _SETTINGS, read_settings),
+            Target("batch", _texts(*_BATCHES), read_batch),
             Target("tuned_file", _texts(json.dumps(_ROWS)), read_tuned_file),
             Target("provenance", _texts(json.dumps(_PROVENANCE)), read_provenance),
             Target("log", _texts("".join(_LOG), *_LOG), read_engine_log),
