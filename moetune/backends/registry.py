@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 from moetune.backends.base import Backend
 from moetune.errors import UsageError
+from moetune.inputs.suggestions import did_you_mean
 from moetune.quoting import quoted
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -51,7 +52,8 @@ def backend(name: str, **options: object) -> Backend:
         UsageError: the name is unknown, the backend has no such option, or the option's value is not allowed.
     """
     if name not in _CLASSES:
-        raise UsageError(f"Unknown backend {quoted(name)}.", f"Choose one of {', '.join(_CLASSES)}.")
+        near = did_you_mean(name, _CLASSES)
+        raise UsageError(f"Unknown backend {quoted(name)}.", f"{near} Choose one of {', '.join(_CLASSES)}.".lstrip())
     if unknown := options.keys() - _options(name):
         others = [other for other in _CLASSES if unknown <= _options(other)]
         raise UsageError(

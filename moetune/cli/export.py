@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from moetune.cli.help import Command
+from moetune.cli.help import Command, profile_argument
 from moetune.cli.options import Request, device_name_option, json_option, near_option, store_option, takes_request
+from moetune.errors import UsageError
 
 SCHEMA_VERSION = 1
 EXAMPLE = """\
@@ -16,10 +17,10 @@ moetune export --model qwen3-235b-a22b --ep 8
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
+@profile_argument
 @takes_request(required=False)
-@click.option("--to", "target", metavar="ENGINE", required=True, help="The engine: vllm, sglang, flashinfer or trtllm.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", required=True, help="The output folder.")
+@click.option("--to", "target", metavar="ENGINE", help="The engine: vllm, sglang, flashinfer or trtllm.  [required]")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The output folder.  [required]")
 @click.option(
     "--for-version",
     metavar="V",
@@ -34,8 +35,8 @@ moetune export --model qwen3-235b-a22b --ep 8
 def export(
     path: Path | None,
     request: Request | None,
-    target: str,
-    out: Path,
+    target: str | None,
+    out: Path | None,
     for_version: str | None,
     force: bool,
     store: Path | None,
@@ -51,6 +52,10 @@ def export(
     from moetune.cli.stored import on_device, stored_profile
     from moetune.cli.written import say, write_for
 
+    missing = [flag for flag, value in (("--to ENGINE", target), ("--out DIR", out)) if value is None]
+    missing += ["and a profile's path, --model or --launch"] if path is None and request is None else []
+    if target is None or out is None:
+        raise UsageError(f"`moetune export` needs {', '.join(missing)}.", f"Example: {' '.join(EXAMPLE.split())}")
     of_vllm = for_version if target == "vllm" and path is None else None
     request = on_device(request, device_name)
     found = stored_profile("export", path, request, store, near, of_vllm)

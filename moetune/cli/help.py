@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from moetune.inputs.suggestions import did_you_mean
 from moetune.quoting import quoted
 
 _GROUPS = {option.name: option.group.value for option in OPTIONS}
+_FLAGS = {option.flag for option in OPTIONS}
 _OTHER = "Options"
 _TYPED = "moetune.typed"
 
@@ -34,6 +36,30 @@ def model_hint(model: str, command: str) -> str:
     return f"Give --model {model} and the deployment, as in `moetune {command} --help`."
 
 
+def message_of(error: click.UsageError) -> str:
+    """Returns the message of an error of click's, with moetune's own suggestion for an unknown option."""
+    if not isinstance(error, click.NoSuchOption):
+        return error.format_message()
+    if error.option_name in _FLAGS:
+        return f"No such option {quoted(error.option_name)}: this command reads the deployment from --launch."
+    known = error.ctx.command.params if error.ctx else []
+    near = did_you_mean(error.option_name, [name for each in known for name in each.opts if name.startswith("--")])
+    return f"No such option {quoted(error.option_name)}. {near}".rstrip()
+
+
+class Profile(click.Argument):
+    """The argument PROFILE, with a help of its own."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """Returns the entry of the help."""
+        return "[PROFILE]", "A profile's file, as `moetune store list` prints it. Instead of --model or --launch."
+
+
+profile_argument = click.argument(
+    "path", cls=Profile, type=click.Path(path_type=Path), metavar="[PROFILE]", required=False
+)
+
+
 class Command(click.Command):
     """A command with grouped options and an example in its help.
 
@@ -41,13 +67,19 @@ class Command(click.Command):
 
     Args:
         example: a complete command.
+        usage: what the usage line has instead of `[OPTIONS]`.
     """
 
     allow_extra_args = True  # so that `parse_args` can say what they are
 
-    def __init__(self, *args: Any, example: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, example: str, usage: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.example = example
+        self.usage = usage
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Returns the parts of the usage line after the command's name."""
+        return [self.usage] if self.usage else super().collect_usage_pieces(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the options below the headings of their groups, those of this command alone last."""

@@ -42,7 +42,7 @@ def _takes_line(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(cls=Command, example=EXAMPLE)
+@click.command(cls=Command, example=EXAMPLE, usage="--launch LINE | --log FILE [OPTIONS]")
 @_takes_line
 @click.option(
     "--folder",

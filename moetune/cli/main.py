@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from moetune.cli import signals
-from moetune.cli.help import Commands
+from moetune.cli.help import Commands, message_of
 from moetune.cli.streams import discard_stdout, failure_of_stdout
 from moetune.errors import MissError, MoetuneError
 from moetune.quoting import condensed
@@ -81,10 +81,10 @@ class CommandLine(LazyGroup):
             return 0
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
-            return error.exit_code
+            return _fail("\nNo command is given.", code=error.exit_code)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "moetune"
-            return _fail(f"{condensed(error.format_message())} See `{command} --help`.", code=error.exit_code)
+            return _fail(f"{condensed(message_of(error))} See `{command} --help`.", code=error.exit_code)
         except click.ClickException as error:
             return _fail(condensed(error.format_message()), code=error.exit_code)
         except MissError as error:
@@ -152,7 +152,7 @@ def _unexpected(error: Exception) -> int:
     lazy={
         "models": ("moetune.cli.models:models", "List the layers that moetune knows by name."),
         "doctor": ("moetune.cli.doctor:doctor", "List the backends that can run here, and what the others need."),
-        "plan": ("moetune.cli.plan:plan", "Show the load of each bucket and the bytes on the wire. Needs no GPU."),
+        "plan": ("moetune.cli.plan:plan", "Show what the kernel of one rank gets in each bucket. Needs no GPU."),
         "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
         "batch": ("moetune.cli.batch:batch", "Tune the layers and deployments that a file lists, on every GPU here."),
         "check": ("moetune.cli.check:check", "Measure whether a stored profile's choices are still good here."),
@@ -169,4 +169,5 @@ def main() -> None:
     """Find the fastest mixture-of-experts kernel tactic for the load that each expert-parallel rank will really see.
 
     Results go to stdout and progress to stderr. With --json, stdout holds one JSON document and nothing else.
+    docs/json-schemas.md describes the documents and the exit codes.
     """

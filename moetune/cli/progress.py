@@ -124,7 +124,7 @@ class Progress:
         if self._console.is_terminal and self._task is None:
             self._task = self._bar.add_task("", total=event.count, left="estimating")
             self._bar.start()
-        self._update(f"{event.rows} rows: {event.tactics} tactics")
+        self._update(f"{counted(event.rows, 'row')}: {event.tactics} tactics")
 
     @_show.register
     def _default_differs(self, event: DefaultDiffers) -> None:
@@ -133,23 +133,25 @@ class Progress:
     @_show.register
     def _tactic_measured(self, event: TacticMeasured) -> None:
         self._measured += 1
-        self._update(f"{event.rows} rows: {self._measured} of {self._tactics} tactics")
+        self._update(f"{counted(event.rows, 'row')}: {self._measured} of {self._tactics} tactics")
         if event.time_us is None and not event.known:
-            self._line(f"{event.rows} rows: {tactic_line(event.tactic)} failed: {event.reason}")
+            self._line(f"{counted(event.rows, 'row')}: {tactic_line(event.tactic)} failed: {event.reason}")
 
     @_show.register
     def _search_stopped(self, event: SearchStopped) -> None:
         tried = f"{event.tried} of {event.tactics} tactics tried"
-        self._line(f"{event.rows} rows: the time budget ended the search; {tried}")
+        self._line(f"{counted(event.rows, 'row')}: the time budget ended the search; {tried}")
 
     @_show.register
     def _noisy_bucket(self, event: NoisyBucket) -> None:
         then = "compared again after the other buckets" if event.tries else "so the default is kept"
-        self._line(f"{event.rows} rows: A/A noise of {100 * event.noise:.0f} % is too much to decide, {then}")
+        self._line(
+            f"{counted(event.rows, 'row')}: A/A noise of {100 * event.noise:.0f} % is too much to decide, {then}"
+        )
 
     @_show.register
     def _not_saved(self, event: NotSaved) -> None:
-        self._line(f"warning: {event.rows} rows: the result cannot be saved yet. {event.reason}")
+        self._line(f"warning: {counted(event.rows, 'row')}: the result cannot be saved yet. {event.reason}")
 
     @_show.register
     def _not_journaled(self, event: NotJournaled) -> None:
@@ -165,7 +167,7 @@ class Progress:
         kept = choice.tactic == choice.default_tactic
         gain = "the default" if kept else f"{choice.gain:.2f}× the default"
         best = f"{human_time(choice.time_us)}, {gain}, by {tactic_line(choice.tactic)}"
-        self._finish(event.index, event.count, f"{choice.rows} rows: {best}")
+        self._finish(event.index, event.count, f"{counted(choice.rows, 'row')}: {best}")
 
     @_show.register
     def _bucket_checked(self, event: BucketChecked) -> None:
@@ -175,7 +177,7 @@ class Progress:
 
     @_show.register
     def _bucket_failed(self, event: BucketFailed) -> None:
-        self._line(f"{event.rows} rows: no result. {event.reason}")
+        self._line(f"{counted(event.rows, 'row')}: no result. {event.reason}")
 
     @_show.register
     def _backend_started(self, event: BackendStarted) -> None:
@@ -190,7 +192,7 @@ class Progress:
     def _bucket_compared(self, event: BucketCompared) -> None:
         if event.index == 0:
             self._turn_to("the backends' choices, side by side")
-        self._line(f"[{event.index + 1}/{event.count}] {event.rows} rows")
+        self._line(f"[{event.index + 1}/{event.count}] {counted(event.rows, 'row')}")
 
     def _finish(self, index: int, count: int, result: str) -> None:
         """Shows the result of bucket `index` of `count`, and about how long the others take."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moetune.cli.help import Command
+from moetune.cli.help import Command, profile_argument
 from moetune.cli.options import Request, device_name_option, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
@@ -18,7 +18,7 @@ moetune show --model qwen3-235b-a22b --ep 8
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
+@profile_argument
 @takes_request(required=False)
 @store_option
 @near_option

@@ -51,7 +51,7 @@ def stored_profile(
     if (path is None) == (request is None):
         raise UsageError(
             f"`moetune {command}` takes either a profile's path, or --model with options, or --launch.",
-            "See `moetune store list`.",
+            f"Example: moetune {command} --launch 'vllm serve …'. `moetune store list` prints the paths.",
         )
     if near and path is not None:
         raise UsageError("--near looks a profile up; a profile's path needs no look-up.", "Give --model, or no --near.")

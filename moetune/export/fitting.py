@@ -7,6 +7,7 @@ from typing import Final
 from moetune.errors import MoetuneError
 from moetune.export.kernel_check import require_same_kernel, target_version
 from moetune.export.triton import TritonProfile
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.store.profile import Profile
 
 TRITON_ENGINES: Final = ("vllm", "sglang")
@@ -64,4 +65,4 @@ def fitting_line(profile: Profile, wanted: str | None = None) -> str:
         return ""
     checked = TRITON_ENGINES if wanted is None else (wanted,)
     reasons = {engine: unfit(profile, engine) for engine in checked}
-    return " ".join(f"not for {engine}: {found[0]}" for engine, found in reasons.items() if found)
+    return " ".join(f"not for {ENGINE_TITLES[engine]}: {found[0]}" for engine, found in reasons.items() if found)

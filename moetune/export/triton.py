@@ -16,7 +16,7 @@ from moetune.backends.grouped_triton.space import VALUES, effective_block_size_k
 from moetune.errors import UnsupportedError
 from moetune.export.fewest import fewest
 from moetune.inputs.dispatcher import dispatchers, matching
-from moetune.spec.enums import Precision
+from moetune.spec.enums import ENGINE_TITLES, Precision
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice, Profile
 
@@ -64,13 +64,13 @@ class TritonProfile:
         """
         if profile.backend != "triton":
             raise UnsupportedError(
-                f"{engine} reads tactics of the backend triton; the profile's are of {profile.backend}.",
+                f"{ENGINE_TITLES[engine]} reads tactics of the backend triton; the profile's are of {profile.backend}.",
                 "Tune with --backend triton.",
             )
         layer, regime, strict = profile.layer, profile.regime, profile.environment.strict
         if layer.precision not in DTYPES:
             raise UnsupportedError(
-                f"{engine}'s grouped Triton GEMM has no file for {layer.precision.value} experts.",
+                f"{ENGINE_TITLES[engine]}'s grouped Triton GEMM has no file for {layer.precision.value} experts.",
                 f"It has files for {', '.join(DTYPES)}.",
             )
         named = [name for name in ("compute_capability", "triton") if numbers(strict.get(name, ""))]
@@ -116,18 +116,18 @@ class TritonProfile:
 
     def warnings(self, engine: str, remote: str) -> Iterator[str]:
         """Yields a sentence for each reason why `engine`, which treats non-local slots by `remote` has another load."""
-        regime = self.profile.regime
+        regime, title = self.profile.regime, ENGINE_TITLES[engine]
         if regime.dispatch != "none":
             found = [word for word in matching(regime.dispatch, regime.layout) if word.startswith(f"{engine}:")]
             load = regime.layout or regime.dispatch
             if not found:
                 yield (
-                    f"No dispatcher of {engine} produces the {load} load that these tactics were measured under. "
+                    f"No dispatcher of {title} produces the {load} load that these tactics were measured under. "
                     f"Tune with --no-dp, or with --dispatch {' or '.join(_reaching_triton(engine))}."
                 )
             elif regime.layout == "pool":
                 yield (
-                    f"With {', '.join(found)} {engine} runs FlashInfer's kernels, which do not read this file. "
+                    f"With {', '.join(found)} {title} runs FlashInfer's kernels, which do not read this file. "
                     "Tune with a FlashInfer backend."
                 )
         if self.has_remote_slots and remote != self.remote:
@@ -136,18 +136,18 @@ class TritonProfile:
                 "zero": "runs blocks of zeros for non-local slots",
             }
             yield (
-                f"{engine} {does[remote]}; these tactics were measured with a kernel that {does[self.remote]}. "
+                f"{title} {does[remote]}; these tactics were measured with a kernel that {does[self.remote]}. "
                 f"Tune with --remote {remote}."
             )
         if regime.ladder.divisor > 1:
             yield (
-                f"The ladder {regime.ladder} divides run-time rows by {regime.ladder.divisor} and {engine} does not. "
+                f"The ladder {regime.ladder} divides run-time rows by {regime.ladder.divisor} and {title} does not. "
                 "The file's keys are the rows that were measured."
             )
 
     def notes(self, engine: str) -> Iterator[str]:
         """Yields a sentence for each difference that needs no action."""
-        regime = self.profile.regime
+        regime, title = self.profile.regime, ENGINE_TITLES[engine]
         distinct = len({tuple(config.items()) for config in self.configs.values()})
         counts = f"{_counted(distinct, 'configuration')} for {_counted(len(self.configs), 'row count')}"
         replaced = f"; for {self.num_replaced} of these an equally fast tactic stands in, so that there are fewer"
@@ -155,12 +155,12 @@ class TritonProfile:
         if self.num_moved:
             yield (
                 f"For {_counted(self.num_moved, 'row count')} an equally fast tactic stands in, because this version "
-                f"of {engine} runs the choice in another way than it was measured."
+                f"of {title} runs the choice in another way than it was measured."
             )
         if regime.ladder.rounding != "nearest":
             rounds = {"floor": "down", "ceil": "up"}[regime.ladder.rounding]
             yield (
-                f"{engine} takes the nearest bucket (the smaller of two equally near ones); the ladder {regime.ladder} "
+                f"{title} takes the nearest bucket (the smaller of two equally near ones); the ladder {regime.ladder} "
                 f"rounds {rounds}. Rows between two buckets can run another tactic than moetune's own look-up gives."
             )
         if missing := [rows for rows in regime.buckets if rows not in self.configs]:
@@ -192,7 +192,8 @@ def engine_config(tactic: Tactic, block_scales: bool, engine: str) -> Config:
     """Returns the six tunables in the engines' order. BLOCK_SIZE_K is clamped to the scale block."""
     if set(tactic) != set(VALUES) or not all(type(value) is int and value > 0 for value in tactic.values()):
         raise UnsupportedError(
-            f"{engine}'s kernel has the tunables {', '.join(VALUES)}, positive integers; the profile has {tactic}.",
+            f"{ENGINE_TITLES[engine]}'s kernel has the tunables {', '.join(VALUES)}, positive integers; the profile "
+            f"has {tactic}.",
             "Tune with --backend triton.",
         )
     return tuple(

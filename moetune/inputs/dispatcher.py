@@ -17,6 +17,7 @@ from typing import Any
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.suggestions import did_you_mean
 from moetune.quoting import quoted
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.ladder import POW2_LAST
 from moetune.spec.layer import MoELayer
 
@@ -122,8 +123,8 @@ def resolve(
         tunable = [str(known) for known in dispatchers() if known.engine == dispatcher.engine and known.tunable]
         raise UnsupportedError(
             f"{dispatcher} cannot be tuned: {dispatcher.untunable}.",
-            f"Tunable: {', '.join(tunable)}. `moetune plan --dispatch` with one of these shows the load of that "
-            "deployment, which is another one.",
+            f"Use one of {', '.join(tunable)}. `moetune plan --dispatch` with one of them shows the load of that "
+            "dispatcher, not of yours.",
         )
     arguments = dict(dispatcher.regime)
     if attention_dp is False:
@@ -190,6 +191,6 @@ def _find(spelled: str) -> Dispatcher:
         if (known.engine, known.name) == (engine, name):
             return known
     raise UsageError(
-        f"{engine} has no dispatcher {quoted(name)} ({described['option']}).",
+        f"{ENGINE_TITLES[engine]} has no dispatcher {quoted(name)} ({described['option']}).",
         f"{did_you_mean(name, described['dispatchers'])} Known: {', '.join(described['dispatchers'])}.".lstrip(),
     )

@@ -18,6 +18,7 @@ from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
 from moetune.quoting import enumerated, quoted, shortened
 from moetune.spec.distribution import parse_distribution, skew_of
+from moetune.spec.enums import ENGINE_TITLES
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
 _READERS: Final[Mapping[str, _Reader]] = {
@@ -163,6 +164,7 @@ def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
     """
     said = []
     unknown = dict.fromkeys(line.unknown)
+    title = "Dynamo" if program.startswith("dynamo.") else ENGINE_TITLES[engine]
     if len(unknown) > MOST_UNKNOWN:
         raise UsageError(
             f"{program} has none of these {len(unknown)} flags: {enumerated(unknown)}.", "Give the server's command."
@@ -170,7 +172,7 @@ def _unknown_flags(line: Line, engine: str, program: str) -> list[str]:
     for flag in unknown:
         nearest = line.table.nearest(flag)
         hint = f" The nearest is --{nearest}." if nearest else ""
-        message = f"{program} has no flag {shortened(flag)} ({engine} {line.table.version})."
+        message = f"{program} has no flag {shortened(flag)} ({title} {line.table.version})."
         if nearest in DECIDING:
             raise UsageError(f"{message}{hint}", "Correct the line, or leave the flag out.")
         said.append(f"{message}{hint} It is ignored.")

@@ -14,6 +14,7 @@ from moetune.inputs import settings_file
 from moetune.inputs.flag_table import Flag, FlagTable
 from moetune.inputs.shell import Word
 from moetune.quoting import quoted, shortened
+from moetune.spec.enums import ENGINE_TITLES
 from moetune.untrusted import MOST_DIGITS, parse_json
 
 TRUE: Final = ("true", "1", "yes", "on")
@@ -216,7 +217,7 @@ class _Reader:
                 self._following(1)
             return
         if flag.is_removed:
-            self.notes.append(f"{self.table.engine} {self.table.version} has no {name}: {flag.note}")
+            self.notes.append(f"{ENGINE_TITLES[self.table.engine]} {self.table.version} has no {name}: {flag.note}")
         if flag.value == "none":
             self._read_switch(flag, name, attached)
         else:

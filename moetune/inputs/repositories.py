@@ -13,6 +13,7 @@ from importlib import resources
 from typing import Any, Final, NamedTuple
 
 from moetune.errors import UsageError
+from moetune.inputs.option_table import SIZES, flag
 from moetune.inputs.suggestions import did_you_mean
 from moetune.quoting import quoted
 
@@ -27,11 +28,17 @@ class Repository(NamedTuple):
 
 
 @functools.cache
+def listed() -> Mapping[str, Repository]:
+    """Returns every listed repository, by its name."""
+    text = resources.files("moetune.inputs").joinpath("repositories.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)["repositories"]
+    return {name: Repository(entry["preset"], entry.get("precision")) for name, entry in found.items()}
+
+
+@functools.cache
 def known() -> Mapping[str, Repository]:
     """Returns every listed repository, by its name in lower case."""
-    text = resources.files("moetune.inputs").joinpath("repositories.json").read_text(encoding="utf-8")
-    listed: dict[str, Any] = json.loads(text)["repositories"]
-    return {name.lower(): Repository(entry["preset"], entry.get("precision")) for name, entry in listed.items()}
+    return {name.lower(): repository for name, repository in listed().items()}
 
 
 def find(name: str) -> Repository:
@@ -43,8 +50,10 @@ def find(name: str) -> Repository:
     key = name.strip().rstrip("/").lower().removeprefix("https://huggingface.co/")
     if key in known():
         return known()[key]
-    near = did_you_mean(key, known(), cutoff=0.75)
+    near = did_you_mean(key, listed(), cutoff=0.75)
+    give = f"{near} Otherwise give" if near else "Give"
     raise UsageError(
         f"{quoted(name)} is neither an existing path nor a repository that moetune knows.",
-        f"{near} Pass --model with a path to its config.json, or a name of `moetune models` and --precision.".lstrip(),
+        f"{give} --model PATH of its config.json, or {', '.join(map(flag, SIZES))} "
+        "(a dense model has no experts to tune).",
     )

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetune.report.format import significant
+from moetune.report.lines import counted
 from moetune.report.profile import profile_report
 from moetune.report.table import add_numbers, new_table, time_unit
 from moetune.spec.enums import ENGINE_TITLES
@@ -40,7 +41,7 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
         if result.failed
     ]
     reported += [
-        Text(f"{bucket.rows} rows: {backend} did not run side by side: {reason}", style="yellow")
+        Text(f"{counted(bucket.rows, 'row')}: {backend} did not run side by side: {reason}", style="yellow")
         for bucket in comparison.buckets
         for backend, reason in bucket.failed.items()
     ]

@@ -34,7 +34,7 @@ BETWEEN_BUCKETS = (3, 6, 12, 20, 28, 40, 56, 80, 112, 184, 360, 728, 1280, 1792,
 ADAPTIVE_STEP = 1.25
 """Two neighboring buckets of a profile with the ladder `adaptive` that have different choices are at most this factor
 apart."""
-SPELLINGS = "pow2, hybrid, vllm, adaptive or a list like 1,2,4 (pow2/8: run-time rows are divided by 8 first)"
+SPELLINGS = "pow2, hybrid, vllm, adaptive or a list of row counts like 1,2,4"
 
 
 _ROUNDING: dict[str, Rounding] = {

@@ -152,7 +152,7 @@ def test_a_dispatch_beside_a_line_that_cannot_be_tuned_is_another_deployment(moe
     line = f"{SGLANG} --moe-a2a-backend deepep"
     refused = moetune("plan", "--launch", line)
     assert refused.exit_code == 2
-    assert "shows the load of that deployment, which is another one." in refused.stderr
+    assert "shows the load of that dispatcher, not of yours." in refused.stderr
     planned = moetune("plan", "--launch", line, "--dispatch", "sglang:none", "--json")
     assert planned.exit_code == 0
     assert "warning: --dispatch sglang:none replaces sglang:deepep of the launch line. " in planned.stderr

@@ -47,7 +47,7 @@ def test_a_profile_is_written_for_an_engine_and_its_variable_printed(moetune, st
     folder = tmp_path / "out" / SLUG
     assert json.loads((folder / f"{NAME}.json").read_text()) == {"triton_version": "3.6.0", "8": TACTIC}
     assert result.stdout.splitlines()[-1] == f"export VLLM_TUNED_CONFIG_FOLDER={folder}"
-    assert "warning: No dispatcher of vllm produces the packed load" in result.stderr
+    assert "warning: No dispatcher of vLLM produces the packed load" in result.stderr
     sidecar = json.loads((folder / f"{NAME}.vllm.moetune.json").read_text())
     assert sidecar["command"] == f"moetune export {stored} --to vllm --out {tmp_path / 'out'}"
 
@@ -101,7 +101,7 @@ def test_the_version_is_passed_on(moetune, stored, tmp_path):
         (["--to", "vllm"], "either a profile's path, or --model"),
         (["nowhere.json", "--to", "vllm"], "There is no profile nowhere.json"),
         ([".", "--to", "vllm"], ". is a folder, no profile"),
-        (["nowhere.json"], "Missing option '--to'"),
+        (["nowhere.json"], "needs --to ENGINE"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(moetune, tmp_path, words, said):

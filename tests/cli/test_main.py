@@ -116,6 +116,7 @@ def test_without_a_command_the_help_is_shown_with_exit_2(moetune):
     result = moetune()
     assert result.exit_code == 2
     assert "Commands:" in result.stderr
+    assert result.stderr.endswith("\nerror: No command is given.\n")
 
 
 def test_the_version_is_the_packages(moetune):
@@ -130,7 +131,18 @@ def test_the_version_is_the_packages(moetune):
         (["tun"], "No such command 'tun'. Did you mean tune?"),
         (["store", "lst"], "No such command 'lst'. Did you mean list?"),
         (["zzz"], "Commands: models, doctor, plan"),
-        (["plan", "--modle", "x"], "--model"),
+        (["plan", "--modle", "x"], "No such option '--modle'. Did you mean --model? See"),
+        (["lookup", "--ep", "8"], "No such option '--ep': this command reads the deployment from --launch."),
+        (["plan", "--model", "qwen3-30b-a3"], "Did you mean qwen3-30b-a3b? `moetune models`"),
+        (["plan", "--model", "qwen3-30b-a3b", "--backend", "trition"], "Did you mean triton? Choose one of triton,"),
+        (
+            ["plan", "--launch", "vllm serve Qwen/Qwen3-30B-A3"],
+            "Did you mean Qwen/Qwen3-30B-A3B? Otherwise give --model",
+        ),
+        (
+            ["plan", "--launch", "vllm serve a/dense"],
+            "--hidden, --intermediate (a dense model has no experts to tune).",
+        ),
     ],
 )
 def test_a_mistyped_word_gets_a_suggestion(moetune, words, said):
@@ -177,3 +189,47 @@ def test_help_says_what_a_launch_line_and_a_dispatcher_decide(moetune):
     looked_up = " ".join(moetune("lookup", "--help").stdout.split())
     assert "The row counts to look up" in looked_up
     assert "to tune" not in looked_up
+
+
+def test_plan_says_the_same_of_itself_in_both_helps(moetune):
+    own = " ".join(main.get_command(click.Context(main), "plan").help.split())
+    line = main.lazy["plan"][1]
+    assert own.startswith(line.removesuffix("."))
+    assert line in " ".join(moetune("--help").stdout.split())
+
+
+def test_the_help_names_the_page_of_the_exit_codes(moetune):
+    assert "docs/json-schemas.md describes the documents and the exit codes." in " ".join(
+        moetune("--help").stdout.split()
+    )
+
+
+@pytest.mark.parametrize("command", ["show", "export"])
+def test_the_help_says_what_the_argument_is(moetune, command):
+    text = " ".join(moetune(command, "--help").stdout.split())
+    assert "[PROFILE] A profile's file, as `moetune store list` prints it." in text
+
+
+def test_the_usage_of_lookup_says_what_it_needs(moetune):
+    assert moetune("lookup", "--help").stdout.startswith("Usage: moetune lookup --launch LINE | --log FILE [OPTIONS]\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show"], "Example: moetune show --launch 'vllm serve …'."),
+        (
+            ["export"],
+            "needs --to ENGINE, --out DIR, and a profile's path, --model or --launch. Example: moetune export",
+        ),
+        (["export", "--to", "vllm", "--model", "deepseek-r1"], "`moetune export` needs --out DIR. Example: "),
+    ],
+)
+def test_what_is_missing_is_named_at_once_with_an_example(moetune, words, said):
+    result = moetune(*words)
+    assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def test_an_unknown_ladder_is_explained_in_the_words_of_the_help(moetune):
+    error = moetune("plan", "--model", "qwen3-30b-a3b", "--ladder", "foo").stderr
+    assert error.endswith("A ladder is one of pow2, hybrid, vllm, adaptive or a list of row counts like 1,2,4.\n")

@@ -78,7 +78,7 @@ def _refused(result, *said, code=2):
         ([*QWEN, "--no-dp", "--layout", "pool"], ["A layout goes with dispatch alltoall only"]),
         ([*QWEN, "--layout", "scattered"], ["'packed', 'deduplicated', 'slot', 'pool'"]),
         ([*QWEN, "--dispatch", "carrier-pigeon"], ["none, alltoall, allgather or ENGINE:NAME"]),
-        ([*QWEN, "--dispatch", "vllm:pigeon"], ["vllm has no dispatcher 'pigeon'", "deepep_high_throughput"]),
+        ([*QWEN, "--dispatch", "vllm:pigeon"], ["vLLM has no dispatcher 'pigeon'", "deepep_high_throughput"]),
         ([*QWEN, "--dispatch", "pigeon:none"], ["vllm, sglang, trtllm"]),
         ([*QWEN, "--dispatch", "vllm:deepep_low_latency"], ["cannot be tuned", "DeepGEMM"]),
         ([*QWEN, "--precision", "fp3"], ["'fp3'", "nvfp4"]),
@@ -315,7 +315,7 @@ def test_an_engines_launch_line_stands_for_the_options(moetune):
 
 def test_a_launch_line_that_cannot_be_read_is_refused(moetune):
     _refused(moetune("plan", "--launch", "make coffee"), "finds no server in 'make coffee'", "vllm serve")
-    _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Pass --model")
+    _refused(moetune("plan", "--launch", "vllm serve nobody/nothing"), "'nobody/nothing'", "Give --model")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_a_line_that_starts_these_kernels_itself_needs_no_note(moetune):
 def test_warnings_of_a_launch_line_are_said(moetune):
     result = moetune("plan", "--launch", "vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --gremlins 3")
     assert result.exit_code == 0
-    assert "warning: vllm serve has no flag --gremlins (vllm 0.33.0). It is ignored." in result.stderr
+    assert "warning: vllm serve has no flag --gremlins (vLLM 0.33.0). It is ignored." in result.stderr
 
 
 @pytest.mark.parametrize(

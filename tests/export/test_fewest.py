@@ -112,7 +112,7 @@ def test_for_a_choice_that_the_version_runs_in_another_way_an_equally_fast_one_s
     notes = vllm(stored, "0.20.2").notes
     assert "The file has 2 configurations for 3 row counts." in notes
     assert (
-        "For 2 row counts an equally fast tactic stands in, because this version of vllm runs the choice in another "
+        "For 2 row counts an equally fast tactic stands in, because this version of vLLM runs the choice in another "
         "way than it was measured."
     ) in notes
     assert "stands in" not in " ".join(vllm(stored).notes)

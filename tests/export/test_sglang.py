@@ -74,9 +74,9 @@ def test_the_fused_shared_expert_has_a_file_of_its_own_and_a_warning_where_no_ra
     [
         ({"ep_size": 8}, None),
         ({"ep_size": 8, "dispatch": "allgather"}, None),
-        ({"ep_size": 8, "layout": "deduplicated"}, "No dispatcher of sglang produces the deduplicated load"),
-        ({"ep_size": 8, "layout": "packed"}, "No dispatcher of sglang produces the packed load"),
-        ({"ep_size": 8, "layout": "pool"}, "With sglang:flashinfer sglang runs FlashInfer's kernels"),
+        ({"ep_size": 8, "layout": "deduplicated"}, "No dispatcher of SGLang produces the deduplicated load"),
+        ({"ep_size": 8, "layout": "packed"}, "No dispatcher of SGLang produces the packed load"),
+        ({"ep_size": 8, "layout": "pool"}, "With sglang:flashinfer SGLang runs FlashInfer's kernels"),
     ],
 )
 def test_a_load_that_sglang_does_not_give_to_triton_is_warned_of(regime, warned):
@@ -86,7 +86,7 @@ def test_a_load_that_sglang_does_not_give_to_triton_is_warned_of(regime, warned)
 
 def test_dropped_remote_slots_are_warned_of():
     (warning,) = export(profile("qwen3-30b-a3b", ep_size=8)).warnings
-    assert "sglang runs blocks of zeros for non-local slots" in warning
+    assert "SGLang runs blocks of zeros for non-local slots" in warning
     assert "--remote zero" in warning
     assert export(profile("qwen3-30b-a3b", ep_size=1)).warnings == ()
 
@@ -107,5 +107,5 @@ def test_a_triton_that_old_versions_do_not_fall_back_to_is_noted(triton, noted):
 
 
 def test_another_backend_is_refused():
-    with pytest.raises(UnsupportedError, match="sglang reads tactics of the backend triton"):
+    with pytest.raises(UnsupportedError, match="SGLang reads tactics of the backend triton"):
         export(profile(backend="flashinfer-cutlass"))

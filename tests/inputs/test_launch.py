@@ -178,7 +178,7 @@ def test_tensorrt_llm_s_communication_method_is_the_dispatcher(tmp_path):
 
 def test_sglang_s_documented_deepep_line_says_why_it_cannot_be_tuned():
     line = "python -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --moe-a2a-backend deepep --tp 8 --ep 8"
-    with pytest.raises(UnsupportedError, match="no tactic table"):  # SGLANG_EP
+    with pytest.raises(UnsupportedError, match="has no tactics to tune"):  # SGLANG_EP
         resolve(**options(line))
     with pytest.raises(UnsupportedError, match="deep_gemm"):
         options(f"{line} --moe-runner-backend deep_gemm")
@@ -293,7 +293,11 @@ def test_quantization_makes_another_precision_only_of_bf16_weights():
             UsageError,
             "'meta-llama/Llama-3-8B' is neither an existing path.*--model",
         ),
-        ("vllm serve SomeOne/Qwen3-30B-A3B-FP8", UsageError, "nor a repository that moetune knows.*--precision"),
+        (
+            "vllm serve SomeOne/Qwen3-30B-A3B-FP8",
+            UsageError,
+            "nor a repository that moetune knows.*--model PATH of its config.json",
+        ),
         ("vllm serve Qwen/Qwen3-30B-A3B -tp eight", UsageError, "must be an integer, given 'eight'"),
         ("vllm serve Qwen/Qwen3-30B-A3B --quantization awq", UnsupportedError, "--quantization awq"),
         ("vllm serve Qwen/Qwen3-30B-A3B --enable-eplb --eplb-config '{'", UsageError, "JSON object"),

@@ -236,7 +236,8 @@ def _report(slug, remote="drop", **shown):
 def test_a_profile_says_for_which_engine_it_is_not(slug, remote, engine, unfit, target):
     lines = _report(slug, remote, engine=engine)
     found = [line for line in lines if line.startswith("not for ")]
-    assert [word for word in ("vllm", "sglang") if any(f"not for {word}: " in line for line in found)] == unfit.split()
+    titles = {"vllm": "vLLM", "sglang": "SGLang"}
+    assert [word for word in titles if any(f"not for {titles[word]}: " in line for line in found)] == unfit.split()
     if unfit == "sglang":
         assert found[0].endswith(SKIPS)
     assert lines[-1] == f"next: moetune export /p.json --to {target} --out tuned"
