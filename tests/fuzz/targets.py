@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -33,6 +34,8 @@ from moetune.recordings.reading import read_recording
 from moetune.report.lines import recording_line
 from moetune.report.lists import store_table
 from moetune.report.lookup import log_report, lookup_report
+from moetune.report.page import html, numbers
+from moetune.report.page.summary import summary_report
 from moetune.report.profile import profile_report
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
@@ -44,6 +47,10 @@ from moetune.store.store import Store
 from moetune.workload.routing import realize
 
 ROOT = Path(__file__).parents[2]
+_TAGS = {
+    "section", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "h2", "h3", "p", "figure", "figcaption",
+    "details", "summary",
+}  # fmt: skip
 DATA = ROOT / "tests" / "data"
 _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LINE = "vllm serve Qwen/Qwen3-30B-A3B -tp 4"
@@ -74,9 +81,25 @@ def read_profile(content: bytes, folder: Path) -> None:
     use_profile(profile, folder)
 
 
+def report_page(profile: Profile, path: str) -> None:
+    """Writes the page and the CSV of `moetune report`; no element is in the page that a text of the profile names.
+
+    Its load is not computed: that imports torch.
+    """
+    with mock.patch.object(numbers, "work_by_bucket", return_value={}), mock.patch.object(html, "plotly_js", str):
+        both = numbers.shown([(path, profile), (path, profile)])
+        text = html.page(both, "moetune report", "2026-01-31")
+    shown(*summary_report(both))
+    assert not _CONTROLS.search(text.replace("\t", ""))
+    tags = set(re.findall(r"<(?!/)([^\s>]*)", text.partition("<main>")[2].rpartition("</main>")[0]))
+    assert tags <= _TAGS, f"{tags - _TAGS} is in the page"
+    assert len(list(csv.reader(io.StringIO(numbers.csv_text(both))))) == 1 + 2 * len(both[0].rows)
+
+
 def use_profile(profile: Profile, folder: Path) -> None:
     """Does with a profile what commands do with one."""
     shown(*profile_report(profile, folder / "profile.json"))
+    report_page(profile, str(folder / "profile.json"))
     repr(profile)
     for target in targets():
         with contextlib.suppress(MoetuneError):

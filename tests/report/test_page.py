@@ -177,12 +177,22 @@ def test_numbers_at_the_bounds_are_written():
     assert document(written(pair), "profiles")[1]["choices"][0]["stress_us"] == {"2": "Infinity"}
 
 
+MANY = range(1, 514)
+LADDER = ",".join(map(str, MANY))
+
+
 def test_a_layer_of_the_largest_size_costs_no_time():
     large = made_profile(made_choice(8, 60.0)).model_copy(
         update={"layer": LAYER.model_copy(update={"num_experts": 65_536, "top_k": 1_024})}
     )
     assert work_by_bucket(large) == {}
-    assert "Time against rows" in written([("p", large)])
+    assert work_by_bucket(made_profile(*(made_choice(rows, 60.0) for rows in MANY), regime=regime(ladder=LADDER))) == {}
+    h200 = large.model_copy(update={"environment": large.environment.model_copy(update={"device": "NVIDIA H200"})})
+    assert "no roofline: the load cannot be computed, or is too large" in written([("p", h200)])
+
+
+def test_a_regime_that_does_not_fit_the_layer_has_no_roofline():
+    assert work_by_bucket(made_profile(made_choice(8, 60.0), regime=regime(ep_size=3))) == {}
 
 
 def test_a_missing_plotly_is_an_error_with_the_command_that_installs_it(monkeypatch):
@@ -260,7 +270,10 @@ def test_no_packaged_choice_is_faster_than_its_roofline(path):
 
 def test_an_unknown_device_has_no_roofline_and_says_so():
     profile = made_profile(made_choice(8, 60.0))
-    assert roofline_line(profile) == "no roofline: the peak rates of Example GPU are not in moetune's table"
+    assert (
+        roofline_line(profile, work_by_bucket(profile))
+        == "no roofline: the peak rates of Example GPU are not in moetune's table"
+    )
     (each,) = shown([("p", profile)])
     figure = time_figure(each, html.Style(0))
     assert [trace["name"] for trace in figure.traces] == ["default", "choice"]
@@ -270,7 +283,7 @@ def test_an_unknown_device_has_no_roofline_and_says_so():
 def test_a_precision_without_a_peak_has_no_roofline():
     profile = Profile.model_validate_json(PROFILES[0].read_text())
     layer = profile.layer.model_copy(update={"precision": Precision.NVFP4})
-    assert "for nvfp4 are not in" in roofline_line(profile.model_copy(update={"layer": layer}))
+    assert "for nvfp4 are not in" in roofline_line(profile.model_copy(update={"layer": layer}), {})
     blackwell = profile.environment.model_copy(update={"device": "NVIDIA B200"})
     assert (
         peak_rate(profile.model_copy(update={"layer": layer, "environment": blackwell}))[1]
@@ -283,6 +296,14 @@ def test_the_table_on_a_terminal_has_a_row_for_each_profile(profiles):
     assert text.count("Example GPU") == 4 + 1
     assert "1.22×" in text
     assert "no roofline" in text
+
+
+def test_plotly_knows_every_property_of_the_figures(profiles):
+    objects = pytest.importorskip("plotly.graph_objects")
+    for figure in document(written(profiles), "figures"):
+        objects.Figure(figure["data"], figure["layout"])
+    with pytest.raises(ValueError, match="texttemplat"):
+        objects.Figure([{"type": "heatmap", "texttemplat": ""}])
 
 
 def test_a_profile_without_choices_has_a_page():

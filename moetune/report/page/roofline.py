@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +11,8 @@ from moetune.store.profile import Profile
 from moetune.tuning.plan import INPUT_BITS, bucket_load
 
 MOST_SLOTS: Final = 1 << 24
-MOST_EXPERTS: Final = 4_096
+MOST_EXPERTS: Final = 1_024
+MOST_BUCKETS: Final = 512
 """Above these the load is not computed: a profile from elsewhere could ask for minutes and gigabytes."""
 
 
@@ -87,30 +89,38 @@ def peak_rate(profile: Profile) -> tuple[Peak, float] | None:
 def work_by_bucket(profile: Profile) -> dict[int, Work]:
     """Returns the work and the least time of each bucket, by rows; without the buckets that are too large to compute.
 
-    It is empty if the regime does not fit the layer.
+    It is empty if all are, or if the regime does not fit the layer.
     """
+    layer, regime = profile.layer, profile.regime
+    if layer.num_experts + regime.redundant_experts > MOST_EXPERTS or len(profile.choices) > MOST_BUCKETS:
+        return {}
     rates = peak_rate(profile)
     found = {}
-    for choice in profile.choices:
-        if profile.layer.num_experts > MOST_EXPERTS or choice.rows * profile.layer.top_k > MOST_SLOTS:
-            continue
+    for rows in (choice.rows for choice in profile.choices if choice.rows * layer.top_k <= MOST_SLOTS):
         try:
-            load = bucket_load(profile.layer, profile.regime, choice.rows)
+            load = bucket_load(layer, regime, rows)
         except UsageError:
             return {}
         least = None
         if rates is not None:
             least = 1e6 * max(load.weight_bytes / rates[0].bandwidth, load.flops / rates[1])
-        found[choice.rows] = Work(load.weight_bytes, load.flops, least)
+        found[rows] = Work(load.weight_bytes, load.flops, least)
     return found
 
 
-def roofline_line(profile: Profile) -> str:
-    """Returns what the roofline is computed from, or why there is none."""
+def roofline_line(profile: Profile, work: Mapping[int, Work]) -> str:
+    """Returns what the roofline is computed from, or why there is none.
+
+    Args:
+        profile: the profile.
+        work: its `work_by_bucket`.
+    """
     precision = profile.layer.precision.value
     if (rates := peak_rate(profile)) is None:
         missing = "are" if profile.environment.device not in PEAKS else f"for {precision} are"
         return f"no roofline: the peak rates of {profile.environment.device} {missing} not in moetune's table"
+    if not work:
+        return "no roofline: the load cannot be computed, or is too large to compute"
     peak, rate = rates
     return (
         f"roofline: the weights of the active experts at {peak.bandwidth / 1e12:g} TB/s, or the FLOP of both GEMMs at "

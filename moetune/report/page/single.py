@@ -38,9 +38,8 @@ def time_figure(shown: Shown, style: Style) -> Figure:
             for row in own
         ],
     )  # fmt: skip
-    text = (
-        f"Time of one run of this rank's experts, without the exchange between ranks; {roofline_line(shown.profile)}."
-    )
+    roofline = roofline_line(shown.profile, shown.work)
+    text = f"Time of one run of this rank's experts, without the exchange between ranks; {roofline}."
     layout = {"xaxis": rows_axis(rows), "yaxis": time_axis([time for trace in traces for time in trace["y"]])}
     return Figure("Time against rows", text, traces, layout, table)
 

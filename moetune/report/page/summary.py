@@ -35,7 +35,7 @@ def summary_report(profiles: Sequence[Shown]) -> list[RenderableType]:
     for row in summary_rows(profiles):
         table.add_row(*map(Text, row))
     lines = ["gain: the default's time over the choice's, geometric mean over the buckets; least, most: of one bucket"]
-    lines += list(dict.fromkeys(roofline_line(each.profile) for each in profiles))
+    lines += list(dict.fromkeys(roofline_line(each.profile, each.work) for each in profiles))
     return [table, Text(), *(Text(line, style="dim") for line in lines)]
 
 
