@@ -14,9 +14,8 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from picture import command
-
 from moetune.errors import UsageError
+from moetune.report.tune_command import command, whole_command
 from moetune.spec.environment import Environment
 from moetune.store.profile import Profile
 from moetune.store.store import Store
@@ -78,18 +77,8 @@ def _table(environment: str, entries: Iterable[tuple[Path, Profile]], folder: Pa
         gain = math.exp(sum(math.log(choice.gain) for choice in profile.choices) / len(profile.choices))
         measured = max(choice.measured_at for choice in profile.choices)[:10]
         file = path.relative_to(folder)
-        lines.append(f"| `{_made_by(profile)}` | {len(profile.choices)} | {gain:.2f}× | {measured} | `{file}` |")
+        lines.append(f"| `{whole_command(profile)}` | {len(profile.choices)} | {gain:.2f}× | {measured} | `{file}` |")
     return "\n".join([*lines, ""])
-
-
-def _made_by(profile: Profile) -> str:
-    """Returns the command that tunes the profile, with the kernel's options if they are not the defaults."""
-    strict = profile.environment.strict
-    kernel, remote = strict.get("kernel", "builtin"), strict.get("remote", "drop")
-    words = [command(profile)]
-    words += [f"--kernel {kernel}"] if kernel != "builtin" else []
-    words += [f"--remote {remote}"] if (kernel == "sglang") != (remote == "zero") else []
-    return " ".join(words)
 
 
 if __name__ == "__main__":

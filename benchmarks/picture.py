@@ -15,11 +15,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from moetune.errors import MoetuneError
 from moetune.inputs import dispatcher
-from moetune.inputs.presets import names, preset
 from moetune.report.profile import profile_report
-from moetune.spec.regime import Regime
+from moetune.report.tune_command import command, produced
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 
@@ -53,53 +51,10 @@ def dispatcher_of(profile: Profile) -> str:
     The dispatcher has the profile's ladder, or one that the profile answers too.
     """
     for name in map(str, dispatcher.dispatchers()):
-        produced = _produced(profile, name)
-        if profile.regime.dispatch != "none" and produced and profile.regime in (produced, produced.coarser):
+        made = produced(profile, name)
+        if profile.regime.dispatch != "none" and made and profile.regime in (made, made.coarser):
             return name
     return ""
-
-
-def _produced(profile: Profile, dispatch: str) -> Regime | None:
-    """Returns the profile's regime with all that a dispatcher sets; None if the dispatcher does not fit."""
-    layer, regime = profile.layer, profile.regime
-    ladder = {"ladder", "tune_max_num_tokens"}
-    try:
-        produced = dispatcher.resolve(
-            dispatch, layer, regime.ep_size, regime.redundant_experts, regime.attention_dp, regime.tp_size
-        )
-        return Regime(**{**regime.model_dump(exclude=ladder | {"uneven_shards"}), **produced})
-    except MoetuneError:
-        return None
-
-
-def command(profile: Profile, dispatch: str = "") -> str:
-    """Returns the `moetune tune` command that tunes the profile, without options that have their default values.
-
-    Args:
-        profile: the profile to tune.
-        dispatch: an engine's dispatcher that produces the profile's load, which replaces four options.
-    """
-    layer, regime = profile.layer, profile.regime
-    default = Regime(distribution=regime.distribution)
-    if dispatch and (produced := _produced(profile, dispatch)) is not None:
-        default = default.model_copy(update={"ladder": produced.ladder})
-    words = ["moetune tune", f"--model {layer.name}"]
-    if layer.name in names() and layer.precision != preset(layer.name).precision:
-        words.append(f"--precision {layer.precision}")
-    words += [f"--ep {regime.ep_size}"] if regime.ep_size > 1 else []
-    words += [f"--tp {regime.tp_size}"] if regime.tp_size > 1 else []
-    if dispatch:
-        words.append(f"--dispatch {dispatch}")
-    else:
-        words += ["--dp"] if regime.attention_dp else []
-        words += [f"--dispatch {regime.dispatch}"] if regime.dispatch == "allgather" else []
-        words += [f"--layout {regime.layout}"] if regime.layout not in (None, "packed") else []
-    words += [f"--distribution {regime.distribution}"] if regime.distribution != Regime().distribution else []
-    for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
-        value = getattr(regime, field)
-        if value != getattr(default, field):
-            words.append(f"--{field.replace('_', '-')} {value}")
-    return " ".join([*words, f"--backend {profile.backend}"])
 
 
 if __name__ == "__main__":

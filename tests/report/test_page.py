@@ -18,6 +18,7 @@ from moetune.report.page.roofline import PEAKS, peak_rate, roofline_line, work_b
 from moetune.report.page.single import tactics_figure, time_figure
 from moetune.report.page.summary import summary_report
 from moetune.report.page.together import figures_together
+from moetune.report.tune_command import whole_command
 from moetune.spec.enums import Precision
 from moetune.spec.regime import Regime
 from moetune.store.profile import ComparedRows, Profile
@@ -304,6 +305,15 @@ def test_plotly_knows_every_property_of_the_figures(profiles):
         objects.Figure(figure["data"], figure["layout"])
     with pytest.raises(ValueError, match="texttemplat"):
         objects.Figure([{"type": "heatmap", "texttemplat": ""}])
+
+
+def test_the_origin_has_file_command_versions_dates_and_digests():
+    profile = Profile.model_validate_json(PROFILES[0].read_text())
+    cells = set(Reader(written([("x/y.json", profile)])).cells)
+    assert {"x/y.json", "NVIDIA H200", profile.regime.digest, profile.environment.digest} <= cells
+    assert {*profile.environment.strict.values(), *profile.environment.informative.values()} <= cells
+    assert whole_command(profile) in cells
+    assert any(profile.choices[0].measured_at in cell for cell in cells)
 
 
 def test_a_profile_without_choices_has_a_page():

@@ -20,6 +20,7 @@ from moetune.report.page.numbers import Shown
 from moetune.report.page.single import figures_of
 from moetune.report.page.summary import summary_rows, titles
 from moetune.report.page.together import figures_together
+from moetune.report.tune_command import can_ask, whole_command
 
 INSTALL: Final = 'pip install "plotly>=6.0"'
 
@@ -103,11 +104,12 @@ def _single(shown: Shown, at: int, drawn: list[tuple[str, Figure]]) -> str:
 
 
 def _origin(shown: Shown) -> str:
-    """Returns the environment, the days of measurement, the sources of the defaults and the digests, as a table."""
+    """Returns the file, the command that tunes it, the environment, the days and the digests, as a table."""
     profile = shown.profile
     days = sorted(choice.measured_at for choice in profile.choices)
     sources = sorted({choice.default_source for choice in profile.choices if choice.default_source})
-    entries = [("file", shown.path), ("device", profile.environment.device)]
+    again = [("command", whole_command(profile))] if can_ask(profile) else []
+    entries = [("file", shown.path), *again, ("device", profile.environment.device)]
     entries += [(name, str(value)) for name, value in profile.environment.strict.items()]
     entries += [(name, str(value)) for name, value in profile.environment.informative.items()]
     entries += [("measured", days[0] if days[0] == days[-1] else f"{days[0]} … {days[-1]}")] if days else []
