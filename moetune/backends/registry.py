@@ -14,6 +14,8 @@ from moetune.quoting import quoted
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
+TORCH = "torch"
+REINSTALL = "Reinstall moetune with its dependencies."
 AUTO = "auto"
 """May be given instead of a backend's name: the preferred backend is taken; see `preferred`."""
 
@@ -120,6 +122,8 @@ def _why_not(name: str, layer: MoELayer, regime: Regime) -> str | None:
 
 
 def _not_imported(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"{error.name.partition('.')[0]} is not installed"
     return f"cannot be imported: {error}"
 
 
@@ -148,7 +152,8 @@ def diagnosis(name: str, **options: object) -> Diagnosis:
     try:
         obstacle = backend(name, **options).unavailable()
     except (ImportError, OSError) as error:  # OSError: a package cannot load a system library
-        return Diagnosis(name, False, _not_imported(error), "Reinstall moetune with its dependencies.")
+        hint = f"pip install {TORCH}" if getattr(error, "name", None) == TORCH else REINSTALL
+        return Diagnosis(name, False, _not_imported(error), hint)
     return Diagnosis(name, True) if obstacle is None else Diagnosis(name, False, *obstacle)
 
 

@@ -14,7 +14,7 @@ import click
 from moetune.cli import signals
 from moetune.cli.help import Commands, message_of
 from moetune.cli.streams import discard_stdout, failure_of_stdout
-from moetune.errors import MissError, MoetuneError
+from moetune.errors import MissError, MoetuneError, UsageError
 from moetune.quoting import condensed
 
 DEBUG_VARIABLE = "MOETUNE_DEBUG"
@@ -135,6 +135,12 @@ def _unexpected(error: Exception) -> int:
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exc()
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing == "torch":
+        return _fail(
+            "This command needs torch, which is not installed. pip install torch",
+            "Without it run: models, doctor, lookup, store, and show and export with a profile's path.",
+            code=UsageError.exit_code,
+        )
     if missing and missing != "moetune":
         return _fail(
             f"The Python module {missing} is not installed.",
@@ -161,7 +167,7 @@ def _unexpected(error: Exception) -> int:
         "report": ("moetune.cli.report:report", "Show profiles as one HTML page, as CSV, or as a short table."),
         "export": ("moetune.cli.export:export", "Write a stored profile as the files that an engine reads."),
         "lookup": ("moetune.cli.lookup:lookup", "Say whether an engine will find its tuned file, and why not."),
-        "store": ("moetune.cli.store:store", "List the stored profiles."),
+        "store": ("moetune.cli.store:store", "List, verify, merge and prune the stored profiles."),
     },
 )
 @click.version_option(package_name="moetune", message="moetune %(version)s")

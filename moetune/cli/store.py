@@ -1,4 +1,4 @@
-"""Defines the command `moetune store`."""
+"""Defines the command `moetune store`, and `moetune store list`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from rich.text import Text
 from moetune.cli.help import Command, Commands
 from moetune.cli.options import json_option, store_option
 from moetune.cli.output import document, on_terminal, show
+from moetune.cli.store_files import merge, prune, root_title, verify
 
 if TYPE_CHECKING:
     from moetune.store.profile import Profile
-    from moetune.store.store import Store
 
 SCHEMA_VERSION = 1
 
 
 @click.group(cls=Commands)
 def store() -> None:
-    """List the stored profiles."""
+    """List the stored profiles, compare them with this machine, merge other stores, and delete what is replaced."""
+
+
+for command in (verify, merge, prune):
+    store.add_command(command)
 
 
 @store.command(
@@ -63,7 +67,7 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
     for root in folder.roots:
         within = [entry for entry in profiles if entry[0].is_relative_to(root)]
         if within:
-            show(*([] if root == folder.root else [""]), _where(_title(folder, root), root))
+            show(*([] if root == folder.root else [""]), _where(root_title(folder, root), root))
             show("", store_table(within, root, files=files))
         elif root == folder.root:
             show(f"The store {root} has no profile yet. `moetune tune` writes one.")
@@ -71,13 +75,6 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
         links = "The regimes are links to the files; `moetune store list | cat` prints their paths."
         show("", Text(links, style="dim"))
     show(*(Text.assemble(("unreadable", "yellow"), f" {error}", no_wrap=True) for _, error in broken))
-
-
-def _title(store: Store, root: Path) -> str:
-    """Returns what one of a store's folders is."""
-    if root == store.root:
-        return "store"
-    return "shared store, read-only" if root in store.shared else "packaged with moetune, read-only"
 
 
 def _where(what: str, folder: Path) -> Text:

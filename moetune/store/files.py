@@ -152,6 +152,12 @@ def move_aside(path: Path) -> Path:
     return aside
 
 
+def remove(path: Path) -> None:
+    """Deletes a file durably."""
+    path.unlink()
+    _sync_folder(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder and its parents durably, if they are missing."""
     if not folder.is_dir():

@@ -213,6 +213,11 @@ class Profile(FrozenModel):
     __str__ = __repr__
 
     @property
+    def rows(self) -> frozenset[int]:
+        """Returns the buckets that have a choice."""
+        return frozenset(choice.rows for choice in self.choices)
+
+    @property
     def gain(self) -> float:
         """Returns the geometric mean of the choices' gains.
 

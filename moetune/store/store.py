@@ -20,7 +20,7 @@ from moetune.quoting import shown_path
 from moetune.spec.environment import Environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.store.files import make_folder, move_aside, probe, replace, sweep
+from moetune.store.files import make_folder, move_aside, probe, remove, replace, sweep
 from moetune.store.folders import PACKAGED_VARIABLE, default_roots, expanded, packaged_root, roots_of
 from moetune.store.journal import Journal
 from moetune.store.key import Key
@@ -164,7 +164,7 @@ class Store:
     def profiles(self) -> Iterator[tuple[Path, Profile | StoreError]]:
         """Yields every profile file with its profile, or with the error of reading it. Moves no file."""
         for root in self.roots:
-            yield from _read_all(root.glob("*/*/*/*.json"))
+            yield from read_all(root.glob("*/*/*/*.json"))
 
     def save(self, profile: Profile, *, replacing: bool = False) -> Profile:
         """Merges a profile into the stored one, or else into a shared or packaged one, and writes it durably.
@@ -192,13 +192,8 @@ class Store:
         damaged: DamagedProfileError | None = None
         with self._locked():
             try:
-                stored = read_profile(path)
-                if differences := key.differences(stored):
-                    names = ", ".join(difference.field for difference in differences)
-                    raise DamagedProfileError(f"{path} holds the profile of another question: {names} differ.")
-                profile = stored.merged(profile, replacing=replacing)
-            except FileNotFoundError:
-                profile = self._over_others(profile, replacing)
+                stored = self.merged_into(profile)
+                profile = profile if stored is None else stored.merged(profile, replacing=replacing)
             except DamagedProfileError as error:
                 damaged = _moved_aside(path, error)
             sweep(path.parent)
@@ -224,15 +219,52 @@ class Store:
             with suppress(FileNotFoundError):
                 path.with_suffix(JOURNAL_SUFFIX).open("r+b").close()
 
-    def _over_others(self, profile: Profile, replacing: bool) -> Profile:
-        """Returns `profile` with the buckets added that only the shared or packaged profile of its question has."""
+    def merged_into(self, profile: Profile) -> Profile | None:
+        """Returns the stored profile that `save` would merge one into: its own, else a shared or packaged one, or None.
+
+        Raises:
+            DamagedProfileError: the store's own file is no valid profile, or one of another question. It stays.
+            NewerSchemaError: a newer moetune wrote the store's own file.
+            StoreError: it cannot be read.
+        """
         key = Key.of(profile)
+        path = self.root / key.path
+        with suppress(FileNotFoundError, NotADirectoryError):
+            stored = read_profile(path)
+            if differences := key.differences(stored):
+                names = ", ".join(difference.field for difference in differences)
+                raise DamagedProfileError(f"{path} holds the profile of another question: {names} differ.")
+            return stored
         for root in self.roots[1:]:
             with suppress(FileNotFoundError, NotADirectoryError, StoreError):  # new measurements are saved in any case
                 found = read_profile(root / key.path)
                 if not key.differences(found):
-                    return found.merged(profile, replacing=replacing)
-        return profile
+                    return found
+        return None
+
+    def delete(self, path: Path, profile: Profile, by: Path) -> bool:
+        """Deletes a profile's file that another one has replaced. Returns False if that is no longer so.
+
+        Nothing is deleted if a writer has changed the file since, or tunes it, or the other one lacks a bucket of it.
+
+        Args:
+            path: the file.
+            profile: what it held when it was found to be replaced.
+            by: the file of the profile that has replaced it.
+
+        Raises:
+            UsageError: the store cannot be written.
+            StoreError: the lock is not free in time.
+        """
+        with self._locked():
+            try:
+                unchanged = read_profile(path) == profile and profile.rows <= read_profile(by).rows
+            except (FileNotFoundError, NotADirectoryError, StoreError):
+                return False
+            if not unchanged or path.with_suffix(JOURNAL_SUFFIX).exists():
+                return False
+            remove(path)
+            return True
 
     def _read(self, path: Path) -> Profile:
         """Returns the profile in `path`. A damaged file of the store is moved aside."""
@@ -263,7 +295,7 @@ class Store:
         keys = (key,) if key.coarser is None else (key, key.coarser)
         for folder in ((root / each.path).parent for each in keys for root in self.roots):
             paths = folder.glob(f"{key.backend}-*.json")
-            yield from ((path, found) for path, found in _read_all(paths) if isinstance(found, Profile))
+            yield from ((path, found) for path, found in read_all(paths) if isinstance(found, Profile))
 
     def _profiles(self) -> Iterator[tuple[Path, Profile]]:
         """Yields every valid profile with its file."""
@@ -291,7 +323,8 @@ def _moved_aside(path: Path, error: DamagedProfileError) -> DamagedProfileError:
     return DamagedProfileError(error.message, f"It was moved, unharmed, to {move_aside(path)}.")
 
 
-def _read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Profile | StoreError]]:
+def read_all(paths: Iterable[Path]) -> Iterator[tuple[Path, Profile | StoreError]]:
+    """Yields profile files in the order of their names, each with its profile or with the error of reading it."""
     for path in sorted(paths):
         try:
             yield path, read_profile(path)
