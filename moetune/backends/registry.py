@@ -122,8 +122,9 @@ def _why_not(name: str, layer: MoELayer, regime: Regime) -> str | None:
 
 
 def _not_imported(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"{error.name.partition('.')[0]} is not installed"
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing not in ("", "moetune"):
+        return f"{missing} is not installed"
     return f"cannot be imported: {error}"
 
 

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "show PATH": ("show", str(PROFILE)),
     "show": ("show", *QUESTION),
     "export PATH": ("export", str(PROFILE), "--to", "vllm", "--out", "OUT"),
-    "lookup": ("lookup", "--launch", LAUNCH, "--configs", "OUT"),
+    "lookup": ("lookup", "--launch", LAUNCH, "--device-name", "NVIDIA H200", "--json"),
     "store list": ("store", "list"),
     "store verify": ("store", "verify", "--json"),
     "store prune": ("store", "prune"),
@@ -45,6 +45,7 @@ def answers(missing: str, folder: Path) -> Answers:
     (folder / "commands.json").write_text(json.dumps(commands))
     environ = {
         **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
         "MOETUNE_HIDDEN": missing,
         "MOETUNE_STORE": str(folder / "store"),
         "PYTHONPATH": os.pathsep.join((str(HIDING), str(ROOT))),
@@ -112,7 +113,8 @@ def test_doctor_says_what_is_missing(ran: Answers, missing: str) -> None:
 
 def test_a_tune_says_which_package_its_backend_lacks(ran: Answers, missing: str) -> None:
     assert ran["tune"]["code"] == 2
-    assert "`moetune doctor` says what each backend needs" in ran["tune"]["stderr"]
+    lacked = "needs a CUDA device" if missing == "flashinfer" else f"{missing} is not installed"
+    assert lacked in ran["tune"]["stderr"]
     backend = {"triton": "triton", "flashinfer": "flashinfer-cutlass"}.get(missing)
     if backend:
         answer = ran[f"tune --backend {backend}"]
