@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from moetune.backends.base import Backend
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
-    from moetune.store.profile import Profile
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 _OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {("sglang", "triton"): {"remote": "zero"}}
@@ -144,24 +143,6 @@ def backend_with(name: str, given: Mapping[str, str]) -> Backend:
                 f"Backends with it: {', '.join(having)}." if having else _options_line(name),
             )
     return registry.backend(name, **{key: _value(name, key, text, types[key]) for key, text in given.items()})
-
-
-def backend_of_profile(profile: Profile) -> Backend:
-    """Returns the backend that measured a profile, with the options that its environment records.
-
-    An option that the environment does not record keeps its default. So compare `backend.environment()` with the
-    profile's where that matters.
-
-    Raises:
-        UsageError: the backend or a recorded option is not known here.
-    """
-    from moetune.store.versions import KERNEL_FIELDS
-
-    types, strict = option_types(profile.backend), profile.environment.strict
-    given = {key: strict[key] for key in types if key in KERNEL_FIELDS and key in strict}
-    if "quantized" in types and (arrives := {"yes": "true", "no": "false"}.get(strict.get("arrives_quantized", ""))):
-        given["quantized"] = arrives
-    return backend_with(profile.backend, given)
 
 
 def read_pairs(pairs: Iterable[str], named: Mapping[str, str] = _NONE) -> dict[str, str]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import click
 
 from moetune.cli.help import Command
-from moetune.cli.options import device_option, json_option, request_of_words, store_option
-from moetune.cli.output import document, line, report, show
+from moetune.cli.options import json_option, request_of_words, store_option
+from moetune.cli.output import document, line, on_terminal, report, show
 from moetune.errors import MoetuneError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ EXAMPLE = "moetune batch jobs.yaml --dry-run"
 @click.command(cls=Command, example=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
 @click.option("--dry-run", is_flag=True, help="Measure nothing: list the questions, and about how long they take.")
-@device_option
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Measure on this device alone: cpu, cuda or cuda:N.  [default: every GPU here, otherwise the CPU]",
+)
 @store_option
 @json_option
 def batch(path: Path, dry_run: bool, device: str | None, store: Path | None, as_json: bool) -> None:
@@ -53,6 +57,8 @@ def batch(path: Path, dry_run: bool, device: str | None, store: Path | None, as_
     folder = Store(store)
     with stdout_on_stderr():
         devices = devices_for(device)
+        if device is None and devices == ("cpu",):
+            report("note: there is no GPU here, so these are the questions of this CPU. Run it where the GPUs are.")
         planned, questions = _planned(jobs, folder, devices, str(path))
         result = planned if dry_run else _run(planned, questions)
     if as_json:
@@ -60,7 +66,7 @@ def batch(path: Path, dry_run: bool, device: str | None, store: Path | None, as_
     else:
         from moetune.report.batch import batch_report
 
-        show(*batch_report(result))
+        show(*batch_report(result, narrow=on_terminal()))
     click.get_current_context().exit(FAILED if result.failures else 0)
 
 
@@ -120,13 +126,14 @@ def _backends(request: Request) -> list[Backend]:
 def _run(planned: Batch, questions: Sequence[Question]) -> Batch:
     """Answers the questions of a batch, and returns it with the answers."""
     from moetune.cli.batch_progress import BatchProgress
+    from moetune.recordings.recording import known
     from moetune.tuning import batch_run
 
     began = time.monotonic()
     answered = {question.number: question for question in planned.questions}
     tasks = [
-        batch_run.Task(number, question.layer, question.regime, question.backend, question.store)
-        for number, question in enumerate(questions, 1)
+        batch_run.Task(number, each.layer, each.regime, each.backend, each.store, known(each.regime))
+        for number, each in enumerate(questions, 1)
     ]
 
     def take(answer: Answer) -> None:

@@ -48,7 +48,8 @@ class BatchProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
         if isinstance(error, KeyboardInterrupt):
             self._line(f"Buckets that were finished are saved: {self._measured}. Run the same command again to go on.")
 

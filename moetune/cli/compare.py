@@ -50,12 +50,13 @@ def compare(a: str, b: str, measure: bool, device: str | None, store: Path | Non
     one, other = _both(a, b, Store(store))
     found = changes(one.profile, other.profile, str(one.path), str(other.path))
     if measure:
-        from moetune.cli.backend_choice import backend_of_profile
+        from moetune.backends import registry
         from moetune.cli.streams import stdout_on_stderr
         from moetune.measure.probe import device_for
         from moetune.tuning.timed_changes import require_measurable, timed
 
-        backend, here = backend_of_profile(one.profile), device_for(device)
+        backend = registry.of_environment(one.profile.backend, one.profile.environment.strict)
+        here = device_for(device)
         require_measurable(found, one.profile, other.profile, backend, here)
         with stdout_on_stderr():
             found = timed(found, one.profile, backend, here, on_bucket=_say)

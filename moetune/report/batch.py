@@ -11,17 +11,23 @@ from rich.text import Text
 from moetune.quoting import shortened
 from moetune.report.format import duration, gain_digits
 from moetune.report.lines import counted
+from moetune.report.lists import folded
 from moetune.report.table import add_numbers, new_table
-from moetune.tuning.batch import Batch, BatchJob, BatchQuestion
+from moetune.tuning.batch import Batch, BatchQuestion
 from moetune.tuning.batch_cost import wall_s
 
 EXAMPLE_DEVICES = 8
 """A plan for one device also says how long as many take."""
 
 
-def batch_report(batch: Batch) -> list[RenderableType]:
-    """Returns a table with a row for each question of each job, the reasons of failures, and a line that sums up."""
-    reported: list[RenderableType] = [batch_table(batch), Text()] if batch.questions else []
+def batch_report(batch: Batch, *, narrow: bool = False) -> list[RenderableType]:
+    """Returns a table with a row for each question of each job, the reasons of failures, and a line that sums up.
+
+    Args:
+        batch: the batch.
+        narrow: whether long names are folded, for a terminal of 80 columns.
+    """
+    reported: list[RenderableType] = [batch_table(batch, narrow=narrow), Text()] if batch.questions else []
     reported += [
         Text(f"job {job.number} failed: {job.failed} ({shortened(shlex.join(job.words))})", style="yellow")
         for job in batch.jobs
@@ -35,7 +41,7 @@ def batch_report(batch: Batch) -> list[RenderableType]:
     return [*reported, Text(_cost_line(batch) if batch.dry_run else _summary(batch), style="bold")]
 
 
-def batch_table(batch: Batch) -> Table:
+def batch_table(batch: Batch, *, narrow: bool = False) -> Table:
     """Returns a row for each question of each job. A question that an earlier job asks too has its number alone."""
     table = new_table()
     add_numbers(table, "job", "question")
@@ -47,7 +53,10 @@ def batch_table(batch: Batch) -> Table:
     seen: set[int] = set()
     for job in batch.jobs:
         for number in job.questions:
-            table.add_row(*_cells(batch, job, batch.questions[number - 1], again=number in seen))
+            question = batch.questions[number - 1]
+            names = (question.regime.slug, question.backend)
+            what = [question.layer.name, *(folded(name) if narrow else name for name in names)]
+            table.add_row(str(job.number), str(number), *what, *_result(batch, question, again=number in seen))
             seen.add(number)
     return table
 
@@ -62,18 +71,15 @@ def answer_line(question: BatchQuestion) -> str:
     return f"{counted(question.tuned_buckets, 'bucket')} tuned{gain}, {duration(question.seconds)}"
 
 
-def _cells(batch: Batch, job: BatchJob, question: BatchQuestion, *, again: bool) -> list[Text | str]:
-    regime = question.regime
-    where = [str(job.number), str(question.number)]
-    what = [question.layer.name, regime.slug, question.backend]
+def _result(batch: Batch, question: BatchQuestion, *, again: bool) -> list[Text | str]:
+    """Returns the last three cells of a question: its buckets, their gain and the time."""
     if again:
-        return [*where, *what, Text("as above", style="dim"), "", ""]
+        return [Text("as above", style="dim"), "", ""]
     gain = "–" if question.gain is None else _gain(question.gain)
-    estimated = "–" if question.estimated_s is None else f"~{duration(question.estimated_s)}"
     if batch.dry_run:
-        return [*where, *what, _planned(question), gain, estimated if question.missing_buckets else "–"]
-    took = duration(question.seconds) if question.tuned_buckets else "–"
-    return [*where, *what, _answered(question), gain, took]
+        estimated = f"~{duration(question.estimated_s)}" if question.missing_buckets and question.estimated_s else "–"
+        return [_planned(question), gain, estimated]
+    return [_answered(question), gain, duration(question.seconds) if question.tuned_buckets else "–"]
 
 
 def _planned(question: BatchQuestion) -> str:

@@ -94,8 +94,8 @@ def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: b
         below = str(path.relative_to(root) if path.is_relative_to(root) else path)
         table.add_row(
             profile.layer.name,
-            slug if files else Text(_folded(slug), style=f"link {path.absolute().as_uri()}"),
-            profile.backend if files else _folded(profile.backend),
+            slug if files else Text(folded(slug), style=f"link {path.absolute().as_uri()}"),
+            profile.backend if files else folded(profile.backend),
             profile.environment.device,
             f"{len(profile.choices)}/{len(profile.regime.buckets)}",
             measured[:10],
@@ -104,7 +104,7 @@ def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: b
     return table
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """Returns a name of parts joined by hyphens in lines of `_SLUG_WIDTH`, broken behind a hyphen."""
     lines = [""]
     for part in name.replace("-", "-\n").split("\n"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from moetune.errors import MoetuneError
 from moetune.measure.child import Channel, Child, kill_all
 from moetune.measure.reasons import reason_of
+from moetune.recordings.recording import Recording, remember
 from moetune.store.profile import Profile
 from moetune.tuning.events import BucketChosen, Event, Served, TacticMeasured
 
@@ -30,13 +31,17 @@ TRIES = 2
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question of a batch by its number, and the store that gets the answer."""
+    """A question of a batch by its number, and the store that gets the answer.
+
+    `recording`: the recording that the regime replays; other processes have not read it.
+    """
 
     number: int
     layer: MoELayer
     regime: Regime
     backend: Backend
     store: Store
+    recording: Recording | None = None
     isolate: bool = True
 
 
@@ -220,6 +225,8 @@ def _serve(channel: Channel, device: str) -> None:
     """Answers the tasks that come through a channel, in a process of its own."""
     while True:
         task: Task = channel.receive()
+        if task.recording is not None:
+            remember(task.recording)
         channel.send(_answer(task, device, partial(_forward, channel, task.number)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,8 +94,8 @@ def test_equal_questions_of_several_jobs_are_tuned_once(batch, planted, tiny):
     assert result.exit_code == 0, result.stderr
     assert "as above" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("3 of 3 jobs done")
-    assert "[2/2]" in result.stderr
-    assert "2 buckets tuned, 10.0" in result.stderr.replace("9.99", "10.0")
+    assert re.search(r"\[2/2\] 2 buckets tuned, \d", result.stderr)
+    assert not result.stderr.endswith("\n\n")
     planted.prepared.clear()
     again = batch(entry, words=("--json",))
     assert not planted.prepared

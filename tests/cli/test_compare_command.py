@@ -9,8 +9,6 @@ from choices import make_choice
 from planted import LAYER, PlantedBackend, tactic
 
 from moetune.backends import registry
-from moetune.backends.grouped_triton.backend import TritonBackend
-from moetune.cli.backend_choice import backend_of_profile
 from moetune.measure.probe import environment
 from moetune.spec.environment import Environment
 from moetune.spec.regime import Regime
@@ -25,7 +23,9 @@ REGIME = Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=2)
 def backend(monkeypatch):
     planted = PlantedBackend({"default": 1.0, "fast": 0.5})
     real = registry.backend
-    monkeypatch.setattr(registry, "backend", lambda name: planted if name == "planted" else real(name))
+    monkeypatch.setattr(
+        registry, "backend", lambda name, **options: planted if name == "planted" else real(name, **options)
+    )
     monkeypatch.setattr(TIMED, "SECONDS", 0.05)
     monkeypatch.setattr(TIMED, "timed", partial(TIMED.timed, isolate=False))
     return planted
@@ -112,17 +112,3 @@ def test_a_wrong_question_is_an_error(moetune, words, said):
     result = moetune("compare", *words)
     assert result.exit_code == 2
     assert said in result.stderr
-
-
-def test_the_backend_of_a_profile_has_the_options_that_measured_it():
-    strict = {"triton": "3.6.0", "kernel": "builtin", "remote": "zero", "kernel_version": "0.25"}
-    made = Profile(
-        layer=LAYER,
-        regime=REGIME,
-        backend="triton",
-        environment=Environment(device="GPU", strict=strict),
-        choices=[make_choice(4)],
-    )
-    found = backend_of_profile(made)
-    assert isinstance(found, TritonBackend)
-    assert (found.kernel, found.remote, found.version.since) == ("builtin", "zero", "0.25")

@@ -93,4 +93,4 @@ def test_an_answer_is_one_line(given, line):
 
 
 def test_it_fits_in_80_columns():
-    assert not cut(batch_report(batch(question(1, **TUNED), question(2, **FAILED))))
+    assert not cut(batch_report(batch(question(1, **TUNED), question(2, **FAILED)), narrow=True))

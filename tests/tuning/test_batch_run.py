@@ -1,7 +1,7 @@
 """Questions are answered in this process, or by one process for each device. A failure costs its own question."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from planted import LAYER, PlantedBackend
 from processes import children, eventually, is_running
 
+from moetune.recordings.recording import Recording
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
 from moetune.tuning import batch_run
@@ -16,6 +17,7 @@ from moetune.tuning import final_comparison as final
 from moetune.tuning.batch_run import Task, devices_for, run
 from moetune.tuning.events import BucketChosen, Served, TacticMeasured
 
+GIVEN = {"ep_size": 2, "attention_dp": True, "dispatch": "allgather", "ladder": "4,8", "draws": 1}
 FAST = {"default": 1.0, "fast": 0.5}
 
 
@@ -58,13 +60,15 @@ def _short(monkeypatch):
 def answers(tmp_path):
     """Runs one question for each backend, and returns the answers, the starts and the events."""
 
-    def _answers(*backends, devices=("cpu",)):
+    def _answers(*backends, devices=("cpu",), recording=None):
         store = Store(tmp_path / "store", packaged=tmp_path / "none")
         tasks = [
-            Task(number, LAYER, Regime(ep_size=2, attention_dp=True, ladder="4,8", draws=1, seed=number), each, store,
-                 isolate=False)
+            Task(number, LAYER, Regime(**GIVEN, seed=number), each, store, isolate=False)
             for number, each in enumerate(backends, 1)
         ]  # fmt: skip
+        if recording:
+            replay = Regime(**GIVEN, distribution=f"replay:{recording.digest}")
+            tasks[-1] = replace(tasks[-1], regime=replay, recording=recording)
         found, starts, events = {}, [], []
         run(
             tasks,
@@ -132,7 +136,7 @@ def test_each_gpu_has_a_process_that_sees_it_alone(answers, tmp_path, monkeypatc
     before = children()
     found, starts, events = answers(
         SeenBackend(FAST, folder=seen), dies_once, always, SeenBackend(FAST, folder=seen),
-        devices=("cuda:0", "cuda:1"),
+        devices=("cuda:0", "cuda:1"), recording=RECORDING,
     )  # fmt: skip
     assert [found[number].tuned for number in (1, 2, 4)] == [2, 2, 2]
     assert "Its process ended 2 times" in found[3].failed
@@ -141,6 +145,19 @@ def test_each_gpu_has_a_process_that_sees_it_alone(answers, tmp_path, monkeypatc
     assert {path.read_text() for path in seen.iterdir()} <= {"GPU-a", "GPU-b"}
     assert sum(isinstance(event, BucketChosen) for of, event in events if of == 4) == 2
     assert eventually(lambda: not {pid for pid in children() - before if is_running(pid)})
+
+
+RECORDING = Recording(
+    digest="0123456789abcdef",
+    name="traffic.npy",
+    spelled="replay:traffic.npy",
+    ids=torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]], dtype=torch.int32),
+    weights=None,
+    loads=(1,) * 8,
+    layers=1,
+    layer=None,
+)
+"""It is not read in the processes of the devices."""
 
 
 def _serve_on_cpu(channel, device):
