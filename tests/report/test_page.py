@@ -20,6 +20,7 @@ from moetune.report.page.summary import summary_report
 from moetune.report.page.together import figures_together
 from moetune.report.tune_command import whole_command
 from moetune.spec.enums import Precision
+from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.store.profile import ComparedRows, Profile
 
@@ -175,7 +176,7 @@ def test_numbers_at_the_bounds_are_written():
     slow = made_choice(8, 1e15, FAST, **extreme).model_copy(update={"time_us": 1e15, "stress_us": {"2": float("inf")}})
     quick = made_choice(8, 5e-324)
     pair = [("a", made_profile(quick)), ("b", made_profile(slow, regime=regime(layout="slot")))]
-    assert document(written(pair), "profiles")[1]["choices"][0]["stress_us"] == {"2": "Infinity"}
+    assert document(written(pair), "profiles") == [json.loads(profile.model_dump_json()) for _, profile in pair]
 
 
 MANY = range(1, 514)
@@ -227,10 +228,21 @@ def test_regimes_and_skews_are_compared_at_the_buckets_that_all_have(profiles):
     *_, regimes, skew = figures_together(shown(profiles))
     assert regimes.table.rows == [["8", "61.5", "61.5", "70.125", "same", "same"]]
     assert regimes.traces[2]["y"] == [70.125 / 61.5]
-    assert [row[:3] for row in skew.table.rows] == [["random", "deduplicated"[:0] or skew.table.rows[0][1], "2"],
-                                                    ["zipf:1", skew.table.rows[1][1], "2"]]  # fmt: skip
+    bounds = ["2", repr(skew.traces[0]["y"][0]), "1.0", "1.5"]
+    assert [[row[0], *row[2:]] for row in skew.table.rows] == [["random", *bounds], ["zipf:1", *bounds]]
     assert skew.traces[0]["x"] == ["random", "zipf:1"]
     assert skew.traces[0]["y"] == pytest.approx([1.5**0.5, 1.5**0.5])
+
+
+def test_a_replayed_recording_is_named_and_comes_last():
+    summary = RecordingSummary(name="traffic.npz", tokens=12_000, layers=3)
+    spelled = ("replay:0123456789abcdef", "zipf:1", "zipf:0.5", "random", "balanced")
+    made = [made_profile(made_choice(8, 60.0), regime=regime(distribution=each)) for each in spelled]
+    made[0] = made[0].model_copy(update={"recording": summary})
+    given = shown([(str(at), profile) for at, profile in enumerate(made)])
+    assert figures_together(given)[-1].traces[0]["x"] == ["balanced", "random", "zipf:0.5", "zipf:1", spelled[0]]
+    assert "recording traffic.npz: 12,000 tokens of 3 layers" in page(given, "moetune report", "2026-01-31")
+    assert given[0].work == {}
 
 
 def test_the_map_has_a_column_for_each_parameter_and_a_row_for_each_bucket():

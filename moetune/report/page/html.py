@@ -14,7 +14,7 @@ from typing import Final
 from moetune._version import __version__
 from moetune.errors import UsageError
 from moetune.quoting import printable
-from moetune.report.lines import layer_line, regime_line
+from moetune.report.lines import layer_line, recording_line, regime_line
 from moetune.report.page.figure import Figure, NumberTable, Style
 from moetune.report.page.numbers import Shown
 from moetune.report.page.single import figures_of
@@ -94,11 +94,13 @@ def _together(profiles: Sequence[Shown], drawn: list[tuple[str, Figure]]) -> str
 def _single(shown: Shown, at: int, drawn: list[tuple[str, Figure]]) -> str:
     profile = shown.profile
     figures = [_figure(figure, drawn) for figure in figures_of(shown, Style(at))] if profile.choices else []
-    empty = "" if figures else "<p>No bucket is tuned yet.</p>\n"
+    lines = [layer_line(profile.layer), regime_line(profile.regime)]
+    lines += [recording_line(profile.recording)] if profile.recording else []
+    lines += [f"backend {profile.backend} on {profile.environment.device}"]
+    lines += [] if figures else ["No bucket is tuned yet."]
+    about = "\n".join(f"<p>{_text(line)}</p>" for line in lines)
     return (
-        f"<section>\n<h2>{_text(shown.label)}</h2>\n<p>{_text(layer_line(profile.layer))}</p>\n"
-        f"<p>{_text(regime_line(profile.regime))}</p>\n"
-        f"<p>backend {_text(profile.backend)} on {_text(profile.environment.device)}</p>\n{empty}"
+        f"<section>\n<h2>{_text(shown.label)}</h2>\n{about}\n"
         f'<div class="figures">\n{"".join(figures)}</div>\n{_origin(shown)}\n</section>'
     )
 

@@ -157,6 +157,7 @@ def _shared(group: Sequence[Shown]) -> list[int]:
 
 
 def _order(distribution: str) -> tuple[int, str, float]:
-    """Returns the place of a distribution: equal loads, random ones, then by kind and parameter."""
-    skew = skew_of(distribution)
-    return (2, skew.kind, skew.parameter) if skew else (distribution == "random", "", 0.0)
+    """Returns the place of a distribution: equal loads, random ones, then by kind and parameter, then recordings."""
+    if skew := skew_of(distribution):
+        return 2, skew.kind, skew.parameter
+    return {"balanced": 0, "random": 1}.get(distribution, 3), distribution, 0.0
