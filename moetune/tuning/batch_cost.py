@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from itertools import pairwise
 
 from moetune.store.profile import Profile
 
+NEWEST = 10
+"""How many profiles are looked at, the newest first: a tune of an older moetune took another time."""
 PAUSE_S = 120.0
 """Two choices further apart than this were not measured one after the other: the tune was interrupted."""
 
@@ -21,12 +24,14 @@ def recorded_s(profiles: Iterable[Profile], backend: str, device: str) -> float 
         device: the device. If no profile is of it, all devices count.
 
     Returns:
-        The time; None if no profile of the backend has two choices.
+        The time; None if no profile of the backend has two choices made one after the other.
     """
-    of_backend = [profile for profile in profiles if profile.backend == backend]
+    of_backend = sorted(
+        (profile for profile in profiles if profile.backend == backend and profile.choices), key=_latest, reverse=True
+    )
     of_device = [profile for profile in of_backend if profile.environment.device == device]
     for of in (of_device, of_backend):
-        if gaps := [gap for profile in of for gap in _gaps_s(profile)]:
+        if gaps := [gap for profile in of[:NEWEST] for gap in _gaps_s(profile)]:
             return sum(gaps) / len(gaps)
     return None
 
@@ -42,6 +47,10 @@ def wall_s(costs_s: Iterable[float], devices: int) -> float:
     for cost in costs_s:
         heapq.heapreplace(free, free[0] + cost)
     return max(free)
+
+
+def _latest(profile: Profile) -> datetime:
+    return max(choice.measured_time for choice in profile.choices)
 
 
 def _gaps_s(profile: Profile) -> Iterator[float]:

@@ -15,7 +15,7 @@ from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
 from moetune.tuning.batch import BatchJob, joined_questions, planned
-from moetune.tuning.batch_cost import recorded_s, wall_s
+from moetune.tuning.batch_cost import NEWEST, recorded_s, wall_s
 from moetune.tuning.question import Question
 
 BACKEND = PlantedBackend({"default": 1.0, "fast": 0.5})
@@ -26,9 +26,9 @@ def question(folder, layer=LAYER, regime=REGIME, backend=BACKEND):
     return Question.of(layer, regime, backend, Store(folder, packaged=folder / "none"), "cpu")
 
 
-def dated(*seconds, backend="planted", device="GPU"):
-    """A profile whose choices were made at these seconds."""
-    began = datetime(2026, 1, 1, tzinfo=UTC)
+def dated(*seconds, backend="planted", device="GPU", day=1):
+    """A profile whose choices were made at these seconds of a day."""
+    began = datetime(2026, 1, day, tzinfo=UTC)
     choices = [
         make_choice(rows, measured_at=(began + timedelta(seconds=after)).isoformat())
         for rows, after in zip((4, 8, 16, 32), seconds, strict=False)
@@ -93,6 +93,11 @@ def test_a_bucket_takes_as_long_as_recorded_on_the_device_or_else_anywhere():
     assert recorded_s(profiles, "planted", "new") == pytest.approx(11 / 3)
     assert recorded_s(profiles, "unknown", "GPU") is None
     assert recorded_s([dated(7)], "planted", "GPU") is None
+
+
+def test_only_the_newest_profiles_count():
+    older = [dated(0, 60, day=1) for _ in range(5)]
+    assert recorded_s([*older, *(dated(0, 4, day=2) for _ in range(NEWEST))], "planted", "GPU") == 4
 
 
 def test_a_pause_between_two_runs_is_not_counted():

@@ -126,6 +126,18 @@ def test_an_interrupt_ends_the_batch(answers, monkeypatch):
         answers(backend, PlantedBackend(FAST))
 
 
+def test_an_interrupt_ends_the_processes_of_all_devices(tmp_path):
+    before = children()
+    tasks = [Task(number, LAYER, Regime(**GIVEN), PlantedBackend(FAST), Store(tmp_path)) for number in (1, 2)]
+
+    def interrupt(number, device):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tasks, ("cpu", "cpu"), lambda number, event: None, interrupt, lambda answer: None)
+    assert eventually(lambda: not {pid for pid in children() - before if is_running(pid)})
+
+
 def test_each_gpu_has_a_process_that_sees_it_alone(answers, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     monkeypatch.setattr(batch_run, "_serve", _serve_on_cpu)
