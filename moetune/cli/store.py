@@ -71,9 +71,11 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
             show("", store_table(within, root, files=files))
         elif root == folder.root:
             show(f"The store {root} has no profile yet. `moetune tune` writes one.")
+    if profiles:
+        show("", Text("buckets: those measured of those that the ladder has", style="dim"))
     if profiles and not files:
         links = "The regimes are links to the files; `moetune store list | cat` prints their paths."
-        show("", Text(links, style="dim"))
+        show(Text(links, style="dim"))
     show(*(Text.assemble(("unreadable", "yellow"), f" {error}", no_wrap=True) for _, error in broken))
 
 

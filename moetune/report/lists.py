@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from moetune.quoting import enumerated
 from moetune.report.lines import routing_line
-from moetune.report.table import add_numbers, new_table
+from moetune.report.table import FittedTable, add_numbers, new_table
 from moetune.spec.layer import MoELayer
 from moetune.store.profile import Profile
 
@@ -21,7 +23,7 @@ _SLUG_WIDTH = 22
 """The width of a regime's slug in a terminal of 80 columns."""
 
 
-def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> Table:
+def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = True) -> FittedTable:
     """Returns a table with a row for each named layer.
 
     Args:
@@ -44,7 +46,7 @@ def models_table(models: Iterable[tuple[MoELayer, str]], *, addresses: bool = Tr
             routing_line(layer.routing),
             *([source] if addresses else []),
         )
-    return table
+    return FittedTable(table, ("source", "routing", "inter-\nmediate", "hidden", "top-k"))
 
 
 def backends_table(diagnoses: Iterable[Diagnosis]) -> Table:
@@ -71,44 +73,50 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: bool = True) -> Table:
-    """Returns a table with a row for each stored profile: layer, regime, backend, device, buckets and day.
+def store_table(entries: Iterable[tuple[Path, Profile]], root: Path, *, files: bool = True) -> FittedTable:
+    """Returns a table with a row for each stored profile: layer, regime, ladder, backend, Triton, device, buckets, day.
 
     Args:
         entries: the profiles and their files.
         root: the folder that the files are in.
-        files: whether a column has the files. Otherwise the regimes are links to them.
+        files: whether a column has the files. Otherwise the regimes are links to them, with the ladder below them, and
+            Triton's version is below the backend.
     """
     table = new_table()
     table.add_column("layer", no_wrap=True)
-    table.add_column("regime", overflow="fold", no_wrap=not files)
-    table.add_column("backend", overflow="fold", no_wrap=not files)
-    table.add_column("device", overflow="fold")
+    table.add_column("regime, ladder" if not files else "regime", no_wrap=not files)
+    if files:
+        table.add_column("ladder")
+    table.add_column("backend", no_wrap=not files)
+    if files:
+        table.add_column("triton")
+    table.add_column("device")
     add_numbers(table, "buckets")
     table.add_column("measured", no_wrap=True)
     if files:
         table.add_column("file", style="cyan", overflow="fold")
     for path, profile in entries:
         measured = max((choice.measured_at for choice in profile.choices), default="–")
-        slug = profile.regime.slug
+        slug, ladder = profile.regime.slug, enumerated(str(profile.regime.ladder).split(","), most=4, separator=",")
+        triton = profile.environment.strict.get("triton", "")
         below = str(path.relative_to(root) if path.is_relative_to(root) else path)
+        link = Text(folded(f"{slug}, {ladder}"), style=f"link {path.absolute().as_uri()}")
         table.add_row(
             profile.layer.name,
-            slug if files else Text(folded(slug), style=f"link {path.absolute().as_uri()}"),
-            profile.backend if files else folded(profile.backend),
+            *([slug, ladder, profile.backend, triton] if files else [link, folded(f"{profile.backend} {triton}")]),
             profile.environment.device,
             f"{len(profile.choices)}/{len(profile.regime.buckets)}",
             measured[:10],
             *([below] if files else []),
         )
-    return table
+    return FittedTable(table, ("measured", "buckets"))
 
 
-def folded(name: str) -> str:
-    """Returns a name of parts joined by hyphens in lines of `_SLUG_WIDTH`, broken behind a hyphen."""
+def folded(text: str) -> str:
+    """Returns a text of parts joined by hyphens and spaces in lines of `_SLUG_WIDTH`, broken behind one of these."""
     lines = [""]
-    for part in name.replace("-", "-\n").split("\n"):
-        if lines[-1] and len(lines[-1]) + len(part) > _SLUG_WIDTH:
+    for part in re.split(r"(?<=[- ])", text.strip()):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > _SLUG_WIDTH:
             lines.append("")
         lines[-1] += part
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)

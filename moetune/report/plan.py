@@ -27,7 +27,7 @@ from moetune.report.lines import (
     span,
     versions,
 )
-from moetune.report.table import add_numbers, new_table
+from moetune.report.table import FittedTable, add_numbers, new_table
 from moetune.spec.enums import ENGINE_TITLES
 from moetune.store.miss import taken_hint
 
@@ -74,16 +74,18 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
     return reported
 
 
-def plan_table(plan: Plan) -> Table:
-    """Returns a table with a row for each bucket: the kernel's load, the bytes on the wire, and the GEMMs' work."""
+def plan_table(plan: Plan) -> FittedTable:
+    """Returns a table with a row for each bucket: the kernel's load, the bytes on the wire, and the GEMMs' work.
+
+    In a narrow terminal columns of bytes and operations are left out.
+    """
     table = new_table()
     table.padding = (0, 0)  # eleven columns fit into a terminal of 80
     same, other = _tokens_are_rows(plan), _has_typical_rows(plan)
     add_numbers(table, "rows", *(["typ.\nrows"] if other else []), *([] if same else ["tokens\na rank"]))
     add_numbers(table, "local\nslots", "slots/\nexpert", "active\nexperts")
-    for title in (*(("bytes\nin", "bytes\nback") if plan.wire else ()), "weight\nbytes", "activ.\nbytes"):
-        table.add_column(title, justify="right", overflow="fold")
-    add_numbers(table, "GEMMs\n(FLOP)")
+    spare = (*(("bytes\nback", "bytes\nin") if plan.wire else ()), "activ.\nbytes", "weight\nbytes", "GEMMs\n(FLOP)")
+    add_numbers(table, *(("bytes\nin", "bytes\nback") if plan.wire else ()), *spare[-2:-4:-1], spare[-1])
     for bucket in plan.buckets:
         table.add_row(
             f"{bucket.rows:,}",
@@ -97,7 +99,7 @@ def plan_table(plan: Plan) -> Table:
             human_bytes(bucket.activation_bytes),
             human_flops(bucket.flops).removesuffix("FLOP"),
         )
-    return table
+    return FittedTable(table, spare)
 
 
 def wire_table(plan: Plan) -> Table:

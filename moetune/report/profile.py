@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from moetune.report.command import command
@@ -24,7 +23,7 @@ from moetune.report.lines import (
     skipped_lines,
     span,
 )
-from moetune.report.table import add_numbers, new_table, time_unit
+from moetune.report.table import FittedTable, add_numbers, new_table, time_unit
 from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
 from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.environment import Environment
@@ -33,6 +32,7 @@ from moetune.store.profile import Choice, Profile
 from moetune.tuning.verdict import NOISY
 
 _VERSIONS = ("torch", "cuda", "triton", "flashinfer", "vllm", "sglang")
+_BOUNDS = "95 % bounds"
 _TRITON_COLUMNS = {"M×N×K", "group", "warps", "stages"}
 
 
@@ -85,8 +85,11 @@ def profile_report(
     return reported
 
 
-def profile_table(profile: Profile) -> Table:
-    """Returns a table with a row for each bucket: tactic, its time, the default's time, gain and 95 % bounds."""
+def profile_table(profile: Profile) -> FittedTable:
+    """Returns a table with a row for each bucket: tactic, its time, the default's time, gain and 95 % bounds.
+
+    A narrow terminal has the rows, the tile, the time and the gain.
+    """
     scale, unit = time_unit([time for choice in profile.choices for time in (choice.time_us, choice.default_time_us)])
     tactics = tactic_columns([choice.tactic for choice in profile.choices])
     table = new_table()
@@ -97,7 +100,7 @@ def profile_table(profile: Profile) -> Table:
         else:
             add_numbers(table, title)
     add_numbers(table, f"time\n({unit})", f"default\n({unit})", "gain")
-    table.add_column("95 % bounds", justify="center", no_wrap=True)
+    table.add_column(_BOUNDS, justify="center", no_wrap=True)
     for choice, *cells in zip(profile.choices, *tactics.values(), strict=True):
         kept = choice.tactic == choice.default_tactic
         table.add_row(
@@ -107,7 +110,7 @@ def profile_table(profile: Profile) -> Table:
             significant(choice.default_time_us / scale),
             *_gain(choice),
         )
-    return table
+    return FittedTable(table, (_BOUNDS, f"default\n({unit})", "group", "stages", "warps"))
 
 
 def _gain(choice: Choice) -> tuple[Text, Text]:

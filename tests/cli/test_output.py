@@ -58,8 +58,8 @@ def test_an_error_folds_between_words_in_a_terminal_and_not_in_a_pipe(monkeypatc
     assert len(lines) > 2
     assert all(len(line) <= 50 for line in lines)
     assert " ".join(line.strip() for line in lines) == (
-        "error: `moetune show` takes either a profile's path, or --model with options, or --launch. See "
-        "`moetune store list`."
+        "error: `moetune show` takes either a profile's path, or --model with options, or --launch. Example: "
+        "moetune show --launch 'vllm serve …'. `moetune store list` prints the paths."
     )
     pipe = io.StringIO()
     monkeypatch.setattr(sys, "stderr", pipe)

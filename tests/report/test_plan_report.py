@@ -2,7 +2,7 @@ import re
 
 from shown import LAYER, REGIME, printed, rows_of
 
-from moetune.report.plan import plan_report
+from moetune.report.plan import plan_report, plan_table
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.tuning.plan import plan
@@ -81,3 +81,14 @@ def test_a_skewed_plan_shows_the_asked_and_the_achieved_skew():
 
 def test_a_plan_of_random_logits_shows_no_skew():
     assert "skew" not in printed(*plan_report(plan(LAYER, Regime(ladder="8"), device="cpu")))
+
+
+def test_a_narrow_plan_breaks_no_number_and_names_the_columns_that_are_left_out():
+    regime = Regime(ep_size=8, attention_dp=True, dispatch="alltoall", layout="deduplicated", ladder="vllm")
+    planned = plan("qwen3-235b-a22b", regime, device="cpu")
+    lines = printed(plan_table(planned), width=60).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "left out at this width: bytes back, bytes in, activ. bytes" in " ".join(lines)
+    rule = next(at for at, line in enumerate(lines) if line.startswith("──"))
+    rows = [line.split() for line in lines[rule + 1 :] if line[:1].isspace() or line[:1].isdigit()]
+    assert [row[0].replace(",", "") for row in rows] == [str(bucket.rows) for bucket in planned.buckets]

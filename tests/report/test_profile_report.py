@@ -248,3 +248,14 @@ def test_the_next_command_names_the_version_of_an_older_kernel():
     profile = made_profile(choice, backend="triton", remote="zero", kernel_version="0.19")
     line = printed(*profile_report(profile, "/p.json")).splitlines()[-1]
     assert line == "next: moetune export /p.json --to vllm --for-version 0.19 --out tuned"
+
+
+@pytest.mark.parametrize("path", PROFILES[:4], ids=lambda path: path.parent.name)
+def test_a_narrow_terminal_shows_the_answer_whole(path):
+    profile = Profile.model_validate_json(path.read_text())
+    for width in (40, 60):
+        lines = printed(profile_table(profile), width=width).splitlines()
+        assert all("…" not in line and len(line) <= width for line in lines)
+        title = next(line for line in lines if line.lstrip().startswith("rows"))
+        assert {"M×N×K", "gain"} <= set(title.split())
+        assert "default" not in " ".join(lines[:2])
