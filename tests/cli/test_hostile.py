@@ -46,6 +46,7 @@ def changed(tmp_path: Path, path: str = "profile.json", **fields: object) -> Pat
     "words",
     [
         ("show", "FILE"),
+        ("report", "FILE", "--csv", "out.csv"),
         ("export", "FILE", "--to", "vllm", "--out", "out"),
         ("plan", "--model", "FILE"),
         ("plan", "--launch", "vllm serve FILE"),
