@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from moetune.inputs.deployment import from_launch as from_launch
     from moetune.inputs.deployment import regime as regime
     from moetune.inputs.presets import layer as layer
+    from moetune.recordings.recorder import Recorder as Recorder
+    from moetune.recordings.recorder import record as record
     from moetune.spec.ladder import Ladder as Ladder
     from moetune.spec.layer import MoELayer as MoELayer
     from moetune.spec.regime import Regime as Regime
@@ -71,6 +73,7 @@ _HOMES = {
     "NotSavedError": "moetune.errors",
     "Plan": "moetune.tuning.plan",
     "Profile": "moetune.store.profile",
+    "Recorder": "moetune.recordings.recorder",
     "Regime": "moetune.spec.regime",
     "Routing": "moetune.workload.routing",
     "Store": "moetune.store.store",
@@ -87,6 +90,7 @@ _HOMES = {
     "pack_topk": "moetune.workload.packing",
     "plan": "moetune.tuning.plan",
     "realize": "moetune.workload.routing",
+    "record": "moetune.recordings.recorder",
     "regime": "moetune.inputs.deployment",
     "tune": "moetune.tuning.tune",
     "tune_all": "moetune.tuning.tune_all",

@@ -70,7 +70,12 @@ OLDER_VLLM = {
     )
     for version, sha256, *others in (
         ("0.20.2", "22a7dd06eb03371298e13d6100f3dedbf307352342aaf08e87c929c60aae9b4d"),
-        ("0.26.0", "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de", "experts/triton_moe"),
+        (
+            "0.26.0",
+            "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de",
+            "experts/triton_moe",
+            "router/base_router",
+        ),
     )
 }
 """Versions of vLLM whose kernel or its default is not the newest's."""

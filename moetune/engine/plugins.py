@@ -1,5 +1,7 @@
 """Plugins of vLLM and SGLang: if `MOETUNE_REGIME` is set, each process of the engine tunes for that regime.
 
+If `MOETUNE_RECORD` is set, rank 0 records the experts of its tokens; see `record_hook`.
+
 The entry points are in the groups `vllm.general_plugins` and `sglang.srt.plugins`. Both engines call them early in
 every process, sometimes more than once. A plugin imports neither torch nor FlashInfer. It waits until the engine itself
 imports FlashInfer's tuner or its own Triton experts, and so costs nothing in a process that does not, and never queries
@@ -20,6 +22,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from moetune.engine import record_hook
 from moetune.errors import MoetuneError, UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +45,9 @@ def sglang() -> None:
 
 
 def register(logger: logging.Logger) -> None:
-    """Starts this process's session if `MOETUNE_REGIME` is set. A second call does nothing.
+    """Starts this process's session if `MOETUNE_REGIME` is set, and a recording if `MOETUNE_RECORD` is.
+
+    A second call does nothing.
 
     `MOETUNE_REGIME` is spelled like the options of the command line:
     `--model qwen3-235b-a22b --ep 8 --dispatch vllm:deepep_high_throughput`. If the value cannot be read, that is logged
@@ -52,10 +57,14 @@ def register(logger: logging.Logger) -> None:
         logger: a logger whose lines the engine prints.
     """
     global _registered
-    spelled = os.environ.get(VARIABLE)
-    if not spelled or _registered:
+    spelled, recorded = os.environ.get(VARIABLE), os.environ.get(record_hook.VARIABLE)
+    if _registered or not (spelled or recorded):
         return
     _registered = True
+    if recorded:
+        record_hook.install(recorded, logger, when_imported)
+    if not spelled:
+        return
     try:
         _register(spelled, logger)
     except MoetuneError as error:
