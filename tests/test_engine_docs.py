@@ -15,7 +15,8 @@ from moetune.inputs.option_table import OPTIONS
 from moetune.inputs.options import parse, resolve
 
 TEXT = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+BLOCKS = [block for language, block in FENCED if not language]
 COMMANDS = {"tune": tune, "export": export}
 ENGINES = ("vllm serve", "python -m sglang", "trtllm-serve")
 
