@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moetune.cli.help import Command
+from moetune.cli.help import Argument, Command
 from moetune.cli.options import json_option, request_of_words, store_option
 from moetune.cli.output import document, line, on_terminal, report, show
 from moetune.errors import MoetuneError, UsageError
@@ -29,7 +29,9 @@ EXAMPLE = "moetune batch jobs.yaml --dry-run"
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path), metavar="FILE")
+@click.argument(
+    "path", cls=Argument, type=click.Path(path_type=Path), metavar="FILE", meaning="YAML, or one job in each line."
+)
 @click.option("--dry-run", is_flag=True, help="Measure nothing: list the questions, and about how long they take.")
 @click.option(
     "--device",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moetune.cli.help import Command
+from moetune.cli.help import Argument, Command
 from moetune.cli.options import device_option, json_option, store_option
 from moetune.cli.output import document, line, show
 from moetune.errors import MissError, UsageError
@@ -23,8 +23,8 @@ moetune compare near new.json --measure"""
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", cls=Argument, metavar="A", meaning="A profile's file, or near. Usually the older one.")
+@click.argument("b", cls=Argument, metavar="B", meaning="The other profile's file, or near.")
 @click.option(
     "--measure",
     is_flag=True,

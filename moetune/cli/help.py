@@ -47,16 +47,29 @@ def message_of(error: click.UsageError) -> str:
     return f"No such option {quoted(error.option_name)}. {near}".rstrip()
 
 
-class Profile(click.Argument):
-    """The argument PROFILE, with a help of its own."""
+class Argument(click.Argument):
+    """An argument with a help of its own.
+
+    Args:
+        meaning: the help, one or two sentences.
+    """
+
+    def __init__(self, *args: Any, meaning: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.meaning = meaning
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
         """Returns the entry of the help."""
-        return "[PROFILE]", "A profile's file, as `moetune store list` prints it. Instead of --model or --launch."
+        return self.metavar or str(self.name), self.meaning
 
 
 profile_argument = click.argument(
-    "path", cls=Profile, type=click.Path(path_type=Path), metavar="[PROFILE]", required=False
+    "path",
+    cls=Argument,
+    type=click.Path(path_type=Path),
+    metavar="[PROFILE]",
+    required=False,
+    meaning="A profile's file, as `moetune store list` prints it. Instead of --model or --launch.",
 )
 
 

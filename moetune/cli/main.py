@@ -56,9 +56,9 @@ class CommandLine(LazyGroup):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Runs the command line and ends the process.
 
-        Exit codes: 0 done. 1 no valid result, or it cannot be written to stdout. 2 usage. 3 a miss. 5 measured, but
-        not saved. 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP. A reader that closes the pipe early, such as
-        `head`, is no error.
+        Exit codes: 0 done. 1 no valid result, also of some jobs of a batch, or it cannot be written to stdout. 2 usage.
+        3 a miss. 4 a check has failed. 5 measured, but not saved. 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP.
+        A reader that closes the pipe early, such as `head`, is no error.
         """
         try:
             code = self._run(*args, **kwargs)

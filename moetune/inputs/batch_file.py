@@ -40,7 +40,8 @@ def read_jobs(path: Path | str) -> tuple[tuple[str, ...], ...]:
         text = read_text(path, MOST_BYTES)
         found = tuple(_of_yaml(parse_yaml(text)) if _is_yaml(path, text) else _of_lines(text))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name} cannot be read: {shortened(str(error))}.", "Give a file of jobs.") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(f"{name} cannot be read: {shortened(why)}.", _EXAMPLE) from None
     except UsageError as error:
         raise UsageError(f"{name}: {error.message}", error.hint or _EXAMPLE) from None
     if not found:

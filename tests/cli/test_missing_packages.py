@@ -25,6 +25,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "show PATH": ("show", str(PROFILE)),
     "show": ("show", *QUESTION),
     "export PATH": ("export", str(PROFILE), "--to", "vllm", "--out", "OUT"),
+    "compare": ("compare", str(PROFILE), str(PROFILE)),
+    "compare --measure": ("compare", str(PROFILE), str(PROFILE), "--measure"),
+    "batch": ("batch", str(ROOT / "tests/data/jobs.yaml"), "--dry-run"),
     "lookup": ("lookup", "--launch", LAUNCH, "--device-name", "NVIDIA H200", "--json"),
     "store list": ("store", "list"),
     "store verify": ("store", "verify", "--json"),
@@ -35,7 +38,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "tune --backend triton": ("tune", *QUESTION, "--backend", "triton"),
     "tune --backend flashinfer-cutlass": ("tune", *QUESTION, "--backend", "flashinfer-cutlass"),
 }
-NEED_TORCH = {"plan", "show", "tune --frozen", "tune --backend triton", "tune --backend flashinfer-cutlass"}
+NEED_TORCH = {
+    "plan", "show", "tune --frozen", "tune --backend triton", "tune --backend flashinfer-cutlass", "compare --measure",
+    "batch",
+}  # fmt: skip
 Answers = dict[str, dict[str, Any]]
 
 
@@ -77,7 +83,7 @@ def test_no_command_ends_with_a_traceback_or_as_a_bug(ran: Answers) -> None:
 
 
 def test_what_needs_no_package_runs(ran: Answers) -> None:
-    for name in ("version", "models", "doctor", "doctor --json", "show PATH", "export PATH", "store list"):
+    for name in ("version", "models", "doctor", "doctor --json", "show PATH", "export PATH", "store list", "compare"):
         assert ran[name]["code"] == 0, (name, ran[name]["stderr"])
     for name in ("store verify", "store prune", "store merge"):
         assert ran[name]["code"] == 0, (name, ran[name]["stderr"])
@@ -93,6 +99,7 @@ def test_what_needs_torch_says_so(ran: Answers, missing: str) -> None:
             assert "error: This command needs torch, which is not installed. pip install torch\n" in answer["stderr"]
         else:
             assert "needs torch, which" not in answer["stderr"]
+    assert ran["batch"]["code"] == (2 if missing == "torch" else 0), ran["batch"]["stderr"]
     assert (ran["plan"]["code"], ran["show"]["code"], ran["tune --frozen"]["code"]) == (
         (2, 2, 2) if missing == "torch" else (0, 3, 3)
     )
