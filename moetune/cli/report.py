@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import realpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,8 @@ def _require_apart(paths: tuple[Path, ...], *outputs: Path | None) -> None:
     Raises:
         UsageError: two of the paths are one file.
     """
-    taken = {path.resolve() for path in paths}
+    taken = {realpath(path) for path in paths}
     for output in filter(None, outputs):
-        if output.resolve() in taken:
+        if realpath(output) in taken:
             raise UsageError(f"{output} is given twice: it would be overwritten.", "Give -o and --csv other files.")
-        taken.add(output.resolve())
+        taken.add(realpath(output))
