@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,8 @@ class EngineBench:
         self._warm: set[Tactic] = set()
         self._expected: dict[int, torch.Tensor | None] = {}
 
-    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
-        """See `Bench.samples`. It is a collective: every rank of the group must call it."""
+    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = math.inf) -> Series:
+        """See `Bench.samples`. It is a collective: every rank of the group must call it. No tactic is stopped."""
         try:
             mine = self._samples(tactics, draws)
         except Exception as error:  # a kernel may raise anything, and the other ranks wait for this rank's times

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from moetune.backends.base import Backend, Problem
@@ -37,7 +38,7 @@ class BenchLike(Protocol):
         """The tactics that were timed without a CUDA graph, each with the reason."""
         ...
 
-    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
+    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = math.inf) -> Series:
         """Times tactics; see `Bench.samples`."""
         ...
 
@@ -123,18 +124,24 @@ class Bench:
         self._references: dict[int, torch.Tensor] = {}
         self._right: set[tuple[Tactic, int]] = set()
 
-    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
+    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = math.inf) -> Series:
         """Returns paired samples in µs, in the order of `tactics`, with None for a tactic that failed.
 
         Sample i of every tactic is taken in the same round, on draw `draws[i]`. A tactic that is listed twice gets two
         independent series, which are an A/A comparison. If the tactics together do not fit into memory, each is timed
         alone.
 
+        Args:
+            tactics: what to time.
+            draws: the number of a draw for each round.
+            limit_us: how long one run may take in µs. A tactic whose first run takes longer is run once more, because
+                the first may have compiled. If that takes longer too, the tactic fails before it is timed.
+
         Raises:
             DeviceLostError: a tactic failed and the device is unusable for this process.
         """
         for tactic in dict.fromkeys(tactics):
-            self._warm_up(tactic, draws[0])
+            self._warm_up(tactic, draws[0], limit_us)
         taken = iter(self._taken(tactics, draws))
         return [None if tactic in self.failures else tuple(next(taken)) for tactic in tactics]
 
@@ -166,15 +173,22 @@ class Bench:
     def _call(self, tactic: Tactic) -> TimedCall:
         return partial(self._runner.run, tactic)
 
-    def _warm_up(self, tactic: Tactic, draw: int) -> None:
+    def _warm_up(self, tactic: Tactic, draw: int, limit_us: float) -> None:
         if tactic in self._warm or tactic in self.failures:
             return
-        self._observer.starts(Activity.FIRST_RUN, tactic)
-        try:
-            self._clock.warm_up(self._call(tactic), draw)
-            self._warm.add(tactic)
-        except Exception as error:
-            self._fail_by_error(tactic, error)
+        for activity in (Activity.FIRST_RUN, Activity.TIMING):
+            self._observer.starts(activity, tactic)
+            began = perf_counter()
+            try:
+                self._clock.warm_up(self._call(tactic), draw)
+            except Exception as error:
+                self._fail_by_error(tactic, error)
+                return
+            taken_us = 1e6 * (perf_counter() - began)
+            if taken_us <= limit_us:
+                self._warm.add(tactic)
+                return
+        self._fail(tactic, f"stopped: one run takes {taken_us / 1e3:.0f} ms, the limit is {limit_us / 1e3:.0f} ms")
 
     def _taken(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> list[list[float]]:
         """Returns the samples of the tactics that have not failed, in µs.

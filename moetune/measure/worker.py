@@ -3,11 +3,13 @@
 If a kernel does one of these, a new process is started. The calling process is not affected.
 
 A process may also be killed from outside, for instance when memory runs out. So a tactic during which the process dies
-is tried once more, alone in a new process, and fails only if it ends that one too. A tactic that hangs fails at once.
+is tried once more, alone in a new process, and fails only if it ends that one too. A tactic that hangs fails at once,
+unless its time was bounded by what the best tactic so far needs: then it too is tried once more.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -22,6 +24,7 @@ from moetune.errors import DeviceLostError, MoetuneError, NoResultError
 from moetune.measure.bench import Activity, Bench, BenchLike, Series
 from moetune.measure.child import Channel, Child, GarbledError
 from moetune.measure.reasons import both, reason_of, shortened
+from moetune.measure.timeouts import SLOW, Timeouts
 from moetune.spec.tactic import Tactic
 
 GLANCE_S = 0.1
@@ -31,33 +34,6 @@ RETRIES = 3
 
 It is also how often a tactic that runs alone, but ends the process beside others, is timed beside others again.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """The seconds that each activity may take. After that, the process counts as hung and is killed.
-
-    Attributes:
-        prepare_s: the start of a process, the preparation of a problem, or a reference computation.
-        first_run_s: the first run of a tactic, compilation included.
-        timing_s: a batch of runs of one tactic, or a check, apart from `run_s` for each run.
-        run_s: each run in a batch or a check.
-    """
-
-    prepare_s: float = 600.0
-    first_run_s: float = 60.0
-    timing_s: float = 30.0
-    run_s: float = 1.0
-
-    def limit_s(self, activity: Activity, runs: int = 1) -> float:
-        """Returns how long an activity of `runs` runs may take."""
-        match activity:
-            case Activity.FIRST_RUN:
-                return self.first_run_s
-            case Activity.TIMING | Activity.CHECK:
-                return self.timing_s + runs * self.run_s
-            case _:
-                return self.prepare_s
 
 
 class Worker:
@@ -166,7 +142,8 @@ class Worker:
         child.channel.send(request)
         while True:
             status = child.channel.noted()
-            limit_s = self._timeouts.limit_s(status.activity, status.runs)
+            limit_us = request.limit_us if isinstance(request, _Request) else math.inf
+            limit_s = self._timeouts.limit_s(status.activity, status.runs, limit_us)
             if child.channel.connection.poll(GLANCE_S):
                 message = child.channel.receive()
                 if isinstance(message, _Answer):
@@ -176,7 +153,8 @@ class Worker:
                 reasons = bench.eager if isinstance(message, _Eager) else bench.failures
                 reasons[message.tactic] = message.reason
             elif self._now_s() > max(status.since, sent) + limit_s and status == child.channel.noted():
-                raise _ProcessLostError(status, f"hung: not finished within {limit_s:g} s", hung=True)
+                learned = limit_s < self._timeouts.limit_s(status.activity, status.runs)
+                raise _ProcessLostError(status, _hung(status.runs, limit_s, learned), hung=not learned)
             elif child.has_ended and not child.channel.connection.poll():  # a process that it left holds the other end
                 raise EOFError
 
@@ -221,7 +199,7 @@ class WorkerBench:
     _suspects: dict[Tactic, str | None] = field(default_factory=dict)
     """The tactics that are tried alone next: the process died during them once, with the reason, or may have."""
 
-    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
+    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = math.inf) -> Series:
         """Times tactics; see `Bench.samples`.
 
         If the process dies while a tactic runs, the tactic is timed alone in a new process. If it ends that one too, it
@@ -235,9 +213,9 @@ class WorkerBench:
             alone = next((tactic for tactic in running if tactic in self._suspects), None)
             try:
                 if alone is None:
-                    answer = self.worker._request(self, _Request("samples", (running, list(draws))))
+                    answer = self.worker._request(self, _Request("samples", (running, list(draws), limit_us)))
                     break
-                self.worker._request(self, _Request("samples", ([alone], list(draws))))
+                self.worker._request(self, _Request("samples", ([alone], list(draws), limit_us)))
             except _TacticLostError:
                 continue
             ran_alone[alone] += 1
@@ -298,6 +276,11 @@ class _Request:
         """The tactics that run."""
         first = self.arguments[0]
         return (first,) if isinstance(first, Tactic) else tuple(dict.fromkeys(first))
+
+    @property
+    def limit_us(self) -> float:
+        """How long one run of a tactic may take in µs."""
+        return float(self.arguments[2]) if self.method == "samples" else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +348,14 @@ class _Reporter:
 
     def eager(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Eager(tactic, reason))
+
+
+def _hung(runs: int, limit_s: float, learned: bool) -> str:
+    """Returns why a process counts as hung."""
+    if not learned:
+        return f"hung: not finished within {limit_s:g} s"
+    run = "one run" if runs == 1 else f"each of {runs} runs"
+    return f"stopped: not finished within {limit_s:.3g} s, which allows {run} {SLOW} times the best so far"
 
 
 def is_moetunes(error: Exception) -> bool:

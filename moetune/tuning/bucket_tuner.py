@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from moetune.errors import DefaultFailedError
+from moetune.measure.timeouts import slow_limit_us
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
 from moetune.tuning import final_comparison
@@ -252,7 +253,9 @@ class BucketTuner:
         draws = list(islice(cycle(problem.numbers("search")), rounds))
         times: dict[Tactic, float] = {}
         try:
-            series = self._bench.samples(compiled, draws)
+            # without the default nothing could be decided, so it is never stopped
+            limit_us = math.inf if self._bucket.default in compiled else slow_limit_us(self._times.values())
+            series = self._bench.samples(compiled, draws, limit_us)
             times = {t: sum(samples) / len(samples) for t, samples in zip(compiled, series, strict=True) if samples}
             while times and not self._bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
                 del times[leader]

@@ -31,7 +31,7 @@ class PlantedBench:
         self.fast, self.broken = fast, broken
         self.failures: dict[Tactic, str] = {}
 
-    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int]) -> Series:
+    def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = 0.0) -> Series:
         self.failures[self.broken] = "does not run"
         return [
             None if tactic == self.broken else tuple(80.0 if tactic == self.fast else 100.0 for _ in draws)

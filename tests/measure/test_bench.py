@@ -93,3 +93,33 @@ def test_what_was_timed_without_a_graph_is_known_by_its_name():
     assert bench.eager == {other: "it synchronizes"}
     bench.samples([good], [0])
     assert bench.eager == {other: "it synchronizes"}
+
+
+class FirstRuns(CpuClock):
+    """First runs take what `seconds` says, on a clock of their own."""
+
+    def __init__(self, monkeypatch, **seconds):
+        super().__init__()
+        self._now_s, self._seconds = 0.0, {tactic(name): list(taken) for name, taken in seconds.items()}
+        monkeypatch.setattr(bench_module, "perf_counter", lambda: self._now_s)
+
+    def warm_up(self, call, draw):
+        super().warm_up(call, draw)
+        left = self._seconds.get(call.args[0], [])
+        self._now_s += left.pop(0) if left else 0.001
+
+
+def test_a_tactic_whose_second_run_too_is_far_slower_than_the_best_is_not_timed(monkeypatch):
+    clock = FirstRuns(monkeypatch, other=[3.0, 0.09], slow=[3.0, 0.4])
+    recorder = Recorder()
+    bench = Bench(FailingBackend(), problem(), clock, recorder)
+    good, compiled, slow = bench.samples([GOOD, OTHER, tactic("slow")], [0, 1], limit_us=1e5)
+    assert (len(good), len(compiled), slow) == (2, 2, None), "a first run may compile"
+    assert bench.failures == {tactic("slow"): "stopped: one run takes 400 ms, the limit is 100 ms"}
+    assert recorder.failed_tactics == list(bench.failures.items())
+    assert (Activity.TIMING, tactic("slow"), 1) in recorder.started
+
+
+def test_without_a_limit_no_tactic_is_too_slow(monkeypatch):
+    bench = Bench(FailingBackend(), problem(), FirstRuns(monkeypatch, slow=[3.0, 3.0]))
+    assert None not in bench.samples([GOOD, tactic("slow")], [0])

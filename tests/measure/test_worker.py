@@ -368,3 +368,13 @@ def test_a_tactic_has_its_first_run_once_in_a_process_if_the_backend_warms_once(
             bench_of(problem(rows)).samples([GOOD], [0])
             runs.append(len(log.read_text().split()))
     assert runs[0] - runs[1] == once
+
+
+def test_a_tactic_that_hangs_is_stopped_by_what_the_best_needs_and_tried_once_more():
+    timeouts = Timeouts(prepare_s=60, first_run_s=60, timing_s=600, learned_s=0.5)
+    with Worker(FailingBackend(), "cpu", timeouts=timeouts) as worker:
+        bench = worker.bench(problem())
+        hung, good = bench.samples([HANGS_LATER, GOOD], [0, 0], 1e5)
+    assert (hung, len(good)) == (None, 2)
+    reason = "stopped: not finished within 0.6 s, which allows one run 20 times the best so far during its timing"
+    assert bench.failures == {HANGS_LATER: f"{reason}, twice"}
