@@ -150,10 +150,10 @@ def test_a_search_times_a_bucket_of_two_row_counts_with_its_rounds_of_each(plant
         bench.problem = problem
         prepared(bench, backend, problem, **options)
 
-    def record(bench, tactics, draws):
+    def record(bench, tactics, draws, limit_us):
         rows = Counter(bench.problem.draws[draw].rows for draw in draws)
         searched.setdefault(bench.problem.rows, rows)
-        return samples(bench, tactics, draws)
+        return samples(bench, tactics, draws, limit_us)
 
     monkeypatch.setattr(Bench, "__init__", prepare)
     monkeypatch.setattr(Bench, "samples", record)
