@@ -14,9 +14,10 @@ import wheels
 
 
 def pytest_configure() -> None:
-    """Lets Ctrl-C through where the tests were started in the background, for which a shell ignores it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Undoes that signals are ignored: SIGINT by a shell that runs the tests in the background, SIGHUP by nohup."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)

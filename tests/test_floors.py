@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -115,3 +116,9 @@ def test_the_reader_of_imports_sees_through_functions_and_type_checking():
 def test_no_torch_is_loaded(statement):
     code = f"import sys; {statement}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_no_two_test_modules_have_one_name():
+    """Pytest imports a test module by its file's name alone, so the second one of a name cannot be collected."""
+    counts = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in counts.items() if count > 1] == []

@@ -165,6 +165,8 @@ class Profile(FrozenModel):
     `recording` says which recording the regime names by its digest. It is in dumps only if there is one.
     """
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")  # a serializer of its own does not take that of `Choice`
+
     schema_version: Literal[1] = SCHEMA_VERSION
     layer: MoELayer
     regime: Regime

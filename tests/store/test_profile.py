@@ -139,11 +139,17 @@ def test_profile_survives_json_pickle_and_copy_after_a_look_up(profile_of: Calla
         assert again.tactic(16) == profile.tactic(16)
 
 
-def test_stress_time_of_a_tactic_that_failed_survives_json(choice_of: Callable[..., Choice]) -> None:
+def test_stress_time_of_a_tactic_that_failed_survives_json(
+    choice_of: Callable[..., Choice], profile_of: Callable[..., Profile]
+) -> None:
     choice = choice_of(1, stress_us={"4": float("inf")})
     text = choice.model_dump_json()
     assert json.loads(text, parse_constant=pytest.fail)["stress_us"] == {"4": "Infinity"}
     assert Choice.model_validate_json(text) == choice
+    profile = profile_of(rows=[1]).model_copy(update={"choices": (choice,)})
+    text = profile.model_dump_json()
+    assert json.loads(text, parse_constant=pytest.fail)["choices"][0]["stress_us"] == {"4": "Infinity"}
+    assert Profile.model_validate_json(text) == profile
 
 
 @pytest.mark.parametrize("field", ["time_us", "default_time_us", "gain", "gain_low", "gain_high", "noise"])

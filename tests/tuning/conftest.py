@@ -23,5 +23,5 @@ def plant(monkeypatch):
 def planted_budget(monkeypatch):
     """A time budget is counted in planted time."""
     clock = SimpleNamespace(monotonic=lambda: planted_time.now_ns() / 1e9)
-    for name in ("bucket", "run"):
+    for name in ("bucket_tuner", "run"):
         monkeypatch.setattr(sys.modules[f"moetune.tuning.{name}"], "time", clock)
