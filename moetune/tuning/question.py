@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, UnsupportedError, UsageError
 from moetune.inputs.presets import layer as layer_of
+from moetune.quoting import quoted
 from moetune.recordings.recording import known, recording_of
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.environment import Environment
@@ -81,7 +82,15 @@ class Question:
         """Returns the question for a machine with the device `name`, whose versions are not known.
 
         What belongs to the device, such as its compute capability, is taken from a stored profile of it.
+
+        Raises:
+            UsageError: the name is empty, or has characters that cannot be printed.
         """
+        if not name.strip() or not name.isprintable():
+            raise UsageError(
+                f"--device-name must be a GPU's name, given {quoted(name)}.",
+                "Give what torch.cuda.get_device_name() says on its machine, such as 'NVIDIA H200'.",
+            )
         profiles = [profile for _, profile in self.store.profiles() if isinstance(profile, Profile)]
         devices = {profile.environment.device.lower(): profile.environment for profile in profiles}
         found = devices.get(name.lower()) or Environment(device=name, strict={})

@@ -273,6 +273,14 @@ def test_a_plan_prints_one_form_of_commands(moetune, on_a_cpu, monkeypatch):
     assert "\n.venv/bin/moetune tune " in planned
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\nb"])
+def test_a_device_has_a_name(moetune, on_a_cpu, name):
+    for command in ("show", "plan"):
+        refused = moetune(command, *ON_H200[:4], "--device-name", name)
+        assert refused.exit_code == 2
+        assert f"--device-name must be a GPU's name, given {name!r}. Give what" in refused.stderr
+
+
 def test_a_device_goes_with_a_look_up(moetune, on_a_cpu):
     (path, *_) = Path(__file__).parents[2].glob("profiles/*/*/*/*.json")
     for command in (["show"], ["export", "--to", "vllm", "--out", "x"]):
