@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from moetune.backends.base import Backend, Problem
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, TimedCall, clock_for
+from moetune.measure.crowded import Crowded, held_by_others
 from moetune.measure.reasons import is_out_of_memory, reason_of
 from moetune.spec.tactic import Tactic
 
@@ -52,6 +53,7 @@ class Activity(StrEnum):
 
     IDLE = "a pause"
     PREPARE = "the preparation"
+    WAIT = "a wait for memory that other processes hold"
     REFERENCE = "the reference computation"
     FIRST_RUN = "its first run"
     TIMING = "its timing"
@@ -117,7 +119,12 @@ class Bench:
         self.eager: dict[Tactic, str] = {}
         self._device = problem.device
         self._observer = observer or _NoObserver()
-        self._runner = backend.prepare(problem)
+        self._crowded = Crowded(
+            partial(held_by_others, problem.device),
+            partial(is_lost, problem.device),
+            lambda: self._observer.starts(Activity.WAIT),
+        )
+        self._runner = self._crowded.tried(partial(backend.prepare, problem))
         self._clock = clock or clock_for(problem.device)
         self._tolerance = backend.tolerance(problem.layer)
         self._warm = have_run if backend.warms_once and have_run is not None else set()
@@ -156,11 +163,10 @@ class Bench:
         if tactic in self.failures or (tactic, draw) in self._right:
             return tactic not in self.failures
         if draw not in self._references:
-            self._observer.starts(Activity.REFERENCE)
-            self._references[draw] = self._runner.reference(draw)
-        self._observer.starts(Activity.CHECK, tactic)
+            self._references[draw] = self._crowded.tried(partial(self._reference, draw))
         try:
-            error = relative_error(self._runner.run(tactic, draw), self._references[draw])
+            output = self._crowded.tried(partial(self._checked, tactic, draw))
+            error = relative_error(output, self._references[draw])
         except Exception as raised:  # a kernel may raise anything
             self._fail_by_error(tactic, raised)
             return False
@@ -170,6 +176,21 @@ class Bench:
             self._fail(tactic, f"wrong result: relative error {error:.1e}, allowed {self._tolerance:.0e}")
         return tactic not in self.failures
 
+    def _reference(self, draw: int) -> torch.Tensor:
+        self._observer.starts(Activity.REFERENCE)
+        return self._runner.reference(draw)
+
+    def _checked(self, tactic: Tactic, draw: int) -> torch.Tensor:
+        self._observer.starts(Activity.CHECK, tactic)
+        return self._runner.run(tactic, draw)
+
+    def _warmed(self, activity: Activity, tactic: Tactic, draw: int) -> float:
+        """Runs a tactic once, untimed. Returns how long it took in µs."""
+        self._observer.starts(activity, tactic)
+        began = perf_counter()
+        self._clock.warm_up(self._call(tactic), draw)
+        return 1e6 * (perf_counter() - began)
+
     def _call(self, tactic: Tactic) -> TimedCall:
         return partial(self._runner.run, tactic)
 
@@ -177,14 +198,11 @@ class Bench:
         if tactic in self._warm or tactic in self.failures:
             return
         for activity in (Activity.FIRST_RUN, Activity.TIMING):
-            self._observer.starts(activity, tactic)
-            began = perf_counter()
             try:
-                self._clock.warm_up(self._call(tactic), draw)
+                taken_us = self._crowded.tried(partial(self._warmed, activity, tactic, draw))
             except Exception as error:
                 self._fail_by_error(tactic, error)
                 return
-            taken_us = 1e6 * (perf_counter() - began)
             if taken_us <= limit_us:
                 self._warm.add(tactic)
                 return
@@ -204,7 +222,8 @@ class Bench:
                 self._observer.starts(Activity.TIMING, current, runs)
 
             try:
-                series = self._clock.paired_samples([self._call(tactic) for tactic in running], draws, before)
+                timed = partial(self._clock.paired_samples, [self._call(tactic) for tactic in running], draws, before)
+                series = timed() if len(running) > 1 else self._crowded.tried(timed)
                 if odd := _odd_times(running, series):
                     for tactic, time_us in odd.items():
                         self._fail(tactic, f"a time of {time_us:g} µs was read, so it disturbs the clock")

@@ -9,12 +9,35 @@ from moetune.quoting import printable
 MOST_CHARACTERS = 240
 """The longest reason."""
 
+NOT_RUN = "not run: "
+"""How the reason of a tactic begins that did not run, but may run another time."""
+GIB = 1 << 30
+
+
+class CrowdedError(Exception):
+    """There was no memory for a tactic, and other processes held some.
+
+    Args:
+        held: the bytes that other processes held on the device.
+        total: the bytes that the device has.
+        tries: how often it was tried.
+    """
+
+    def __init__(self, held: int, total: int, tries: int) -> None:
+        times = "once" if tries == 1 else f"{tries} times"
+        super().__init__(
+            f"{NOT_RUN}tried {times}, memory was lacking while other processes held {held / GIB:.1f} of "
+            f"{total / GIB:.1f} GiB"
+        )
+
 
 def reason_of(error: BaseException) -> str:
     """Returns the type and the first line of an exception. For a lack of memory it begins with "out of memory".
 
     If the first line ends with a colon, the last line is added. Triton's errors begin with a source position like that.
     """
+    if isinstance(error, CrowdedError):
+        return str(error)
     lines = _message(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1].strip()}" if len(lines) > 1 and lines[0].endswith(":") else lines[0]
     reason = f"{type(error).__name__}: {text}".removesuffix(": ")

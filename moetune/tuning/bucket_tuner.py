@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
 from moetune.errors import DefaultFailedError
+from moetune.measure.reasons import NOT_RUN
 from moetune.measure.timeouts import slow_limit_us
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
@@ -262,6 +263,7 @@ class BucketTuner:
         finally:  # an interrupt too leaves what is known
             failed = {tactic: reason for tactic, reason in self._failures.items() if tactic not in self._noted}
             self._noted.update(failed)
-            self._note(rounds, times, failed)
+            lasting = {tactic: reason for tactic, reason in failed.items() if not reason.startswith(NOT_RUN)}
+            self._note(rounds, times, lasting)  # what was not run is tried again by the next tune
         self._report_tried(batch, times)
         return times

@@ -6,6 +6,7 @@ from planted import LAYER, PlantedBackend, tactic
 from runs import REGIME
 
 from moetune.measure.bench import Bench
+from moetune.measure.reasons import CrowdedError
 from moetune.search.base import Batch
 from moetune.tuning import final_comparison
 from moetune.tuning.tune import tune
@@ -49,3 +50,32 @@ def test_a_stopped_tactic_is_listed_with_the_reason(limits, tmp_path, monkeypatc
     for choice in profile.choices:
         (rejection,) = [each for each in choice.rejected if each.tactic == tactic("slow")]
         assert rejection.reason.startswith("stopped: one run takes ")
+
+
+def test_what_was_not_run_for_lack_of_memory_is_tried_again_by_the_next_tune(limits, tmp_path, monkeypatch):
+    """The journal of an interrupted tune has the tactics that failed, but not those that others left no memory."""
+    notes = []
+    monkeypatch.setattr(
+        "moetune.store.journal.Journal.note", lambda self, rows, strategy, rounds, times, failed: notes.append(failed)
+    )
+
+    class Crowded(InTwoBatches):
+        def prepare(self, problem):
+            runner = super().prepare(problem)
+            run = runner.run
+
+            def crowded(tactic_, draw):
+                if tactic_ == tactic("slow"):
+                    raise CrowdedError(60 << 30, 80 << 30, 5)
+                if tactic_ == tactic("other"):
+                    raise RuntimeError("planted")
+                return run(tactic_, draw)
+
+            runner.run = crowded
+            return runner
+
+    backend = Crowded(milliseconds={"default": 1.0, "fast": 0.5, "slow": 2.0, "other": 0.6})
+    profile = tune(LAYER, REGIME, backend, tmp_path, isolate=False, device="cpu")
+    rejected = {each.tactic: each.reason for each in profile.choices[0].rejected}
+    assert rejected[tactic("slow")].startswith("not run: tried 5 times, memory was lacking")
+    assert [set(failed) for failed in notes if failed] == [{tactic("other")}] * len(profile.choices)

@@ -150,7 +150,7 @@ def test_a_search_times_a_bucket_of_two_row_counts_with_its_rounds_of_each(plant
         bench.problem = problem
         prepared(bench, backend, problem, **options)
 
-    def record(bench, tactics, draws, limit_us):
+    def record(bench, tactics, draws, limit_us=float("inf")):
         rows = Counter(bench.problem.draws[draw].rows for draw in draws)
         searched.setdefault(bench.problem.rows, rows)
         return samples(bench, tactics, draws, limit_us)
