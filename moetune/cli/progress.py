@@ -35,6 +35,7 @@ from moetune.tuning.events import (
     SearchStopped,
     Served,
     TacticMeasured,
+    Throttled,
     TuneStarted,
 )
 
@@ -49,6 +50,7 @@ class Progress:
     def __init__(self, *, saves: bool = True) -> None:
         self._saves = saves
         self.served: Served | None = None
+        self.throttled: dict[str, tuple[str, ...]] = {}
         self._console = console(stderr=True)
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
@@ -160,6 +162,14 @@ class Progress:
     @_show.register
     def _buckets_skipped(self, event: BucketsSkipped) -> None:
         self._line(f"The time budget ended before the buckets {', '.join(map(str, event.rows))}.")
+
+    @_show.register
+    def _throttled(self, event: Throttled) -> None:
+        self.throttled[event.backend] = event.reasons
+        self._line(
+            f"warning: {event.backend}: the GPU was slowed down while it was measured: {', '.join(event.reasons)}. "
+            "Gains hold, because tactics are timed in turns; times may be too long."
+        )
 
     @_show.register
     def _bucket_chosen(self, event: BucketChosen) -> None:

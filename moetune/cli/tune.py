@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from moetune.cli.options import Request, json_option, near_option, store_option,
 from moetune.cli.output import document, show
 from moetune.errors import NotSavedError, UsageError
 from moetune.spec.enums import STRATEGIES, Strategy
+
+if TYPE_CHECKING:
+    from moetune.cli.progress import Progress
 
 EXAMPLE = """\
 moetune tune --launch "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep"
@@ -120,7 +123,8 @@ def tune(
     if isinstance(answer, Comparison):
         from moetune.report.comparison import comparison_report
 
-        document(answer, **_unsaved_field(unsaved)) if as_json else show(*comparison_report(answer))
+        fields = {**_unsaved_field(unsaved), **_throttled_field(progress)}
+        document(answer, **fields) if as_json else show(*comparison_report(answer))
         _raise(unsaved)
         return
     assert isinstance(answer, Profile)
@@ -134,7 +138,7 @@ def tune(
     state |= {"near": found.near, "neutral": found.neutral, "measured_ladder": found.measured_ladder}
     if as_json:
         exported = {} if written is None else {"exported": written.document()}
-        document(answer, path=str(path), **state, **exported, **_unsaved_field(unsaved))
+        document(answer, path=str(path), **state, **exported, **_unsaved_field(unsaved), **_throttled_field(progress))
     else:
         from moetune.report.profile import profile_report
 
@@ -147,6 +151,11 @@ def tune(
 def _unsaved_field(unsaved: NotSavedError | None) -> dict[str, Any]:
     """Returns the field of the document that names the buckets that are not saved, if there are any."""
     return {} if unsaved is None else {"unsaved": {backend: list(rows) for backend, rows in unsaved.rows.items()}}
+
+
+def _throttled_field(progress: Progress) -> dict[str, Any]:
+    """Returns the field of the document that says what slowed the GPU down, if anything did."""
+    return {"throttled": {name: list(each) for name, each in progress.throttled.items()}} if progress.throttled else {}
 
 
 def _raise(error: NotSavedError | None) -> None:

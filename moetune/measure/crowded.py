@@ -37,7 +37,7 @@ class Crowded:
         sleep_s: Callable[[float], None] = time.sleep,
     ) -> None:
         self._held, self._free, self._waits, self._sleep_s = held, free, waits, sleep_s
-        self._backoff_s = BACKOFF_S
+        self._backoff_s: tuple[float, ...] = BACKOFF_S
 
     def tried(self, attempt: Callable[[], Value]) -> Value:
         """Returns what `attempt` returns, which is called again after a wait while others hold the memory it lacks.

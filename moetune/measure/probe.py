@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -106,15 +107,25 @@ def gpu_state(uuid: str) -> dict[str, str]:
     Args:
         uuid: the GPU's UUID, with or without the prefix `GPU-`.
     """
+    return dict(zip(SMI_FIELDS.values(), queried(uuid, SMI_FIELDS), strict=False))
+
+
+def queried(uuid: str, fields: Iterable[str]) -> list[str]:
+    """Returns what nvidia-smi says of some fields of a GPU, or [] if it cannot run or does not know one of them.
+
+    Args:
+        uuid: the GPU's UUID, with or without the prefix `GPU-`.
+        fields: names from `nvidia-smi --help-query-gpu`.
+    """
     command = ["nvidia-smi", f"--id=GPU-{uuid.removeprefix('GPU-')}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(
-            [*command, f"--query-gpu={','.join(SMI_FIELDS)}"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout
+            [*command, f"--query-gpu={','.join(fields)}"],
+            capture_output=True, text=True, errors="replace", timeout=10, check=True,
+        ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return {}
-    values = [value.strip() for value in answer.strip().split(",")]
-    return dict(zip(SMI_FIELDS.values(), values, strict=False))
+        return []
+    return [value.strip() for value in answer.strip().split(",")]
 
 
 def _devices() -> list[str]:

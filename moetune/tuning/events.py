@@ -76,6 +76,14 @@ class DefaultDiffers:
 
 
 @dataclass(frozen=True, slots=True)
+class Throttled:
+    """The GPU was slowed down by heat or by its power supply while `backend` was tuned, for these `reasons`."""
+
+    backend: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TacticMeasured:
     """A tactic was timed for the first time in its bucket. If it failed, `time_us` is None and `reason` says why.
 
@@ -200,6 +208,7 @@ Event = (
     | NotSaved
     | NotJournaled
     | BucketsSkipped
+    | Throttled
     | BackendStarted
     | BackendFailed
     | BucketCompared

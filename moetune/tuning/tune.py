@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, MoetuneError
 from moetune.measure.forked import require_working_torch
+from moetune.measure.throttling import Throttling, throttling
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
-from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served, TuneStarted
+from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served, Throttled, TuneStarted
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import all_buckets, missing_buckets
 from moetune.tuning.run import TuneRun
@@ -117,6 +118,7 @@ def tune(
         strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
     )  # fmt: skip
     saver = Saver(question, stored, again, report)
+    before = throttling(question.device)
     with closing(run.choices()) as choices:
         try:
             for chosen in choices:
@@ -125,11 +127,18 @@ def tune(
         except (KeyboardInterrupt, MoetuneError):
             saver.raise_unsaved()
             raise
+    _report_throttling(question, before, report)
     stored = saver.finish()
     if not missing_buckets(question.regime, stored):
         with suppress(MoetuneError):  # what stays in the journal is of no use, and does no harm
             journal.remove()
     return stored
+
+
+def _report_throttling(question: Question, before: Throttling, report: OnEvent) -> None:
+    """Reports what has slowed the GPU down since `before`, if anything has."""
+    if reasons := throttling(question.device).since(before):
+        report(Throttled(question.backend.name, reasons))
 
 
 def load(

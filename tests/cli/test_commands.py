@@ -10,6 +10,7 @@ from planted import PlantedBackend, PlantedRunner
 import moetune as package
 from moetune.backends import registry
 from moetune.inputs.deployment import from_launch
+from moetune.measure.throttling import Throttling
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.tuning import final_comparison as final
@@ -648,3 +649,12 @@ def test_the_kernel_of_one_engine_for_another_is_a_warning(moetune, on_a_cpu):
     for words in (("--launch", SGLANG), ("--model", "deepseek-r1", "--ep", "8", "--dispatch", "sglang:none")):
         assert warning in moetune("plan", *words, "--kernel", "vllm").stderr.splitlines()
         assert "times" not in moetune("plan", *words, "--kernel", "builtin").stderr
+
+
+def test_a_gpu_that_was_slowed_down_is_reported_with_the_result(moetune, question, monkeypatch):
+    states = iter([Throttling({"power brake": 0.0}), Throttling({"power brake": 2.5e6})])
+    monkeypatch.setattr(TUNE, "throttling", lambda device: next(states))
+    result = moetune("tune", *question, "--json")
+    assert json.loads(result.stdout)["throttled"] == {"planted": ["power brake for 2.5 s"]}
+    assert "planted: the GPU was slowed down while it was measured: power brake for 2.5 s." in result.stderr
+    assert "throttled" not in _document(moetune("tune", *question, "--json")), "served, nothing was measured"
