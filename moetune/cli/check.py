@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moetune.cli.help import Command
+from moetune.cli.help import Command, profile_argument
 from moetune.cli.options import Request, json_option, near_option, store_option, takes_request
 from moetune.cli.output import document
 from moetune.cli.output import show as show_all
@@ -21,7 +21,7 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
 @click.command(cls=Command, example=EXAMPLE)
-@click.argument("path", type=click.Path(path_type=Path), metavar="[PROFILE]", required=False)
+@profile_argument
 @takes_request(required=False)
 @store_option
 @near_option
