@@ -4,7 +4,7 @@ STORE ?= .demo-store
 JOBS ?= 2
 PYTEST_FLAGS ?=
 
-.PHONY: venv demo test network lowest lint types types-package types-tests picture report-picture pages docs clean
+.PHONY: venv demo test slow network lowest lint types types-package types-tests picture report-picture pages docs clean
 
 venv: .venv/.installed
 
@@ -20,6 +20,10 @@ demo: venv
 # One torch thread a process: more of them would share the same cores.
 test: venv lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
+
+# Tests that take more than a few seconds each: many processes, the interpreter of Triton, a browser.
+slow: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS) --dist worksteal
 
 # Tests that download engine wheels from the package index that pip is configured with.
 network: venv

@@ -312,6 +312,7 @@ class LLM:
 """
 
 
+@pytest.mark.slow
 def test_from_the_driver_to_the_report_on_a_planted_vllm(monkeypatch, tmp_path):
     site, work = tmp_path / "site", tmp_path / "out"
     site.mkdir()

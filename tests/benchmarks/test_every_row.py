@@ -321,6 +321,7 @@ def dies(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_deployment_alone(tmp_path, capsys, monkeypatch):
     deployments = [Deployment("no-such-model", 8, load, "torch") for load in ("allgather", "deduplicated")]
     monkeypatch.setattr(every_row, "measure", dies)

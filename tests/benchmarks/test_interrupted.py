@@ -43,6 +43,7 @@ def test_the_plan_has_each_signal_as_often_as_asked_and_depends_on_the_seed_alon
     assert all(0 <= share < 1 for _, share in plan)
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_signal_after_its_first_line(tmp_path, monkeypatch):
     monkeypatch.setattr(interrupted, "GONE_S", 0.1)
     sleeping = [sys.executable, waiting.__file__, "wait", "sleeps"]

@@ -4,12 +4,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import killed_workers
 from killed_workers import KILLER, OTHERS, RUNS, Tuned, planned, report, tunes
 
 
+@pytest.mark.slow
 def test_six_kills_cost_no_tune_and_exclude_no_tactic_that_runs():
     done = tunes(6, seed=1, ladder="4")
     assert sum((one.kills for one in done), Counter()).total() == 6

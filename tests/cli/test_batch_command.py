@@ -61,6 +61,7 @@ def _run(path, store, **environment):
     )
 
 
+@pytest.mark.slow
 def test_six_models_by_three_deployments_are_complete_after_a_kill_in_the_middle(tmp_path):
     path, store = tmp_path / "jobs.json", tmp_path / "store"
     path.write_text(json.dumps(FILE))

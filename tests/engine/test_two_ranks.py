@@ -12,6 +12,8 @@ from stand_ins import FAST, MIDDLING
 
 from moetune.engine.ranks import ENGINE_GROUPS, engine_group
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("two_ranks.py")
 HYBRID = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(768, 2049, 256), *range(2560, 4097, 512), 8192]
 

@@ -44,6 +44,7 @@ tuned(1)
 """
 
 
+@pytest.mark.slow
 def test_a_tune_in_a_forked_process_works_or_says_why_it_would_hang():
     path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2"}

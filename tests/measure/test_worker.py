@@ -129,6 +129,7 @@ def test_a_tactic_that_fails_in_its_check_is_not_right(bench, way, reason):
     assert bench.check(GOOD, 0)
 
 
+@pytest.mark.slow
 def test_without_a_reference_no_tactic_fails(worker):
     for rows, said in (
         (8, "reference computation, 4 times in a row: the process exited with status 3"),
@@ -192,6 +193,7 @@ def test_tactics_that_are_killed_from_outside_once_are_measured(killed_worker):
     assert bench.failures == {}
 
 
+@pytest.mark.slow
 def test_a_check_and_its_reference_that_are_killed_from_outside_are_done_again(killed_worker):
     bench = killed_worker({"reference": 2, OTHER: 1, tactic("zeros"): 1})
     assert bench.check(OTHER, 0)

@@ -12,7 +12,7 @@ from moetune.report.page.html import page
 from moetune.report.page.numbers import shown
 from moetune.store.profile import Profile
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no chromium on PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason="there is no chromium on PATH")]
 
 # For each figure: its numbers of points that are drawn and that are given, lines that are drawn, and its size.
 DRAWN = """

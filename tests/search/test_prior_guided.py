@@ -111,6 +111,7 @@ def test_the_loads_beside_a_table_are_those_of_its_routings(path):
         assert of_cell[draw] == load_of(table, number, draw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_on_recorded_tables_a_twentieth_of_the_measurements_is_enough(path, capsys):
     """The bar: geomean regret of 1 %, worst of 3 %, over 20 seeds, with the noise of each cell replayed."""

@@ -138,6 +138,7 @@ def test_an_interrupt_ends_the_processes_of_all_devices(tmp_path):
     assert eventually(lambda: not {pid for pid in children() - before if is_running(pid)})
 
 
+@pytest.mark.slow
 def test_each_gpu_has_a_process_that_sees_it_alone(answers, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
     monkeypatch.setattr(batch_run, "_serve", _serve_on_cpu)

@@ -16,6 +16,8 @@ from moetune.cli.main import main
 from moetune.measure import child, compiling, worker
 from moetune.spec.tactic import Tactic
 
+pytestmark = pytest.mark.slow
+
 QUESTION = ["--experts", 8, "--top-k", 2, "--hidden", 4, "--intermediate", 4, "--precision", "fp32"]
 
 

@@ -215,6 +215,7 @@ def test_warm_starts_are_of_the_nearest_buckets_whatever_was_tuned_before(plant)
     assert given[64] == (tactic("b"), tactic("a"))
 
 
+@pytest.mark.slow
 def test_in_a_worker_a_tactic_that_kills_its_process_costs_only_itself(tmp_path):
     """The planted backend is pickled: what it prepares is counted in another process, so not here."""
     backend = PlantedBackend({"default": 4.0, "fast": 0.2, "killer": 0.1}, killing=frozenset({"killer"}))

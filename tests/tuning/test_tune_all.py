@@ -187,6 +187,7 @@ def test_without_an_able_backend_the_error_names_each_ones_reason(plant, tmp_pat
         _all(tmp_path)
 
 
+@pytest.mark.slow
 def test_in_a_worker_a_backend_that_kills_the_process_side_by_side_costs_only_itself(plant, tmp_path):
     backends = plant(_planted("triton", 0.5), _planted("torch", 1.5), _planted("flashinfer-cutlass", 3.0))
     regime = Regime(ep_size=2, attention_dp=True, ladder="4", draws=1)

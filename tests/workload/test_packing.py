@@ -18,6 +18,7 @@ def every_bf16() -> torch.Tensor:
     return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [pack_topk, pack_eager])
 def test_every_bf16_weight_is_packed_bit_for_bit(pack):
     """NaN payloads, negative weights, −1 ids and both zeros are among them."""

@@ -19,6 +19,7 @@ def run_interpreted(folder, *arguments):
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_are_right_under_tritons_interpreter(tmp_path):
     run_interpreted(tmp_path, *(str(HERE / name) for name in ("test_align.py", "test_kernels.py", "test_runner.py")))
 
