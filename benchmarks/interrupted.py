@@ -110,7 +110,10 @@ def handles(pid: int, number: signal.Signals) -> bool:
 
 def has_ended(pid: int) -> bool:
     """Returns whether a child has ended; it may not have been waited for."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
 
 
 def left(mark: str) -> list[int]:
