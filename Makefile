@@ -36,7 +36,7 @@ lowest: venv
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
 	  echo "$$site" > $$(.venv-lowest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -p no:cacheprovider \
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider \
 	  tests/cli tests/spec tests/store tests/inputs tests/report
 
 lint: venv
