@@ -6,10 +6,8 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-
 from moetune.cli.output import console, line
+from moetune.cli.progress import bucket_bar
 from moetune.report.batch import answer_line
 from moetune.report.format import duration
 from moetune.tuning.batch import Batch, BatchQuestion
@@ -28,16 +26,7 @@ class BatchProgress:
         self._left = {question.number: question.missing_buckets for question in batch.questions}
         self._measured = self._answered = 0
         self._console = console(stderr=True)
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("buckets ·"),
-            TimeElapsedColumn(),
-            TextColumn("· {task.fields[left]}"),
-            console=self._console,
-            transient=True,
-        )
+        self._bar = bucket_bar(self._console)
         self._task = self._bar.add_task("", total=sum(self._left.values()), left=self.left)
 
     def __enter__(self) -> Self:

@@ -8,6 +8,7 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
@@ -40,6 +41,20 @@ from moetune.tuning.events import (
 )
 
 
+def bucket_bar(console: Console) -> Bar:
+    """Returns a bar that counts buckets. Its tasks have the field `left`: about how long the rest takes."""
+    return Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("buckets ·"),
+        TimeElapsedColumn(),
+        TextColumn("· {task.fields[left]}"),
+        console=console,
+        transient=True,
+    )
+
+
 class Progress:
     """A listener for the events of `tune` and `check`, and the context in which they are shown.
 
@@ -52,16 +67,7 @@ class Progress:
         self.served: Served | None = None
         self.throttled: dict[str, tuple[str, ...]] = {}
         self._console = console(stderr=True)
-        self._bar = Bar(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("buckets ·"),
-            TimeElapsedColumn(),
-            TextColumn("· {task.fields[left]}"),
-            console=self._console,
-            transient=True,
-        )
+        self._bar = bucket_bar(self._console)
         self._task: TaskID | None = None
         self._bucket_seconds: list[float] = []
         self._finished = 0

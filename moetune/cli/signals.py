@@ -16,16 +16,15 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from moetune.tuning.uninterrupted import ENDING, SAME_S
+
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_CODE_BASE = 128
 """The exit code is this and the signal's number, as shells have it: 130, 143 and 129."""
 AGAIN_S = 0.05
 """The interval at which a signal that has not ended the command is looked at again."""
-SAME_S = 0.2
-"""Signals this close to the first are the same request. A shell and its terminal both send one, for instance."""
 WRITING_S = 1.0
 """How long a write to a standard stream is waited for. A reader that has stopped may never end it."""
 

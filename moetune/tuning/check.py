@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moetune.errors import NoResultError, UsageError
+from moetune.errors import DefaultFailedError, NoResultError, UsageError
 from moetune.quoting import enumerated, quoted
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -61,7 +61,7 @@ def check(
         UsageError: the profile is empty or was measured on another device, it lacks a bucket, or a distribution or
             `within` is out of range.
         UnsupportedError: the backend cannot run here.
-        NoResultError: a default failed.
+        NoResultError: worker processes failed again and again, but not in a tactic.
     """
     from moetune.backends import registry
     from moetune.measure.compiling import Compilers, capability_of
@@ -146,23 +146,31 @@ class _Checker:
         )
         if tactic not in offered.tactics:
             return finding(finding="failed", reason=offered.excluded.get(tactic, "this device cannot run it"))
+        try:
+            return finding(**self._compared(bucket, tactic))
+        except DefaultFailedError as error:  # the other buckets go on, as in a tune
+            return finding(finding="failed", reason=error.message)
+
+    def _compared(self, bucket: Bucket, tactic: Tactic) -> dict[str, Any]:
+        """Returns the fields of the finding on `tactic`, which this device can run."""
         tuner = BucketTuner(
             bucket, self._bench_of, self._compilers, None, self._report, lambda *_: None, self._backend.final_s
         )
-        finalists = tuner.search(bucket.search(self._backend, "auto", self._warm_starts(choice.rows)))
-        self._fast[choice.rows] = finalists
+        finalists = tuner.search(bucket.search(self._backend, "auto", self._warm_starts(bucket.rows)))
+        self._fast[bucket.rows] = finalists
+        weights = [each.weight for each in bucket.row_counts]
         for _ in range(TRIES):
             compared = tuner.compare(tuple(dict.fromkeys((tactic, *finalists))), kept=tactic)
             if any(tactic not in samples.all_us for samples in compared.samples):
-                return finding(finding="failed", reason=compared.rejected.get(tactic, "it did not run to the end"))
-            weights = [each.weight for each in bucket.row_counts]
+                reason = compared.rejected.get(tactic, "it did not run to the end")
+                return {"finding": "failed", "reason": reason}
             rival = decide(compared.samples, bucket.default, weights, compared.rejected).tactic
             by_rows, reverse = compared_rows(compared.samples, tactic, rival)
             found, reason = finding_of(by_rows, reverse, self._within)
             if found != "noisy":
                 break
         steep = cliff_at(tactic, compared.stress_us, tuner.times_us)
-        return finding(by_rows=by_rows, rival=rival, cliff_at=steep, finding=found, reason=reason)
+        return {"by_rows": by_rows, "rival": rival, "cliff_at": steep, "finding": found, "reason": reason}
 
     def _warm_starts(self, rows: int) -> tuple[Tactic, ...]:
         if self._regime.ladder.is_searched(rows):

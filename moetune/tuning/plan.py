@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from moetune.recordings.recording import known
+from moetune.spec.achieved import AchievedSkew
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
@@ -123,37 +124,6 @@ class Payload(FrozenModel):
     tensors: dict[str, int]
 
 
-class SkewPlan(FrozenModel):
-    """The asked and the achieved skew. The effective number of experts is 1 / Σ share² over their shares of the slots.
-
-    Attributes:
-        num_experts: the experts over which the distribution is skewed: all, or those of one rank in packed rows.
-        asked_effective_experts: the effective number that the distribution asks for.
-        asked_max_over_mean: the asked load of the busiest expert over the mean load; None for `ddist`, which asks for
-            the effective number alone.
-        effective_experts: the effective number that is achieved, on average over draws.
-        max_over_mean: the load of the busiest expert over the mean load, on average over draws.
-        rank_load: the load of the plan's rank over the mean load of a rank; 1 in packed rows without a balancer.
-        rank_effective_experts: the effective number of the rank's physical experts, on average over draws.
-        rank_max_over_mean: the load of the busiest of them over their mean load, on average over draws.
-        drawn_rows: the rows of the draws that are counted for the next two fields: those of the largest bucket.
-        drawn_effective_experts: the effective number of the rank's physical experts, from the added loads of draws.
-        drawn_max_over_mean: the load of the busiest of them over their mean load, from the same loads.
-    """
-
-    num_experts: int
-    asked_effective_experts: float
-    asked_max_over_mean: float | None
-    effective_experts: float
-    max_over_mean: float
-    rank_load: float
-    rank_effective_experts: float
-    rank_max_over_mean: float
-    drawn_rows: int
-    drawn_effective_experts: float
-    drawn_max_over_mean: float
-
-
 class Plan(FrozenModel):
     """The plan of one rank.
 
@@ -194,7 +164,7 @@ class Plan(FrozenModel):
     skipped_buckets: tuple[int, ...]
     buckets: tuple[BucketPlan, ...]
     wire: tuple[Payload, ...]
-    skew: SkewPlan | None = None
+    skew: AchievedSkew | None = None
     recording: RecordingSummary | None = None
     kernels: Kernels | None = None
     profile: NearestProfile | None = None
@@ -273,14 +243,12 @@ def bucket_load(layer: MoELayer, regime: Regime, rows: int) -> BucketPlan:
     return _bucket(layer, regime, regime.shard(layer).rank, rows, expect(layer, regime, rows), {})
 
 
-def _skew(layer: MoELayer, regime: Regime, rows: int, rank: int) -> SkewPlan | None:
+def _skew(layer: MoELayer, regime: Regime, rows: int, rank: int) -> AchievedSkew | None:
     if regime.skew is None:
         return None
-    from dataclasses import asdict
-
     from moetune.workload.achieved import achieved
 
-    return SkewPlan(**asdict(achieved(layer, regime, rows, rank)))
+    return achieved(layer, regime, rows, rank)
 
 
 def _candidates(

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that ask a process to end."""
 SAME_S = 0.2
-"""Signals this close to the first are the same request."""
+"""Signals this close to the first are the same request. A shell and its terminal both send one, for instance."""
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: handler for number in DEFERRED if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
     deferred: list[tuple[int, float]] = []
 
     def restore() -> None:

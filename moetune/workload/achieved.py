@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from moetune.errors import UsageError
+from moetune.spec.achieved import AchievedSkew
 from moetune.spec.distribution import Replay
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -15,38 +15,10 @@ from moetune.workload.routing import realize
 from moetune.workload.skew import TOLERANCE, effective_experts, largest_parameter, max_over_mean
 
 DRAWN_ROWS = 65536
-"""The most rows of the draws whose loads are added for `Achieved.drawn_effective_experts`."""
+"""The most rows of the draws whose loads are added for `AchievedSkew.drawn_effective_experts`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Achieved:
-    """The asked and the achieved skew. All loads are of slots; an effective number is 1 / Σ share².
-
-    Attributes:
-        num_experts: the experts over which the distribution is skewed: all, or those of one rank (packed layout).
-        asked_effective_experts, asked_max_over_mean: what the distribution asks of them. The second is None for
-            `ddist`, which asks for the first alone.
-        effective_experts, max_over_mean: what is achieved, on average over draws.
-        rank_load: the tuned rank's load over the mean load of a rank; 1 if the skew is over one rank's experts.
-        rank_effective_experts, rank_max_over_mean: the same of the rank's physical experts, on average over draws.
-        drawn_rows: the rows of each draw that was counted.
-        drawn_effective_experts, drawn_max_over_mean: the same of the rank's physical experts, counted from draws.
-    """
-
-    num_experts: int
-    asked_effective_experts: float
-    asked_max_over_mean: float | None
-    effective_experts: float
-    max_over_mean: float
-    rank_load: float
-    rank_effective_experts: float
-    rank_max_over_mean: float
-    drawn_rows: int
-    drawn_effective_experts: float
-    drawn_max_over_mean: float
-
-
-def achieved(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> Achieved:
+def achieved(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None) -> AchievedSkew:
     """Returns the asked and the achieved skew of `rank`, None for the regime's rank, with draws of `rows` rows.
 
     The loads of the regime's draws are added, as many as have `DRAWN_ROWS` rows together, but at least one.
@@ -60,7 +32,7 @@ def achieved(layer: MoELayer, regime: Regime, rows: int, rank: int | None = None
     numbers = range(max(1, min(regime.draws, DRAWN_ROWS // rows)))
     loads = _sum(realize(layer, regime, rows, rank, number).load.tolist() for number in numbers)
     mean = layer.top_k / regime.ep_size
-    return Achieved(
+    return AchievedSkew(
         num_experts=len(chances),
         asked_effective_experts=asked.asked_effective,
         asked_max_over_mean=asked.asked_max_over_mean,

@@ -1,11 +1,16 @@
+import importlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from planted import PlantedBackend
 
+from moetune.backends import registry
 from moetune.cli.main import main
+from moetune.tuning import final_comparison
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -36,3 +41,16 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> PlantedBackend:
+    """A backend `planted` with known times, in this process, and short finals."""
+    backend = PlantedBackend(milliseconds={"default": 1.0, "fast": 0.1})
+    real, tune_module = registry.backend, importlib.import_module("moetune.tuning.tune")
+    monkeypatch.setattr(
+        registry, "backend", lambda name, **options: backend if name == "planted" else real(name, **options)
+    )
+    monkeypatch.setattr(final_comparison, "SECONDS", 0.05)
+    monkeypatch.setattr(tune_module, "tune", partial(tune_module.tune, isolate=False))
+    return backend

@@ -8,30 +8,19 @@ import re
 from functools import partial
 
 import pytest
-from planted import PlantedBackend
 
-from moetune.backends import registry
 from moetune.tuning import final_comparison as final
 
-TUNE, CHECK = (importlib.import_module(f"moetune.tuning.{name}") for name in ("tune", "check"))
+CHECK = importlib.import_module("moetune.tuning.check")
 GOOD = {"default": 1.0, "fast": 0.5}
 
 
 @pytest.fixture
-def question(tiny, monkeypatch):
+def question(tiny, planted, monkeypatch):
     """The options of a question to the backend `planted`, which runs in this process."""
-    real = registry.backend
-    monkeypatch.setattr(
-        registry, "backend", lambda name, **options: PLANTED if name == "planted" else real(name, **options)
-    )
-    monkeypatch.setattr(final, "SECONDS", 0.05)
-    monkeypatch.setattr(TUNE, "tune", partial(TUNE.tune, isolate=False))
     monkeypatch.setattr(CHECK, "check", partial(CHECK.check, isolate=False))
-    PLANTED.milliseconds = GOOD
+    planted.milliseconds = GOOD
     return ("--model", tiny(), "--ep", "4", "--dp", "--ladder", "4,8", "--draws", "4", "--backend", "planted")
-
-
-PLANTED = PlantedBackend(milliseconds=GOOD)
 
 
 def test_a_good_profile_passes_by_question_and_by_path(moetune, question) -> None:
@@ -48,9 +37,9 @@ def test_a_good_profile_passes_by_question_and_by_path(moetune, question) -> Non
     assert document["within"] == 0.02
 
 
-def test_a_beaten_profile_ends_with_4_and_names_what_beats_it(moetune, question) -> None:
+def test_a_beaten_profile_ends_with_4_and_names_what_beats_it(moetune, question, planted) -> None:
     moetune("tune", *question)
-    PLANTED.milliseconds = {**GOOD, "new": 0.25}
+    planted.milliseconds = {**GOOD, "new": 0.25}
     result = moetune("check", *question)
     assert result.exit_code == 4
     assert "of 2 choices 0 hold within 2 %: 2 beaten" in result.stdout

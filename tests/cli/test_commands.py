@@ -1,6 +1,5 @@
 import importlib
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ from moetune.tuning import final_comparison as final
 TUNE = importlib.import_module("moetune.tuning.tune")
 STORE = importlib.import_module("moetune.store.store")
 QUESTION = ("--ep", "4", "--dp", "--ladder", "4,8", "--draws", "1")
-
-
-@pytest.fixture
-def planted(monkeypatch):
-    """A backend `planted` with known times, in this process, and short finals."""
-    backend = PlantedBackend(milliseconds={"default": 1.0, "fast": 0.1})
-    real = registry.backend
-    monkeypatch.setattr(registry, "backend", lambda name: backend if name == "planted" else real(name))
-    monkeypatch.setattr(final, "SECONDS", 0.05)
-    monkeypatch.setattr(TUNE, "tune", partial(TUNE.tune, isolate=False))
-    return backend
 
 
 @pytest.fixture

@@ -5,31 +5,17 @@ import importlib
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
 from faulty import FaultyFiles
-from planted import PlantedBackend
 
 import moetune.store.lock as lock_module
-from moetune.backends import registry
 from moetune.store.lock import LOCK_NAME, held
 from moetune.store.store import Store
-from moetune.tuning import final_comparison as final
 from moetune.tuning.bucket_tuner import BucketTuner
 
 TUNE = importlib.import_module("moetune.tuning.tune")
-
-
-@pytest.fixture
-def planted(monkeypatch):
-    backend = PlantedBackend(milliseconds={"default": 1.0, "fast": 0.1})
-    real = registry.backend
-    monkeypatch.setattr(registry, "backend", lambda name: backend if name == "planted" else real(name))
-    monkeypatch.setattr(final, "SECONDS", 0.05)
-    monkeypatch.setattr(TUNE, "tune", partial(TUNE.tune, isolate=False))
-    return backend
 
 
 @pytest.fixture

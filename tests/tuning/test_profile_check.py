@@ -87,6 +87,16 @@ def test_a_choice_that_does_not_run_or_is_wrong_has_failed_and_the_others_go_on(
     assert result.buckets[0].rival is None
 
 
+def test_a_default_that_fails_in_one_bucket_costs_that_bucket_alone(plant, profile, monkeypatch) -> None:
+    def default(self, layer, regime, rows):
+        return tactic("slow" if rows == 4 else "default")
+
+    monkeypatch.setattr(PlantedBackend, "default", default)
+    result = checked(profile, plant(milliseconds=GOOD, raising=frozenset({"slow"})))
+    assert [bucket.finding for bucket in result.buckets] == ["failed", "holds"]
+    assert result.buckets[0].reason.startswith("The default tactic")
+
+
 def test_a_choice_with_a_cliff_is_still_compared_and_the_factor_is_named(plant, profile) -> None:
     result = checked(profile, plant(milliseconds=GOOD, cliff=frozenset({"good"})))
     assert [bucket.cliff_at for bucket in result.buckets] == [2, 2]

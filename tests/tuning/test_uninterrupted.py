@@ -114,6 +114,6 @@ def test_ctrl_c_after_a_final_comparison_keeps_the_finished_bucket(plant, monkey
 
 def test_a_tune_leaves_the_handlers_as_they_were(plant, tmp_path):
     plant(milliseconds={"default": 2.0, "fast": 1.0})
-    handlers = [signal.getsignal(number) for number in module.DEFERRED]
+    handlers = [signal.getsignal(number) for number in module.ENDING]
     tune_planted(store=tmp_path)
-    assert [signal.getsignal(number) for number in module.DEFERRED] == handlers
+    assert [signal.getsignal(number) for number in module.ENDING] == handlers
