@@ -1,6 +1,6 @@
 """Measures stock vLLM with dummy weights: decode steps and prefills, in arms that differ in what tunes the experts.
 
-Each arm's engine is a process of its own, and the arms alternate. A finished process is a line of OUT/engine.jsonl, so
+Each arm's engine is a process of its own, and the arms alternate, in an order that turns. A finished process is a line of OUT/engine.jsonl, so
 the same command goes on where it was cut. See README.md beside this file for the commands on a GPU host.
 
     python benchmarks/engine/run.py measure OUT --cases qwen3-30b --gpus 0
@@ -138,9 +138,13 @@ def measure_all(options: argparse.Namespace, gpu: Device) -> int:
 
 
 def tasks(case: Case, arms: Sequence[Arm], reps: Sequence[int]) -> Iterator[Task]:
-    """Yields all arms of a repetition, then those of the next one."""
+    """Yields all arms of a repetition, then those of the next one, which begins with another arm.
+
+    So a GPU's first process, which starts cold, is not always the same arm's.
+    """
     for rep in reps:
-        for arm in arms:
+        turn = rep % len(arms) if arms else 0
+        for arm in [*arms[turn:], *arms[:turn]]:
             yield Task(case, arm, rep)
 
 
