@@ -1,7 +1,8 @@
 """Measures stock vLLM with dummy weights: decode steps and prefills, in arms that differ in what tunes the experts.
 
-Each arm's engine is a process of its own, and the arms alternate, in an order that turns. A finished process is a line of OUT/engine.jsonl, so
-the same command goes on where it was cut. See README.md beside this file for the commands on a GPU host.
+Each arm's engine is a process of its own, and the arms alternate, in an order that turns. A finished process is a line
+of OUT/engine.jsonl, so the same command goes on where it was cut. See README.md beside this file for the commands on a
+GPU host.
 
     python benchmarks/engine/run.py measure OUT --cases qwen3-30b --gpus 0
     python benchmarks/engine/run.py report OUT/engine.jsonl
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -185,7 +187,7 @@ def prepared(case: Case, arms: Sequence[Arm], work: Path, gpu: Device, first: st
     empty, tuned = work / "empty" / case.name, work / "tuned" / case.name
     empty.mkdir(parents=True, exist_ok=True)
     (empty / name).write_text("{}")
-    found = sorted(tuned.rglob(name))
+    found = sorted(tuned.rglob(glob.escape(name)))
     if not found and any(arm.name in ("moetune", "plugin-triton") for arm in arms):
         line, store = case.line(TRITON), str(work / "store")
         command = [sys.executable, "-m", "moetune", "tune", "--launch", line, "--backend", "triton", "--store", store]
@@ -193,7 +195,7 @@ def prepared(case: Case, arms: Sequence[Arm], work: Path, gpu: Device, first: st
         print(" ".join(command), flush=True)
         visible = {**os.environ, "CUDA_VISIBLE_DEVICES": first}
         subprocess.run(command, env=visible, cwd=work, check=False)  # not the checkout's package
-        found = sorted(tuned.rglob(name))
+        found = sorted(tuned.rglob(glob.escape(name)))
         if not found:
             raise SystemExit(f"moetune has written no {name} below {tuned}.")
     return Folders(empty, _shipped_folder(), found[0].parent if found else tuned)

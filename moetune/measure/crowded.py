@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from moetune.measure.reasons import CrowdedError, is_out_of_memory
+from moetune.measure.reasons import CrowdedError, asked_bytes, is_out_of_memory
 
 BACKOFF_S: Final = (1.0, 2.0, 4.0, 8.0)
 """How long a device is left alone after each failed try. After the last one follows the last try."""
@@ -44,7 +44,8 @@ class Crowded:
 
         Raises:
             CrowdedError: memory is lacking after the last wait, and other processes hold some of it.
-            Exception: what `attempt` raises, if no other process holds memory or it is another error.
+            Exception: what `attempt` raises, if no other process holds memory, the device has less than was asked for, or
+                it is another error.
         """
         tries = 0
         while True:
@@ -56,7 +57,7 @@ class Crowded:
                     raise
                 lost = self._free()
                 held = None if lost else self._held()
-                if held is None or held[0] <= OWN_BYTES:
+                if held is None or held[0] <= OWN_BYTES or asked_bytes(error) > held[1]:
                     raise
             if tries > len(self._backoff_s):
                 self._backoff_s = ()

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moetune.errors import UnsupportedError
@@ -16,32 +18,46 @@ _FORKED_WITHOUT_EXEC = 0x40
 """PF_FORKNOEXEC of Linux's include/linux/sched.h, in the 9th field of /proc/PID/stat."""
 
 
-def require_working_torch(device: str | None) -> None:
-    """Checks that a tune does not hang here.
+@contextmanager
+def working_torch(device: str | None) -> Iterator[None]:
+    """Runs the block so that torch does not hang in it.
 
-    The threads of torch's OpenMP pool do not exist in a forked copy of the process, so the first parallel op waits for
-    them for ever. CUDA does not work there either once it has been initialized.
+    The threads of torch's OpenMP pool do not exist in a forked copy of the process, so the first parallel op of its
+    main thread waits for them for ever. vLLM's engine core is such a copy. On a GPU the few ops that run on the CPU
+    get one thread there. On the CPU that would change what is measured. CUDA does not work there either once it has
+    been initialized.
 
     Args:
-        device: the torch device that was asked for. If it is None, torch would take the CPU without a word.
+        device: the torch device that was asked for; None is the GPU if there is one.
 
     Raises:
         UnsupportedError: torch does not work in this process.
     """
     if not _is_forked():
+        yield
         return
     import torch
 
-    broken = ""
     if device != "cpu" and torch.cuda._is_in_bad_fork():
-        broken = "CUDA cannot be initialized again"
-    elif torch.get_num_threads() > 1 and _hangs():
-        broken = "its threads do not exist here, and the tune would hang"
-    if broken:
-        raise UnsupportedError(
-            f"This process was forked from one that had already used torch: {broken}.",
-            "Start it with spawn, as multiprocessing.get_context('spawn') does, or before torch is used.",
-        )
+        raise _refused("CUDA cannot be initialized again")
+    threads = torch.get_num_threads()
+    if device == "cpu" or not torch.cuda.is_available():
+        if threads > 1 and _hangs():
+            raise _refused("its threads do not exist here, and the tune would hang")
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _refused(broken: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"This process was forked from one that had already used torch: {broken}.",
+        "Start it with spawn, as multiprocessing.get_context('spawn') does, or before torch is used.",
+    )
 
 
 def _is_forked() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 from moetune.quoting import printable
@@ -12,6 +13,9 @@ MOST_CHARACTERS = 240
 NOT_RUN = "not run: "
 """How the reason of a tactic begins that did not run, but may run another time."""
 GIB = 1 << 30
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB}
+_ALLOCATION = re.compile(r"Tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)")
+"""In the message of torch.OutOfMemoryError, with the units of `format_size` in torch's CUDACachingAllocator.cpp."""
 
 
 class CrowdedError(Exception):
@@ -48,6 +52,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether the error is a failed allocation of host or device memory, in Python, torch or CUDA."""
     text = _message(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def asked_bytes(error: BaseException) -> float:
+    """Returns the size of the allocation that failed, as torch's message names it; 0 if the message names none."""
+    found = _ALLOCATION.search(_message(error))
+    return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 
 def reason_of_death(returncode: int, last_line: str = "") -> str:

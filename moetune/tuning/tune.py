@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, MoetuneError
-from moetune.measure.forked import require_working_torch
+from moetune.measure.forked import working_torch
 from moetune.measure.throttling import Throttling, throttling
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
@@ -74,8 +75,8 @@ def tune(
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, a value out of range, options that exclude each
             other, a `start` of another layer or backend, or a store that cannot be written.
-        UnsupportedError: the backend cannot run here, or does not compute this layer; or this process was forked from
-            one that had already used torch.
+        UnsupportedError: the backend cannot run here, or does not compute this layer; or torch does not work in this
+            process, since it was forked from one that had already used it.
         MissError: `frozen`, and a choice is not stored; or `start` is `near`, and no profile is.
         NoResultError: the default tactic of a bucket failed or computes a wrong result, so nothing can be compared
             there; the other buckets are tuned and saved before. Or the worker's processes failed again and again.
@@ -107,14 +108,33 @@ def tune(
     older = None if start is None else question.start(start)
     if older is not None:
         report(Revalidated(older.profile, older.differences))
-    require_working_torch(device)
+    with working_torch(device):
+        return _measured(
+            question, missing, stored, older.profile if older else None, again, report,
+            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
+        )  # fmt: skip
+
+
+def _measured(
+    question: Question,
+    missing: Sequence[int],
+    stored: Profile | None,
+    older: Profile | None,
+    again: bool,
+    report: OnEvent,
+    *,
+    strategy: Strategy,
+    isolate: bool,
+    time_budget_s: float | None,
+) -> Profile:
+    """Measures the missing buckets and saves each. The arguments and errors are those of `tune`."""
     question.ensure_writable()
     journal = question.journal()
     if again:
         journal.remove()
     report(TuneStarted(question.backend.name, question.environment.device, len(missing)))
     run = TuneRun(
-        question, missing, stored, older.profile if older else None, Notes(journal, report), report,
+        question, missing, stored, older, Notes(journal, report), report,
         strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
     )  # fmt: skip
     saver = Saver(question, stored, again, report)

@@ -65,6 +65,18 @@ def test_without_another_tenant_the_error_is_the_tactics_own(held, lost):
     assert tenant.waits == []
 
 
+@pytest.mark.parametrize(("size", "waits"), [("81.00 GiB", 0), ("79.50 GiB", 4), ("900.00 MiB", 4)])
+def test_more_than_the_whole_device_has_is_the_tactics_own_fault(size, waits):
+    tenant = Tenant()
+
+    def asks():
+        raise RuntimeError(f"CUDA out of memory. Tried to allocate {size}. GPU 0 has a total capacity of 80.00 GiB")
+
+    with pytest.raises(CrowdedError if waits else RuntimeError):
+        tenant.crowded().tried(asks)
+    assert len(tenant.waits) == waits
+
+
 def test_other_errors_are_not_tried_again():
     def fails():
         raise ValueError("planted")

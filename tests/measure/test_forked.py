@@ -43,6 +43,16 @@ tuned(2)
 tuned(1)
 """
 
+GPU_PART = """
+torch.set_num_threads(4)
+torch.ones(1 << 20).add_(1.0)
+if os.fork():
+    os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+profile = tune(LAYER, Regime(ladder="4096", draws=2), "torch", tempfile.mkdtemp(), device="cuda", isolate=False)
+print(torch.get_num_threads(), len(profile.choices), torch.get_num_threads(), flush=True)
+os._exit(0)
+"""
+
 
 @pytest.mark.slow
 def test_a_tune_in_a_forked_process_works_or_says_why_it_would_hang():
@@ -62,6 +72,37 @@ def test_cuda_that_was_initialized_before_the_fork_is_named(monkeypatch):
     monkeypatch.setattr(forked, "_is_forked", lambda: True)
     monkeypatch.setattr(forked, "_hangs", lambda: False)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
-    with pytest.raises(UnsupportedError, match="CUDA cannot be initialized again"):
-        forked.require_working_torch("cuda")
-    forked.require_working_torch("cpu")
+    with pytest.raises(UnsupportedError, match="CUDA cannot be initialized again"), forked.working_torch("cuda"):
+        pass
+    with forked.working_torch("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_on_a_gpu_a_forked_process_gets_one_thread_for_the_tune(monkeypatch, device):
+    monkeypatch.setattr(forked, "_is_forked", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with forked.working_torch(device):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.gpu
+def test_a_forked_process_tunes_on_the_gpu_as_vllms_engine_core_does():
+    script = SCRIPT.partition("def tuned")[0] + GPU_PART
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "4"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert ran.stdout.splitlines() == ["4 1 4"]
