@@ -44,8 +44,8 @@ class Crowded:
 
         Raises:
             CrowdedError: memory is lacking after the last wait, and other processes hold some of it.
-            Exception: what `attempt` raises, if no other process holds memory, the device has less than was asked for, or
-                it is another error.
+            Exception: what `attempt` raises, if no other process holds memory, the whole device has less than was asked
+                for, or it is another error.
         """
         tries = 0
         while True:
