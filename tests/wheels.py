@@ -35,6 +35,7 @@ WHEELS = {
             "vllm/v1/worker/gpu_worker.py",
             "vllm/model_executor/layers/fused_moe/fused_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
+            "vllm/model_executor/layers/fused_moe/experts/fused_batched_moe.py",
             "vllm/distributed/eplb/policy/default.py",
             "vllm/model_executor/layers/fused_moe/router/base_router.py",
             "vllm/utils/serial_utils.py",
@@ -74,6 +75,7 @@ OLDER_VLLM = {
             "0.26.0",
             "adb1e4c9b46d0dfdb094121ae5aad670a42412dd813ed4e5db069ed6a15006de",
             "experts/triton_moe",
+            "experts/fused_batched_moe",
             "router/base_router",
         ),
     )

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from moetune.search.base import Search
 from moetune.search.exhaustive import exhaustive
@@ -84,6 +84,15 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class FillsPart(Protocol):
+    """A runner whose output has rows that mean nothing, as an expert-major buffer has behind each expert's rows."""
+
+    def filled(self, output: torch.Tensor, draw: int) -> torch.Tensor:
+        """Returns the other rows of an output of `run`: those that `reference` returns, in its order."""
+        ...
+
+
 class Backend(ABC):
     """A set of kernels. It is cheap to construct and imports torch and the kernels only when a method needs them.
 
@@ -95,11 +104,13 @@ class Backend(ABC):
         final_s: about how many seconds one bucket's final comparison may take; None leaves that to the tune.
         warms_once: whether a tactic that has run in a process needs no first run in a later problem of that process,
             because nothing is compiled for a problem.
+        expert_major: whether its kernels read the expert-major rows of the layout `batched`, and no others.
     """
 
     name: str
     final_s: float | None = None
     warms_once: bool = False
+    expert_major: bool = False
 
     @abstractmethod
     def unavailable(self) -> tuple[str, str] | None:
@@ -108,6 +119,14 @@ class Backend(ABC):
     @abstractmethod
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why it does not compute this layer; None if it computes it."""
+
+    def other_rows(self, regime: Regime) -> str | None:
+        """Returns why the kernels do not read the rows of a deployment; None if they do."""
+        if (regime.layout == "batched") == self.expert_major:
+            return None
+        if self.expert_major:
+            return f"reads the expert-major rows of the layout batched, not those of {regime.layout or regime.dispatch}"
+        return "reads rows with their ids, not the expert-major rows of the layout batched"
 
     @abstractmethod
     def environment(self) -> dict[str, str]:

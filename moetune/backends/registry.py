@@ -21,6 +21,7 @@ AUTO = "auto"
 
 _CLASSES: Mapping[str, str] = {
     "triton": "moetune.backends.grouped_triton.backend:TritonBackend",
+    "batched-triton": "moetune.backends.batched_triton.backend:BatchedTritonBackend",
     "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",

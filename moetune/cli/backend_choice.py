@@ -39,15 +39,17 @@ def choose(
     """
     from moetune.backends import registry
 
-    named = backend_named(name, given)
+    named = backend_named(name, given, regime)
     if named is None:
         return registry.preferred(layer, regime), True
     of_engine = _NONE if given.keys() - _ANY_KERNEL else engine_options(engine, named)
     return backend_with(named, {**of_engine, **given}), False
 
 
-def backend_named(name: str | None, given: Mapping[str, str]) -> str | None:
+def backend_named(name: str | None, given: Mapping[str, str], regime: Regime) -> str | None:
     """Returns the backend's name; None if neither the name nor an option in `given` determines one.
+
+    Backends whose kernels do not read the rows of the deployment are left aside.
 
     Raises:
         UsageError: no backend, or more than one, has all options in `given`.
@@ -59,6 +61,8 @@ def backend_named(name: str | None, given: Mapping[str, str]) -> str | None:
     if not given:
         return None
     having = owners(given)
+    if len(having) > 1:
+        having = [found for found in having if registry.backend(found).other_rows(regime) is None] or having
     if len(having) == 1:
         return having[0]
     keys = ", ".join(given)

@@ -159,7 +159,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
         Group.DEPLOYMENT,
         "regime.layout",
         "How the rows of an all-to-all arrive: only local slots (packed), each token once (deduplicated), one row for "
-        "each slot (slot), or a buffer with room for all tokens (pool). docs/workload.md has a table.",
+        "each slot (slot), a buffer with room for all tokens (pool), or one with a block for each expert (batched). "
+        "docs/workload.md has a table.",
         choices=LAYOUTS,
         default=f"{_DISPATCHER}packed",
     ),

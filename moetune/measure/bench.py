@@ -13,7 +13,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from moetune.backends.base import Backend, Problem
+from moetune.backends.base import Backend, FillsPart, Problem
 from moetune.errors import DeviceLostError
 from moetune.measure.clock import Clock, TimedCall, clock_for
 from moetune.measure.crowded import Crowded, held_by_others
@@ -182,7 +182,8 @@ class Bench:
 
     def _checked(self, tactic: Tactic, draw: int) -> torch.Tensor:
         self._observer.starts(Activity.CHECK, tactic)
-        return self._runner.run(tactic, draw)
+        output = self._runner.run(tactic, draw)
+        return self._runner.filled(output, draw) if isinstance(self._runner, FillsPart) else output
 
     def _warmed(self, activity: Activity, tactic: Tactic, draw: int) -> float:
         """Runs a tactic once, untimed. Returns how long it took in µs."""

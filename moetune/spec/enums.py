@@ -36,12 +36,12 @@ class Precision(StrEnum):
 
 
 Dispatch = Literal["none", "alltoall", "allgather"]
-Layout = Literal["packed", "deduplicated", "slot", "pool"]
+Layout = Literal["packed", "deduplicated", "slot", "pool", "batched"]
 Strategy = Literal["auto", "exhaustive"]
 """`auto`: the backend's own search."""
 
 DISPATCHES: tuple[Dispatch, ...] = ("none", "alltoall", "allgather")
-LAYOUTS: tuple[Layout, ...] = ("packed", "deduplicated", "slot", "pool")
+LAYOUTS: tuple[Layout, ...] = ("packed", "deduplicated", "slot", "pool", "batched")
 STRATEGIES: tuple[Strategy, ...] = ("auto", "exhaustive")
 DISTRIBUTIONS = ("balanced", "random")
 SKEWED_DISTRIBUTIONS = ("ddist:X", "zipf:S", "powerlaw:A")
@@ -50,6 +50,9 @@ REPLAY = "replay:PATH[@LAYER]"
 """How a recording is spelled as a distribution."""
 DISTRIBUTION_VARIABLE = "TRTLLM_GEN_MOE_AUTOTUNE_DUMMY_DISTRIBUTION"
 DEFAULT_TUNE_MAX_NUM_TOKENS = 8192
+DEFAULT_BATCHED_TOKENS = 256
+"""The most tokens of a rank in one step in the layout batched: vLLM's `DEFAULT_MAX_NUM_BATCHED_TOKENS_FOR_BATCHED_DP`
+(0.26 … 0.33)."""
 
 Eplb = Literal["vllm", "sglang", "trtllm"]
 """The engine whose expert-parallel load balancer places the copies of experts."""

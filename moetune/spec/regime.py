@@ -16,10 +16,17 @@ from pydantic import (
 )
 
 from moetune.errors import UsageError
-from moetune.quoting import enumerated, quoted
+from moetune.quoting import enumerated, quoted, shortened
 from moetune.spec.bounds import MOST_DRAWS, MOST_EXPERTS, MOST_RANKS, MOST_ROWS, require_between
 from moetune.spec.distribution import Replay, Skew, parse_distribution, replay_of, skew_of
-from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, DISTRIBUTION_VARIABLE, Dispatch, Eplb, Layout
+from moetune.spec.enums import (
+    DEFAULT_BATCHED_TOKENS,
+    DEFAULT_TUNE_MAX_NUM_TOKENS,
+    DISTRIBUTION_VARIABLE,
+    Dispatch,
+    Eplb,
+    Layout,
+)
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel, digest_of
@@ -53,7 +60,8 @@ class Regime(FrozenModel):
         distribution, seed: how sampled routings are made. `plan`, `tune` and `load` replace the path of a recording by
             its digest, so that the same ids have the same key wherever their file is.
         draws: the number of sampled routings of a bucket. The default is 16, and 1 if the distribution is balanced.
-        ladder, tune_max_num_tokens: these decide which row counts are tuned.
+        ladder, tune_max_num_tokens: these decide which row counts are tuned. In the layout `batched` the ladder is the
+            capacity alone; its default is 256 tokens of each rank.
         uneven_shards: whether the first ranks hold one expert more if ep does not divide the experts (vLLM's rule).
             Without it such an ep is an error.
         rank: the rank that is measured. `workload.ranks.tuned_rank` chooses it if none is given. It is in dumps and
@@ -131,6 +139,12 @@ class Regime(FrozenModel):
                 "Name the engine: --dispatch ENGINE:NAME or --launch; in Python Regime(eplb='vllm').",
             )
         sizes = self.ladder.sizes
+        if self.layout == "batched" and (len(sizes) != 1 or self.ladder.divisor != 1 or sizes[0] < self.ep_size):
+            raise UsageError(
+                "The layout batched has one bucket, the capacity of its buffer: the most tokens of a rank times the "
+                f"ranks. Given the ladder {shortened(str(self.ladder))} with ep_size = {self.ep_size}.",
+                f"Give the capacity as the ladder, such as --ladder {DEFAULT_BATCHED_TOKENS * self.ep_size}.",
+            )
         if sizes and sizes[-1] > self.tune_max_num_tokens:
             raise UsageError(
                 f"The ladder's bucket {sizes[-1]} is above tune_max_num_tokens = {self.tune_max_num_tokens}.",
@@ -164,6 +178,19 @@ class Regime(FrozenModel):
         return tuple(size for size in self.ladder.buckets(self.tune_max_num_tokens) if not self._is_looked_up(size))
 
     @property
+    def capacity(self) -> int:
+        """Returns how many rows each expert has in the buffer of the layout `batched`, `[L, capacity, H]`.
+
+        An engine looks this layout up by the capacity, in every step.
+
+        Raises:
+            UsageError: the layout is another one.
+        """
+        if self.layout != "batched":
+            raise UsageError(f"Only the layout batched has a capacity, given {self.layout or self.dispatch}.")
+        return self.ladder.sizes[0]
+
+    @property
     def coarser(self) -> Regime | None:
         """Returns this regime with the ladder `Ladder.coarser`, or None if there is no such ladder."""
         if self.ladder.coarser is None:
@@ -176,7 +203,12 @@ class Regime(FrozenModel):
         return self.layout != "pool" or rows % self.ep_size == 0
 
     def served(self, bucket: int) -> range:
-        """Returns the row counts of a rank's kernel that map to `bucket`; empty if none do. See `Ladder.served`."""
+        """Returns the row counts of a rank's kernel that map to `bucket`; empty if none do. See `Ladder.served`.
+
+        In the layout `batched` these are the tokens of all ranks, up to the capacity.
+        """
+        if self.layout == "batched":
+            return range(1, self.capacity + 1)
         rows = self.ladder.served(bucket, self.tune_max_num_tokens)
         if self.layout != "pool" or not rows:
             return rows
@@ -274,6 +306,8 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         data["dispatch"] = "alltoall" if data["attention_dp"] else "none"
     if data["dispatch"] == "alltoall":
         data.setdefault("layout", "packed")
+    if data.get("layout") == "batched" and "ladder" not in data and isinstance(data.get("ep_size", 1), int):
+        data["ladder"] = str(DEFAULT_BATCHED_TOKENS * max(1, data.get("ep_size", 1)))
     if "draws" not in data and str(data.get("distribution", "random")).strip().lower() == "balanced":
         data["draws"] = 1
     skewed = ":" in str(data.get("distribution", "")).replace("ddist_", "ddist:")

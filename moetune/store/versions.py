@@ -4,10 +4,10 @@ A strict field is neutral to a backend if it cannot change the rank of its tacti
 another value of it answers all the same. Other fields can change ranks, but leave the meaning of a tactic as it is. A
 profile that differs in these is near.
 
-`triton`: a run launches Triton kernels, and one memset that is the same for every tactic. Triton compiles the kernels
-with its own LLVM and its own ptxas. Torch provides the memory, the stream and the CUDA graph, so neither its version
-nor its CUDA version matters. Triton's version and the kernel's source decide what is compiled. A tactic has the same
-meaning in all of them: tile sizes, warps and stages.
+`triton`, `batched-triton`: a run launches Triton kernels, and memsets that are the same for every tactic. Triton
+compiles the kernels with its own LLVM and its own ptxas. Torch provides the memory, the stream and the CUDA graph, so
+neither its version nor its CUDA version matters. Triton's version and the kernel's source decide what is compiled. A
+tactic has the same meaning in all of them: tile sizes, warps and stages.
 
 `flashinfer-cutlass`, `flashinfer-trtllm`, `flashinfer-trtllm-routed`: FlashInfer's build compiles the kernels, and
 torch provides their memory and their stream. `cuda` stands for the CUDA version of that build; another compiler can
@@ -42,8 +42,10 @@ class Versions:
 
 
 _FLASHINFER = Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda"}))
+_TRITON = Versions(neutral=frozenset({"torch", "cuda"}), near=frozenset({"triton", "kernel_source"}))
 _VERSIONS: Final[Mapping[str, Versions]] = {
-    "triton": Versions(neutral=frozenset({"torch", "cuda"}), near=frozenset({"triton", "kernel_source"})),
+    "triton": _TRITON,
+    "batched-triton": _TRITON,
     "flashinfer-cutlass": _FLASHINFER,
     "flashinfer-trtllm": _FLASHINFER,
     "flashinfer-trtllm-routed": _FLASHINFER,

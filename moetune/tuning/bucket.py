@@ -128,7 +128,7 @@ class Bucket:
 
     @property
     def num_search_row_counts(self) -> int:
-        """2 if the search's draws have two row counts (see `draws.sampled`), else 1."""
+        """The number of row counts of the search's draws; see `draws.sampled`."""
         return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
 
     def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:

@@ -52,16 +52,16 @@ def tokens_for_rows(layer: MoELayer, regime: Regime, rows: float, rank: int | No
 def _rows_per_token(layer: MoELayer, regime: Regime, rank: int | None) -> float:
     """Returns the expected rows in the kernel when each of the ep ranks sends one token.
 
-    It is one row without a dispatch and in the packed layout, and ep rows after an all-gather and in a pool. The
-    deduplicated layout has one row for each token with a slot on the rank. The slot layout has one row for each local
-    slot, ep·k·L/E in all (k if ep divides E).
+    It is one row without a dispatch and in the packed layout, and ep rows after an all-gather, in a pool and in the
+    batched layout, where a draw's rows are the tokens of all ranks. The deduplicated layout has one row for each token
+    with a slot on the rank. The slot layout has one row for each local slot, ep·k·L/E in all (k if ep divides E).
 
     Raises:
         UsageError: as `rank_law.reached`.
     """
     of = regime.rank if rank is None else rank
     match regime.layout or regime.dispatch:
-        case "allgather" | "pool":
+        case "allgather" | "pool" | "batched":
             return regime.ep_size
         case "deduplicated":
             return regime.ep_size * reached(regime, of, slot_law(layer, regime, rank).hit_fraction)

@@ -27,6 +27,9 @@ FINAL_LEAST = 4
 """The least number of draws of a final comparison at each of several row counts."""
 WIDE = 1.5
 """Between two row counts at which a bucket is compared, a third one lies if their ratio is larger than this."""
+BATCHED_FRACTIONS = (4, 1, 16, 64)
+"""In the layout batched one tactic serves every step. It is compared at the most tokens of a rank over each of these,
+the typical step first."""
 FINAL_DRAWS = 4
 """The most draws of a final comparison, as a multiple of the search's draws. The least is the number of the search."""
 
@@ -57,8 +60,10 @@ def typical_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None 
     a pool can have it). Otherwise it comes from a token count: of all that map to the bucket, the one that the highest
     power of two divides. Engines run batches of round sizes (vLLM and SGLang capture CUDA graphs for multiples of 8).
     For example, 64 tokens on each of 32 ranks produce 471 deduplicated rows of Qwen3-235B, and engines map 471 to the
-    bucket 512.
+    bucket 512. In the layout batched a step has typically a quarter of the tokens that fit into the buffer.
     """
+    if regime.layout == "batched":
+        return _batched_rows(regime)[0]
     per_token = rows_for_tokens(layer, regime, 1, rank)
     is_own = regime.ladder.name == "list" or (bucket / per_token).is_integer()
     if is_own and regime.can_have(bucket):
@@ -72,8 +77,11 @@ def compared_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None
 
     One tactic serves all rows that an engine maps to the bucket, so it is measured at several of them: the typical
     rows, the fewest, the most, the bucket itself, and one between two that are more than `WIDE` apart. A bucket of a
-    list is compared at its own rows alone.
+    list is compared at its own rows alone. In the layout batched they are the tokens of all ranks in steps of different
+    sizes.
     """
+    if regime.layout == "batched":
+        return _batched_rows(regime)
     typical = typical_rows(layer, regime, bucket, rank)
     if regime.ladder.name == "list":
         return (typical,)
@@ -83,6 +91,12 @@ def compared_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None
     compared = (typical, *ends, *own)
     between = (_middle(served, lower, upper) for lower, upper in pairwise(sorted(compared)) if upper > WIDE * lower)
     return tuple(dict.fromkeys((*compared, *between)))
+
+
+def _batched_rows(regime: Regime) -> tuple[int, ...]:
+    """Returns the tokens of all ranks in steps of the layout batched, the typical step first."""
+    most = regime.capacity // regime.ep_size
+    return tuple(dict.fromkeys(max(1, most // fraction) * regime.ep_size for fraction in BATCHED_FRACTIONS))
 
 
 def _middle(served: range, lower: int, upper: int) -> int:
@@ -101,7 +115,8 @@ def sampled(
 ) -> tuple[Draw, ...]:
     """Returns the bucket's draws with these numbers; even ones have `bucket` rows and odd ones `typical` rows.
 
-    All have `typical` rows if a pool cannot have `bucket` rows.
+    All have `typical` rows if a pool cannot have `bucket` rows. In the layout batched the draws have the row counts of
+    `compared_rows` in turn.
 
     The best tactic can differ between the two row counts, because a kernel's time jumps where an expert's rows begin
     another tile. The best tactic for 512 rows is up to 4 % slower than the best for 471 rows. For 4096 and 3768 rows it
@@ -118,8 +133,9 @@ def sampled(
         UsageError: as `routing.realize`.
     """
     own = bucket if regime.can_have(bucket) else typical
+    counts = _batched_rows(regime) if regime.layout == "batched" else (own, typical)
     padded_rows = max(own, typical)
-    rows = {number: typical if number % 2 else own for number in numbers}
+    rows = {number: counts[number % len(counts)] for number in numbers}
     return tuple(
         Draw(padded(realize(layer, regime, of_draw, rank, number), padded_rows), of_draw, kind)
         for number, of_draw in rows.items()

@@ -121,7 +121,7 @@ def _load(layer: MoELayer, regime: Regime, rank: int) -> Fraction:
         return Fraction(round(share * layer.num_experts * 10**12), 10**12)
     if regime.layout == "packed":
         return Fraction(min(layer.top_k, shard.num_local))
-    if regime.distribution == "balanced" and regime.layout in (None, "slot"):
+    if regime.distribution == "balanced" and regime.layout in (None, "slot", "batched"):
         return Fraction(shard.num_local)
     return sum((share for _, share in _weights(layer.num_experts, shard)), Fraction())
 

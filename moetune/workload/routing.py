@@ -194,7 +194,7 @@ class _Sampler:
                 return self._random_slot()
             case "pool":
                 return self._random_pool()
-            case None:
+            case None | "batched":
                 return self._random_global()
 
     def balanced(self) -> Choice:
@@ -208,7 +208,7 @@ class _Sampler:
                 return deal(order + self.shard.first, self.rows, 1), None
             case "pool":
                 return self._balanced_pool(), None
-            case None:
+            case None | "batched":
                 return self._balanced_global(), None
 
     def _random_global(self) -> Choice:

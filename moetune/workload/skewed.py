@@ -137,7 +137,7 @@ class SkewedSampler:
             case "pool":
                 ids, weights = self._global(self.rows)
                 return front_of_blocks(ids, weights, self.shard, self.regime.ep_size)
-            case None:
+            case None | "batched":
                 return self._global(self.rows)
 
     def _global(self, rows: int) -> Choice:

@@ -69,7 +69,7 @@ def wire(
     Without a dispatch the results are all-reduced. An all-gather is followed by a reduce-scatter. With ring algorithms
     each of these two sends every rank (ep − 1)/ep of the whole buffer. An all-reduce is one of each (Patarasuk and
     Yuan, JPDC 69(2), 2009). In an all-to-all a rank receives a token once if one of its experts is chosen, and in the
-    slot layout once for each local slot. Results return as bf16.
+    slot and batched layouts once for each local slot. Results return as bf16.
 
     Args:
         layer, regime: the deployment.
@@ -116,7 +116,7 @@ def _alltoall_copies(layer: MoELayer, regime: Regime, rank: int) -> tuple[float,
     """Returns, for one token per rank, the copies that `rank` receives and the results that return to it."""
 
     def copies_of_a_token(receiver: int) -> float:
-        if regime.layout == "slot":
+        if regime.layout in ("slot", "batched"):
             return sum(token_chances(layer, regime, receiver))
         return slot_law(layer, regime, receiver).hit_fraction
 

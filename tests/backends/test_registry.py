@@ -18,6 +18,7 @@ from moetune.spec.regime import Regime
 def test_every_named_backend_is_there_and_has_its_name() -> None:
     assert registry.backends() == (
         "triton",
+        "batched-triton",
         "flashinfer-trtllm",
         "flashinfer-trtllm-routed",
         "flashinfer-cutlass",

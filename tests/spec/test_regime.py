@@ -93,6 +93,7 @@ def test_a_question_given_in_full_has_the_key_of_the_short_one(regime):
         ({"dispatch": "alltoall"}, {"attention_dp": True, "layout": "packed"}),
         ({"dispatch": "allgather"}, {"attention_dp": True, "dispatch": "allgather"}),
         ({"layout": "pool"}, {"attention_dp": True, "dispatch": "alltoall", "layout": "pool"}),
+        ({"layout": "batched", "ep_size": 8}, {"layout": "batched", "ep_size": 8, "ladder": [2048]}),
         ({"distribution": "Balanced"}, {"distribution": "balanced", "draws": 1}),
         ({"ladder": "1,2,4"}, {"ladder": [1, 2, 4], "tune_max_num_tokens": 8192}),
         ({"ladder": "8193,8194"}, {"ladder": (8193, 8194), "tune_max_num_tokens": 8194}),
@@ -112,6 +113,14 @@ def test_a_regime_cannot_be_changed():
 
 def test_the_key_does_not_depend_on_the_process():
     assert Regime(ep_size=8, attention_dp=True).digest == "f81bce1330208237"
+
+
+def test_only_the_batched_layout_has_a_capacity():
+    regime = Regime(ep_size=4, layout="batched")
+    assert (regime.capacity, regime.buckets, regime.served(1024)) == (1024, (1024,), range(1, 1025))
+    assert Regime(ep_size=4, layout="batched", ladder=[30]).capacity == 30
+    with pytest.raises(UsageError, match="given pool"):
+        _ = Regime(ep_size=4, layout="pool").capacity
 
 
 def test_the_slug_is_readable():
@@ -142,6 +151,12 @@ def test_the_slug_is_readable():
         ({"ladder": "4,2"}, "ascending"),
         ({"ladder": "fast"}, "ladder"),
         ({"ladder": "1,200", "tune_max_num_tokens": 100}, "200"),
+        ({"layout": "batched", "ladder": "vllm"}, "one bucket, the capacity"),
+        ({"layout": "batched", "ladder": "16,32"}, "one bucket, the capacity"),
+        ({"layout": "batched", "ladder": "16/2"}, "one bucket, the capacity"),
+        ({"layout": "batched", "ladder": "4", "ep_size": 8}, "--ladder 2048"),
+        ({"layout": "batched", "ep_size": "two"}, "ep_size"),
+        ({"layout": "batched", "ladder": "2048", "tune_max_num_tokens": 1024}, "2048"),
         ({"layout": "pool", "ep_size": 3, "ladder": "4,8"}, "multiples of 3"),
         ({"expert_parallel": 2}, "expert_parallel"),
     ],

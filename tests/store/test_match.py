@@ -32,6 +32,7 @@ CHANGED = {
 }
 SERVED = {
     "triton": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
+    "batched-triton": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
     "flashinfer-cutlass": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm-routed": {"torch": "neutral", "cuda": "near"},

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling_cases import VIEWS, moe, regime_of
 
-from moetune.workload.dispatch import rows_for_tokens
+from moetune.inputs.presets import layer as preset
+from moetune.spec.regime import Regime
+from moetune.workload.dispatch import expect, rows_for_tokens
 from moetune.workload.draws import (
     STRESS_FACTORS,
     compared_rows,
@@ -188,3 +190,37 @@ def test_a_final_comparison_has_more_draws_if_each_has_few_rows_or_experts(rows,
     assert num_final(1, rows, num_local) in (1, 2, 4)
     assert untouched(16).start >= 16 + num_final(16, rows, num_local)
     assert len(untouched(16)) == 16
+
+
+QWEN = preset("qwen3-235b-a22b")
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "ladder", "rows"),
+    [
+        (8, None, (512, 2048, 128, 32)),
+        (16, [1024], (256, 1024, 64, 16)),
+        (4, [16], (4, 16)),
+        (3, [100], (24, 99, 6, 3)),
+    ],
+)
+def test_the_batched_layout_is_compared_at_steps_of_several_sizes(ep_size, ladder, rows):
+    regime = Regime(ep_size=ep_size, layout="batched", **({} if ladder is None else {"ladder": ladder}))
+    layer = QWEN.model_copy(update={"num_experts": 96}) if ep_size == 3 else QWEN
+    assert regime.buckets == (regime.capacity,)
+    assert compared_rows(layer, regime, regime.capacity) == rows
+    assert typical_rows(layer, regime, regime.capacity) == rows[0]
+
+
+@pytest.mark.parametrize("distribution", ["random", "balanced", "zipf:0.5"])
+def test_search_draws_of_the_batched_layout_have_every_row_count_and_fit_the_buffer(distribution):
+    regime = Regime(ep_size=8, layout="batched", distribution=distribution, draws=8)
+    draws = search_draws(QWEN, regime, 2048, 512)
+    assert [draw.rows for draw in draws] == [512, 2048, 128, 32] * 2 + [512] * 3
+    for draw in draws:
+        assert draw.routing.topk_ids.shape == (2048, QWEN.top_k)
+        assert int((draw.routing.topk_ids[:, 0] >= 0).sum()) == draw.rows
+        assert 0 < int(draw.routing.load.max()) <= draw.rows <= regime.capacity
+    expected = expect(QWEN, regime, 2048)
+    assert expected.tokens == 256
+    assert int(draws[1].routing.load.sum()) == pytest.approx(expected.local_slots, rel=0.1)

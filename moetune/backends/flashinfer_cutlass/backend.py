@@ -78,7 +78,9 @@ class FlashInferCutlassBackend(Backend):
         return unbuilt(MODULES[capability])
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Returns why the layer cannot be tuned: its precision, activation, biases, sizes, input weights or shards."""
+        """Returns why it cannot be tuned: its rows, precision, activation, biases, sizes, input weights or shards."""
+        if reason := self.other_rows(regime):
+            return reason
         if layer.precision is Precision.FP8_BLOCK:
             return "FlashInfer has one fixed kernel for fp8_block experts and ignores profile_ids: nothing to tune"
         if layer.precision not in ALIGNMENTS:

@@ -93,7 +93,9 @@ class TrtllmBackend(Backend):
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Returns why the layer cannot be computed: precision, sizes, activation, biases, input weights or routing."""
+        """Returns why it is not computed: rows, precision, sizes, activation, biases, input weights or routing."""
+        if reason := self.other_rows(regime):
+            return reason
         fmt = FORMATS.get(layer.precision)
         if fmt is None:
             return f"computes {', '.join(FORMATS)} experts, not {layer.precision.value}"

@@ -44,7 +44,7 @@ def compile_gemms(
         Exception: whatever Triton or ptxas raises for a tactic that does not compile.
     """
     grouped, gemms = grouped_kernel(kernel), two_gemms(shapes, zero_remote, capability)
-    with _headless(capability):
+    with headless(capability):
         return [_compile(grouped, gemms[number], shapes, tactic, zero_remote) for number in which]
 
 
@@ -78,7 +78,8 @@ class _HeadlessDriver:
 
 
 @contextmanager
-def _headless(capability: tuple[int, int]) -> Iterator[None]:
+def headless(capability: tuple[int, int]) -> Iterator[None]:
+    """Lets Triton compile for a device of this compute capability, which need not be present."""
     config = triton.runtime.driver
     previous = config._active
     config.set_active(_HeadlessDriver(capability))

@@ -126,7 +126,9 @@ class TritonBackend(Backend):
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Returns why the layer cannot be computed: its precision, activation, biases, sizes or input weights."""
+        """Returns why the layer cannot be computed: its rows, precision, activation, biases, sizes or input weights."""
+        if reason := self.other_rows(regime):
+            return reason
         if layer.precision not in _PRECISIONS:
             return f"computes {' and '.join(_PRECISIONS)} experts, not {layer.precision.value}"
         if layer.activation not in _ACTIVATIONS:

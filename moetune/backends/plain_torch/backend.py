@@ -105,7 +105,9 @@ class TorchBackend(Backend):
         return None
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Returns why the layer cannot be computed: its weights are quantized or its activation is unknown here."""
+        """Returns why the layer cannot be computed: rows, quantized weights, or an activation that is unknown here."""
+        if reason := self.other_rows(regime):
+            return reason
         if layer.activation not in ACTIVATIONS:
             return f"computes {', '.join(ACTIVATIONS)} between the GEMMs, not {layer.activation.value}"
         if layer.precision not in DTYPES:

@@ -45,7 +45,7 @@ def test_accumulators_past_the_registers_spill():
 def test_swapped_operands_use_hoppers_wgmma():
     compiled = {}
     for chosen in (SWAPPED, SMALL):
-        with ahead._headless(HOPPER):
+        with ahead.headless(HOPPER):
             gemm = two_gemms(FP8, False, HOPPER)[0]
             compiled[chosen] = ahead._compile(BuiltinKernel(), gemm, FP8, chosen, False).asm["ptx"]
     assert "wgmma.mma_async" in compiled[SWAPPED]
@@ -71,7 +71,7 @@ def test_the_key_in_tritons_cache_is_that_of_a_launch_on_real_tensors(shapes, ro
         )
         slots, experts, padded = (torch.empty(64, dtype=torch.int32) for _ in range(3))
         alignment = Alignment(slots, experts, padded, 999, shapes.num_slots)
-        with ahead._headless(HOPPER):
+        with ahead.headless(HOPPER):
             arguments = builtin.arguments(gemm, operands, alignment, SMALL)
             launched = builtin.function.warmup(grid=(1,), **arguments)
             compiled = ahead._compile(builtin, gemm, shapes, SMALL, False)

@@ -1,22 +1,13 @@
 """The kernel tests, in a process whose Triton interprets: it decides that once, when it is imported."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from interpreted import run_interpreted
 
 HERE = Path(__file__).parent
-
-
-def run_interpreted(folder, *arguments):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--basetemp", folder / "pytest", *arguments]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
 
 
 @pytest.mark.slow

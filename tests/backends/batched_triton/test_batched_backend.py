@@ -1,0 +1,157 @@
+"""The batched backend without a launch: its space, its default, what it refuses, and its compiled kernels."""
+
+import pickle
+from dataclasses import replace
+
+import pytest
+
+from moetune.backends.batched_triton import ahead, gemm, space
+from moetune.backends.batched_triton.backend import BatchedTritonBackend
+from moetune.backends.grouped_triton import shipped
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.backends.grouped_triton.engine_files import ConfigFile
+from moetune.backends.grouped_triton.space import Limits
+from moetune.backends.registry import able, backend, backends, backends_computing, of_environment
+from moetune.errors import UnsupportedError, UsageError
+from moetune.inputs.presets import layer as preset
+from moetune.spec.enums import Precision
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+LAYER = preset("qwen3-235b-a22b")
+FP8 = preset("deepseek-r1")
+REGIME = Regime(ep_size=8, layout="batched")
+HOPPER = Limits((9, 0), 232_448, 255, 65_536)
+SMALL = space.Shapes(64, 512, 256, 4, fp8=False)
+
+
+def tactic(*values):
+    return Tactic(dict(zip(space.VALUES, values, strict=True)))
+
+
+@pytest.mark.parametrize(("layer", "legal"), [(LAYER, 57), (FP8, 42)])
+def test_most_of_80_configurations_can_run_on_hopper(layer, legal):
+    shapes = space.Shapes.of(layer, REGIME)
+    found = space.candidates(shapes, HOPPER, space.heuristic(shapes))
+    assert len(found.tactics) + len(found.excluded) == 80
+    assert len(found.tactics) == legal
+    assert found.tactics[0] == space.heuristic(shapes)
+    assert not set(found.tactics) & set(found.excluded)
+    assert all(found.excluded.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "fp8", "reason"),
+    [
+        ((128, 256, 64), False, "256 registers a thread"),
+        ((256, 32, 256), False, "bytes of shared memory"),
+        ((64, 128, 256), True, "exceeds the scale block of 128"),
+        ((128, 128, 128), True, "256 registers a thread"),
+    ],
+)
+def test_what_a_device_cannot_run_is_excluded_with_the_reason(values, fp8, reason):
+    assert reason in (space.illegal(tactic(*values), fp8, HOPPER) or "")
+    assert space.illegal(tactic(64, 128, 64), fp8, HOPPER) is None
+
+
+def test_without_a_device_only_wrong_tiles_are_excluded():
+    shapes = space.Shapes.of(FP8, REGIME)
+    found = space.candidates(shapes, None, space.heuristic(shapes))
+    assert {each["BLOCK_SIZE_K"] for each in found.excluded} == {256}
+    assert len(found.excluded) == 20
+
+
+def test_the_default_is_vllms_heuristic_at_the_capacity_for_every_row_count():
+    chosen = BatchedTritonBackend()
+    assert {chosen.default(LAYER, REGIME, rows) for rows in (1, 32, 512, 2048)} == {tactic(128, 128, 64)}
+    small = Regime(ep_size=8, layout="batched", ladder=[64])
+    assert chosen.default(LAYER, small, 8) == tactic(32, 64, 128)
+    assert chosen.default(FP8, REGIME, 8) == tactic(64, 128, 128)
+    assert chosen.explained_default(LAYER, REGIME, 8).source == "heuristic"
+
+
+def test_the_default_on_a_gpu_is_the_row_of_the_grouped_kernels_file_that_is_nearest_the_capacity(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shipped, "device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(Limits, "of", classmethod(lambda cls, device: HOPPER))
+    name = ConfigFile.of(LAYER, REGIME, "NVIDIA H200", 16).vllm_name
+    rows = ", ".join(
+        f'"{key}": {{"BLOCK_SIZE_M": {m}, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 16, "num_warps": 8}}'
+        for key, m in ((1, 16), (2048, 64), (4096, 3))
+    )
+    (tmp_path / name).write_text(f"{{{rows}}}")
+    chosen = BatchedTritonBackend(engine_configs=tmp_path)
+    found = chosen.explained_default(LAYER, REGIME, 32)
+    assert found.tactic == tactic(64, 64, 128)
+    assert name in found.source
+    wide = Regime(ep_size=16, layout="batched", ladder=[4096], redundant_experts=128)
+    broken = chosen.explained_default(LAYER, wide, 32)
+    assert (broken.tactic, broken.warning) == (tactic(128, 128, 64), broken.warning)
+    assert "BLOCK_SIZE_M is 3" in broken.warning
+    assert "no E=8" in chosen.explained_default(LAYER, Regime(ep_size=16, layout="batched"), 32).source
+
+
+@pytest.mark.parametrize(
+    ("layer", "regime", "reason"),
+    [
+        (LAYER, Regime(ep_size=8), "layout batched, not those of none"),
+        (LAYER, Regime(ep_size=8, layout="deduplicated"), "layout batched, not those of deduplicated"),
+        (LAYER.model_copy(update={"precision": Precision.NVFP4}), REGIME, "bf16 and fp8_block"),
+        (LAYER.model_copy(update={"expert_bias": True}), REGIME, "no bias"),
+    ],
+)
+def test_what_the_kernel_does_not_compute_is_refused(layer, regime, reason):
+    assert reason in (BatchedTritonBackend().unsupported(layer, regime) or "")
+
+
+@pytest.mark.parametrize("name", [name for name in backends() if name != "batched-triton"])
+def test_no_other_backend_computes_expert_major_rows(name):
+    assert "expert-major rows" in (backend(name).unsupported(LAYER, REGIME) or "")
+
+
+def test_the_layout_decides_between_the_two_triton_kernels():
+    assert backends_computing(LAYER, REGIME) == ["batched-triton"]
+    assert "batched-triton" not in backends_computing(LAYER, Regime(ep_size=8))
+    assert "layout batched" in able(LAYER, Regime(ep_size=8))[1]["batched-triton"]
+
+
+def test_wrong_options_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="no kernel 'sglang'"):
+        BatchedTritonBackend("sglang")
+    with pytest.raises(UsageError, match="must be a folder"):
+        BatchedTritonBackend(engine_configs=tmp_path / "none")
+
+
+def test_the_backend_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(gemm.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="not installed"):
+        gemm.batched_kernel("vllm")
+
+
+def test_an_environment_gives_the_backend_back():
+    environment = BatchedTritonBackend().environment()
+    assert environment.keys() == {"triton", "kernel", "kernel_source"}
+    assert environment["kernel_source"] != TritonBackend().environment()["kernel_source"]
+    assert of_environment("batched-triton", environment).environment() == environment
+    assert pickle.loads(pickle.dumps(BatchedTritonBackend())).environment() == environment
+
+
+def test_row_counts_share_the_compiled_kernels_and_precisions_do_not():
+    chosen = BatchedTritonBackend()
+    keys = {tuple(chosen.compile_keys(LAYER, REGIME, rows, tactic(16, 64, 64))) for rows in (32, 512, 2048)}
+    assert len(keys) == 1
+    fp8 = LAYER.model_copy(update={"precision": Precision.FP8_BLOCK})
+    assert chosen.compile_keys(fp8, REGIME, 32, tactic(16, 64, 64)) not in [list(each) for each in keys]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "values"), [(False, (16, 32, 64)), (False, (64, 64, 64)), (True, (16, 64, 128)), (True, (64, 64, 64))]
+)
+def test_a_compiled_tactic_takes_the_shared_memory_that_the_space_expects(fp8, values):
+    shapes = replace(SMALL, fp8=fp8)
+    for part in (0, 1):
+        compiled = ahead.compile_gemm(shapes, tactic(*values), part, (9, 0), "builtin")
+        expected = space.grouped.shared_bytes({**space.FIXED, **tactic(*values)}, fp8, (9, 0), space._NOT_SWAPPED)
+        assert expected <= compiled.metadata.shared <= expected + (4 * values[1] if fp8 else 0)
+        assert (compiled.metadata.num_warps, compiled.metadata.num_stages) == (4, 3)
