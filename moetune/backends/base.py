@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -105,12 +107,23 @@ class Backend(ABC):
         warms_once: whether a tactic that has run in a process needs no first run in a later problem of that process,
             because nothing is compiled for a problem.
         expert_major: whether its kernels read the expert-major rows of the layout `batched`, and no others.
+        modules: what preparing and compiling import. A process of its own imports them as it starts.
     """
 
     name: str
+    modules: tuple[str, ...] = ()
     final_s: float | None = None
     warms_once: bool = False
     expert_major: bool = False
+
+    def load(self) -> None:
+        """Imports `modules`, which may take seconds, before there is a problem.
+
+        What cannot be imported is left out: where it is needed, the same error is raised again.
+        """
+        for module in self.modules:
+            with suppress(Exception):  # a package that cannot load a system library may raise anything
+                importlib.import_module(module)
 
     @abstractmethod
     def unavailable(self) -> tuple[str, str] | None:

@@ -294,6 +294,7 @@ class _Compiled:
 
 def _serve(channel: Channel, backend: Backend) -> None:
     """Is a process of the pool: sends None to acknowledge a job, and a `_Compiled` when the job is done."""
+    backend.load()
     while True:
         job: _Job = channel.receive()
         channel.send(None)

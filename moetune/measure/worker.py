@@ -369,6 +369,7 @@ def _serve(channel: Channel, backend: Backend, device: str) -> None:
         import torch
 
         torch.cuda.set_device(torch.device(device).index or 0)
+    backend.load()
     reporter = _Reporter(channel)
     have_run: set[Tactic] = set()
     bench: Bench | None = None

@@ -40,6 +40,7 @@ class JoinedBackend(Backend):
 
     def __init__(self, backends: Sequence[Backend]) -> None:
         self._backends = {backend.name: backend for backend in backends}
+        self.modules = tuple(module for backend in backends for module in backend.modules)
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns the first obstacle of any backend."""

@@ -1,11 +1,15 @@
 """A backend that defines only the abstract methods is searched exhaustively and compiles nothing ahead."""
 
+import importlib.util
+import io
 import pickle
+import sys
 
 import pytest
 from planted import LAYER, PlantedBackend, tactic
 
 from moetune.backends.base import Backend, Problem
+from moetune.backends.registry import backend, backends
 from moetune.measure.compiling import Compilers
 from moetune.search.exhaustive import exhaustive
 from moetune.spec.regime import Regime
@@ -64,6 +68,21 @@ def test_by_default_nothing_is_compiled_ahead():
         compilers.request(LAYER, REGIME, 4, offered.tactics)
         assert compilers.wait(LAYER, REGIME, 4, offered.tactics) == {}
         assert compilers._thread is None
+
+
+def test_a_process_loads_what_it_will_need_as_far_as_it_can_be_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    planted = _backend()
+    planted.modules = ("moetune.no_such_module", "this")
+    planted.load()
+    assert "this" in sys.modules
+
+
+@pytest.mark.parametrize("name", backends())
+def test_the_modules_of_every_backend_exist(name):
+    for module in backend(name).modules:
+        assert importlib.util.find_spec(module) is not None
 
 
 def test_the_tune_paces_the_final_comparison_unless_the_backend_says_how_long_it_takes():

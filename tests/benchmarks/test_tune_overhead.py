@@ -1,8 +1,9 @@
-"""The logic of benchmarks/tune_overhead.py, on planted times."""
+"""The logic of benchmarks/tune_overhead.py: what it times, what it adds up, and a small tune that it accounts for."""
 
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,37 +11,55 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import tune_overhead
-from tune_overhead import WAYS, journaled, measured, report
+from tune_overhead import Account, in_fresh_process, report, starts_s, timed
 
-from moetune.store.journal import Journal
-
-
-def test_each_way_runs_once_a_round_and_the_order_turns() -> None:
-    order: list[str] = []
-    names = {way: name for name, way in WAYS.items()}
-
-    def once(way: tune_overhead.Way) -> float:
-        order.append(names[way])
-        return 10.0 + way.journal + 2 * way.worker
-
-    times = measured(3, once)
-    assert [order[number] for number in (0, 4, 8)] == ["neither", "journal", "worker"]
-    assert all(sorted(order[number : number + 4]) == sorted(WAYS) for number in (0, 4, 8))
-    assert times == {"neither": [10.0] * 3, "journal": [11.0] * 3, "worker": [12.0] * 3, "both": [13.0] * 3}
+TUNED = Account(tune=103.0, exchanges=90.0, work=89.0, notes=0.25, journal=0.5, end=0.25)
 
 
-@pytest.mark.parametrize(("both", "holds"), [(10.2, True), (10.4, False)])
-def test_more_than_three_percent_does_not_hold(both: float, holds: bool) -> None:
-    times = {"neither": [10.0] * 5, "journal": [10.0] * 5, "worker": [10.0] * 5, "both": [both] * 5}
-    text, found = report(times)
+class Slow:
+    def does(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "done"
+
+    def fails(self) -> None:
+        raise ValueError("planted")
+
+
+def test_both_ways_start_once_a_round_in_turn() -> None:
+    order: list[bool] = []
+
+    def once(isolate: bool) -> float:
+        order.append(isolate)
+        return 3.0 if isolate else 2.0
+
+    assert starts_s(2, once) == ([3.0, 3.0], [2.0, 2.0])
+    assert order == [False, True, True, False]
+
+
+def test_each_call_is_timed_and_afterwards_none_is() -> None:
+    real, took = Slow.does, list[float]()
+    with timed((Slow, ("does", "fails")), took.append):
+        assert Slow().does(0.02) == "done"
+        with pytest.raises(ValueError, match="planted"):
+            Slow().fails()
+    assert took[0] >= 0.02 > took[1]
+    assert Slow.does is real
+
+
+@pytest.mark.parametrize(("start_s", "holds"), [(1.0, True), (2.0, False)])
+def test_more_than_three_percent_does_not_hold(start_s: float, holds: bool) -> None:
+    text, found = report(TUNED, [2.0 + start_s, 9.0], [7.0, 2.0])
     assert found is holds
-    assert f"| both | {both} | +{100 * both / 10 - 100:.1f}% |" in text
+    assert f"| start of the worker | {start_s:.2f} |" in text
+    assert "| messages to the worker and back | 0.75 |" in text
+    assert f"| overhead | {start_s + 1.75:.2f} |" in text
+    assert f"| the rest of the tune | {103 - start_s - 1.75:.2f} |" in text
 
 
-def test_without_a_journal_nothing_is_appended_and_afterwards_it_is_again() -> None:
-    real = Journal._append
-    with journaled(False):
-        assert Journal._append is not real
-    assert Journal._append is real
-    with journaled(True):
-        assert Journal._append is real
+@pytest.mark.slow
+def test_a_small_tune_is_accounted_for() -> None:
+    found = Account(*in_fresh_process(tune_overhead.account, 1))
+    assert 0 < found.notes < found.work < found.exchanges < found.tune
+    assert found.messages > 0
+    assert 0 < found.journal + found.end < found.tune - found.exchanges
+    assert in_fresh_process(tune_overhead.start_s, 1, True) > 0

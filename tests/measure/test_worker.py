@@ -313,6 +313,24 @@ def test_ctrl_c_alone_does_not_end_the_worker(bench, other_processes):
     assert children() - other_processes == {pid}
 
 
+@dataclass
+class LoadingBackend(FailingBackend):
+    """Writes a file as its modules are loaded, and cannot be prepared before it has."""
+
+    def load(self):
+        Path(self.folder, "loaded").touch()
+
+    def prepare(self, problem):
+        assert Path(self.folder, "loaded").exists()
+        return super().prepare(problem)
+
+
+def test_the_process_loads_its_modules_before_it_has_a_problem(tmp_path):
+    with Worker(LoadingBackend(folder=str(tmp_path)), "cpu") as worker:
+        assert eventually((tmp_path / "loaded").exists)
+        assert worker.bench(problem()).check(GOOD, 0)
+
+
 def test_a_real_backend_is_measured_and_checked_in_a_worker():
     layer = MoELayer(num_experts=8, top_k=2, hidden_size=16, intermediate_size=8, precision="fp32")
     regime = Regime(ep_size=2, attention_dp=True)

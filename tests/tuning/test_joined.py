@@ -5,6 +5,8 @@ import torch
 from planted import LAYER, PlantedBackend, tactic
 
 from moetune.backends.base import Backend, Problem
+from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.errors import UnsupportedError
 from moetune.measure.bench import Bench
 from moetune.spec.regime import Regime
@@ -24,6 +26,11 @@ class Broken(PlantedBackend):
 
 def _both(second=PlantedBackend):
     return JoinedBackend((PlantedBackend({"default": 0.2}, name="one"), second({"default": 4.0, "b": 1.0}, name="two")))
+
+
+def test_its_processes_load_the_modules_of_all_backends():
+    joined = JoinedBackend((TorchBackend(), TritonBackend()))
+    assert joined.modules == (*TorchBackend.modules, *TritonBackend.modules)
 
 
 def test_it_is_a_backend_that_survives_a_pickle():

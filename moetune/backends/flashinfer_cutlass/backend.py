@@ -45,6 +45,7 @@ class FlashInferCutlassBackend(Backend):
     """Tunes FlashInfer's CUTLASS MoE op in bf16, and in fp8 with one scale a tensor, from compute capability 9.0."""
 
     name = "flashinfer-cutlass"
+    modules = ("moetune.backends.flashinfer_cutlass.runner",)
     final_s = FINAL_S
     warms_once = True
 

@@ -46,6 +46,7 @@ class TrtllmBackend(Backend):
     """
 
     name = "flashinfer-trtllm"
+    modules = ("moetune.backends.flashinfer_trtllm.runner",)
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    modules = ("moetune.backends.grouped_triton.runner", "moetune.backends.grouped_triton.ahead")
 
     def __init__(
         self,

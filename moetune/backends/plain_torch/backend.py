@@ -93,6 +93,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    modules = ("moetune.backends.plain_torch.algorithms",)
 
     def __init__(self, scratch_limit_bytes: int | None = None) -> None:
         self._scratch_limit_bytes = scratch_limit_bytes
