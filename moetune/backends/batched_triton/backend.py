@@ -43,6 +43,7 @@ class BatchedTritonBackend(Backend):
     """
 
     name = "batched-triton"
+    modules = ("moetune.backends.batched_triton.runner", "moetune.backends.batched_triton.ahead")
     expert_major = True
 
     def __init__(self, kernel: str = "builtin", engine_configs: Path | str | None = None) -> None:
