@@ -135,9 +135,9 @@ def sweep_s(log: str) -> float | None:
 def missing_proof(arm: Arm, case: Case, logs: Sequence[str], folders: Folders) -> list[str]:
     """Returns what the logs of an engine's ranks do not prove."""
     missing = arm.proof(logs, folders)
+    if not any(f"Simulating MoE routing using a {ROUTING} strategy" in log for log in logs):  # only one rank logs it
+        missing.append(f"`Simulating MoE routing using a {ROUTING} strategy`")
     for rank, log in enumerate(logs):
-        if f"Simulating MoE routing using a {ROUTING} strategy" not in log:
-            missing.append(f"`Simulating MoE routing using a {ROUTING} strategy` on rank {rank}")
         if case.share_of and SHARE_LINE not in log:
             missing.append(f"`{SHARE_LINE} …` on rank {rank}")
     return missing

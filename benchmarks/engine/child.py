@@ -44,6 +44,9 @@ class Engine(Protocol):
     def profiled(self) -> dict[str, Any] | None:
         """Returns what was profiled."""
 
+    def tactics(self) -> dict[str, Any] | None:
+        """Returns the number and the digest of the choices of FlashInfer's tuner."""
+
 
 class VllmEngine:
     """Stock vLLM with its engine core in a process of its own, as it starts by itself."""
@@ -91,6 +94,10 @@ class VllmEngine:
 
     def profiled(self) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._llm.collective_rpc("moetune_profiled")[0]
+        return found
+
+    def tactics(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._llm.collective_rpc("moetune_tactics")[0]
         return found
 
 
@@ -216,6 +223,8 @@ def main() -> None:
     results = Journal(options.result)
     engine = VllmEngine(options.model, case, options.moe_backend, running, options.memory, rank)
     results.add(what="start", seconds=round(time.monotonic() - began, 1), versions=versions())
+    if (tactics := engine.tactics()) is not None:
+        results.add(what="tactics", **tactics)
     marks = Marks(options.marks, case.ranks, rank)
     measure(engine, results, marks, running, options.passes, options.steps, options.profile)
     results.add(what="end", seconds=round(time.monotonic() - began, 1))

@@ -247,9 +247,19 @@ def _proofs(runs: Runs) -> Iterator[str]:
             words += [
                 ", ".join(f"{number} {word}" for word, number in count.items()) for count in run["counts"] if count
             ]
+            words += _tactics(run)
             yield f"- `{arm}` {run['rep']} on GPU {run['gpus']}: {'; '.join(words)}"
         for lines in runs.of(arm)[0]["lines"]:
             yield from ["  ```", *(f"  {line}" for line in lines), "  ```"]
+
+
+def _tactics(run: Line) -> Iterator[str]:
+    """Yields whether the ranks' FlashInfer tuners hold the same tactics."""
+    found = [(line["count"], line["digest"]) for rank in run["ranks"] for line in rank if line["what"] == "tactics"]
+    if any(count for count, _ in found):
+        equal = len(found) == len(run["ranks"]) and len(set(found)) == 1
+        word = "" if len(found) == 1 else ", equal on all ranks" if equal else ", **different on the ranks**"
+        yield f"{found[0][0]} tactics in FlashInfer's tuner{word}"
 
 
 def _problems(case: str, runs: Runs) -> Iterator[str]:

@@ -1,12 +1,14 @@
-"""An extension of vLLM's worker that profiles a few decode steps: how long its kernels run.
+"""An extension of vLLM's worker that profiles a few decode steps, and reads the cache of FlashInfer's tuner.
 
 vLLM mixes the class into its worker (`worker_extension_cls`), and the methods are called by `collective_rpc`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 MOE_KERNELS: Final = re.compile(
@@ -105,3 +107,18 @@ class ProfilesSteps:
         """Returns what was profiled, and ends profiling. None: too few steps ran."""
         result: dict[str, Any] | None = vars(self.model_runner).pop("execute_model").result
         return result
+
+    def moetune_tactics(self) -> dict[str, int | str] | None:
+        """Returns how many tactics FlashInfer's tuner has chosen in this worker, and their digest. None: no tuner."""
+        tuner = sys.modules.get("flashinfer.autotuner")
+        return None if tuner is None else digest_of(tuner.AutoTuner.get().profiling_cache)
+
+
+def digest_of(cache: Mapping[Any, tuple[Any, ...]]) -> dict[str, int | str]:
+    """Returns the number and the digest of a tuner's choices. Equal choices have equal digests, also on other ranks.
+
+    Args:
+        cache: `AutoTuner.profiling_cache`: the tactic and the optimization profile of each `ProfilingCacheKey`.
+    """
+    lines = sorted(f"{key.custom_op} {key.nearest_profile}: {found[0]}" for key, found in cache.items())
+    return {"count": len(lines), "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]}

@@ -202,3 +202,20 @@ def test_vllm_finds_the_share_by_an_entry_point(tmp_path, monkeypatch):
     )
     found.load()()
     assert sys.modules[ep_share.MODULE].FusedMoEParallelConfig.make(1).ep_size == 8
+
+
+def test_equal_choices_of_flashinfers_tuner_have_equal_digests():
+    def cache(tactic: int, runner: int) -> dict:
+        shapes = SimpleNamespace(custom_op="moe::gemm1", nearest_profile=((16, 64),), runner_hash=runner)
+        other = SimpleNamespace(custom_op="moe::gemm2", nearest_profile=((16, 64),), runner_hash=runner)
+        entries = [(shapes, (tactic, "profile")), (other, (3, None))]
+        return Entries(entries if runner else entries[::-1])
+
+    class Entries(list):
+        def items(self):
+            return list(self)
+
+    found = worker_profile.digest_of(cache(5, 0))
+    assert found["count"] == 2
+    assert worker_profile.digest_of(cache(5, 1)) == found
+    assert worker_profile.digest_of(cache(6, 0)) != found

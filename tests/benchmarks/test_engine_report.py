@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks/engine"))
 
+import engine_report
 from arms import ARMS, Folders, counted, missing_proof, sweep_s, telling_lines
 from cases import CASES
 from engine_report import Runs, bound, report
@@ -67,6 +68,23 @@ def test_a_fallback_beside_the_right_file_is_no_proof():
     default = f"{PREFIX}Using default MoE config. Performance might be sub-optimal! Config file not found at "
     default += "/a/E=9,N=9,x.json"
     assert "('default', '/a')" in missing("moetune", [*LOGS["moetune"], default])[0]
+
+
+def test_the_simulated_routing_is_proved_by_any_rank():
+    case = CASES["qwen3-30b-dp2"]
+    assert missing("flashinfer", LOGS["flashinfer"], [CUTLASS, TUNING], case=case) == []
+    assert missing("flashinfer", [CUTLASS, TUNING], [CUTLASS, TUNING], case=case)
+
+
+def test_the_report_says_whether_the_ranks_hold_the_same_tactics():
+    def said(*digests: str) -> str:
+        ranks = [[{"what": "tactics", "count": 44, "digest": digest}] for digest in digests]
+        return "".join(engine_report._tactics({"ranks": ranks}))
+
+    assert said("a") == "44 tactics in FlashInfer's tuner"
+    assert said("a", "a").endswith("tuner, equal on all ranks")
+    assert said("a", "b").endswith("tuner, **different on the ranks**")
+    assert "".join(engine_report._tactics({"ranks": [[{"what": "tactics", "count": 0, "digest": "a"}]]})) == ""
 
 
 def test_missed_buckets_are_no_proof_and_the_last_line_counts():
