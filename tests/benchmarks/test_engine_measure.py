@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -205,7 +206,7 @@ def test_vllm_finds_the_share_by_an_entry_point(tmp_path, monkeypatch):
 
 
 def test_equal_choices_of_flashinfers_tuner_have_equal_digests():
-    def cache(tactic: int, runner: int) -> dict:
+    def cache(tactic: int, runner: int) -> Any:
         shapes = SimpleNamespace(custom_op="moe::gemm1", nearest_profile=((16, 64),), runner_hash=runner)
         other = SimpleNamespace(custom_op="moe::gemm2", nearest_profile=((16, 64),), runner_hash=runner)
         entries = [(shapes, (tactic, "profile")), (other, (3, None))]
