@@ -30,6 +30,14 @@ class UnsupportedError(UsageError):
     """The input is valid, but the backend, dispatcher or machine does not support it."""
 
 
+class RankError(MoetuneError):
+    """Another rank of the group failed, so the ranks cannot choose a tactic together. The message names the rank."""
+
+
+class LostRankError(RankError):
+    """The ranks of a group no longer reach each other, or they do different things. No more can be agreed on."""
+
+
 class NoResultError(MoetuneError):
     """Tuning ended without a valid measurement for some bucket."""
 

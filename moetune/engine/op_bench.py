@@ -18,6 +18,7 @@ from moetune.tuning.verdict import choice, cliffs, decide, loss, stress_times
 if TYPE_CHECKING:
     import torch
 
+    from moetune.engine.exchange import Exchange
     from moetune.measure.bench import Series
     from moetune.measure.clock import Clock, TimedCall
     from moetune.workload.draws import Draw
@@ -38,14 +39,16 @@ large. The random scales among the tuner's inputs can make outputs so small."""
 class EngineBench:
     """`BenchLike` over calls of the engine's op.
 
-    Its times are means over the ranks of `group`, so that all ranks choose the same tactic.
+    Its times are those of the slowest rank, so that all ranks choose the same tactic: the one with which the all-to-all
+    after the op ends first.
 
     Args:
         calls: for each tactic, a function that runs it on the draw at a position.
         clock: measures the times.
         default: the tactic with whose output all others are compared.
         tolerance: the largest relative Frobenius error allowed against it.
-        group: the ranks that time the same tactics in the same order, or None.
+        ranks: the ranks that time the same tactics in the same order, or None.
+        name: what is compared, for errors.
 
     Attributes:
         failures: the tactics that failed or were wrong on any rank, each with the reason.
@@ -53,27 +56,34 @@ class EngineBench:
     """
 
     def __init__(
-        self, calls: Mapping[Tactic, TimedCall], clock: Clock, default: Tactic, tolerance: float, group: Any = None
+        self,
+        calls: Mapping[Tactic, TimedCall],
+        clock: Clock,
+        default: Tactic,
+        tolerance: float,
+        ranks: Exchange | None = None,
+        name: str = "",
     ) -> None:
         self.failures: dict[Tactic, str] = {}
         self.eager: dict[Tactic, str] = {}
-        self._calls, self._clock, self._group = calls, clock, group
+        self._calls, self._clock, self._ranks, self._name = calls, clock, ranks, name
         self._default, self._tolerance = default, tolerance
         self._warm: set[Tactic] = set()
         self._expected: dict[int, torch.Tensor | None] = {}
 
     def samples(self, tactics: Sequence[Tactic], draws: Sequence[int], limit_us: float = math.inf) -> Series:
-        """See `Bench.samples`. It is a collective: every rank of the group must call it. No tactic is stopped."""
+        """See `Bench.samples`. Every rank must call it. No tactic is stopped."""
         try:
             mine = self._samples(tactics, draws)
         except Exception as error:  # a kernel may raise anything, and the other ranks wait for this rank's times
             mine = [None] * len(tactics)
             self.failures.update((tactic, reason_of(error)) for tactic in tactics)
-        pooled = mean_of_ranks(gather(mine, self._group))
-        for tactic, series in zip(tactics, pooled, strict=True):
-            if series is None:
-                self.failures.setdefault(tactic, "failed on another rank")
-        return pooled
+        failed = {tactic: self.failures[tactic] for tactic in tactics if tactic in self.failures}
+        self._say(f"{len(tactics)} tactics on {len(draws)} draws")
+        series, reasons = zip(*gather((mine, failed), self._ranks), strict=True)
+        for tactic, reason in on_ranks(reasons, self._ranks).items():
+            self.failures.setdefault(tactic, reason)
+        return slowest_samples(series)
 
     def check(self, tactic: Tactic, draw: int) -> bool:
         """Returns whether the output of `tactic` agrees with that of the default on every rank.
@@ -81,13 +91,18 @@ class EngineBench:
         Inside an engine there is no fp32 reference. But it is unlikely that two tactics make the same error. The tactic
         only has to run if the outputs cannot be compared: the op returns no single tensor of rows
         (`do_finalize=False`, where the order of the rows depends on the tactic), or the default's output has no finite
-        number or is almost zero. It is a collective: every rank of the group must call it.
+        number or is almost zero. Every rank must call it.
         """
         found = self.failures.get(tactic) or self._disagreement(tactic, draw)
-        reasons = [reason for reason in gather(found, self._group) if reason]
+        self._say("the check of a tactic")
+        reasons = on_ranks([{tactic: found} if found else {} for found in gather(found, self._ranks)], self._ranks)
         if reasons:
-            self.failures.setdefault(tactic, reasons[0])
+            self.failures.setdefault(tactic, reasons[tactic])
         return not reasons
+
+    def _say(self, step: str) -> None:
+        if self._ranks is not None:
+            self._ranks.step = f"{self._name}: {step}"
 
     def _disagreement(self, tactic: Tactic, draw: int) -> str | None:
         if draw not in self._expected:
@@ -120,14 +135,31 @@ class EngineBench:
         return [None if tactic in self.failures else tuple(next(series)) for tactic in tactics]
 
 
-def mean_of_ranks(ranks: Sequence[Series]) -> Series:
-    """Returns the mean over the ranks of each sample; None for a tactic that failed on any rank."""
+def slowest_samples(ranks: Sequence[Series]) -> Series:
+    """Returns the largest over the ranks of each sample; None for a tactic that failed on any rank.
+
+    Sample i is of the same sampled routing on all ranks, of which each rank computes its own part.
+    """
     pooled: Series = []
     for of_ranks in zip(*ranks, strict=True):
         present = [series for series in of_ranks if series is not None]
         ran_everywhere = len(present) == len(of_ranks)
-        pooled.append(tuple(sum(at) / len(at) for at in zip(*present, strict=True)) if ran_everywhere else None)
+        pooled.append(tuple(map(max, zip(*present, strict=True))) if ran_everywhere else None)
     return pooled
+
+
+def on_ranks(reasons: Sequence[Mapping[Tactic, str]], ranks: Exchange | None) -> dict[Tactic, str]:
+    """Returns why each tactic failed. With several ranks the reason names the first rank on which it failed.
+
+    Args:
+        reasons: the failed tactics of each rank, in rank order.
+        ranks: the ranks, or None if there is one.
+    """
+    found: dict[Tactic, str] = {}
+    for rank, of_rank in enumerate(reasons):
+        for tactic, reason in of_rank.items():
+            found.setdefault(tactic, reason if ranks is None else f"{ranks.name(rank)}: {reason}")
+    return found
 
 
 def output_of(call: TimedCall, draw: int) -> torch.Tensor | None:

@@ -76,6 +76,7 @@ def register(logger: logging.Logger) -> None:
 def _register(spelled: str, logger: logging.Logger) -> None:
     began = time.perf_counter()
     from moetune.engine import flashinfer_hook, session, start_tune, triton_engines, triton_hook, warmup_end
+    from moetune.engine.strategy import Strategy, strategy_of_variable
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -89,7 +90,12 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             "Give its number, or leave --rank out.",
         )
     _check_skew(options, logger)
-    opened = session_for(options.layer, options.regime, options.rank, logger=logger)
+    try:
+        strategy = strategy_of_variable()
+    except UsageError as error:
+        strategy = Strategy.MERGE
+        logger.error("moetune: the ranks tune with the strategy %s: %s", strategy, error)
+    opened = session_for(options.layer, options.regime, options.rank, logger=logger, strategy=strategy)
     session.set_for_process(opened)
     opened.spent_s = time.perf_counter() - began
     try:

@@ -1,15 +1,19 @@
-"""Exchange between the ranks of one process group that must choose the same tactics."""
+"""What the ranks of one process group do together to choose the same tactics, and how the engine's group is found."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moetune.errors import UnsupportedError
+from moetune.engine.exchange import Exchange
+from moetune.errors import LostRankError, RankError
+from moetune.measure.reasons import reason_of
+from moetune.store.store import Store
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,55 +63,73 @@ def _version(engine: str) -> str:
     return str(found)
 
 
-def gather(value: Any, group: ProcessGroup | None) -> list[Any]:
-    """Returns the `value` of every rank of `group` in rank order; without a group only this process's.
+def gather(value: Any, ranks: Exchange | None) -> list[Any]:
+    """Returns the `value` of every rank in rank order; without other ranks only this process's.
 
-    It is a collective: every rank of the group must call it.
-    """
-    if group is None:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def broadcast(value: Any, group: ProcessGroup | None) -> Any:
-    """Returns the `value` of the first rank of `group`. It is a collective: every rank of the group must call it."""
-    return gather(value if leads(group) else None, group)[0]
-
-
-def common(values: Iterable[T], group: ProcessGroup | None) -> set[T]:
-    """Returns the values that every rank of `group` gave. It is a collective: every rank of the group must call it."""
-    return set.intersection(*gather(set(values), group))
-
-
-def together(make: Callable[[], T], group: ProcessGroup | None) -> T:
-    """Returns what `make` returns here, if it succeeds on every rank of `group`.
-
-    It is a collective: every rank of the group must call it. Without it, a rank on which `make` fails would leave the
-    others waiting in their next collective.
+    Every rank must call it.
 
     Raises:
-        UnsupportedError: `make` failed on another rank.
+        LostRankError: a rank is missing.
+    """
+    return [value] if ranks is None else ranks.gather(value)
+
+
+def together(make: Callable[[], T], ranks: Exchange | None) -> T:
+    """Returns what `make` returns here, if it succeeds on every rank. Every rank must call it.
+
+    Without it, a rank on which `make` fails would leave the others waiting in their next exchange.
+
+    Raises:
+        RankError: `make` failed on another rank. The message names the rank and the reason.
         Exception: what `make` raised here.
     """
-    if group is None:
-        return make()
-    made: list[T] = []
-    error: Exception | None = None
-    try:
-        made.append(make())
-    except Exception as raised:
-        error = raised
-    reasons = gather(None if error is None else f"{type(error).__name__}: {error}", group)
+    made, error = _attempt(make)
+    reasons = gather(None if error is None else reason_of(error), ranks)
     if error is not None:
         raise error
     for rank, reason in enumerate(reasons):
         if reason is not None:
-            raise UnsupportedError(f"Rank {rank} of the group failed: {reason}", "See its log.")
+            assert ranks is not None
+            raise RankError(f"{ranks.name(rank)} failed: {reason}.", "See its log.")
     return made[0]
+
+
+def from_first(make: Callable[[], T], ranks: Exchange | None) -> T:
+    """Returns what `make` returns on the first rank, the only one that calls it. Every rank must call `from_first`.
+
+    Raises:
+        RankError: `make` failed on the first rank.
+        Exception: what `make` raised here.
+    """
+    made, error = _attempt(make) if leads(ranks) else ([], None)
+    found, reason = gather((made, None if error is None else reason_of(error)), ranks)[0]
+    if error is not None:
+        raise error
+    if reason is not None:
+        assert ranks is not None
+        raise RankError(f"{ranks.name(0)}, which answers for all, failed: {reason}.", "See its log.")
+    answer: T = found[0]
+    return answer
+
+
+def _attempt(make: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """Returns what `make` returns, or nothing and its error."""
+    try:
+        return [make()], None
+    except LostRankError:
+        raise
+    except Exception as error:  # the other ranks wait for this one, whatever it raised
+        return [], error
+
+
+def writes(store: Store, ranks: Exchange | None) -> bool:
+    """Returns whether this rank writes what the ranks chose together into `store`. Every rank must call it.
+
+    Of the ranks of one host that have the same store, only the first does.
+    """
+    folders = gather((platform.node(), str(store.root.absolute())), ranks)
+    mine = 0 if ranks is None else ranks.rank
+    return folders.index(folders[mine]) == mine
 
 
 def first_answer(name: str, make: Callable[[], str], limit_s: float) -> str | None:
@@ -150,10 +172,6 @@ def first_answer(name: str, make: Callable[[], str], limit_s: float) -> str | No
     return store.get("answer").decode() or None
 
 
-def leads(group: ProcessGroup | None) -> bool:
-    """Returns whether this process is the first rank of `group`. Without a group it is."""
-    if group is None:
-        return True
-    import torch.distributed as dist
-
-    return dist.get_rank(group) == 0
+def leads(ranks: Exchange | None) -> bool:
+    """Returns whether this process is the first rank. Without other ranks it is."""
+    return ranks is None or ranks.rank == 0

@@ -7,6 +7,9 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moetune.engine.exchange import TIMEOUT_S, Exchange, exchange_of
+from moetune.engine.strategy import Strategy
+from moetune.errors import LostRankError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
@@ -62,6 +65,8 @@ class Session:
         store: where choices are looked up and saved.
         group: the ranks that must choose the same tactics. None stands for FlashInfer's own autotune group, else in
             tuning mode for the group of the running engine's ranks that share the experts, if there is one.
+        strategy: how the ranks share the tuning.
+        timeout_s: after this time without a sign of life a rank is lost, in seconds.
         logger: the engine's log.
         served: (backend, rows) of the buckets that the store answered.
         tuned: (backend, rows) of the buckets that were measured.
@@ -71,9 +76,13 @@ class Session:
         agreed: those of the keys that were placed in tuning mode. They are the same on all ranks of the group.
         answered: the keys that were placed, by the signature of each call that was answered in tuning mode.
         passed: identities of the calls that FlashInfer answers by itself.
+        undecided: identities of the calls for which the ranks of a group could not choose together. FlashInfer's
+            default runs on all of them.
+        lost: why the ranks of the group no longer reach each other; empty as long as they do. Nothing is tuned then.
         looked_up: identities of the calls for which the store was read.
         profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
             tuning mode. None if there was none.
+        exchanges: the exchange between the ranks of each group.
         has_tuned: whether an MoE op was called in tuning mode.
         asked: the shapes for which the engine asked for a Triton configuration or a FlashInfer tactic, with the number
             of hits and misses. Those of FlashInfer are counted until the warm-up ends.
@@ -88,6 +97,8 @@ class Session:
     rank: int | None
     store: Store
     group: ProcessGroup | None = None
+    strategy: Strategy = Strategy.MERGE
+    timeout_s: float = TIMEOUT_S
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger("moetune"))
     served: set[tuple[str, int]] = field(default_factory=set)
     tuned: set[tuple[str, int]] = field(default_factory=set)
@@ -97,6 +108,9 @@ class Session:
     agreed: set[Any] = field(default_factory=set, repr=False)
     answered: dict[Any, tuple[Any, ...]] = field(default_factory=dict, repr=False)
     passed: set[Any] = field(default_factory=set, repr=False)
+    undecided: set[Any] = field(default_factory=set, repr=False)
+    lost: str = ""
+    exchanges: dict[Any, Exchange] = field(default_factory=dict, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
     profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)
     has_tuned: bool = False
@@ -122,6 +136,27 @@ class Session:
             f"{len(self.served)} served, {len(self.tuned)} tuned, {len(self.missed)} missed"
         )
 
+    def exchange(self, group: ProcessGroup | None) -> Exchange | None:
+        """Returns the exchange between the ranks of `group`; None if each of them tunes for itself.
+
+        Raises:
+            LostRankError: the ranks no longer reach each other.
+            UsageError: this process is no rank of the group.
+        """
+        if group is None or self.strategy is Strategy.INDEPENDENT:
+            return None
+        if self.lost:
+            raise LostRankError(self.lost)
+        found = self.exchanges.get(group)
+        if found is None:
+            found = self.exchanges[group] = exchange_of(group, self.timeout_s)
+        return found
+
+    def leave(self) -> None:
+        """Gives the other ranks no more signs of life: this one exchanges nothing more."""
+        for exchange in self.exchanges.values():
+            exchange.end()
+
     def announce(self) -> None:
         """Logs the summary if it differs from the last one."""
         line = self.summary()
@@ -134,6 +169,7 @@ class Session:
         if self.is_warm:
             return
         self.is_warm = True
+        self.leave()
         for shape in self.asked:
             self.logger.info(shape.summary())
         if self.asked:

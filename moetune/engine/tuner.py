@@ -7,18 +7,26 @@ session's layer, and calls in a context without a session, pass through unchange
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Final
 
+import torch
+from flashinfer.autotuner import get_autotune_process_group, set_autotune_process_group
 from flashinfer.autotuner.autotuner import AutoTuner
 
 from moetune.engine import session as sessions
 from moetune.engine.answer import OPS, answer
 from moetune.engine.hits import count
+from moetune.engine.sweep import Sweep
 from moetune.engine.tuner_cache import PlainCache, cache_class
 from moetune.engine.tuner_call import TunerCall
+from moetune.measure.reasons import is_out_of_memory
 
 _CACHE: Final = cache_class(AutoTuner)
 
@@ -27,12 +35,34 @@ _CACHE: Final = cache_class(AutoTuner)
 class Recording:
     """One sweep of FlashInfer.
 
-    `missing`: keys that are not found in the cache. `milliseconds`: the (tactic, time) pairs by rows.
+    `missing`: the keys that are timed. `sweep`: what was timed. `share`: this rank's number and the number of ranks
+    that share the tactics. `offered`: how many tactics FlashInfer has offered, by rows.
     """
 
     missing: frozenset[Any]
     rows_of: Callable[[Any], int]
-    milliseconds: dict[int, list[tuple[Any, float]]] = dataclasses.field(default_factory=dict)
+    share: tuple[int, int]
+    sweep: Sweep = dataclasses.field(default_factory=Sweep)
+    offered: Counter[int] = dataclasses.field(default_factory=Counter)
+
+    def time(self, inputs: Any, tactic: Any, profile: Callable[[], float]) -> float:
+        """Returns what `profile` returns, and records it; infinity for another rank's tactic or one without memory."""
+        rows = self.rows_of(inputs)
+        number, (mine, ranks) = self.offered[rows], self.share
+        self.offered[rows] += 1
+        if number % ranks != mine:
+            return math.inf
+        try:
+            time_ms = float(profile())
+        except Exception as error:
+            self.sweep.failed(rows, tactic, error)
+            if not is_out_of_memory(error):
+                raise
+            with suppress(Exception):
+                torch.cuda.empty_cache()
+            return math.inf  # FlashInfer would end the whole sweep
+        self.sweep.timed(rows, tactic, time_ms)
+        return time_ms
 
 
 _recording: ContextVar[Recording | None] = ContextVar("moetune_recording", default=None)
@@ -62,23 +92,21 @@ class MoetuneTuner(AutoTuner):  # type: ignore[misc]
     def search_cache(
         self, custom_op: str, runners: Any, input_shapes: Any, tuning_config: Any, inputs: Any = None, **kwargs: Any
     ) -> Any:
-        """See `AutoTuner`; during a recording, the missing keys are not found. The last profile found is kept."""
+        """See `AutoTuner`; a recording finds all keys but the missing ones. The last profile found is kept."""
         recording = _recording.get()
         if recording is not None:
             extras = runners[0].get_cache_key_extras(inputs) if inputs is not None else ()
-            if self._get_cache_key(custom_op, runners[0], input_shapes, tuning_config, extras) in recording.missing:
-                return False, 0, -1, None
+            key = self._get_cache_key(custom_op, runners[0], input_shapes, tuning_config, extras)
+            return key not in recording.missing, 0, -1, None
         found = super().search_cache(custom_op, runners, input_shapes, tuning_config, inputs, **kwargs)
         self._found = found[3]  # `choose_one` searches for the rows of its call last
         return found
 
     def _profile_single_kernel(self, runner: Any, inputs: Any, tactic: Any, *args: Any, **kwargs: Any) -> float:
         """See `AutoTuner`; during a recording, the time is recorded."""
-        time_ms = float(super()._profile_single_kernel(runner, inputs, tactic, *args, **kwargs))
+        profile = partial(super()._profile_single_kernel, runner, inputs, tactic, *args, **kwargs)
         recording = _recording.get()
-        if recording is not None:
-            recording.milliseconds.setdefault(recording.rows_of(inputs), []).append((tactic, time_ms))
-        return time_ms
+        return float(profile()) if recording is None else recording.time(inputs, tactic, profile)
 
     @property
     def choices(self) -> PlainCache:
@@ -86,23 +114,33 @@ class MoetuneTuner(AutoTuner):  # type: ignore[misc]
         return _CACHE(self)
 
     def swept(
-        self, call: TunerCall, missing: frozenset[Any], hook: Callable[[list[Any]], list[Any]]
-    ) -> dict[int, list[tuple[Any, float]]]:
-        """Lets FlashInfer time every tactic of `call` for the missing keys. Returns (tactic, time in ms) by rows.
+        self,
+        call: TunerCall,
+        missing: frozenset[Any],
+        hook: Callable[[list[Any]], list[Any]],
+        share: tuple[int, int] = (0, 1),
+    ) -> Sweep:
+        """Lets FlashInfer time the tactics of `call` for the missing keys, on this rank alone.
+
+        FlashInfer's own process group is unset meanwhile: it would make each tactic's time the mean of all ranks, and
+        wait for a rank that has ended.
 
         Args:
             call: the call of `choose_one`.
             missing: FlashInfer's keys of the buckets that are timed.
             hook: replaces the routing in a bucket's inputs. An `inputs_pre_hook` of the call runs before it.
+            share: (i, n): of each bucket's tactics, those with the numbers i, i + n, i + 2 n … are timed.
         """
-        recording = Recording(missing, call.rows_of)
+        recording = Recording(missing, call.rows_of, share)
         config = dataclasses.replace(call.config, inputs_pre_hook=_chained(call.config.inputs_pre_hook, hook))
-        token = _recording.set(recording)
+        token, group = _recording.set(recording), get_autotune_process_group()
+        set_autotune_process_group(None)
         try:
             super().choose_one(call.op, [call.runner], config, call.inputs, **call.arguments)
         finally:
+            set_autotune_process_group(group)
             _recording.reset(token)
-        return recording.milliseconds
+        return recording.sweep
 
 
 def _chained(

@@ -7,6 +7,7 @@ policy, and each entry has a profiling policy that says how it was measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class PlainCache:
         self._entries()[key] = (tactic, profile)
         self.tuner._dirty = True
         self.tuner._dirty_seq += 1
+
+    def entries_by_op(self) -> Counter[str]:
+        """Returns the number of entries of each op."""
+        return Counter(str(key.custom_op) for key in self._entries())
 
     def holds(self, key: Any, tactic: Any) -> bool:
         """Returns whether `tactic` is the tuner's choice for `key`."""

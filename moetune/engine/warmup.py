@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.engine import flashinfer_hook, session
+from moetune.engine.exchange import TIMEOUT_S
+from moetune.engine.flashinfer_group import agreed_by_flashinfer
 from moetune.engine.session import Session
-from moetune.errors import UnsupportedError
+from moetune.engine.strategy import Strategy, strategy_of
+from moetune.errors import LostRankError, UnsupportedError
 from moetune.inputs import flashinfer_versions
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -28,6 +31,8 @@ def session_for(
     group: ProcessGroup | None = None,
     store: Store | Path | str | None = None,
     logger: logging.Logger | None = None,
+    strategy: Strategy = Strategy.MERGE,
+    timeout_s: float = TIMEOUT_S,
 ) -> Session:
     """Returns a session for this layer and regime, with their defaults filled in. See `warmup` for the arguments.
 
@@ -37,7 +42,8 @@ def session_for(
     layer, regime = resolved(layer, regime)
     regime.shard(layer, rank or 0)
     store = store if isinstance(store, Store) else Store(store)
-    return Session(layer, regime, rank, store, group, logger or logging.getLogger("moetune"))
+    logger = logger or logging.getLogger("moetune")
+    return Session(layer, regime, rank, store, group, strategy, timeout_s, logger)
 
 
 @contextmanager
@@ -48,6 +54,8 @@ def warmup(
     rank: int | None = None,
     group: ProcessGroup | None = None,
     store: Store | Path | str | None = None,
+    strategy: Strategy | str = Strategy.MERGE,
+    timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Session]:
     """Tunes the layer's FlashInfer MoE ops that are called inside for one regime, or serves them from the store.
 
@@ -64,15 +72,21 @@ def warmup(
         rank: the rank whose experts the ops have. [default: the rank that fits the op's arguments]
         group: the ranks that must choose the same tactics. All of them must call the same ops inside.
         store: a store or its folder. [default: `MOETUNE_STORE`, else the user's cache folder]
+        strategy: how the ranks of `group` share the tuning; see `Strategy`. With all but `independent` they choose the
+            same tactics.
+        timeout_s: after this time without a sign of life a rank of `group` is lost, in seconds. Then FlashInfer's
+            default runs on the others, for all that was not agreed on before.
 
     Yields:
-        The session; its `served`, `tuned` and `missed` hold (backend, rows).
+        The session; its `served`, `tuned` and `missed` hold (backend, rows), and `lost` says which rank is lost.
 
     Raises:
-        UsageError: the layer's name is unknown, the regime does not fit the layer, or it has no such rank.
+        UsageError: the layer's name is unknown, the regime does not fit the layer, it has no such rank, there is no
+            such strategy, or this process is no rank of `group`.
         UnsupportedError: FlashInfer is not installed.
     """
-    opened = session_for(layer, regime, rank, group, store)
+    strategy = strategy_of(strategy, "strategy")
+    opened = session_for(layer, regime, rank, group, store, strategy=strategy, timeout_s=timeout_s)
     obstacle = flashinfer_versions.obstacle()
     if obstacle and flashinfer_versions.version() is None:
         raise UnsupportedError(f"A warm-up needs FlashInfer: {obstacle}", "Run `pip install flashinfer-python`.")
@@ -83,10 +97,27 @@ def warmup(
         with autotune(True):
             yield opened
         return
-    with flashinfer_hook.installed(), autotune(True):
+    with flashinfer_hook.installed(), _agreeing(opened), autotune(True):
         token = session.enter(opened)
         try:
             yield opened
         finally:
             session.leave(token)
+            opened.leave()
             opened.announce()
+
+
+@contextmanager
+def _agreeing(opened: Session) -> Iterator[None]:
+    """Lets FlashInfer agree on the ops that moetune does not tune, if the session has a group."""
+    ranks = opened.exchange(opened.group)
+    if ranks is None or opened.group is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(agreed_by_flashinfer(opened.group, ranks, opened.logger))
+        except LostRankError as error:
+            opened.lost = str(error)
+            opened.logger.warning("moetune: nothing is tuned: %s", error)
+        yield

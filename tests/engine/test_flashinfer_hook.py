@@ -81,7 +81,7 @@ def test_every_dispatch_reaches_the_kernel(tuner, layer, mode, distribution, dep
     buckets = [rows for rows in BUCKETS if deployment.get("layout") != "pool" or rows % 4 == 0]
     assert {rows for _, rows in seen.tuned} == set(buckets)
     assert {rows for _, rows in seen.missed} == set(BUCKETS) - set(buckets)
-    for _, inputs in op.runner.seen[: 3 * len(BUCKETS)]:
+    for _, inputs in op.runner.seen[: 3 * len(buckets)]:
         rows = op.runner.rows(inputs)
         if rows in buckets:
             assert op.load(inputs) == moetune.realize(layer, regime, rows, rank=1).load.tolist()

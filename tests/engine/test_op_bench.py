@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -8,35 +5,12 @@ from hypothesis import strategies as st
 
 import moetune
 from moetune.engine import op_bench as benches
-from moetune.engine.op_bench import CHECKED_ROWS, EngineBench, choose, mean_of_ranks
+from moetune.engine.exchange import Exchange
+from moetune.engine.op_bench import CHECKED_ROWS, EngineBench, choose, slowest_samples
 from moetune.engine.stored import regime_of_buckets
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.workload.draws import Draw
-
-TWO_RANKS = """
-import os, sys, torch.distributed as dist
-from moetune.engine.ranks import broadcast, common, gather, together
-from moetune.errors import UnsupportedError
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-group = dist.group.WORLD
-assert gather({"rank": rank}, group) == [{"rank": 0}, {"rank": 1}]
-assert broadcast(f"from {rank}", group) == "from 0"
-assert common({rank, 2}, group) == {2}
-assert together(lambda: rank, group) == rank
-try:
-    together(lambda: 1 // (1 - rank), group)
-except ZeroDivisionError:
-    assert rank == 1
-except UnsupportedError as error:
-    assert rank == 0 and "Rank 1 of the group failed: ZeroDivisionError" in str(error)
-else:
-    raise AssertionError("it failed on one rank")
-dist.barrier()
-os._exit(0)  # gloo's threads may abort the process at its end
-"""
-
 
 DEFAULT, OTHER = Tactic(config=-1), Tactic(config=2)
 
@@ -51,14 +25,8 @@ class Clock:
         return [[call(draw) for draw in draws] for call in calls]
 
 
-def test_ranks_gather_and_the_first_one_leads(tmp_path):
-    command = [sys.executable, "-c", TWO_RANKS]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "rendezvous")]) for rank in range(2)]
-    assert [process.wait(timeout=60) for process in ranks] == [0, 0]
-
-
-def test_the_mean_of_ranks_is_by_sample_and_a_failure_anywhere_is_one_everywhere():
-    assert mean_of_ranks([[(1.0, 2.0), (5.0,)], [(3.0, 4.0), None]]) == [(2.0, 3.0), None]
+def test_the_slowest_rank_counts_by_sample_and_a_failure_anywhere_is_one_everywhere():
+    assert slowest_samples([[(1.0, 5.0), (5.0,)], [(3.0, 4.0), None]]) == [(3.0, 5.0), None]
 
 
 def test_a_tactic_that_raises_fails_alone():
@@ -138,9 +106,11 @@ def test_outputs_in_the_tactics_own_order_are_not_compared():
 
 
 def test_a_tactic_that_is_wrong_on_another_rank_is_wrong_here(monkeypatch):
-    monkeypatch.setattr(benches, "gather", lambda value, group: [value, "wrong result there"])
-    kernel = Kernel()
-    assert not kernel.agrees(lambda right: right, "wrong result there")
+    monkeypatch.setattr(benches, "gather", lambda value, ranks: [value, "wrong result there"])
+    calls = {tactic: Kernel().call(lambda right: right) for tactic in (DEFAULT, OTHER)}
+    bench = EngineBench(calls, Clock(), DEFAULT, 2e-2, Exchange(None, 0, (4, 5)), "8 rows")
+    assert not bench.check(OTHER, 0)
+    assert bench.failures == {OTHER: "Rank 1 of 2 (rank 5 of the world): wrong result there"}
 
 
 def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):

@@ -219,6 +219,24 @@ def test_a_wrong_value_of_tensorrt_llms_variable_is_logged_and_the_engine_starts
     assert type(AutoTuner.get()) is Stock
 
 
+@pytest.mark.parametrize(("spelled_as", "strategy"), [(None, "merge"), ("parallel", "parallel"), ("", "merge")])
+def test_the_strategy_of_the_ranks_is_a_variable(process, model, monkeypatch, spelled_as, strategy):
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    monkeypatch.delenv("MOETUNE_STRATEGY", raising=False)
+    if spelled_as is not None:
+        monkeypatch.setenv("MOETUNE_STRATEGY", spelled_as)
+    plugins.vllm()
+    assert session.current().strategy == strategy
+
+
+def test_a_wrong_strategy_is_logged_and_the_ranks_merge(process, model, monkeypatch, caplog):
+    monkeypatch.setenv(plugins.VARIABLE, spelled(model))
+    monkeypatch.setenv("MOETUNE_STRATEGY", "vote")
+    plugins.vllm()
+    assert session.current().strategy == "merge"
+    assert "strategy merge: MOETUNE_STRATEGY=vote is not a strategy. Use one of independent, broadcast" in caplog.text
+
+
 def test_an_unknown_version_is_logged_and_left_alone(process, model, monkeypatch, caplog):
     monkeypatch.setenv(plugins.VARIABLE, spelled(model))
     monkeypatch.setattr(flashinfer_versions, "version", lambda: "1.0.0")

@@ -48,7 +48,7 @@ def test_without_a_group_each_rank_tunes_by_itself(tmp_path):
     assert second["chosen"] == [[1001, 2001], [1008, 2008], [9192, 10192]]
 
 
-def test_ranks_choose_alike_by_the_mean_of_their_times_even_if_one_was_served_before(tmp_path):
+def test_ranks_choose_alike_by_the_times_of_the_slower_one_even_if_one_was_served_before(tmp_path):
     first, second = ranks("sglang", "trtllm", tmp_path)
     assert (first["before"], second["before"]) == ([-1] * 4, [MIDDLING] * 4)
     assert first["chosen"] == second["chosen"] == [FAST] * 4

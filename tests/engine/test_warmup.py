@@ -261,6 +261,12 @@ def test_a_regime_that_does_not_fit_is_refused_before_anything_runs(layer, regim
         pass
 
 
+def test_a_strategy_that_does_not_exist_is_refused_with_those_that_do(layer, regime):
+    refused = pytest.raises(UsageError, match=r"strategy=vote is not a strategy. Use one of independent, .*, parallel")
+    with refused, moetune.warmup(layer, regime, strategy="vote"):
+        pass
+
+
 def balanced_by(monkeypatch, spelled="Balanced"):
     monkeypatch.setenv(DISTRIBUTION_VARIABLE, spelled)
 

@@ -1,0 +1,73 @@
+"""Lets FlashInfer agree on the tactics of the ops that moetune does not tune, by FlashInfer's own means.
+
+`flashinfer.autotuner.set_autotune_process_group`, in all versions that moetune knows: each tactic's time becomes the
+mean over the ranks. It has no time-out of its own, and its ranks must enter with equal caches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from moetune.engine.exchange import SLOWEST_S, Exchange
+from moetune.engine.ranks import gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@contextmanager
+def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.Logger) -> Iterator[None]:
+    """Makes FlashInfer's tuner take the mean of its times over the ranks of `group`, inside. Every rank must enter it.
+
+    A group that FlashInfer has already stays. If the ranks have tuned different ops before, FlashInfer would wait
+    forever, so it gets no group, and a warning is logged.
+
+    Args:
+        group: the group. FlashInfer gets a group of gloo with the same ranks, because NCCL ends a process that waits
+            for a rank which has ended.
+        ranks: the exchange between its ranks.
+        logger: the engine's log.
+
+    Raises:
+        LostRankError: a rank does not enter.
+    """
+    from flashinfer.autotuner import AutoTuner, get_autotune_process_group, set_autotune_process_group
+
+    ranks.step = "the begin of the warm-up"
+    own = get_autotune_process_group()
+    everywhere = gather((own is None, AutoTuner.get().choices.entries_by_op()), ranks)
+    others = [rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0]]
+    if others:
+        logger.warning(
+            "moetune: FlashInfer's cache or group on %s differs from that on %s, so the ops that moetune does not tune "
+            "may get different tactics on the ranks",
+            ranks.name(others[0]),
+            ranks.name(0),
+        )
+    with nullcontext(own) if others or own is not None else _of_gloo(group) as agreeing:
+        set_autotune_process_group(agreeing)
+        try:
+            yield
+        finally:
+            set_autotune_process_group(own)
+
+
+@contextmanager
+def _of_gloo(group: ProcessGroup) -> Iterator[Any]:
+    """Yields `group` if it is one of gloo, otherwise a new group of gloo with the same ranks."""
+    import torch.distributed as dist
+
+    if dist.get_backend(group) == dist.Backend.GLOO:
+        yield group
+        return
+    members = dist.get_process_group_ranks(group)
+    timeout = timedelta(seconds=SLOWEST_S)
+    made = dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
+    try:
+        yield made
+    finally:
+        dist.destroy_process_group(made)

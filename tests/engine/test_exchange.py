@@ -1,0 +1,222 @@
+"""The ranks are threads of this process. They share a key-value store of torch.distributed in memory."""
+
+import random
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from moetune.engine import exchange
+from moetune.engine.exchange import Exchange
+from moetune.engine.ranks import from_first, gather, leads, together, writes
+from moetune.errors import LostRankError, RankError, UnsupportedError
+from moetune.store.store import Store
+
+
+def run(*acts, timeout_s=30.0, members=None):
+    """What each rank's function returns or raises. It is called with the rank's exchange."""
+    store = HashStore()
+    members = members or range(len(acts))
+    exchanges = [Exchange(store, rank, members, timeout_s) for rank in range(len(acts))]
+    found = [None] * len(acts)
+
+    def at(rank):
+        try:
+            found[rank] = acts[rank](exchanges[rank])
+        except Exception as error:
+            found[rank] = error
+        exchanges[rank].end()
+
+    threads = [threading.Thread(target=at, args=(rank,)) for rank in range(len(acts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+def same(act, ranks=4, **options):
+    return run(*[act] * ranks, **options)
+
+
+def test_each_rank_gets_all_values_in_rank_order():
+    assert (
+        same(lambda ranks: [ranks.gather((turn, ranks.rank)) for turn in range(20)])
+        == [[[(turn, rank) for rank in range(4)] for turn in range(20)]] * 4
+    )
+
+
+def test_what_was_exchanged_is_deleted():
+    def act(ranks):
+        for turn in range(50):
+            ranks.gather(turn)
+        return ranks.store.num_keys()
+
+    assert max(same(act)) < 20
+
+
+def test_a_rank_that_never_comes_is_named_and_the_others_wait_no_longer_than_the_time_out():
+    def waits(ranks):
+        ranks.step = "the sweep"
+        began = time.monotonic()
+        with pytest.raises(LostRankError) as raised:
+            ranks.gather(None)
+        return str(raised.value), time.monotonic() - began
+
+    found = run(waits, waits, lambda ranks: None, waits, timeout_s=0.5, members=(4, 5, 6, 7))
+    assert found[2] is None
+    assert len({found[rank][0] for rank in (0, 1, 3)}) == 1
+    message, waited_s = found[0]
+    assert message.startswith("Rank 2 of 4 (rank 6 of the world) gave no sign of life for 0.5 s")
+    assert "'the sweep'" in message
+    assert 0.5 < waited_s < 10
+
+
+def test_a_rank_that_leaves_is_lost():
+    def leaves(ranks):
+        ranks.gather("first")
+        ranks.end()
+
+    def stays(ranks):
+        ranks.gather("first")
+        return ranks.gather("second")
+
+    _, error = run(leaves, stays, timeout_s=0.5)
+    assert isinstance(error, LostRankError)
+    assert "Rank 0 of 2" in str(error)
+
+
+def test_a_slow_rank_that_is_alive_is_waited_for():
+    def slow(ranks):
+        ranks.begin()
+        time.sleep(1.5)
+        return ranks.gather("late")
+
+    assert run(slow, lambda ranks: ranks.gather("soon"), timeout_s=0.5) == [["late", "soon"]] * 2
+
+
+def test_a_rank_that_is_alive_but_stuck_is_lost_too(monkeypatch):
+    monkeypatch.setattr(exchange, "SLOWEST_S", 0.5)
+    released = threading.Event()
+
+    def stuck(ranks):
+        ranks.begin()
+        released.wait(30)
+
+    def waits(ranks):
+        try:
+            return ranks.gather(None)
+        finally:
+            released.set()
+
+    _, error = run(stuck, waits)
+    assert "Rank 0 of 2 is alive, but did not reach" in str(error)
+
+
+def test_a_rank_that_comes_too_late_gets_the_same_error():
+    lost = threading.Event()
+
+    def late(ranks):
+        lost.wait(30)
+        return ranks.gather(None)
+
+    def soon(ranks):
+        try:
+            return ranks.gather(None)
+        finally:
+            lost.set()
+
+    errors = run(late, soon, soon, timeout_s=0.5)
+    assert {type(error) for error in errors} == {LostRankError}
+    assert len(set(map(str, errors))) == 1
+
+
+def test_all_ranks_see_the_same_outcome_however_late_each_is(monkeypatch):
+    monkeypatch.setattr(Exchange, "begin", lambda self: None)  # no signs of life: only the time decides
+    monkeypatch.setattr(exchange, "PAUSES_S", (0.001, 0.004))
+
+    def act(ranks):
+        pauses = random.Random(ranks.rank)
+        outcomes = []
+        for turn in range(40):
+            time.sleep(pauses.choice((0, 0, 0, 0.01, 0.02, 0.03, 0.06)))
+            try:
+                outcomes.append(tuple(ranks.gather(turn)))
+            except LostRankError as error:
+                outcomes.append(str(error))
+        return outcomes
+
+    first, *others = same(act, timeout_s=0.02)
+    assert others == [first] * 3
+    assert any(isinstance(outcome, str) for outcome in first), "some turns fail"
+
+
+def test_ranks_that_do_different_things_get_an_error_that_names_both():
+    def act(ranks):
+        ranks.step = "the call of a" if ranks.rank == 1 else "the call of b"
+        return ranks.gather(None)
+
+    errors = same(act, ranks=3)
+    assert len(set(map(str, errors))) == 1
+    assert str(errors[0]).startswith("Rank 1 of 3 is at 'the call of a', but Rank 0 of 3 is at 'the call of b'.")
+
+
+def test_a_store_that_has_ended_is_an_error_that_names_this_rank():
+    class Ended:
+        def __getattr__(self, name):
+            raise RuntimeError("Connection reset by peer")
+
+    with pytest.raises(LostRankError, match=r"Rank 1 of 2 does not reach .* Connection reset by peer"):
+        Exchange(Ended(), 1, (0, 1)).gather(None)
+
+
+def test_a_failure_on_one_rank_is_one_on_all_and_they_go_on_together():
+    def act(ranks):
+        try:
+            together(lambda: 1 // (2 - ranks.rank), ranks)
+        except (ZeroDivisionError, RankError) as error:
+            return type(error).__name__, str(error), together(lambda: ranks.rank, ranks)
+
+    found = same(act)
+    assert found[2] == ("ZeroDivisionError", "integer division or modulo by zero", 2)
+    for rank in (0, 1, 3):
+        assert found[rank][0] == "RankError"
+        assert "Rank 2 of 4 failed: ZeroDivisionError" in found[rank][1]
+        assert found[rank][2] == rank
+
+
+def test_the_first_rank_answers_for_all():
+    called = []
+
+    def make(ranks):
+        called.append(ranks.rank)
+        return {"rank": ranks.rank}
+
+    assert same(lambda ranks: from_first(lambda: make(ranks), ranks)) == [{"rank": 0}] * 4
+    assert called == [0]
+
+
+def test_if_the_first_rank_cannot_answer_all_get_the_reason():
+    def fails():
+        raise UnsupportedError("planted")
+
+    first, *others = same(lambda ranks: from_first(fails, ranks))
+    assert isinstance(first, UnsupportedError)
+    for error in others:
+        assert isinstance(error, RankError)
+        assert "Rank 0 of 4, which answers for all, failed: UnsupportedError: planted" in str(error)
+
+
+def test_of_the_ranks_with_the_same_store_one_writes(tmp_path):
+    shared, own = Store(tmp_path / "shared"), Store(tmp_path / "own")
+    assert same(lambda ranks: writes(own if ranks.rank == 2 else shared, ranks)) == [True, False, True, False]
+
+
+def test_without_other_ranks_everything_is_local(tmp_path):
+    assert gather("mine", None) == ["mine"]
+    assert together(lambda: 3, None) == from_first(lambda: 3, None) == 3
+    assert leads(None)
+    assert writes(Store(tmp_path), None)
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 // 0, None)
