@@ -26,6 +26,11 @@ class Wheel:
     name: str = ""
 
 
+_MARLIN = (
+    "vllm/model_executor/layers/fused_moe/experts/marlin_moe.py",
+    *(f"vllm/model_executor/layers/quantization/utils/marlin_utils{suffix}.py" for suffix in ("", "_fp4", "_test")),
+)
+"""Where vLLM chooses Marlin's block size and prepares its weights."""
 WHEELS = {
     "vllm": Wheel(
         "0.33.0",
@@ -36,6 +41,7 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/fused_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/fused_batched_moe.py",
+            *_MARLIN,
             "vllm/distributed/eplb/policy/default.py",
             "vllm/model_executor/layers/fused_moe/router/base_router.py",
             "vllm/utils/serial_utils.py",
@@ -51,6 +57,7 @@ WHEELS = {
             "sglang/srt/eplb/eplb_algorithms/deepseek.py",
             "sglang/srt/eplb/expert_distribution.py",
             "sglang/srt/layers/moe/topk.py",
+            "sglang/srt/layers/moe/fused_moe_triton/fused_marlin_moe.py",
             "sglang/kernels/ops/moe/fused_moe_triton_kernels.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",
@@ -66,6 +73,7 @@ OLDER_VLLM = {
         (
             "vllm/v1/worker/gpu_worker.py",
             *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
+            *(_MARLIN if version == "0.26.0" else ()),
         ),
         "vllm/model_executor/layers/fused_moe/configs/",
     )

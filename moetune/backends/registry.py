@@ -25,6 +25,7 @@ _CLASSES: Mapping[str, str] = {
     "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
+    "marlin": "moetune.backends.marlin.backend:MarlinBackend",
     "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }
 """The class of each backend, in the order of preference: `preferred` takes the first that fits."""

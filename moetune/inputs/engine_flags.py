@@ -20,6 +20,7 @@ _VLLM: Final = {
     "flashinfer-cutlass": "flashinfer_cutlass",
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
+    "marlin": "marlin",
 }
 """vLLM has one value for both TensorRT-LLM ops. It uses the routed one if tokens travel with their ids."""
 _SGLANG: Final = {
@@ -27,6 +28,7 @@ _SGLANG: Final = {
     "flashinfer-cutlass": "flashinfer_cutlass",
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm_routed",
+    "marlin": "marlin",
 }
 _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
 _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}

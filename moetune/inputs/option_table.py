@@ -95,7 +95,18 @@ class Option:
 
 _LINE, _DISPATCHER = "from --launch, otherwise ", "from --launch or the dispatcher, otherwise "
 _PRECISIONS = tuple(map(str, Precision))
-TUNABLE: Final = ("fp32", "bf16", "fp16", "fp8_block", "fp8_tensor", "nvfp4", "mxfp4", "mxint4")
+TUNABLE: Final = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "fp8_block",
+    "fp8_tensor",
+    "nvfp4",
+    "nvfp4_a16",
+    "mxfp4",
+    "mxint4",
+    "int4_g128",
+)
 """The precisions that some backend computes."""
 OPTIONS: Final[tuple[Option, ...]] = (
     Option(

@@ -19,12 +19,12 @@ class Precision(StrEnum):
     FP8_TENSOR = "fp8_tensor"  # e4m3, one f32 scale a tensor
     NVFP4 = "nvfp4"  # e2m1, one e4m3 scale for each 16 values
     MXFP4 = "mxfp4"  # e2m1, one e8m0 scale for each 32 values
-    MXINT4 = "mxint4"
+    MXINT4 = "mxint4"  # w4a16: int4, one bf16 scale for each 32 values, no zero points
+    NVFP4_A16 = "nvfp4_a16"  # nvfp4 weights, activations of 16 bits
+    INT4_G128 = "int4_g128"  # w4a16: int4, one 16-bit scale for each 128 values, no zero points
     FP8_BLOCK_64 = "fp8_block_64"  # as fp8_block, with 64×64 and 1×64
     FP8_CHANNEL = "fp8_channel"  # e4m3, one scale for each output of a weight and each row of an activation
     MXFP8 = "mxfp8"  # e4m3, one e8m0 scale for each 32 values of weights and activations
-    NVFP4_A16 = "nvfp4_a16"  # nvfp4 weights, activations of 16 bits
-    INT4_G128 = "int4_g128"  # w4a16: int4, one 16-bit scale for each 128 values, no zero points
     AWQ_INT4 = "awq_int4"  # w4a16 as AWQ stores it: scale and zero point for each group, mostly of 128 values
     GPTQ_INT4 = "gptq_int4"  # w4a16 as GPTQ stores it: scale and zero point for each group, mostly of 128 values
     GPTQ_INT8 = "gptq_int8"  # w8a16 as GPTQ stores it

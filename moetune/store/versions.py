@@ -14,6 +14,9 @@ torch provides their memory and their stream. `cuda` stands for the CUDA version
 change ranks. A tactic is a position in a list that is compiled into FlashInfer. So another version of FlashInfer is
 not even near, because the same number can mean another kernel there.
 
+`marlin`: vLLM's build compiles the kernels, and torch provides their memory and their stream. vLLM's version decides
+which kernels they are. A tactic has the same meaning in all of them: the size of a block and tile sizes.
+
 `torch`: the kernels are torch's own, so its version and its CUDA version change what runs. An algorithm keeps its name.
 """
 
@@ -49,6 +52,7 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
     "flashinfer-cutlass": _FLASHINFER,
     "flashinfer-trtllm": _FLASHINFER,
     "flashinfer-trtllm-routed": _FLASHINFER,
+    "marlin": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda", "vllm"})),
     "torch": Versions(near=frozenset({"torch", "cuda"})),
 }
 
@@ -57,8 +61,8 @@ DEPLOYED: Final = frozenset({"torch", "cuda", "triton"})
 """The versions that only the machine of the engine decides. Another machine cannot know them."""
 KERNEL_FIELDS: Final = frozenset(
     {
-        "kernel", "kernel_version", "remote", "ids", "mxfp4_activations", "arrives_quantized", "fp8_block_layout",
-        "hidden_dtype",
+        "kernel", "kernel_version", "remote", "formula", "ids", "mxfp4_activations", "arrives_quantized",
+        "fp8_block_layout", "hidden_dtype",
     }
 )  # fmt: skip
 """The strict fields that say what a backend's kernel does. They are the same on every machine."""

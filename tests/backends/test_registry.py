@@ -22,6 +22,7 @@ def test_every_named_backend_is_there_and_has_its_name() -> None:
         "flashinfer-trtllm",
         "flashinfer-trtllm-routed",
         "flashinfer-cutlass",
+        "marlin",
         "torch",
     )
     for name in registry.backends():
@@ -134,6 +135,7 @@ def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
         ("triton", {"remote": "zero"}),
         ("triton", {"kernel_version": "0.20.2"}),
         ("flashinfer-cutlass", {}),
+        ("marlin", {"formula": "sglang"}),
         ("flashinfer-trtllm", {"quantized": False, "hidden_dtype": "float16"}),
         ("flashinfer-trtllm", {"quantized": True, "fp8_block_layout": "plain"}),
         ("flashinfer-trtllm-routed", {"packed": False}),

@@ -1,0 +1,111 @@
+"""Marlin's kernel itself, from an installed vLLM, on a GPU."""
+
+import pytest
+import torch
+from test_marlin_backend import PRECISIONS, REGIMES, tiny
+
+from moetune.backends.base import Problem
+from moetune.backends.marlin.activation import activate, reference_activation
+from moetune.backends.marlin.backend import ACTIVATIONS, TOLERANCE, MarlinBackend
+from moetune.backends.marlin.space import AUTO, tactic_of
+from moetune.backends.reference import relative_error
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.workload.draws import as_draws
+from moetune.workload.routing import realize
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def backend():
+    made = MarlinBackend()
+    if obstacle := made.unavailable():
+        pytest.skip(obstacle[0])
+    return made
+
+
+def layer_of(precision, **others):
+    return tiny(precision, num_experts=64, top_k=8, hidden_size=1024, intermediate_size=512, **others)
+
+
+def prepared(backend, layer, regime, rows, draws=1):
+    rank = regime.ep_size - 1
+    routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
+    return backend.prepare(Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings), "cuda"))
+
+
+def lines(backend, layer, regime, rows):
+    """Every block size with every tile of one GEMM, the other with the kernel's own."""
+    tactics = backend.candidates(layer, regime, rows, "cuda").tactics
+    return [tactic for tactic in tactics if AUTO in (tactic["gemm1"], tactic["gemm2"])]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 257, 4096])
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_errors_are_within_the_tolerance(backend, precision, regime, rows):
+    """Of the kernel's own tiles with every block size. `L < k` has 4 experts for 8 ids; others have empty experts."""
+    rows += rows % 2 if regime.layout == "pool" else 0
+    runner = prepared(backend, layer_of(precision), regime, rows)
+    reference = runner.reference()
+    for size in (8, 16, 32, 48, 64):
+        assert relative_error(runner.run(tactic_of(size)), reference) <= TOLERANCE, size
+
+
+@pytest.mark.parametrize("rows", [7, 257])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_tile_of_each_gemm_is_right(backend, precision, rows):
+    """None is refused by the op, none hangs."""
+    layer, regime = layer_of(precision), REGIMES["all-gather"]
+    runner = prepared(backend, layer, regime, rows)
+    reference = runner.reference()
+    for tactic in lines(backend, layer, regime, rows):
+        assert relative_error(runner.run(tactic), reference) <= TOLERANCE, tactic
+
+
+@pytest.mark.parametrize("rows", [1, 257])
+@pytest.mark.parametrize("precision", ["mxint4", "mxfp4"])
+def test_biases_activations_and_padded_sizes_are_right(backend, precision, rows):
+    sizes = {"hidden_size": 1152, "intermediate_size": 288} if precision == "mxfp4" else {"intermediate_size": 288}
+    for activation in ACTIVATIONS:
+        sized = {"hidden_size": 1024, **sizes, "num_experts": 64, "top_k": 8}
+        layer = tiny(precision, **sized, activation=activation, expert_bias=True)
+        runner = prepared(backend, layer, Regime(ep_size=4), rows)
+        reference = runner.reference()
+        for size in (8, 64):
+            assert relative_error(runner.run(tactic_of(size)), reference) <= TOLERANCE, (activation, size)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_that_of_the_reference(activation):
+    gate_up = (torch.randn(33, 2 * 1440, device="cuda") * 6).bfloat16()
+    out = torch.empty(33, 1440, dtype=torch.bfloat16, device="cuda")
+    activate(activation, gate_up, out)
+    assert relative_error(out, reference_activation(activation, gate_up.float())) < 2e-3
+
+
+def test_refused_tiles_are_those_that_are_left_out(backend):
+    """The op raises for tiles that divide nothing or have no kernel; the rest of the reasons would hang."""
+    layer = MoELayer(num_experts=8, top_k=2, hidden_size=128, intermediate_size=64, precision="mxint4")
+    runner = prepared(backend, layer, Regime(), 16)
+    for tactic in (tactic_of(8, "64x256x1"), tactic_of(32, "128x128x1"), tactic_of(8, AUTO, "128x128x1")):
+        assert tactic not in backend.candidates(layer, Regime(), 16, "cuda").tactics
+        with pytest.raises(RuntimeError):
+            runner.run(tactic)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS[:3])
+def test_a_cuda_graph_replays_what_ran_eagerly(backend, precision):
+    runner = prepared(backend, layer_of(precision), Regime(ep_size=4, layout="deduplicated"), 33, draws=2)
+    tactic = tactic_of(16, "64x128x2", AUTO)
+    expected = [runner.run(tactic, draw).clone() for draw in (0, 1)]
+    graphs = []
+    for draw in (0, 1):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = runner.run(tactic, draw)
+        graphs.append(graph)
+    for draw in (1, 0):
+        graphs[draw].replay()
+        assert relative_error(out, expected[draw].float()) < 5e-3
