@@ -75,6 +75,10 @@ class BatchProgress:
             case _:
                 pass
 
+    def note(self, text: str) -> None:
+        """Shows a line about the workers of a fleet."""
+        self._line(f"note: {text}")
+
     def answer(self, question: BatchQuestion) -> None:
         """Shows the answer to a question, or why there is none."""
         self._answered += 1

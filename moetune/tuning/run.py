@@ -86,6 +86,7 @@ class TuneRun:
         strategy: `auto` is the backend's own search; `exhaustive` times every tactic.
         isolate: run kernels in a process of their own.
         time_budget_s: about how long the run may take, or None.
+        adds: also measure the buckets that the ladder `adaptive` adds.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class TuneRun:
         strategy: Strategy,
         isolate: bool,
         time_budget_s: float | None,
+        adds: bool = True,
     ) -> None:
         self._question, self._start, self._notes, self._report = question, start, notes, report
-        self._strategy, self._isolate = strategy, isolate
+        self._strategy, self._isolate, self._adds = strategy, isolate, adds
         self._journaled_as = "revalidate" if start else str(strategy)
         self._has_budget = time_budget_s is not None
         self._end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
@@ -245,7 +247,7 @@ class TuneRun:
 
     def _added(self, prefetcher: Prefetcher) -> Iterator[Bucket]:
         """Yields the buckets that the ladder `adaptive` adds, each once the choices before it are known."""
-        if self._question.regime.ladder.name == "adaptive":
+        if self._adds and self._question.regime.ladder.name == "adaptive":
             while rows := further_bucket([self._known[rows] for rows in sorted(self._known)]):
                 if rows in self._failed:
                     return

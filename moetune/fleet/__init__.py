@@ -1,0 +1,1 @@
+"""Spreads the buckets of many questions over the GPUs of a cluster."""
