@@ -26,8 +26,6 @@ from flashinfer_autotune import regime_of
 from flashinfer_common import (
     bf16_layer,
     ids,
-    own_autotune,
-    own_pick,
     searched,
     tactics_us,
     unseen_problem,
@@ -36,6 +34,7 @@ from flashinfer_common import (
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
+from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.search.coordinate import coordinate
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

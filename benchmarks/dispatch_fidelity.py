@@ -34,8 +34,6 @@ from flashinfer_common import (
     DRAWS,
     bf16_layer,
     ids,
-    own_autotune,
-    own_pick,
     pair,
     searched,
     tactics_us,
@@ -45,6 +43,7 @@ from flashinfer_common import (
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
+from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers
 from moetune.search.base import Search

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from common import LOADS, Journal
 from every_row_report import LEAST_GAIN, NUM_ROW_COUNTS, holds, markdown, slowdown
-from flashinfer_common import UNSEEN, bf16_layer, ids, own_autotune, own_pick, pair, unseen_problem, warm_flashinfer
+from flashinfer_common import UNSEEN, bf16_layer, ids, pair, unseen_problem, warm_flashinfer
 
 import moetune
 from moetune.backends.base import Backend, Problem
@@ -53,6 +53,7 @@ from moetune.backends.grouped_triton.defaults import engine_default
 from moetune.backends.grouped_triton.engine_files import ConfigFile
 from moetune.backends.grouped_triton.space import VALUES, Shapes
 from moetune.backends.registry import backend as backend_of
+from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.errors import MoetuneError
 from moetune.measure.bench import Bench
 from moetune.measure.compiling import Compilers, capability_of

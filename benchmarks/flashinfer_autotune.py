@@ -28,8 +28,6 @@ from flashinfer_common import (
     DRAWS,
     bf16_layer,
     ids,
-    own_autotune,
-    own_pick,
     pair,
     tactics_us,
     unseen_problem,
@@ -37,6 +35,7 @@ from flashinfer_common import (
 )
 
 from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
+from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.inputs.dispatcher import resolve
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ from common import means_us
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
+from moetune.dep_bench.flashinfer_choice import own_autotune
 from moetune.inputs.presets import layer as preset
 from moetune.measure.clock import Clock
 from moetune.search.base import Search
@@ -49,42 +49,6 @@ def warm_flashinfer() -> None:
     layer, regime = MoELayer(num_experts=8, top_k=2, hidden_size=256, intermediate_size=256), Regime()
     runner = FlashInferCutlassBackend().prepare(unseen_problem(layer, regime, 2, 1))
     own_autotune(runner)
-
-
-def own_autotune(runner: Any) -> float:
-    """Tunes the runner's op with FlashInfer's autotune over all of its buckets, and returns the seconds it took."""
-    import torch
-    from flashinfer.autotuner import autotune
-    from flashinfer.fused_moe import cutlass_fused_moe
-
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    with autotune(True):
-        cutlass_fused_moe(**runner.arguments())
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def own_pick(runner: Any) -> Tactic:
-    """Returns the tactic that FlashInfer now runs for this problem."""
-    from flashinfer.autotuner import AutoTuner
-    from flashinfer.fused_moe import cutlass_fused_moe
-
-    tuner, picks = AutoTuner.get(), []
-    choose_one = tuner.choose_one
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        chosen = choose_one(*args, **kwargs)
-        picks.append(chosen[1])
-        return chosen
-
-    tuner.choose_one = recorded
-    try:
-        cutlass_fused_moe(**runner.arguments())
-    finally:
-        del tuner.choose_one
-    gemm1, gemm2 = picks
-    return Tactic(gemm1=gemm1, gemm2=gemm2)
 
 
 def tactics_us(

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from common import means_us
-from flashinfer_common import bf16_layer, own_pick, unseen_problem, warm_flashinfer
+from flashinfer_common import bf16_layer, unseen_problem, warm_flashinfer
 
 import moetune
 from moetune.backends.flashinfer_cutlass.backend import FlashInferCutlassBackend
+from moetune.dep_bench.flashinfer_choice import own_pick
 from moetune.measure.clock import CudaClock, TimedCall
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "moetune"
 # A room imports only from rooms before it.
 FLOORS = (
     "errors", "_version", "quoting", "untrusted", "stats", "spec", "inputs", "search", "store", "recordings",
-    "workload", "backends", "measure", "export", "tuning", "report", "engine", "fleet", "cli", "__main__",
+    "workload", "backends", "measure", "export", "tuning", "report", "engine", "dep_bench", "fleet", "cli", "__main__",
 )  # fmt: skip
 NO_TORCH = ("errors", "quoting", "untrusted", "stats", "spec", "inputs", "search", "store", "report")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

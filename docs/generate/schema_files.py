@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
+from moetune.dep_bench.result import DepBench
 from moetune.errors import Plain
 from moetune.export.lookup import Lookup
 from moetune.spec.model import FrozenModel
@@ -56,6 +57,7 @@ DOCUMENTS: Final[dict[str, type[BaseModel]]] = {
     "export": ExportDocument,
     "lookup": Lookup,
     "check": Check,
+    "dep-bench": DepBench,
 }
 
 

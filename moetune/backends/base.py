@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from moetune.search.base import Search
 from moetune.search.exhaustive import exhaustive
@@ -95,6 +95,23 @@ class FillsPart(Protocol):
         ...
 
 
+class Inputs(NamedTuple):
+    """The tensors that a runner reads for one draw: x `[M, H]`, ids int32 `[M, k]`, weights float32 `[M, k]`."""
+
+    x: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+@runtime_checkable
+class FillableRunner(Runner, Protocol):
+    """A runner whose inputs can be overwritten, as a real layer does with the rows that arrive."""
+
+    def inputs(self, draw: int = 0) -> Inputs:
+        """Returns the tensors that `run` and `reference` read for one draw. What is written into them is read next."""
+        ...
+
+
 class Backend(ABC):
     """A set of kernels. It is cheap to construct and imports torch and the kernels only when a method needs them.
 
@@ -161,6 +178,10 @@ class Backend(ABC):
     def explained_default(self, layer: MoELayer, regime: Regime, rows: int) -> Default:
         """Returns the result of `default` with its source. By default it has none."""
         return Default(self.default(layer, regime, rows))
+
+    def heuristic(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        """Returns the tactic that runs where an engine has no tuned file either. By default it is `default`."""
+        return self.default(layer, regime, rows)
 
     @abstractmethod
     def tolerance(self, layer: MoELayer) -> float:

@@ -162,6 +162,7 @@ def _unexpected(error: Exception) -> int:
         "tune": ("moetune.cli.tune:tune", "Measure the fastest tactic of each bucket, or take it from the store."),
         "batch": ("moetune.cli.batch:batch", "Tune the layers and deployments that a file lists, on every GPU here."),
         "check": ("moetune.cli.check:check", "Measure whether a stored profile's choices are still good here."),
+        "dep-bench": ("moetune.cli.dep_bench:dep_bench", "Measure a real MoE block over the GPUs of this host."),
         "show": ("moetune.cli.show:show", "Print a stored profile."),
         "compare": ("moetune.cli.compare:compare", "Say what differs between two profiles, and what it costs."),
         "report": ("moetune.cli.report:report", "Show profiles as one HTML page, as CSV, or as a short table."),

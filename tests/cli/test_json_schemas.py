@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from moetune.backends.registry import Diagnosis
+from moetune.dep_bench.result import ArmTime, DepBench, PartTime, Point
 from moetune.export.engine_log import EngineLog, LoggedFile
 from moetune.export.lookup import ChosenKernels, LookedUpRow, Lookup, Table
 from moetune.export.near_misses import NearMiss, Part
@@ -25,7 +26,7 @@ MODELS = (
     MoELayer, RoutingMethod, Regime, Plan, BucketPlan, Payload, Profile, Choice, Comparison, BackendResult,
     ComparedBucket, ComparedRows, Kernels, NearestProfile, Lookup, ChosenKernels, Table, LookedUpRow, NearMiss, Part,
     EngineLog, LoggedFile, Changes, ChangedBucket, ComparedProfile, RecordedRows, TimedRows,
-    Batch, BatchJob, BatchQuestion,
+    Batch, BatchJob, BatchQuestion, DepBench, Point, ArmTime, PartTime,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moetune.backends.base import Problem
+from moetune.backends.base import Inputs, Problem
 from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, MODULES
 from moetune.backends.prepared import E4M3_MAX
 from moetune.backends.reference import moe_reference
@@ -157,6 +157,10 @@ class CutlassRunner:
         """Returns the layer's output, bf16 `[rows, H]`, in a buffer that the next call overwrites."""
         self._op(**self.arguments(draw), profile_ids=[tactic["gemm1"], tactic["gemm2"]])
         return self._out
+
+    def inputs(self, draw: int = 0) -> Inputs:
+        """See `FillableRunner.inputs`. In fp8, x is already divided by the input's scale."""
+        return Inputs(self._inputs[draw : draw + self._problem.rows], self._ids[draw], self._weights[draw])
 
     def arguments(self, draw: int = 0) -> dict[str, Any]:
         """Returns the op's arguments on a draw without `profile_ids`. Without them FlashInfer's autotuner chooses."""

@@ -175,6 +175,10 @@ class TritonBackend(Backend):
         """Returns what the engine runs if moetune tunes nothing; see `explained_default`."""
         return self.explained_default(layer, regime, rows).tactic
 
+    def heuristic(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
+        """Returns what the engine runs without a tuned file."""
+        return engine_default(self._shapes(layer, regime, rows))
+
     def explained_default(self, layer: MoELayer, regime: Regime, rows: int) -> Default:
         """Returns the row of the tuned file that the engine ships for the layer and the GPU, else its heuristic.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moetune.backends.base import Problem
+from moetune.backends.base import Inputs, Problem
 from moetune.backends.grouped_triton.activation import activate_and_multiply, sum_slots
 from moetune.backends.grouped_triton.align import Aligner, Alignment
 from moetune.backends.grouped_triton.gemm import Operands, launch, two_gemms
@@ -103,6 +103,10 @@ class TritonRunner:
             launch(self._grouped, self._gemm2, second, alignment, tactic)
             sum_slots(self._products, self._out)
         return self._out
+
+    def inputs(self, draw: int = 0) -> Inputs:
+        """See `FillableRunner.inputs`. Draws can share inputs, so only those of one draw should be overwritten."""
+        return Inputs(self._input(draw), self._topk_ids[draw], self._topk_weights[draw])
 
     def reference(self, draw: int = 0) -> torch.Tensor:
         """Returns the reference in fp32, from the weights as stored and the inputs before they are quantized."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetune.backends.base import Backend, Candidates, Problem
+from moetune.backends.base import Backend, Candidates, Inputs, Problem
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import Precision
@@ -191,7 +191,7 @@ class TorchRunner:
     def __init__(self, experts: TorchExperts, inputs: torch.Tensor, problem: Problem) -> None:
         self._experts = experts
         self._draws = [
-            (
+            Inputs(
                 inputs[number : number + problem.rows],
                 draw.routing.topk_ids.to(problem.device),
                 draw.routing.topk_weights.to(problem.device),
@@ -204,6 +204,10 @@ class TorchRunner:
         from moetune.backends.plain_torch.algorithms import ALGORITHMS
 
         return ALGORITHMS[str(tactic["algorithm"])](self._experts, *self._draws[draw])
+
+    def inputs(self, draw: int = 0) -> Inputs:
+        """See `FillableRunner.inputs`. Draws share inputs, so only those of one draw should be overwritten."""
+        return self._draws[draw]
 
     def reference(self, draw: int = 0) -> torch.Tensor:
         """Computes `[M, H]` in float32 from the same weights and inputs."""

@@ -1,0 +1,42 @@
+"""Quantizes rows to NVFP4 in plain torch: packed e2m1 values, and one e4m3 scale for each 16 of them."""
+
+from __future__ import annotations
+
+import torch
+
+BLOCK = 16
+"""The values that share a scale."""
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The numbers that e2m1 has (OCP Microscaling Formats 1.0, table 6), without their signs."""
+_BETWEEN = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_LEAST_SCALE = 2.0**-9
+"""The smallest e4m3 number above zero."""
+
+
+def quantize(x: torch.Tensor) -> torch.Tensor:
+    """Returns rows that hold the packed values and then their scales: uint8 `[M, H/2 + H/16]`.
+
+    A scale is the largest magnitude of its block over 6, rounded to e4m3. A byte has the value with the even index in
+    its lower half.
+
+    Args:
+        x: `[M, H]`, any float dtype; H is a multiple of 16.
+    """
+    rows, hidden = x.shape
+    blocks = x.float().view(rows, hidden // BLOCK, BLOCK)
+    scales = (blocks.abs().amax(2) / _VALUES[-1]).clamp(min=_LEAST_SCALE).to(torch.float8_e4m3fn)
+    scaled = blocks / scales.float().unsqueeze(2)
+    codes = torch.bucketize(scaled.abs(), torch.tensor(_BETWEEN, device=x.device), out_int32=True)
+    codes = (codes | ((scaled < 0).int() << 3)).view(rows, hidden // 2, 2)
+    packed = (codes[:, :, 0] | (codes[:, :, 1] << 4)).to(torch.uint8)
+    return torch.cat((packed, scales.view(torch.uint8)), dim=1)
+
+
+def dequantize(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the values of `quantize`'s result `[M, H/2 + H/16]`, as `[M, H]` of `dtype`."""
+    hidden = rows.shape[1] * BLOCK // (BLOCK // 2 + 1)
+    packed = rows[:, : hidden // 2].int()
+    codes = torch.stack((packed & 15, packed >> 4), dim=2)
+    values = torch.tensor((*_VALUES, *(-value for value in _VALUES)), device=rows.device)[codes]
+    scales = rows[:, hidden // 2 :].contiguous().view(torch.float8_e4m3fn).float()
+    return (values.view(len(rows), -1, BLOCK) * scales.unsqueeze(2)).view(len(rows), hidden).to(dtype)

@@ -1,0 +1,120 @@
+"""`Ranks`, the processes that torchrun has started, each with its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moetune.errors import NoResultError, UsageError
+from moetune.measure.probe import device_for
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+MOST_RANKS = 8
+COLLECTIVE_LIMIT = timedelta(minutes=5)
+"""How long a rank waits in a collective of the block."""
+TUNE_LIMIT = timedelta(minutes=60)
+"""How long a rank waits for the first one, which tunes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among the ranks.
+
+    Attributes:
+        rank, size: this process's number, and the number of all.
+        device: its torch device.
+        host: the group over which Python objects travel, or None if there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    host: ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank, which tunes, reads and writes files, and prints."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the `value` of every rank. It is a collective: every rank must call it."""
+        if self.host is None:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns the `value` of the first rank. It is a collective: every rank must call it."""
+        return self.gather(value if self.leads else None)[0]
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """Returns on every rank what `make` returns on the first one. It is a collective.
+
+        Raises:
+            NoResultError: `make` raised on the first rank, and this is another one.
+            Exception: what `make` raised here.
+        """
+        made: T | None = None
+        error: Exception | None = None
+        if self.leads:
+            try:
+                made = make()
+            except Exception as raised:  # the other ranks wait for the answer
+                error = raised
+        answer, reason = self.broadcast((made, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if reason is not None:
+            raise NoResultError(f"The first rank failed. {reason}", "See its output.")
+        found: T = answer
+        return found
+
+
+def started_ranks() -> int:
+    """Returns the number of processes that torchrun has started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[Ranks]:
+    """Joins the processes that torchrun has started, over NCCL on GPUs and gloo on the CPU.
+
+    Args:
+        device: `cpu`, `cuda` or None. With several ranks each one takes the GPU of its local rank.
+
+    Raises:
+        UsageError: there are more than `MOST_RANKS` ranks, a numbered GPU is asked for all of them, or this host has
+            fewer GPUs than ranks.
+    """
+    size = started_ranks()
+    if size == 1:
+        yield Ranks(device=device_for(device))
+        return
+    if size > MOST_RANKS:
+        raise UsageError(f"dep-bench runs on up to {MOST_RANKS} ranks, given {size}.", "Start fewer with torchrun.")
+    if device is not None and ":" in device:
+        raise UsageError(
+            f"--device {device} is one GPU, and {size} ranks need one each.", "Give --device cuda, or leave it out."
+        )
+    import torch
+    import torch.distributed as dist
+
+    found, rank = device_for(device), int(os.environ["RANK"])
+    if found != "cpu":
+        found = device_for(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
+        torch.cuda.set_device(found)
+    dist.init_process_group("gloo" if found == "cpu" else "nccl", timeout=COLLECTIVE_LIMIT)
+    try:
+        yield Ranks(rank, size, found, dist.new_group(backend="gloo", timeout=TUNE_LIMIT))
+    finally:
+        dist.destroy_process_group()

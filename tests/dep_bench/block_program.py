@@ -1,0 +1,70 @@
+"""One of several processes that run the block over gloo; `test_dispatchers.py` starts all of them.
+
+Arguments: the rank, the number of ranks, and a folder. Rank 0 writes what was found to `found.json` in that folder.
+"""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moetune.backends.plain_torch.backend import TorchBackend
+from moetune.backends.reference import relative_error
+from moetune.dep_bench.block import Block
+from moetune.dep_bench.dispatchers import dispatcher_for
+from moetune.dep_bench.experts import Experts
+from moetune.dep_bench.payload import Format
+from moetune.dep_bench.process_group import Ranks
+from moetune.dep_bench.reference import block_reference
+from moetune.dep_bench.router import Router
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
+
+LAYER = MoELayer(name="tiny", num_experts=10, top_k=3, hidden_size=32, intermediate_size=16, precision="fp32")
+TOKENS = 6
+LOADS = ("allgather", "deduplicated", "slot", "pool")
+WIRES = (("bf16", None), ("bf16", "topk"), ("bf16", "packed_topk"), ("fp4", None), ("fp4", "packed_topk"))
+
+
+def regime_of(load: str, size: int) -> Regime:
+    fields = {"dispatch": "allgather"} if load == "allgather" else {"layout": load}
+    return Regime(ep_size=size, uneven_shards=True, draws=1, ladder="8", **fields)
+
+
+def found_of(ranks: Ranks, load: str, activation: str, routing: str | None) -> dict[str, object]:
+    regime = regime_of(load, ranks.size)
+    form = Format.of(LAYER, regime, activation, routing)
+    router = Router(LAYER, "zipf:0.5", 3, "cpu")
+    experts = Experts(TorchBackend(), LAYER, regime, ranks.rank, "cpu")
+    block = Block(LAYER, regime, form, router, dispatcher_for(ranks, form, LAYER, regime), experts)
+    x = torch.randn(TOKENS, LAYER.hidden_size, generator=torch.Generator().manual_seed(ranks.rank))
+    parts: list[str] = []
+    out = block.run(x, lambda rows: Tactic(algorithm="eager"), parts.append)
+    error = relative_error(out, block_reference(TorchBackend(), LAYER, regime, form, router, x))
+    ids, _ = router.top_k(router.logits(x))
+    rows, received = block.arrived
+    return {"error": error, "ids": ids.tolist(), "rows": rows, "received": received, "parts": parts}
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    where = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    ranks = Ranks(rank, size, "cpu", dist.group.WORLD)
+    found = {
+        f"{load} {activation} {routing}": ranks.gather(found_of(ranks, load, activation, routing))
+        for load in LOADS
+        for activation, routing in WIRES
+    }
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort the process at its end
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
