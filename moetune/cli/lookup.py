@@ -30,7 +30,8 @@ moetune lookup --device-name "NVIDIA H200" --folder tuned/ep8-tp1-dp-allgather-r
 _BESIDE = ("model", "experts", "top_k", "hidden", "intermediate", "precision", "ladder", "tune_max_num_tokens")
 """The options of `option_table` that override the launch line here."""
 _HELP = {
-    "ladder": "The row counts to look up: a named ladder or a list.  [default: vllm, those of vLLM's own files]",
+    "ladder": "The row counts to look up: a named ladder or a list.  [default: vllm, those of vLLM's own files; the "
+    "capacity with a dispatcher of expert-major rows]",
     "tune_max_num_tokens": "The largest row count.  [default: 4096; 8192 with --ladder]",
 }
 
@@ -103,7 +104,7 @@ def lookup(
         line,
         _device(device_name),
         _places(line, folder, triton_version),
-        _rows(given),
+        _rows(line, given),
         None if log is None else read_log(log),
     )
     _print(found, as_json, launch)
@@ -133,8 +134,13 @@ def _print(found: Lookup, as_json: bool, launch: str) -> None:
         show(*lookup_report(found, launch))
 
 
-def _rows(given: dict[str, Any]) -> tuple[int, ...]:
-    """Returns the row counts to look up: the buckets of `--ladder`; by default those of vLLM's own files, 1 to 4096."""
+def _rows(line: TableLine, given: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the row counts to look up: the buckets of `--ladder`; by default those of vLLM's own files, 1 to 4096.
+
+    Expert-major rows are looked up by the capacity of their buffer alone.
+    """
+    if line.regime is not None and line.regime.layout == "batched":
+        return line.regime.buckets
     from moetune.spec.ladder import Ladder
     from moetune.spec.regime import Regime
 

@@ -20,7 +20,7 @@ def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Re
 
     Args:
         engine: the engine whose dispatcher is given.
-        backend: the backend that will be tuned. There are no notes unless it is triton.
+        backend: the backend that will be tuned. There are no notes unless it is a Triton one.
         layer: the layer.
         regime: the regime.
     """
@@ -30,7 +30,7 @@ def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Re
         title = ENGINE_TITLES[engine]
         yield (
             f"note: for {layer.precision.value} experts at EP {regime.ep_size} on {generation}, {title} prefers "
-            f"{other} to Triton. Start it with {engine_flags('triton', layer.precision)[engine]}, "
+            f"{other} to Triton. Start it with {engine_flags(backend.name, layer.precision)[engine]}, "
             "or it reads no Triton file."
         )
 
@@ -47,14 +47,14 @@ def other_kernel(engine: str, backend: Backend) -> Iterator[str]:
 def preferred_to(backend: Backend, engine: str, layer: MoELayer, regime: Regime) -> dict[str, str]:
     """Returns what `engine` prefers to the backend by default, by GPU generation, possibly the one here.
 
-    It is empty unless the backend is triton.
+    It is empty unless the backend is a Triton one that the engine runs.
     """
-    from moetune.inputs.engine_flags import preferred_to_triton
+    from moetune.inputs.engine_flags import TRITON, engine_flags, preferred_to_triton
 
-    if backend.name != "triton":
+    if backend.name not in TRITON or engine not in engine_flags(backend.name, layer.precision):
         return {}
     others = {
-        generation: preferred_to_triton(engine, layer.precision, regime.ep_size, capability)
+        generation: preferred_to_triton(engine, layer.precision, regime.ep_size, capability, regime.layout)
         for capability, generation in _GENERATIONS.items()
         if _may_have(capability)
     }

@@ -109,6 +109,7 @@ def _nearest(
 
 def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None) -> str | None:
     """Returns the command to run next: the one that shows the profile, or the one that measures it."""
+    from moetune.inputs.engine_flags import TRITON
     from moetune.report.command import command
 
     if profile is not None and profile.answers:
@@ -116,7 +117,7 @@ def _next_command(backend: str, kernels: Kernels, profile: NearestProfile | None
     if backend not in kernels.computing:
         return None
     start = ("--start", "near") if profile is not None and profile.near and profile.backend == backend else ()
-    reads_file = backend == "triton" and kernels.engine is not None and kernels.engine in kernels.flags
+    reads_file = backend in TRITON and kernels.engine is not None and kernels.engine in kernels.flags
     export = ("--export", "tuned") if reads_file else ()
     return command("tune", *_measuring(typed()), *export, *start)
 

@@ -107,7 +107,7 @@ def _start(target: str, profile: Profile, folder: Path, launch: str | None) -> t
     triton = ("--triton-version", profile.environment.strict.get("triton", "")) if target == "sglang" else ()
     device = ("--device-name", profile.environment.device)
     words = ("lookup", "--launch", line, "--folder", str(folder), *device, *triton)
-    return engine_flags("triton", profile.layer.precision)[target], command(*words)
+    return engine_flags(profile.backend, profile.layer.precision)[target], command(*words)
 
 
 def request_for_engine(request: Request, for_version: str | None = None) -> Request:
@@ -122,6 +122,7 @@ def request_for_engine(request: Request, for_version: str | None = None) -> Requ
             in another way than that version's.
     """
     from moetune.backends import registry
+    from moetune.backends.batched_triton.backend import BatchedTritonBackend
     from moetune.backends.grouped_triton.backend import TritonBackend
     from moetune.cli.backend_choice import backend_with, engine_options
 
@@ -137,7 +138,10 @@ def request_for_engine(request: Request, for_version: str | None = None) -> Requ
         name = "flashinfer-trtllm-routed" if regime.attention_dp else "flashinfer-trtllm"
         return replace(request, backend=registry.backend(name), auto=False)
     if request.auto:
-        request = replace(request, backend=backend_with("triton", engine_options(engine, "triton")), auto=False)
+        name = "batched-triton" if regime.layout == "batched" else "triton"
+        request = replace(request, backend=backend_with(name, engine_options(engine, name)), auto=False)
+    if engine == "vllm" and isinstance(request.backend, BatchedTritonBackend):
+        return request
     if not isinstance(request.backend, TritonBackend):
         raise UsageError(
             f"--export: {ENGINE_TITLES[engine]} reads files for Triton kernels only, not for {request.backend.name}.",

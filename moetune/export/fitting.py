@@ -13,6 +13,7 @@ from moetune.store.profile import Profile
 TRITON_ENGINES: Final = ("vllm", "sglang")
 """The engines that read tactics of the Triton kernel."""
 _ENGINES: Final = {
+    "batched-triton": "vllm",
     "flashinfer-cutlass": "flashinfer",
     "flashinfer-trtllm": "trtllm",
     "flashinfer-trtllm-routed": "trtllm",

@@ -171,10 +171,10 @@ class TritonProfile:
 
 
 def _reaching_triton(engine: str) -> list[str]:
-    """Returns one dispatcher of the engine for each load that its Triton kernel can get."""
+    """Returns one dispatcher of the engine for each load that its grouped Triton kernel can get."""
     by_load: dict[str, str] = {}
     for known in dispatchers():
-        if known.engine == engine and known.tunable and known.regime.get("layout") != "pool":
+        if known.engine == engine and known.tunable and known.regime.get("layout") not in ("pool", "batched"):
             by_load.setdefault(str(known.regime), str(known))
     return list(by_load.values())
 

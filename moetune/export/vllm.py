@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from moetune.export import batched
 from moetune.export.base import FOLDER, Export, as_json
 from moetune.export.kernel_check import kernel_notes, kernel_warnings, require_same_kernel, target_version
 from moetune.export.triton import TritonProfile
@@ -20,13 +21,16 @@ def export(profile: Profile, version: str | None = None, /) -> Export:
     """Returns the configuration file of a Triton profile, or two if ranks have different numbers of experts.
 
     Args:
-        profile: a profile of the backend triton.
+        profile: a profile of the backend triton or batched-triton. Both kernels read files of one name; `batched`
+            writes those of the second.
         version: vLLM's version; see `kernel_versions`. [default: the newest known]
 
     Raises:
         UsageError: `version` is no version, or its kernel runs these tactics in another way.
         UnsupportedError: vLLM's Triton kernel cannot use this profile.
     """
+    if profile.backend == batched.BACKEND:
+        return batched.export(profile, version)
     target = target_version("vllm", version)
     measured = TritonProfile.of(profile, "vllm", target)
     require_same_kernel(measured, "vllm", version)

@@ -17,7 +17,7 @@ from typing import Any
 from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.suggestions import did_you_mean
 from moetune.quoting import quoted
-from moetune.spec.enums import ENGINE_TITLES
+from moetune.spec.enums import DEFAULT_BATCHED_TOKENS, ENGINE_TITLES
 from moetune.spec.ladder import POW2_LAST
 from moetune.spec.layer import MoELayer
 
@@ -29,7 +29,8 @@ class Dispatcher:
     Attributes:
         name: the engine's value, or moetune's own name if there are `aliases`.
         description: one line for the user.
-        regime: `Regime` fields, empty if not tunable. `{ep_size}` in the ladder stands for the deployment's ep_size.
+        regime: `Regime` fields, empty if not tunable. In the ladder `{ep_size}` stands for the deployment's ep_size,
+            and `{capacity}` for the engine's default capacity of an expert-major buffer, its tokens a rank times ep.
         untunable: the reason why moetune cannot tune its kernels, or None.
         aliases: the engine's own names.
         uneven_shards: whether the engine accepts an ep_size that does not divide the experts.
@@ -100,7 +101,8 @@ def resolve(
 ) -> dict[str, Any]:
     """Returns the `Regime` fields of the dispatcher `ENGINE:NAME`. Options of the user replace single fields later.
 
-    Without attention DP every rank holds all rows. So nothing is dispatched, and the ladder has no divisor. If several
+    Without attention DP every rank holds all rows. So nothing is dispatched, and the ladder has no divisor; vLLM then
+    runs its grouped kernel, also with a dispatcher of expert-major rows. If several
     ranks share each expert (`tp_size`), TensorRT-LLM gathers all ranks' rows, even if another method is forced
     (`CommunicationFactory.create_strategy`). An ep_size that does not divide the experts sets `uneven_shards` if the
     engine accepts it. vLLM always does, and TensorRT-LLM with `allgather` and `nvlink_one_sided` (#13888). In both the
@@ -128,10 +130,11 @@ def resolve(
         )
     arguments = dict(dispatcher.regime)
     if attention_dp is False:
-        arguments = {"attention_dp": False, "ladder": arguments["ladder"].partition("/")[0]}
+        ladder = "adaptive" if arguments.get("layout") == "batched" else arguments["ladder"].partition("/")[0]
+        arguments = {"attention_dp": False, "ladder": ladder}
     if redundant_experts:
         arguments["eplb"] = dispatcher.engine
-    arguments["ladder"] = arguments["ladder"].format(ep_size=ep_size)
+    arguments["ladder"] = arguments["ladder"].format(ep_size=ep_size, capacity=DEFAULT_BATCHED_TOKENS * ep_size)
     if arguments["ladder"] == "pow2" and arguments.get("layout") == "pool":
         arguments["ladder"] = _pools(ep_size)
     physical = layer.num_experts + redundant_experts

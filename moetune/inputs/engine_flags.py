@@ -17,12 +17,16 @@ from moetune.spec.enums import ENGINE_TITLES, Precision
 ENGINES: Final = tuple(ENGINE_TITLES)
 _VLLM: Final = {
     "triton": "triton",
+    "batched-triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
     "marlin": "marlin",
 }
-"""vLLM has one value for both TensorRT-LLM ops. It uses the routed one if tokens travel with their ids."""
+"""vLLM has one value for both Triton kernels, and runs the batched one on expert-major rows (`fused_moe/oracle/`).
+
+It has one value for both TensorRT-LLM ops too. It uses the routed one if tokens travel with their ids.
+"""
 _SGLANG: Final = {
     "triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",
@@ -32,14 +36,19 @@ _SGLANG: Final = {
 }
 _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
 _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
+TRITON: Final = ("triton", "batched-triton")
+"""The backends whose tactics an engine reads from a file."""
 _TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
 
 
 def reaches(backend: str, layout: str | None) -> bool:
-    """Returns whether an engine can run `backend` under a layout. The rows of a pool go to FlashInfer's kernels only.
+    """Returns whether an engine can run `backend` under a layout.
 
-    The source is `dispatchers.json`, which names those whose rows reach the Triton kernel.
+    The rows of a pool go to FlashInfer's kernels only, and expert-major rows to the batched Triton kernel only. The
+    source is `dispatchers.json`, which names those whose rows reach the Triton kernels.
     """
+    if layout == "batched" or backend == "batched-triton":
+        return layout == "batched" and backend == "batched-triton"
     return backend != "triton" or layout != "pool"
 
 
@@ -60,7 +69,9 @@ def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
     return flags
 
 
-def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capability: int) -> str | None:
+def preferred_to_triton(
+    engine: str, precision: Precision, ep_size: int, capability: int, layout: str | None = None
+) -> str | None:
     """Returns the kernels that the engine prefers to Triton's by default, or None.
 
     The sources are `_get_priority_backends` in vLLM's `fused_moe/oracle/fp8.py` and `unquantized.py` (0.20 … 0.33), and
@@ -68,7 +79,10 @@ def preferred_to_triton(engine: str, precision: Precision, ep_size: int, capabil
 
     Args:
         capability: the major compute capability of the GPU: 9 for Hopper, 10 for Blackwell.
+        layout: the regime's layout. On expert-major rows the batched kernels alone can run.
     """
+    if layout == "batched":
+        return "DeepGEMM's masked kernels" if precision is Precision.FP8_BLOCK else None
     if capability == 10 and engine == "vllm":
         return "FlashInfer's kernels"
     if capability == 10 and engine == "sglang":

@@ -1,8 +1,8 @@
 """Says which MoE kernels vLLM and SGLang choose for a launch line, and whether these read a tuned file.
 
-Only the grouped Triton GEMM reads one. Sources: vLLM 0.26.0 and 0.33.0, `fused_moe/oracle/fp8.py` and
-`unquantized.py`, `experts/*.py`; SGLang 0.5.23, `create_moe_runner` of `layers/quantization/fp8.py` and `unquant.py`,
-`arg_groups/moe_hook.py` and `arg_groups/overrides.py`.
+Only Triton's GEMMs read one: the grouped one, and vLLM's batched one for expert-major rows. Sources: vLLM 0.26.0 and
+0.33.0, `fused_moe/oracle/fp8.py` and `unquantized.py`, `experts/*.py`; SGLang 0.5.23, `create_moe_runner` of
+`layers/quantization/fp8.py` and `unquant.py`, `arg_groups/moe_hook.py` and `arg_groups/overrides.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moetune.inputs.launch_table import TableLine
+from moetune.inputs.launch_vllm import BATCHED
 from moetune.spec.enums import ENGINE_TITLES, Precision
 from moetune.spec.layer import Activation
 
@@ -29,7 +30,6 @@ _FP8: Final = (Precision.FP8_BLOCK, Precision.FP8_TENSOR)
 _WIDE: Final = (Precision.BF16, Precision.FP16, Precision.FP32)
 PRECISIONS: Final = (*_WIDE, *_FP8)
 """The precisions whose experts the grouped Triton GEMM runs."""
-_BATCHED: Final = ("deepep_low_latency", "nixl_ep")
 _SGLANG_DEEPGEMM: Final = ("deepep", "deepep_v2", "mooncake", "nixl", "pplx")
 _OWN: Final = {
     "vllm": {
@@ -123,6 +123,10 @@ def _triton(why: str, most_rows: int | None = None) -> Kernels:
     return Kernels("Triton", "yes", why, most_rows=most_rows)
 
 
+def _batched(why: str) -> Kernels:
+    return Kernels("batched Triton", "yes", why)
+
+
 def _no(name: str, why: str, remedy: str) -> Kernels:
     return Kernels(name, "no", why, remedy)
 
@@ -155,30 +159,32 @@ def _vllm(line: TableLine, capability: tuple[int, int] | None) -> Kernels:
 
 def _vllm_named(line: TableLine, named: str, capability: tuple[int, int] | None, why: str) -> Kernels:
     remedy = "Use --moe-backend triton instead."
+    if named in ("triton", "batched_triton") and line.dispatcher in BATCHED:
+        return _batched(why)
     if named in ("triton", "batched_triton") or (line.layer.precision in _WIDE and named in ("humming", "marlin")):
         return _triton(why)
     blackwell = capability is not None and capability >= (10, 0)
-    if named == "deep_gemm" and line.dispatcher not in _BATCHED and not blackwell:
+    if named == "deep_gemm" and line.dispatcher not in BATCHED and not blackwell:
         small = line.intermediate_size <= _DEEPGEMM_COLUMNS or line.intermediate_size % 128
         if small:
             return _triton(f"{why} For an intermediate size of {line.intermediate_size} vLLM runs Triton instead.")
         return Kernels("DeepGEMM", "yes", f"{why} Below 128 rows vLLM runs Triton instead.", remedy, _DEEPGEMM_ROWS - 1)
-    if named == "cutlass" and blackwell and line.dispatcher not in _BATCHED:
+    if named == "cutlass" and blackwell and line.dispatcher not in BATCHED:
         return Kernels("CUTLASS", "yes", f"{why} Up to 8 rows vLLM runs Triton instead.", remedy, 8)
     return _no(named, why, remedy)
 
 
 def _vllm_wide(line: TableLine, capability: tuple[int, int], remedy: str) -> Kernels:
     precision = line.layer.precision.value
-    if line.dispatcher in _BATCHED:
-        return _triton(f"vLLM runs {precision} experts of {line.dispatcher} with its batched Triton kernel.")
+    if line.dispatcher in BATCHED:
+        return _batched(f"vLLM runs {precision} experts of {line.dispatcher} with it, and looks it up by the capacity.")
     if capability < (10, 0) or line.layer.activation is Activation.SWIGLU_CLAMPED:
         return _triton(f"vLLM chooses Triton for {precision} experts on this GPU.")
     return _no("FlashInfer's kernels", f"vLLM prefers them for {precision} experts on this GPU.", remedy)
 
 
 def _vllm_block(line: TableLine, capability: tuple[int, int], remedy: str) -> Kernels:
-    if line.dispatcher in _BATCHED:
+    if line.dispatcher in BATCHED:
         why = f"vLLM prefers its masked kernels for the expert-major rows of {line.dispatcher}."
         return _no("DeepGEMM", why, remedy)
     if block_shape(line) != (128, 128):

@@ -1,8 +1,9 @@
 """Reads vLLM's own flags and variables (vLLM 0.33).
 
 With expert parallelism ep = tp · dp · pcp; without, each expert is split over as many ranks
-(`FusedMoEParallelConfig.make`).
-The largest row count of FlashInfer's ops is that of `fi_moe_largest_bucket` (#47427, #52989).
+(`FusedMoEParallelConfig.make`). The largest row count of FlashInfer's ops is that of `fi_moe_largest_bucket` (#47427,
+#52989). With a dispatcher of expert-major rows an expert's block has as many rows as all ranks may have tokens in one
+step (`DeepEPLLPrepareAndFinalize`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from moetune.errors import UnsupportedError, UsageError
 from moetune.inputs.engine_flags import backend_of
 from moetune.inputs.launch_line import TRUE, Line, number
 from moetune.inputs.launch_model import Deployed
-from moetune.spec.enums import DEFAULT_TUNE_MAX_NUM_TOKENS, Precision
+from moetune.spec.enums import DEFAULT_BATCHED_TOKENS, DEFAULT_TUNE_MAX_NUM_TOKENS, Precision
 
 DECIDING: Final = (
     "tensor-parallel-size", "data-parallel-size", "prefill-context-parallel-size", "enable-expert-parallel",
@@ -30,6 +31,8 @@ _FLASHINFER_SWITCHES: Final = {
 }
 """Maps the switches `VLLM_USE_FLASHINFER_MOE_…` of vLLM up to 0.2x to the precisions that they apply to."""
 _FLASHINFER: Final = {"latency": "flashinfer-trtllm", "throughput": "flashinfer-cutlass"}
+BATCHED: Final = ("deepep_low_latency", "nixl_ep")
+"""The dispatchers that give the kernel expert-major rows (`ParallelConfig.use_batched_dp_moe`)."""
 _DEFAULT_TOKENS: Final = {"flashinfer-trtllm": 16384, "flashinfer-trtllm-routed": 16384}
 """The default of `EngineArgs.get_batch_defaults`: 16384 from 160 GiB of GPU memory (B200, B300); 8192 on an H100 or
 H200."""
@@ -52,7 +55,8 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
     replicas = _replicas(line)
     _warn_of_refused_eplb(line, deployed, replicas, world if experts else 1)
     _require_linear_placement(line, deployed, experts=experts, replicas=replicas)
-    backend = _backend(line, deployed)
+    batched = word in BATCHED
+    backend = _backend(line, deployed, batched=batched)
     on_flashinfer = (backend or "").startswith("flashinfer") or word.startswith("flashinfer")
     return {
         "ep": world if experts else 1,
@@ -60,10 +64,19 @@ def options(line: Line, deployed: Deployed) -> dict[str, Any]:
         "dispatch": f"vllm:{word}",
         "dp": None if dp > 1 else False,
         "redundant_experts": replicas or None,
-        "tune_max_num_tokens": _largest_bucket(line, dp, backend, on_flashinfer=on_flashinfer),
+        "tune_max_num_tokens": None if batched else _largest_bucket(line, dp, backend, on_flashinfer=on_flashinfer),
         "backend": backend,
-        "ladder": "hybrid" if on_flashinfer else None,
+        "ladder": str(_batched_tokens(line) * world) if batched else "hybrid" if on_flashinfer else None,
     }
+
+
+def _batched_tokens(line: Line) -> int:
+    """Returns the most tokens of a rank in one step with a dispatcher of expert-major rows.
+
+    The source is `_set_default_max_num_seqs_and_batched_tokens_args` of vLLM 0.33's `engine/arg_utils.py`.
+    """
+    default = DEFAULT_BATCHED_TOKENS * (2 if line.text("performance-mode") == "throughput" else 1)
+    return line.number("max-num-batched-tokens") or default
 
 
 def _largest_bucket(line: Line, dp: int, backend: str | None, *, on_flashinfer: bool) -> int | None:
@@ -115,7 +128,7 @@ def _require_linear_placement(line: Line, deployed: Deployed, *, experts: bool, 
         )
 
 
-def _backend(line: Line, deployed: Deployed) -> str | None:
+def _backend(line: Line, deployed: Deployed, *, batched: bool) -> str | None:
     if "backend" in deployed.beside:
         return str(deployed.beside["backend"])
     if _true(line.variable("VLLM_ROCM_USE_AITER")) and _true(line.variable("VLLM_ROCM_USE_AITER_MOE") or "1"):
@@ -124,6 +137,8 @@ def _backend(line: Line, deployed: Deployed) -> str | None:
             "Pass --backend to tune other kernels.",
         )
     named = line.text("moe-backend")
+    if batched and named is not None and named.replace("-", "_") in ("triton", "batched_triton"):
+        return "batched-triton"
     if named not in (None, "auto"):
         return backend_of(str(named), "--moe-backend")
     return _backend_of_variables(line, deployed)

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.inputs.engine_flags import preferred_to_triton
+from moetune.inputs.engine_flags import TRITON, preferred_to_triton
 from moetune.report.command import command, shortest
 from moetune.report.format import count, human_bytes, human_flops
 from moetune.report.lines import (
@@ -127,6 +127,8 @@ def columns_table(plan: Plan) -> Table:
     """Returns what ep, tp and the columns of the bucket table mean."""
     last = f"{plan.buckets[-1].rows:,}"
     bucket = f"the bucket: the row count by which the engine looks a tactic up. Above {last} it uses that of {last}"
+    if plan.regime.layout == "batched":
+        bucket = "the capacity of the expert-major buffer, by which the engine looks a tactic up in every step"
     entries = {"ep, tp": "ranks that share the experts, and ranks that share each expert"}
     if _tokens_are_rows(plan):
         bucket += ". Each rank has as many tokens"
@@ -246,7 +248,9 @@ def _kernels_line(plan: Plan, kernels: Kernels) -> str:
     if kernels.selected:
         return f"kernels: {backend}, as the command selects. {name} runs them with {flag}."
     without = [f"prefers {other} on {generation}" for generation, other in kernels.preferred.items()]
-    if backend == "triton" and preferred_to_triton(engine, plan.layer.precision, plan.regime.ep_size, 9) is None:
+    regime = plan.regime
+    other = preferred_to_triton(engine, plan.layer.precision, regime.ep_size, 9, regime.layout)
+    if backend in TRITON and other is None:
         without.insert(0, "runs these on Hopper")
     chosen = f"kernels: {backend}. The command selects none: start {name} with {flag}."
     return f"{chosen} Without it {name} {listed(without)}." if without else chosen

@@ -15,6 +15,7 @@ from choices import make_choice
 from engine_trees import CALLERS, LOOKUP, MOE, NAME, functions, plant
 
 from moetune.backends.grouped_triton.backend import TritonBackend
+from moetune.backends.registry import backend as made
 from moetune.cli.options import request_of
 from moetune.engine import plugins, session, start_tune, triton_engines, triton_hook
 from moetune.engine.warmup_end import LAST_STEPS
@@ -57,7 +58,7 @@ def save(text, backend, choose=lambda at, rows: tactic(16, 32 * (1 + at % 8), 12
     profile = Profile(
         layer=question.layer,
         regime=question.regime,
-        backend="triton",
+        backend=backend.name,
         environment=question.environment,
         choices=choices,
     )
@@ -139,6 +140,17 @@ def test_all_rows_run_what_the_profile_says(engine, ladder, imported_first, engi
         f"{len(profile.choices)} buckets"
     ]
     assert parsed_log("\n".join(lines(caplog))).plugin == ("E=4, N=256",), "`moetune lookup --log` reads it"
+
+
+def test_with_expert_major_rows_neither_kernel_is_answered(engine_of, caplog):
+    """The file of the batched kernel is not for the grouped one, and vLLM's batched kernel keeps its own look-up."""
+    text = f"{SIZES} --precision bf16 --ep 4 --layout batched --ladder 64"
+    save(text, made("batched-triton"), lambda at, rows: Tactic(BLOCK_SIZE_M=16, BLOCK_SIZE_N=32, BLOCK_SIZE_K=64))
+    grouped, batched = engine_of("vllm", text)
+    for rows in (1, 64):
+        assert grouped.ask(W1, W2, 2, None, rows) == batched.ask(W1, W2, 2, None, rows)
+    (line,) = lines(caplog)
+    assert "reads rows with their ids, not the expert-major rows of the layout batched" in line
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -83,6 +83,8 @@ def test_every_value_of_an_engines_option_is_known(engine):
         ("vllm:allgather_reducescatter", ("allgather", None, "adaptive")),
         ("vllm:deepep_high_throughput", ("alltoall", "deduplicated", "adaptive")),
         ("vllm:flashinfer_nvlink_one_sided", ("alltoall", "pool", "hybrid")),
+        ("vllm:deepep_low_latency", ("alltoall", "batched", "2048")),
+        ("vllm:nixl_ep", ("alltoall", "batched", "2048")),
         ("sglang:none", ("allgather", None, "adaptive")),
         ("sglang:flashinfer", ("alltoall", "pool", "hybrid")),
         ("trtllm:none", ("none", None, "pow2")),
@@ -111,7 +113,8 @@ def test_without_attention_dp_no_word_dispatches_anything_or_divides_the_rows(wo
     brought = Regime(ep_size=8, **dispatcher.resolve(word, LAYER, 8))
     regime = Regime(ep_size=8, **dispatcher.resolve(word, LAYER, 8, attention_dp=False))
     assert (regime.attention_dp, regime.dispatch, regime.layout) == (False, "none", None)
-    assert (regime.ladder.name, regime.ladder.divisor) == (brought.ladder.name, 1)
+    same = "adaptive" if brought.layout == "batched" else brought.ladder.name
+    assert (regime.ladder.name, regime.ladder.divisor) == (same, 1)
 
 
 def test_without_attention_dp_vllms_uneven_shards_stay():
@@ -127,17 +130,9 @@ def test_a_word_without_a_tactic_table_says_what_runs_there(word):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("word", ["vllm:deepep_low_latency", "sglang:deepep", "sglang:pplx", "vllm:nixl_ep"])
-def test_expert_major_layouts_are_untunable(word):
+@pytest.mark.parametrize("word", ["sglang:deepep", "sglang:pplx", "trtllm:deepep_low_latency"])
+def test_expert_major_layouts_without_a_triton_kernel_are_untunable(word):
     assert word in UNTUNABLE
-
-
-@pytest.mark.parametrize("word", ["vllm:deepep_low_latency", "vllm:nixl_ep"])
-def test_an_expert_major_batch_says_that_unquantized_experts_read_the_same_file(word):
-    with pytest.raises(
-        UnsupportedError, match=r"batched Triton kernel \(unquantized experts, by the same tuned file\)"
-    ):
-        dispatcher.resolve(word, LAYER, 8)
 
 
 def test_tensorrt_llms_low_latency_deepep_names_its_buffer():

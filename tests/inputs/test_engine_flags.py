@@ -2,20 +2,41 @@ import pytest
 
 from moetune.backends import registry
 from moetune.inputs import launch
-from moetune.inputs.engine_flags import ENGINES, engine_flags
+from moetune.inputs.engine_flags import ENGINES, engine_flags, preferred_to_triton, reaches
 from moetune.spec.enums import Precision
 
 LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}
 SERVED = [name for name in registry.backends() if name != "torch"]
+ROWS = [name for name in SERVED if name != "batched-triton"]
 
 
-@pytest.mark.parametrize("backend", SERVED)
+@pytest.mark.parametrize("backend", ROWS)
 @pytest.mark.parametrize("engine", LINES)
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8_BLOCK, Precision.NVFP4])
 def test_the_reader_of_launch_lines_takes_each_flag_for_its_backend(backend, engine, precision):
     read = launch.read(LINES[engine].format(engine_flags(backend, precision)[engine])).options["backend"]
     routed_by_itself = engine == "vllm" and backend == "flashinfer-trtllm-routed"  # one word for both ops
     assert read == ("flashinfer-trtllm" if routed_by_itself else backend)
+
+
+def test_the_flag_of_the_batched_kernel_is_that_of_the_grouped_one_with_another_dispatcher():
+    flags = engine_flags("batched-triton", Precision.BF16)
+    assert flags == {"vllm": "--moe-backend triton"}
+    line = f"{LINES['vllm'].format(flags['vllm'])} -dp 8 -ep --all2all-backend nixl_ep"
+    assert launch.read(line).options["backend"] == "batched-triton"
+
+
+@pytest.mark.parametrize("layout", [None, "packed", "deduplicated", "slot", "pool", "batched"])
+def test_expert_major_rows_reach_the_batched_kernel_alone(layout):
+    assert reaches("batched-triton", layout) == (layout == "batched")
+    assert reaches("triton", layout) == (layout not in ("pool", "batched"))
+    assert reaches("flashinfer-cutlass", layout) == (layout != "batched")
+
+
+@pytest.mark.parametrize("capability", [9, 10])
+def test_on_expert_major_rows_only_fp8_blocks_have_other_kernels(capability):
+    assert preferred_to_triton("vllm", Precision.BF16, 8, capability, "batched") is None
+    assert preferred_to_triton("vllm", Precision.FP8_BLOCK, 8, capability, "batched") == "DeepGEMM's masked kernels"
 
 
 def test_sglang_has_a_word_of_its_own_for_mxfp4():

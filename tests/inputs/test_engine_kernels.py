@@ -19,7 +19,6 @@ def kernels(line, capability=(9, 0)):
         (f"{VLLM} {QWEN} -dp 8 -ep", (9, 0)),
         (f"{VLLM} {QWEN} -dp 8 -ep", (8, 0)),
         (f"{VLLM} {QWEN} -dp 8 -ep --moe-backend triton", (10, 0)),
-        (f"{VLLM} {QWEN} -dp 8 -ep --all2all-backend deepep_low_latency", (9, 0)),
         (f"{VLLM} {R1} -tp 8", (9, 0)),
         (f"{VLLM} {R1} -dp 8 -ep --moe-backend triton", (9, 0)),
         (f"{VLLM} {R1} -tp 8 --moe-backend deep_gemm", (9, 0)),
@@ -34,6 +33,20 @@ def kernels(line, capability=(9, 0)):
 def test_triton_reads_a_file(line, capability):
     found = kernels(line, capability)
     assert (found.name, found.reads, found.most_rows, found.remedy) == ("Triton", "yes", None, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "capability"),
+    [
+        (f"{VLLM} {QWEN} -dp 8 -ep --all2all-backend deepep_low_latency", (9, 0)),
+        (f"{VLLM} {QWEN} -dp 8 -ep --all2all-backend nixl_ep", (10, 0)),
+        (f"{VLLM} {R1} -dp 8 -ep --all2all-backend deepep_low_latency --moe-backend triton", (9, 0)),
+        (f"{VLLM} {R1} -dp 8 -ep --all2all-backend nixl_ep --moe-backend batched_triton", (9, 0)),
+    ],
+)
+def test_the_batched_triton_kernel_reads_a_file_too(line, capability):
+    found = kernels(line, capability)
+    assert (found.name, found.reads, found.remedy) == ("batched Triton", "yes", "")
 
 
 @pytest.mark.parametrize(

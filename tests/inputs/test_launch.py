@@ -208,6 +208,31 @@ def test_the_maximum_counts_the_rows_of_all_ranks():
     assert "tune_max_num_tokens" not in options(f"{sglang} --chunked-prefill-size -1")
 
 
+@pytest.mark.parametrize(
+    ("flags", "capacity"),
+    [
+        ("-dp 8 -ep", "2048"),
+        ("-dp 4 -tp 2 -ep", "2048"),
+        ("-dp 8 -ep --max-num-batched-tokens 64", "512"),
+        ("-dp 8 -ep --performance-mode throughput", "4096"),
+    ],
+)
+@pytest.mark.parametrize("word", ["deepep_low_latency", "nixl_ep"])
+def test_the_capacity_of_an_expert_major_buffer_is_the_tokens_of_all_ranks(word, flags, capacity):
+    found = options(f"vllm serve Qwen/Qwen3-30B-A3B {flags} --all2all-backend {word}")
+    assert (found["ladder"], found.get("tune_max_num_tokens")) == (capacity, None)
+    regime = resolve(**found).regime
+    assert (regime.layout, regime.capacity, regime.ep_size) == ("batched", int(capacity), 8)
+
+
+@pytest.mark.parametrize("named", ["triton", "batched_triton", "batched-triton"])
+def test_vllms_triton_kernel_for_expert_major_rows_is_the_batched_one(named):
+    line = f"vllm serve Qwen/Qwen3-30B-A3B -dp 8 -ep --moe-backend {named}"
+    assert options(f"{line} --all2all-backend deepep_low_latency")["backend"] == "batched-triton"
+    if named == "triton":
+        assert options(line)["backend"] == "triton"
+
+
 def test_without_expert_parallelism_vllm_cuts_the_experts_over_all_ranks():
     found = options("vllm serve Qwen/Qwen3-30B-A3B -tp 2 -dp 4 --all2all-backend deepep_low_latency")
     assert (found["ep"], found["tp"], found["dispatch"]) == (1, 8, "vllm:allgather_reducescatter")

@@ -180,8 +180,8 @@ REFUSED = {
     "vllm serve Qwen/Qwen3-235B-A22B -dp 8 -ep --hf-overrides '{\"num_experts\": 64}'": "changes num_experts",
     "vllm serve Qwen/Qwen3-235B-A22B 8 -ep": "'8': it belongs to no flag",
     # these were refused rightly
-    "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 --enable-expert-parallel --all2all-backend deepep_low_latency": (
-        "vllm:deepep_low_latency cannot be tuned"
+    "vllm serve deepseek-ai/DeepSeek-R1 -dp 8 --enable-expert-parallel --all2all-backend mori_low_latency": (
+        "vllm:mori_low_latency cannot be tuned"
     ),
     "python3 -m sglang.launch_server --model-path deepseek-ai/DeepSeek-V3 --enable-deepep-moe --deepep-mode auto "
     "--tp 16 --dp 16 --enable-dp-attention --ep-num-redundant-experts 32": "sglang:deepep cannot be tuned",
