@@ -68,6 +68,8 @@ class MarlinBackend(Backend):
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be tuned: its precision, activation, biases, sizes or weights on the input."""
+        if reason := self.other_rows(regime):
+            return reason
         fmt = FORMATS.get(layer.precision)
         if fmt is None:
             return f"tunes {', '.join(FORMATS)} experts, not {layer.precision.value}"
