@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from moetune.spec.regime import Regime
 
 _NONE: Mapping[str, str] = MappingProxyType({})
-_OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {("sglang", "triton"): {"remote": "zero"}}
+_OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {
+    ("sglang", "triton"): {"remote": "zero"},
+    ("sglang", "marlin"): {"formula": "sglang"},
+}
 """What an engine's own kernel does, by engine and backend, if no option that selects a kernel is given."""
 _ANY_KERNEL = {"engine_configs"}
 """Options that do not select a kernel."""

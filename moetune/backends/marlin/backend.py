@@ -43,12 +43,14 @@ class MarlinBackend(Backend):
 
     name = "marlin"
     warms_once = True
+    modules = ("moetune.backends.marlin.runner", "moetune.backends.marlin.weights")
 
     def __init__(self, formula: Formula = "vllm") -> None:
         if formula not in get_args(Formula):
             raise UsageError(f"Unknown formula {formula!r}.", f"Formulas: {', '.join(get_args(Formula))}.")
         self.formula = formula
         self._able = False
+        self._loaded: set[str] = set()
         self._weights: WeightCache[MarlinExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
@@ -132,7 +134,25 @@ class MarlinBackend(Backend):
         from moetune.backends.marlin.runner import MarlinRunner
         from moetune.backends.marlin.weights import random_experts
 
-        return MarlinRunner(problem, self._weights.get(problem, lambda: random_experts(problem)))
+        runner = MarlinRunner(problem, self._weights.get(problem, lambda: random_experts(problem)))
+        self._load_kernels(runner, problem)
+        return runner
+
+    def _load_kernels(self, runner: MarlinRunner, problem: Problem) -> None:
+        """Runs a format's first tactic in this process, so that no tactic's first run has to load the kernels.
+
+        vLLM's wheels have Marlin for Hopper as PTX, which the driver compiles when it loads the first kernel: minutes,
+        unless they are in its cache on disk. A preparation may take that long, a tactic's first run may not.
+        """
+        name = FORMATS[problem.layer.precision].name
+        if name in self._loaded:
+            return
+        import torch
+
+        runner.run(self.default(problem.layer, problem.regime, problem.rows))
+        if torch.device(problem.device).type == "cuda":
+            torch.cuda.synchronize(problem.device)
+        self._loaded.add(name)
 
     def _require(self, layer: MoELayer, regime: Regime) -> None:
         if reason := self.unsupported(layer, regime):

@@ -1,0 +1,90 @@
+"""The benchmark of Marlin's block sizes, on a CPU with planted ops and a planted time."""
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import planted_time
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "backends" / "marlin"))
+
+import marlin_blocks
+import marlin_ops
+from common import Journal
+from test_marlin_backend import activate_on_cpu
+
+from moetune.backends.marlin import runner
+from moetune.backends.marlin.backend import MarlinBackend
+from moetune.backends.marlin.runner import MarlinRunner
+from moetune.spec.layer import MoELayer
+
+LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=128, intermediate_size=64, precision="mxint4")
+DEPLOYMENTS = [marlin_blocks.Deployment("tiny", 4, load) for load in marlin_blocks.COMPARED]
+TOKENS = (4, 64)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """vLLM's ops on a CPU. A run takes 1 ms with blocks of 16 rows, 3 ms with others."""
+    run = MarlinRunner.run
+
+    def timed(self, tactic, draw=0):
+        planted_time.spend(1.0 if tactic["block_size_m"] == 16 else 3.0)
+        return run(self, tactic, draw)
+
+    monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(MarlinRunner, "run", timed)
+    monkeypatch.setattr(runner, "activate", lambda activation, *buffers: partial(activate_on_cpu, activation)(*buffers))
+    monkeypatch.setattr(marlin_blocks, "layer_of", lambda name: LAYER)
+    planted_time.install()
+    with marlin_ops.defined():
+        yield
+
+
+def test_rows_are_those_of_the_tokens_of_all_ranks():
+    assert DEPLOYMENTS[0].rows(LAYER, TOKENS) == {4: 4, 64: 64}
+    assert DEPLOYMENTS[1].rows(LAYER, TOKENS) == {4: 2, 64: 29}  # 1 − C(12,2)/C(16,2) = 0.45 of them
+    assert DEPLOYMENTS[0].regime([64, 4, 4]).buckets == (4, 64)
+
+
+def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
+    journal = Journal(tmp_path / "out.jsonl")
+    assert marlin_blocks.measure(journal, DEPLOYMENTS, TOKENS, time.time() + 600, "cpu") == 0
+    assert len(journal.lines) == 4
+    line = journal.find(load="allgather", tokens=64)
+    assert (line["rows"], line["tactics"]["choice"]["block_size_m"]) == (64, 16)
+    # 64 · 2 slots on 4 experts: 8 an expert if all ranks share them, 32 as SGLang counts
+    assert [line["tactics"][each]["block_size_m"] for each in ("vllm", "sglang")] == [16, 48]
+    assert line["gain"]["vllm"][0] == pytest.approx(1, abs=0.01)
+    assert line["gain"]["sglang"][0] == pytest.approx(3, abs=0.01)
+    before = (tmp_path / "out.jsonl").read_text()
+    assert marlin_blocks.measure(Journal(tmp_path / "out.jsonl"), DEPLOYMENTS, TOKENS, 0.0, "cpu") == 0
+    assert (tmp_path / "out.jsonl").read_text() == before
+    capsys.readouterr()
+    text = "\n".join(marlin_blocks.report(journal.lines))
+    assert "| tiny EP4 allgather | 64 | 64 |" in text
+    assert "| all allgather | 2 |" in text
+
+
+def test_when_the_time_is_up_the_rest_is_left(planted, tmp_path):
+    journal = Journal(tmp_path / "out.jsonl")
+    assert marlin_blocks.measure(journal, DEPLOYMENTS, TOKENS, 0.0, "cpu") == 4
+    assert journal.lines == []
+
+
+def test_the_report_counts_slower_cells_and_takes_geometric_means():
+    def line(load, vllm, sglang):
+        return {
+            "model": "tiny", "ep": 4, "load": load, "tokens": 4, "rows": 4, "device": "NVIDIA X",
+            "tactics": {name: {"block_size_m": 8} for name in ("choice", "vllm", "sglang")},
+            "us": {"choice": 9.0}, "gain": {"vllm": [vllm, 0.9, 1.5], "sglang": [sglang, 0.9, 1.5]},
+        }  # fmt: skip
+
+    lines = [line("allgather", 1.0, 1.21), line("allgather", 0.98, 1.0)]
+    summary = list(marlin_blocks.report(json.loads(json.dumps(lines))))[-1]
+    assert summary == "| all allgather | 2 | 0.990× | 1.100× | 1 | 0 |"
+    assert list(marlin_blocks.report([])) == ["No cells."]
