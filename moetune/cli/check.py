@@ -33,10 +33,10 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 )
 @click.option("--rows", metavar="N,…", help="The buckets to check.  [default: all]")
 @click.option(
-    "--also",
+    "--under",
     metavar="DISTRIBUTION",
     multiple=True,
-    help="Compare under this distribution too, such as zipf:1. It can be repeated.",
+    help="Compare under this distribution alone too, such as zipf:1. It can be repeated.",
 )
 @json_option
 def check(
@@ -46,7 +46,7 @@ def check(
     near: bool,
     within: str,
     rows: str | None,
-    also: tuple[str, ...],
+    under: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Measure whether the choices of a stored profile are still good on this machine.
@@ -69,7 +69,7 @@ def check(
             found.profile,
             within=allowed,
             buckets=buckets,
-            also=also,
+            under=under,
             device=request.device if request else None,
             on_event=progress,
         )

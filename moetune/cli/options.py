@@ -213,12 +213,13 @@ def request_of(
 
 def _check_skew(layer: MoELayer, regime: Regime, *, strict: bool) -> None:
     """Prints a warning if the asked skew is missed, or raises UsageError if it is `strict`."""
-    if regime.skew is None:
+    if not any(part.skew for part in regime.parts):
         return
     from moetune.workload.achieved import miss
 
-    error = miss(layer, regime, simulate=strict)
-    if error and strict:
-        raise error
-    if error:
-        report(f"warning: {error.message} {error.hint}")
+    for part in regime.parts:
+        error = miss(layer, part, simulate=strict)
+        if error and strict:
+            raise error
+        if error:
+            report(f"warning: {error.message} {error.hint}")

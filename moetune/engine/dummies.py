@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dummies:
-    """Samples a regime's routings and puts them into the inputs of one tuner call."""
+    """Samples a regime's routings and puts them into the inputs of one tuner call.
+
+    The regime has one distribution. `distribution` is the name that the draws get, see `workload.draws.named_parts`.
+    """
 
     layer: MoELayer
     regime: Regime
     op: MoEOp
     call: TunerCall
+    distribution: str = ""
 
     def hook(self, tensors: list[Any]) -> list[Any]:
         """Returns the tensors with the bucket's first draw in them: FlashInfer's `inputs_pre_hook`.
@@ -40,7 +44,8 @@ class Dummies:
         """Returns the bucket's draws of these numbers, each with as many rows as the op's tensors have."""
         from moetune.workload.draws import sampled
 
-        return sampled(self.layer, self.regime, rows, self.typical_rows(rows), numbers, kind, self.op.rank)
+        name = self.distribution
+        return sampled(self.layer, self.regime, rows, self.typical_rows(rows), numbers, kind, self.op.rank, 0, name)
 
     def typical_rows(self, rows: int) -> int:
         """Returns the bucket's typical rows, at most `rows`: the op's tensors hold no more."""

@@ -12,7 +12,8 @@ from moetune.engine.ranks import gather
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Choice
-from moetune.tuning.final_comparison import compare_right_ones
+from moetune.tuning.final_comparison import FinalSamples, compare_right_ones
+from moetune.tuning.objective import SINGLE, Objective
 from moetune.tuning.verdict import choice, cliffs, decide, loss, stress_times
 
 if TYPE_CHECKING:
@@ -198,18 +199,27 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float | None
     return relative_error(found, expected, ignore_nonfinite=True)
 
 
-def choose(bench: EngineBench, tactics: Sequence[Tactic], draws: Sequence[Draw], rows: int, tried: int) -> Choice:
+def choose(
+    bench: EngineBench,
+    tactics: Sequence[Tactic],
+    draws: Sequence[Draw],
+    rows: int,
+    tried: int,
+    objective: Objective = SINGLE,
+) -> Choice:
     """Runs the final comparison of one bucket and returns its choice.
 
     The first `FINALISTS` tactics whose outputs agree with the default's are compared with it, at each row count that
-    the draws have. One of them replaces the default only if it is faster by more than `MARGIN` and the noise.
+    the draws of each distribution have. One of them replaces the default only if it is faster by more than `MARGIN` and
+    the noise.
 
     Args:
         bench: times the tactics on `draws`, which it knows by their positions.
         tactics: the default, then the others from the fastest to the slowest; the same on every rank.
-        draws: draws of the kinds `final` and `stress`.
+        draws: draws of the kinds `final` and `stress`; those of one distribution lie together.
         rows: the bucket.
         tried: how many tactics FlashInfer's sweep timed.
+        objective: what the choice minimizes over the distributions of the draws.
 
     Raises:
         NoResultError: the default did not run.
@@ -219,17 +229,20 @@ def choose(bench: EngineBench, tactics: Sequence[Tactic], draws: Sequence[Draw],
     stress_us = stress_times(bench, finalists, default, draws, {})
     rejected = cliffs(stress_us, default, {})
     remaining = [tactic for tactic in finalists if tactic not in rejected and tactic not in bench.failures]
-    numbers: dict[int, list[int]] = {}
+    able = remaining
+    numbers: dict[tuple[str, int], list[int]] = {}
     for number, draw in enumerate(draws):
         if draw.kind == "final":
-            numbers.setdefault(draw.rows, []).append(number)
-    comparisons = []
-    for row_count, of_count in numbers.items():
+            numbers.setdefault((draw.distribution, draw.rows), []).append(number)
+    comparisons: list[FinalSamples] = []
+    for (distribution, row_count), of_count in numbers.items():
+        if comparisons and comparisons[-1].distribution != distribution:
+            remaining = [tactic for tactic in able if tactic not in bench.failures]
         samples = compare_right_ones(bench, default, remaining, of_count, row_count, most_s=SECONDS / len(numbers))
         remaining = [tactic for tactic in samples.finalists if not loss(samples, tactic)]
-        comparisons.append(samples)
+        comparisons.append(dataclasses.replace(samples, distribution=distribution))
     with_margin = [dataclasses.replace(samples, noise=max(samples.noise, MARGIN)) for samples in comparisons]
-    verdict = decide(with_margin, default)
+    verdict = decide(with_margin, default, objective=objective)
     routings = [draw.routing for draw in draws if draw.kind == "final"]
     return choice(
         comparisons,
@@ -242,4 +255,5 @@ def choose(bench: EngineBench, tactics: Sequence[Tactic], draws: Sequence[Draw],
         candidates=tried,
         stress_us=stress_us,
         rejected=rejected,
+        objective=objective,
     )

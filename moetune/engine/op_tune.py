@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from moetune.errors import LostRankError, MoetuneError
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import UNTUNED
 from moetune.store.profile import Choice
+from moetune.tuning.objective import Objective
 
 if TYPE_CHECKING:
     from moetune.workload.draws import Draw
@@ -50,15 +51,14 @@ class OpTune:
     def choices(self, rows: Sequence[int]) -> list[Choice]:
         """Returns the choices of the buckets `rows`. Buckets that cannot be compared are left out, and logged.
 
-        FlashInfer times the tactics on sampled routings of the regime. Then a final comparison decides.
+        FlashInfer times the tactics on sampled routings of the regime's main distribution. Then a final comparison
+        decides, under all distributions.
 
         Raises:
             LostRankError: a rank is missing, so that no bucket can be decided for all.
         """
         self._say("the sweep of FlashInfer")
-        mine = together(
-            lambda: self._sweep([bucket for bucket in rows if self.dummies.typical_rows(bucket)]), self.ranks
-        )
+        mine = together(lambda: self._sweep([bucket for bucket in rows if self._has_rows(bucket)]), self.ranks)
         sweep = joined(gather(mine, self.ranks), self.session.strategy, self.ranks)
         for tactic, reason in list(sweep.uneven.items())[:1]:
             self.session.logger.warning(
@@ -94,8 +94,19 @@ class OpTune:
         is_split = self.ranks is not None and self.session.strategy is Strategy.PARALLEL
         share = (self.ranks.rank, self.ranks.size) if self.ranks is not None and is_split else (0, 1)
         missing = frozenset(self.call.keys[bucket] for bucket in rows)
-        sweep: Sweep = self.call.tuner.swept(self.call, missing, self.dummies.hook, share)
+        sweep: Sweep = self.call.tuner.swept(self.call, missing, self._of_each[0].hook, share)
         return sweep
+
+    @property
+    def _of_each(self) -> list[Dummies]:
+        """Returns the dummies of each of the regime's distributions, the main one first."""
+        from moetune.workload.draws import named_parts
+
+        parts = named_parts(self.dummies.regime)
+        return [replace(self.dummies, regime=part, distribution=name) for name, part in parts.items()]
+
+    def _has_rows(self, bucket: int) -> bool:
+        return all(dummies.typical_rows(bucket) for dummies in self._of_each)
 
     def _final(self, rows: int, sweep: Sweep) -> Choice:
         """Compares FlashInfer's fastest tactics with its default, on draws that its sweep did not use.
@@ -119,17 +130,23 @@ class OpTune:
         if self.ranks is not None:  # they may run on other ranks
             failed = sweep.failures.get(rows, {})
             bench.failures.update((tactic, reason) for tactic, reason in failed.items() if tactic != default)
-        return choose(bench, tuple(calls), draws, rows, len(swept))
+        return choose(bench, tuple(calls), draws, rows, len(swept), Objective.of(self.dummies.regime))
 
     def _inputs(self, rows: int) -> tuple[tuple[Draw, ...], list[list[Any]]]:
-        """Returns the draws of a bucket's final comparison, and the inputs of the op for each."""
+        """Returns the draws of a bucket's final comparison, and the inputs of the op for each.
+
+        The distributions share the draws. Each has at least two, because draws with even numbers have other rows than
+        the others.
+        """
         from moetune.workload.draws import STRESS_FACTORS
 
-        call, dummies = self.call, self.dummies
+        call, of_each = self.call, self._of_each
+        dummies, in_all = of_each[0], min(self.session.regime.draws, DRAWS)
+        numbers = range(FIRST_DRAW, FIRST_DRAW + max(min(2, in_all), in_all // len(of_each)))
         tensors = call.tuner._prepare_input_tensors(call.profiles[rows], call.inputs)
         if call.config.inputs_pre_hook is not None:
             tensors = list(call.config.inputs_pre_hook(tensors))
-        unseen = dummies.draws(rows, range(FIRST_DRAW, FIRST_DRAW + min(self.session.regime.draws, DRAWS)), "final")
+        unseen = [draw for each in of_each for draw in each.draws(rows, numbers, "final")]
         stressed = [dummies.stressed(unseen[0], factor) for factor in STRESS_FACTORS]
         draws = (*unseen, *stressed)
         inputs = [

@@ -119,15 +119,16 @@ def _register(spelled: str, logger: logging.Logger) -> None:
 
 def _check_skew(options: Deployment, logger: logging.Logger) -> None:
     """Logs a warning if the asked skew is missed, or raises UsageError if the options are strict."""
-    if options.regime.skew is None:
+    if not any(part.skew for part in options.regime.parts):
         return
     from moetune.workload.achieved import miss
 
-    error = miss(options.layer, options.regime, options.rank if isinstance(options.rank, int) else None)
-    if error and options.strict_skew:
-        raise error
-    if error:
-        logger.warning("moetune: %s: %s", VARIABLE, error)
+    for part in options.regime.parts:
+        error = miss(options.layer, part, options.rank if isinstance(options.rank, int) else None)
+        if error and options.strict_skew:
+            raise error
+        if error:
+            logger.warning("moetune: %s: %s", VARIABLE, error)
 
 
 def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:

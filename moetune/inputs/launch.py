@@ -17,7 +17,7 @@ from moetune.inputs.launch_model import Deployed, changed_precision, model_named
 from moetune.inputs.option_table import SIZES
 from moetune.inputs.options import layer_of
 from moetune.quoting import enumerated, quoted, shortened
-from moetune.spec.distribution import parse_distribution, replay_of, skew_of
+from moetune.spec.distribution import parse_also, parse_distribution, parse_weighted, replay_of, skew_of
 from moetune.spec.enums import ENGINE_TITLES
 
 _Reader = Callable[[Line, Deployed], dict[str, Any]]
@@ -103,8 +103,9 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> Launch:
             layer = layer_of({**found, **beside})
     deployed = Deployed(layer, beside, warnings)
     found |= _READERS[server.engine](line, deployed)
-    distribution = parse_distribution(beside.get("distribution", "random"))
-    if server.engine != "trtllm" and (skew_of(distribution) or replay_of(distribution)):
+    distributions = [parse_distribution(beside.get("distribution", "random"))]
+    distributions += [parse_weighted(each).distribution for each in parse_also(beside.get("also", ()))]
+    if server.engine != "trtllm" and any(skew_of(each) or replay_of(each) for each in distributions):
         warnings += _other_placements(line, {**found, **beside}.get("redundant_experts"))
     if "dispatch" in beside or "layout" in beside:
         found.pop("dp", None)

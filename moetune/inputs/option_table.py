@@ -18,6 +18,7 @@ from moetune.spec.enums import (
     DISTRIBUTION_VARIABLE,
     DISTRIBUTIONS,
     LAYOUTS,
+    OBJECTIVES,
     RANK_WORDS,
     REPLAY,
     SKEWED_DISTRIBUTIONS,
@@ -200,6 +201,24 @@ OPTIONS: Final[tuple[Option, ...]] = (
         "from a recording of real traffic. docs/workload.md explains ddist, zipf, powerlaw and replay.",
         "|".join((*DISTRIBUTIONS, *SKEWED_DISTRIBUTIONS, REPLAY)),
         default=f"${DISTRIBUTION_VARIABLE}, otherwise random",
+    ),
+    Option(
+        "also",
+        Group.WORKLOAD,
+        "regime.also",
+        "Measure tactics under this distribution too, with a weight between 0 and 1, such as zipf:1=0.3. May be "
+        "repeated; --distribution has the weight that is left.",
+        "DISTRIBUTION=WEIGHT",
+        repeatable=True,
+    ),
+    Option(
+        "objective",
+        Group.WORKLOAD,
+        "regime.objective",
+        "What a choice minimizes over several distributions: the weighted mean of its slowdowns against the fastest "
+        "tactic under each, or the worst of them.",
+        choices=OBJECTIVES,
+        default="mean if --also is given",
     ),
     Option(
         "strict_skew",

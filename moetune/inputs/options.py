@@ -84,7 +84,8 @@ def _parsed(words: list[str]) -> dict[str, Any]:
     options = [click.Option(list(option.declarations), **option.attributes) for option in _DEPLOYMENT]
     command = click.Command("MOETUNE_REGIME", params=[*options], add_help_option=False)
     try:
-        return dict(command.make_context(None, words).params)
+        params = command.make_context(None, words).params
+        return {name: None if value == () else value for name, value in params.items()}
     except click.NoSuchOption as error:
         if error.option_name in {option.flag for option in OPTIONS}:
             raise UsageError(

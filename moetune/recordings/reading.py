@@ -8,7 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,7 @@ from moetune.recordings import json_file, torch_file
 from moetune.recordings.arrays import MOST_BYTES, MOST_NUMBERS, Array, npy, npz, safetensors
 from moetune.recordings.recording import Recording, remember
 from moetune.spec.bounds import MOST_EXPERTS, MOST_TOP_K
-from moetune.spec.distribution import Replay
+from moetune.spec.distribution import Replay, parse_also, replay_of, weighted
 from moetune.spec.regime import Regime
 from moetune.untrusted import opened, read_bytes
 
@@ -48,16 +48,24 @@ class _Part:
 
 
 def with_digest(regime: Regime) -> Regime:
-    """Returns the regime with the path of its recording replaced by the digest; other regimes as they are.
+    """Returns the regime with the paths of its recordings replaced by their digests; other regimes as they are.
 
     Raises:
-        UsageError: as `read_recording`.
+        UsageError: as `read_recording`, or two files have the same ids.
     """
-    replay = regime.replay
-    if replay is None or replay.digest is not None:
+    if all(replay.digest is not None for replay in regime.recordings):
         return regime
-    digest = read_recording(replay.source, replay.layer).digest
-    return regime.model_copy(update={"distribution": str(Replay(digest))})
+    main, *others = (replace(each, distribution=_by_digest(each.distribution)) for each in regime.distributions)
+    also = parse_also(map(str, others))
+    weighted(main.distribution, also)
+    return regime.model_copy(update={"distribution": main.distribution, "also": also})
+
+
+def _by_digest(distribution: str) -> str:
+    replay = replay_of(distribution)
+    if replay is None or replay.digest is not None:
+        return distribution
+    return str(Replay(read_recording(replay.source, replay.layer).digest))
 
 
 def read_recording(path: Path | str, layer: int | None = None) -> Recording:

@@ -88,9 +88,8 @@ def remember(recording: Recording) -> None:
 
 
 def known(regime: Regime) -> Recording | None:
-    """Returns the recording of a regime if it was read in this process, else None."""
-    replay = regime.replay
-    return None if replay is None else _known.get(replay.source)
+    """Returns the first recording that a regime names if it was read in this process, else None."""
+    return _known.get(regime.recordings[0].source) if regime.recordings else None
 
 
 def recording_of(layer: MoELayer, regime: Regime) -> Recording:

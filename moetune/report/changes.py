@@ -93,7 +93,7 @@ def recorded_table(changes: Changes) -> Table:
             if each.ratio is not None:
                 table.add_row(
                     f"{bucket.rows:,}",
-                    f"{each.rows:,}",
+                    _place(each.rows, each.distribution),
                     *_ratio(each.gain_a, each.gain_a_low, each.gain_a_high),
                     *_ratio(each.gain_b, each.gain_b_low, each.gain_b_high),
                     *_ratio(each.ratio, each.ratio_low, each.ratio_high),
@@ -112,13 +112,17 @@ def timed_table(changes: Changes) -> Table:
         for each in bucket.timed:
             table.add_row(
                 f"{bucket.rows:,}",
-                f"{each.rows:,}",
+                _place(each.rows, each.distribution),
                 significant(each.time_a_us / scale),
                 significant(each.time_b_us / scale),
                 *_ratio(each.ratio, each.ratio_low, each.ratio_high),
                 Text(each.faster.upper(), style="bold") if each.faster else Text("too close to call", style="dim"),
             )
     return table
+
+
+def _place(rows: int, distribution: str) -> str:
+    return f"{rows:,} {distribution}".rstrip()
 
 
 def _profile_line(name: str, profile: ComparedProfile) -> str:

@@ -36,7 +36,8 @@ def regime_line(regime: Regime) -> str:
     parts += ["attention DP" if regime.attention_dp else "no attention DP"]
     parts += [f"{regime.dispatch} {regime.layout}" if regime.layout else f"dispatch {regime.dispatch}"]
     parts += [f"{regime.redundant_experts} redundant experts"] if regime.redundant_experts else []
-    parts += [f"{regime.distribution} × {regime.draws} draw{'s' if regime.draws > 1 else ''}"]
+    parts += [f"{regime.spelled_distributions} × {regime.draws} draw{'s' if regime.draws > 1 else ''}"]
+    parts += [f"objective {regime.objective}"] if regime.objective else []
     parts += [f"seed {regime.seed}"] if regime.seed else []
     return ", ".join([*parts, f"ladder {regime.ladder}{_LADDERS.get(regime.ladder.name, '')}"])
 

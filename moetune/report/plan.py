@@ -55,7 +55,7 @@ def plan_report(plan: Plan, *, wire: bool = False, flags: Sequence[str] = ()) ->
         *([Text(f"read from the line: {', '.join(flags)}", style="dim")] if flags else []),
         Text(_rank_line(plan), style="dim"),
         Text(_load_line(plan), style="dim"),
-        *(Text(line, style="dim") for line in _skew_lines(plan)),
+        *(Text(line, style="dim") for line in (*_skew_lines(plan), *_several_lines(plan))),
         Text(),
         plan_table(plan),
         Text(),
@@ -305,6 +305,17 @@ def _load_line(plan: Plan) -> str:
     )
     rule = "" if plan.regime.distribution == "balanced" else " through the model's routing rule"
     return f"numbers are means for {load}{rule}, {way}: {on_rank}"
+
+
+def _several_lines(plan: Plan) -> list[str]:
+    """Returns under what else tactics are measured; nothing if there is one distribution."""
+    regime = plan.regime
+    if not regime.also:
+        return []
+    others = listed(each.distribution for each in regime.distributions[1:])
+    aim = "the weighted mean of its slowdowns" if regime.objective == "mean" else "its worst slowdown"
+    numbers = f"the numbers are for {regime.distribution}"
+    return [f"tactics are measured under {others} too, and a choice minimizes {aim}; {numbers}"]
 
 
 def _skew_lines(plan: Plan) -> list[str]:

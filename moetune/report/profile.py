@@ -27,6 +27,7 @@ from moetune.report.table import FittedTable, add_numbers, new_table, time_unit
 from moetune.report.tactics import tactic_columns, tactic_line, torch_lines
 from moetune.spec.enums import ENGINE_TITLES
 from moetune.spec.environment import Environment
+from moetune.stats import geomean
 from moetune.store.match import Differing
 from moetune.store.profile import Choice, Profile
 from moetune.tuning.verdict import NOISY
@@ -155,6 +156,7 @@ def _details(profile: Profile) -> list[str]:
     ]
     lines += _noisy_lines(choices)
     lines += _at_row_counts(choices)
+    lines += _by_distribution(choices)
     if typical := [f"{choice.rows:,} ({choice.met_rows:,})" for choice in choices if choice.met_rows]:
         lines.append(f"half of the draws have the typical rows (in parentheses): {', '.join(typical)}")
     if profile.backend == "torch":
@@ -207,6 +209,22 @@ def _at_row_counts(choices: Sequence[Choice]) -> list[str]:
     ]
     if regrets := [choice.regret_high for choice in choices if choice.regret_high is not None]:
         lines.append(f"another finalist may be faster by at most {100 * max(regrets):.1f} % (95 % bound)")
+    return lines
+
+
+def _by_distribution(choices: Sequence[Choice]) -> list[str]:
+    """Returns the gain and the largest slowdown under each distribution; nothing if there is one."""
+    compared = [each for choice in choices for each in choice.by_rows if each.distribution]
+    lines = []
+    for name in dict.fromkeys(each.distribution for each in compared):
+        mine = [each for each in compared if each.distribution == name]
+        gains = [each.gain for each in mine]
+        worst = max(mine, key=lambda each: each.slowdown or 1.0)
+        slower = 100 * (worst.slowdown or 1.0) - 100
+        lines.append(
+            f"under {name}: gain {geomean(gains):.2f}×, worst {min(gains):.2f}×; at most {slower:.1f} % slower than "
+            f"the fastest tactic, at {counted(worst.rows, 'row')}"
+        )
     return lines
 
 

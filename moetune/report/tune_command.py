@@ -32,7 +32,7 @@ def command(profile: Profile, dispatch: str = "") -> str:
         dispatch: an engine's dispatcher that produces the profile's load, which replaces four options.
     """
     layer, regime = profile.layer, profile.regime
-    default = Regime(distribution=regime.distribution)
+    default = Regime(distribution=regime.distribution, also=regime.also)
     if dispatch and (made := produced(profile, dispatch)) is not None:
         default = default.model_copy(update={"ladder": made.ladder})
     words = ["moetune tune", f"--model {quote(layer.name)}"]
@@ -47,6 +47,8 @@ def command(profile: Profile, dispatch: str = "") -> str:
         words += [f"--dispatch {regime.dispatch}"] if regime.dispatch == "allgather" else []
         words += [f"--layout {regime.layout}"] if regime.layout not in (None, "packed") else []
     words += [f"--distribution {quote(regime.distribution)}"] if regime.distribution != Regime().distribution else []
+    words += [f"--also {quote(each)}" for each in regime.also]
+    words += [f"--objective {regime.objective}"] if regime.objective not in (None, "mean") else []
     for field in ("redundant_experts", "seed", "draws", "ladder", "tune_max_num_tokens"):
         value = getattr(regime, field)
         if value != getattr(default, field):
@@ -58,7 +60,7 @@ def whole_command(profile: Profile) -> str:
     """Returns `command` with the rank, and with the kernel's options if they are not the defaults."""
     regime, strict = profile.regime, profile.environment.strict
     words = [command(profile)]
-    words += [f"--rank {regime.rank}"] if regime.skew and regime.ep_size > 1 else []
+    words += [f"--rank {regime.rank}"] if regime.ep_size > 1 and any(part.skew for part in regime.parts) else []
     kernel, remote = strict.get("kernel", "builtin"), strict.get("remote", "drop")
     words += [f"--kernel {quote(kernel)}"] if kernel != "builtin" else []
     words += [f"--remote {remote}"] if (kernel == "sglang") != (remote == "zero") else []
@@ -72,7 +74,7 @@ def can_ask(profile: Profile) -> bool:
     replayed.
     """
     layer, regime = profile.layer, profile.regime
-    if layer.name not in names() or regime.eplb or regime.distribution.startswith("replay"):
+    if layer.name not in names() or regime.eplb or regime.recordings:
         return False
     try:
         return layer == read(layer.name, layer.precision).layer

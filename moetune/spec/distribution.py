@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -21,6 +22,10 @@ _RANGES: dict[SkewKind, tuple[float, bool, str]] = {
 _REPLAY: Final = "replay:"
 _DIGEST: Final = re.compile(r"[0-9a-f]{16}")
 _LAYER: Final = re.compile(r"(?s)(.+)@([0-9]{1,6})")
+MOST_ALSO: Final = 16
+"""The most further distributions of one regime."""
+LEAST_WEIGHT: Final = 1e-9
+"""The least weight that the further distributions leave."""
 _MOST_PATH: Final = 4_096
 """The longest path in characters, as Linux has it."""
 
@@ -94,6 +99,74 @@ def replay_of(distribution: str) -> Replay | None:
     if not distribution.startswith(_REPLAY):
         return None
     return _replay(distribution[len(_REPLAY) :], "distribution", distribution)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A distribution and its weight among those of a regime."""
+
+    distribution: str
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.distribution}={self.weight:.12g}"
+
+
+def parse_weighted(spelled: object, source: str = "also") -> Weighted:
+    """Reads `DISTRIBUTION=WEIGHT`, such as `zipf:1=0.3`.
+
+    Raises:
+        UsageError: there is no such distribution, or the weight is not between 0 and 1.
+    """
+    distribution, equals, text = str(spelled).strip().rpartition("=")
+    try:
+        weight = float(text) if equals else math.nan
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < 1:
+        raise UsageError(
+            f"{source} takes a distribution and its weight between 0 and 1, such as zipf:1=0.3. "
+            f"Given: {quoted(spelled)}."
+        )
+    return Weighted(parse_distribution(distribution, source), float(f"{weight:.12g}"))
+
+
+def parse_also(spelled: object) -> tuple[str, ...]:
+    """Returns the canonical spellings of further distributions with their weights, in an order that does not depend on
+    the given one.
+
+    Args:
+        spelled: one text or several, as `parse_weighted` reads them.
+
+    Raises:
+        UsageError: as `parse_weighted`, or there are more than `MOST_ALSO`.
+    """
+    given = [spelled] if isinstance(spelled, str) or not isinstance(spelled, Iterable) else list(spelled)
+    if len(given) > MOST_ALSO:
+        raise UsageError(f"also takes at most {MOST_ALSO} distributions, given {len(given):,}.")
+    return tuple(sorted(str(parse_weighted(each)) for each in given))
+
+
+def weighted(distribution: str, also: Sequence[str]) -> tuple[Weighted, ...]:
+    """Returns all distributions of a regime with their weights, the main one first. It has what the others leave.
+
+    Raises:
+        UsageError: a distribution is named twice, or the others leave nothing.
+    """
+    others = [parse_weighted(each) for each in also]
+    names = [distribution, *(each.distribution for each in others)]
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise UsageError(
+            f"The distribution {twice[0]} is given twice.",
+            "Name each distribution once: one as distribution, the others in also.",
+        )
+    rest = 1 - math.fsum(each.weight for each in others)
+    if rest < LEAST_WEIGHT:
+        raise UsageError(
+            f"The weights of also leave nothing for the distribution {distribution}: they add up to {1 - rest:.6g}.",
+            "Give weights that add up to less than 1.",
+        )
+    return Weighted(distribution, float(f"{rest:.12g}")), *others
 
 
 def _replay(source: str, named: str, spelled: object) -> Replay:

@@ -60,6 +60,10 @@ Eplb = Literal["vllm", "sglang", "trtllm"]
 ENGINE_TITLES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 """The engines, and how their names are written."""
 
+Objective = Literal["mean", "worst"]
+OBJECTIVES: tuple[Objective, ...] = ("mean", "worst")
+"""What a choice minimizes under several distributions: the weighted mean of the slowdowns, or the worst one."""
+
 RankWord = Literal["mean", "fullest"]
 RANK_WORDS: tuple[RankWord, ...] = ("mean", "fullest")
 """The rank whose load is nearest the mean of all ranks; the rank that has most to compute."""

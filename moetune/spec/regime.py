@@ -18,7 +18,16 @@ from pydantic import (
 from moetune.errors import UsageError
 from moetune.quoting import enumerated, quoted, shortened
 from moetune.spec.bounds import MOST_DRAWS, MOST_EXPERTS, MOST_RANKS, MOST_ROWS, require_between
-from moetune.spec.distribution import Replay, Skew, parse_distribution, replay_of, skew_of
+from moetune.spec.distribution import (
+    Replay,
+    Skew,
+    Weighted,
+    parse_also,
+    parse_distribution,
+    replay_of,
+    skew_of,
+    weighted,
+)
 from moetune.spec.enums import (
     DEFAULT_BATCHED_TOKENS,
     DEFAULT_TUNE_MAX_NUM_TOKENS,
@@ -26,6 +35,7 @@ from moetune.spec.enums import (
     Dispatch,
     Eplb,
     Layout,
+    Objective,
 )
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
@@ -54,11 +64,15 @@ class Regime(FrozenModel):
         dispatch: how these tokens travel to the experts. The default is `alltoall` with attention DP, else `none`.
         layout: how the rows of an all-to-all arrive. The default is `packed`.
         redundant_experts: the number of physical experts beyond `num_experts`.
-        eplb: the engine whose balancer places the redundant experts by load. It is set if and only if the distribution
+        eplb: the engine whose balancer places the redundant experts by load. It is set if and only if a distribution
             is skewed and experts are redundant; otherwise physical expert s is a copy of expert s mod E. It is in dumps
             and keys only if it is set.
         distribution, seed: how sampled routings are made. `plan`, `tune` and `load` replace the path of a recording by
             its digest, so that the same ids have the same key wherever their file is.
+        also: further distributions with their weights, such as `zipf:1=0.3`. Tactics are measured under all. The main
+            distribution has the weight that these leave. It is in dumps and keys only if it is set, as is `objective`.
+        objective: what a choice minimizes under several distributions: the weighted `mean` of the slowdowns, the
+            default, or the `worst` one. None under one distribution.
         draws: the number of sampled routings of a bucket. The default is 16, and 1 if the distribution is balanced.
         ladder, tune_max_num_tokens: these decide which row counts are tuned. In the layout `batched` the ladder is the
             capacity alone; its default is 256 tokens of each rank.
@@ -79,6 +93,8 @@ class Regime(FrozenModel):
     redundant_experts: int = 0
     eplb: Eplb | None = None
     distribution: Annotated[str, BeforeValidator(parse_distribution)] = "random"
+    also: Annotated[tuple[str, ...], BeforeValidator(parse_also)] = ()
+    objective: Objective | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
     draws: int = RANDOM_DRAWS
     ladder: Annotated[Ladder, BeforeValidator(Ladder.parse), PlainSerializer(str, return_type=str)] = Ladder()
@@ -103,6 +119,9 @@ class Regime(FrozenModel):
             dumped.pop("rank", None)
         if self.eplb is None:
             dumped.pop("eplb", None)
+        if not self.also:
+            dumped.pop("also", None)
+            dumped.pop("objective", None)
         return dumped
 
     @model_validator(mode="after")
@@ -132,9 +151,15 @@ class Regime(FrozenModel):
             )
         if not 0 <= self.rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {quoted(self.rank)}.")
-        if self.eplb is None and self.redundant_experts and self.skew:
+        if self.objective and not self.also:
             raise UsageError(
-                f"Under {self.distribution} the redundant experts are placed by load, and each engine's balancer has "
+                f"The objective {self.objective} is for several distributions, and there is one.",
+                "Add --also DISTRIBUTION=WEIGHT, or leave the objective out.",
+            )
+        skewed = [each.distribution for each in self.distributions if _skew(each.distribution)]
+        if self.eplb is None and self.redundant_experts and skewed:
+            raise UsageError(
+                f"Under {skewed[0]} the redundant experts are placed by load, and each engine's balancer has "
                 "its own rule.",
                 "Name the engine: --dispatch ENGINE:NAME or --launch; in Python Regime(eplb='vllm').",
             )
@@ -160,12 +185,45 @@ class Regime(FrozenModel):
     @property
     def skew(self) -> Skew | Replay | None:
         """Returns the skew of the distribution, or the recording that has it; None for `random` and `balanced`."""
-        return self.replay or skew_of(self.distribution)
+        return _skew(self.distribution)
 
     @property
     def replay(self) -> Replay | None:
         """Returns the recording that takes the router's place; None for other distributions."""
         return replay_of(self.distribution)
+
+    @property
+    def distributions(self) -> tuple[Weighted, ...]:
+        """Returns all distributions with their weights, the main one first.
+
+        Raises:
+            UsageError: a distribution is named twice, or the weights leave nothing for the main one.
+        """
+        return weighted(self.distribution, self.also)
+
+    @property
+    def spelled_distributions(self) -> str:
+        """Returns `random`, or all distributions with their weights: `random=0.7 + zipf:1=0.3`."""
+        return " + ".join(map(str, self.distributions)) if self.also else self.distribution
+
+    @property
+    def recordings(self) -> tuple[Replay, ...]:
+        """Returns the recordings that the distributions name, that of the main one first."""
+        return tuple(replay for each in self.distributions if (replay := replay_of(each.distribution)))
+
+    @property
+    def parts(self) -> tuple[Regime, ...]:
+        """Returns a regime for each distribution alone, the main one first. They share the draws evenly.
+
+        Each has at least two draws, because draws with even numbers have other rows than the others; see
+        `workload.draws.sampled`.
+        """
+        if not self.also:
+            return (self,)
+        draws = max(min(2, self.draws), self.draws // (1 + len(self.also)))
+        fields = {name: getattr(self, name) for name in Regime.model_fields}
+        alone = {**fields, "also": (), "objective": None, "draws": draws}
+        return tuple(Regime(**{**alone, "distribution": each.distribution}) for each in self.distributions)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -239,6 +297,7 @@ class Regime(FrozenModel):
         parts += [f"r{self.redundant_experts}{self.eplb or ''}"] if self.redundant_experts else []
         unread = self.replay is not None and self.replay.digest is None
         parts += ["replay" if unread else self.distribution.replace(":", "")]
+        parts += [f"also{len(self.also)}-{self.objective}"] if self.also else []
         return "-".join([*parts, f"rank{self.rank}"] if self.rank else parts)
 
     def __repr__(self) -> str:
@@ -246,7 +305,11 @@ class Regime(FrozenModel):
 
     def differing(self, other: Regime) -> dict[str, tuple[object, object]]:
         """Returns the fields in which `other` differs: their names, mapped to (this value, the other value)."""
-        mine, theirs = ({"rank": 0, "eplb": None, **regime.model_dump(mode="json")} for regime in (self, other))
+        unset = {"rank": 0, "eplb": None, "objective": None}
+        mine, theirs = (
+            {**unset, **regime.model_dump(mode="json"), "also": ", ".join(regime.also) or None}
+            for regime in (self, other)
+        )
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     def with_default_distribution(self, spelled: str | None) -> Regime:
@@ -297,6 +360,10 @@ class Regime(FrozenModel):
         return Shard(rank, rank * each + min(rank, extra), each + (rank < extra), physical)
 
 
+def _skew(distribution: str) -> Skew | Replay | None:
+    return replay_of(distribution) or skew_of(distribution)
+
+
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields with the defaults that depend on other fields."""
     data = dict(given)
@@ -308,9 +375,12 @@ def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         data.setdefault("layout", "packed")
     if data.get("layout") == "batched" and "ladder" not in data and isinstance(data.get("ep_size", 1), int):
         data["ladder"] = str(DEFAULT_BATCHED_TOKENS * max(1, data.get("ep_size", 1)))
-    if "draws" not in data and str(data.get("distribution", "random")).strip().lower() == "balanced":
+    also = data.get("also", ())
+    if also and "objective" not in data:
+        data["objective"] = "mean"
+    if "draws" not in data and not also and str(data.get("distribution", "random")).strip().lower() == "balanced":
         data["draws"] = 1
-    skewed = ":" in str(data.get("distribution", "")).replace("ddist_", "ddist:")
+    skewed = ":" in f"{data.get('distribution', '')} {also}".lower().replace("ddist_", "ddist:")
     if not (skewed and data.get("redundant_experts")):
         data.pop("eplb", None)
     if "tune_max_num_tokens" not in data and "ladder" in data:

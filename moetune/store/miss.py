@@ -27,6 +27,7 @@ FIELD_TITLES: Final[Mapping[str, str]] = {
     "ep_size": "ep",
     "tp_size": "tp",
     "redundant_experts": "redundant experts",
+    "also": "further distributions",
     "remote": "--remote",
     "tune_max_num_tokens": "largest bucket",
 }

@@ -36,6 +36,7 @@ from moetune.spec.model import FrozenModel
 from moetune.spec.recording import RecordingSummary
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.under import Under
 from moetune.stats import geomean
 
 SCHEMA_VERSION: Final = 1
@@ -56,7 +57,7 @@ class Rejection(FrozenModel):
     reason: Prose
 
 
-class ComparedRows(FrozenModel):
+class ComparedRows(Under):
     """How a bucket's tactic compares at one of the row counts that map to the bucket.
 
     Attributes:
@@ -67,6 +68,7 @@ class ComparedRows(FrozenModel):
         gain: the default's mean time over the tactic's, in the rounds in which both were timed.
         gain_low, gain_high: the bounds of the gain's 95 % interval (paired bootstrap over these rounds).
         noise: the A/A noise, relative.
+        slowdown: under several distributions the tactic's time over that of the fastest tactic that was compared.
     """
 
     rows: Rows
@@ -76,6 +78,7 @@ class ComparedRows(FrozenModel):
     gain_low: Finite
     gain_high: Finite
     noise: Finite
+    slowdown: Finite | None = None
 
 
 class Choice(FrozenModel):
@@ -86,16 +89,18 @@ class Choice(FrozenModel):
         met_rows: in profiles without `by_rows`, the bucket's typical rows; half of the draws had them, and the times
             and the gain are means over all draws. Else None.
         tactic: the chosen tactic.
-        time_us: its mean time in µs at the bucket's own rows, or at the nearest row count of `by_rows`.
+        time_us: its mean time in µs at the bucket's own rows, or at the nearest row count of `by_rows`, under the main
+            distribution.
         default_tactic: the default tactic at the bucket's own rows.
         default_source: where the default tactic is from: an engine's heuristic, or a tuned file that the engine ships.
             Empty if the backend has one source only, and in profiles that do not record it.
         default_time_us: `time_us` times the gain at the same row count. It is not a mean over all rounds, because a
             default that is much slower is not timed in every round.
-        gain: the geometric mean of the gains of `by_rows`.
+        gain: the geometric mean of the gains of `by_rows`, each distribution with its weight.
         gain_low, gain_high: the bounds of its 95 % interval.
         noise: the largest A/A noise of `by_rows`, relative.
-        by_rows: how the tactic compares at each of the row counts that stand for the bucket, ascending.
+        by_rows: how the tactic compares at each of the row counts that stand for the bucket, ascending; at each under
+            every distribution.
         regret_high: by how much another finalist may be faster at one of these row counts, at 95 %, relative.
         equally_fast: finalists that could serve the bucket just as well.
         stress_us: the tactic's time in µs for each factor on the busiest expert's load; infinite if it failed.
@@ -162,7 +167,8 @@ class Choice(FrozenModel):
 class Profile(FrozenModel):
     """All choices of one layer under one regime, by one backend in one environment.
 
-    `recording` says which recording the regime names by its digest. It is in dumps only if there is one.
+    `recording` says which recording the regime names by its digest, the first one if there are several. It is in dumps
+    only if there is one.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")  # a serializer of its own does not take that of `Choice`
@@ -184,11 +190,12 @@ class Profile(FrozenModel):
 
     @model_validator(mode="after")
     def _recording_by_digest(self) -> Self:
-        replay = self.regime.replay
-        if replay is not None and replay.digest is None:
-            raise UsageError(
-                f"A profile names a recording by its digest, replay: and 16 hex digits; given {quoted(str(replay))}."
-            )
+        for replay in self.regime.recordings:
+            if replay.digest is None:
+                raise UsageError(
+                    "A profile names a recording by its digest, replay: and 16 hex digits; given "
+                    f"{quoted(str(replay))}."
+                )
         return self
 
     @model_validator(mode="after")

@@ -15,28 +15,38 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.journal import Past
 from moetune.store.profile import Profile
+from moetune.tuning.objective import Objective
 from moetune.tuning.verdict import UNLIKELY_WEIGHT
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend, Candidates, Problem
     from moetune.search.base import Search
+    from moetune.workload.draws import Draw
 
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """One row count at which a bucket's finalists are compared.
+    """One row count at which a bucket's finalists are compared, under one distribution.
 
     Attributes:
         rows: the row count.
         default: what the engine would run with this many rows.
         weight: how much a slowdown at this row count matters.
         problem: the problem with draws of this row count.
+        distribution: the distribution; empty if the regime has only one.
     """
 
     rows: int
     default: Tactic
     weight: float
     problem: Problem
+    distribution: str = ""
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """Returns the positions of the problem's draws on which finalists are compared."""
+        draws = self.problem.draws
+        return tuple(at for at in self.problem.numbers("final") if draws[at].distribution == self.distribution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +74,8 @@ class Bucket:
         default: the default tactic at the bucket's own rows.
         problem: the problem with the draws of the search and of stress, and with those of the row count that has just
             as many rows, if there is one.
-        row_counts: the row counts at which finalists are compared, the most likely first.
+        row_counts: the row counts at which finalists are compared, the most likely first; under several distributions
+            all those of one, then those of the next.
         past: what an interrupted run left. What failed in it is not tried again.
         default_source: where the default is from.
         default_warnings: a sentence for each default of a row count that is not what an engine runs.
@@ -87,24 +98,30 @@ class Bucket:
     def of(cls, layer: MoELayer, regime: Regime, backend: Backend, device: str, rows: int) -> Bucket:
         """Samples all draws of one bucket, for the regime's rank."""
         from moetune.backends.base import Problem
-        from moetune.workload.draws import compared_rows, final_draws, search_draws, typical_rows
+        from moetune.workload.draws import compared_rows, final_draws, named_parts, search_draws
 
-        shard = regime.shard(layer)
-        draws = search_draws(layer, regime, rows, typical_rows(layer, regime, rows))
+        shard, parts = regime.shard(layer), named_parts(regime)
+        draws = search_draws(layer, regime, rows)
         kernel_rows = len(draws[0].routing.topk_ids)
-        compared = compared_rows(layer, regime, rows)
-        final = {count: final_draws(layer, regime, count, len(compared)) for count in compared}
-        problem = Problem(layer, regime, kernel_rows, shard, (*draws, *final.get(kernel_rows, ())), device)
-        defaults = {count: backend.explained_default(layer, regime, count) for count in (rows, *compared)}
-        default = defaults[rows]
+        compared = {name: compared_rows(layer, part, rows) for name, part in parts.items()}
+        final: dict[int, tuple[Draw, ...]] = {kernel_rows: draws}
+        for name, counts in compared.items():
+            for count in counts:
+                taken = final_draws(layer, parts[name], count, len(counts) * len(parts), name)
+                final[count] = (*final.get(count, ()), *taken)
+        problems = {count: Problem(layer, regime, count, shard, of_rows, device) for count, of_rows in final.items()}
+        defaults = {count: backend.explained_default(layer, regime, count) for count in (rows, *final)}
+        default, problem = defaults[rows], problems[kernel_rows]
         row_counts = (
             RowCount(
                 count,
                 defaults[count].tactic,
-                UNLIKELY_WEIGHT if count == rows != compared[0] else 1.0,
-                problem if count == kernel_rows else Problem(layer, regime, count, shard, final[count], device),
+                UNLIKELY_WEIGHT if count == rows != counts[0] else 1.0,
+                problems[count],
+                name,
             )
-            for count in compared
+            for name, counts in compared.items()
+            for count in counts
         )
         return cls(
             rows,
@@ -127,9 +144,21 @@ class Bucket:
         return replace(self, start=Start(winners[0], others, first))
 
     @property
-    def num_search_row_counts(self) -> int:
-        """The number of row counts of the search's draws; see `draws.sampled`."""
-        return len({self.problem.draws[number].rows for number in self.problem.numbers("search")})
+    def objective(self) -> Objective:
+        """Returns what the choice minimizes over the regime's distributions."""
+        return Objective.of(self.problem.regime)
+
+    @property
+    def rounds_of_all(self) -> int:
+        """Returns how many of the search's draws in a row have every row count of every distribution.
+
+        The draws of a distribution have its row counts in turn; see `draws.sampled`.
+        """
+        draws = [self.problem.draws[number] for number in self.problem.numbers("search")]
+        rows: dict[str, set[int]] = {}
+        for draw in draws:
+            rows.setdefault(draw.distribution, set()).add(draw.rows)
+        return len(rows) * max(map(len, rows.values()))
 
     def search(self, backend: Backend, strategy: Strategy, warm_starts: Sequence[Tactic]) -> Search:
         """Returns the check of `start`, or else the backend's own search; the exhaustive one if `strategy` names it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from moetune.tuning import final_comparison
 from moetune.tuning.bucket import Bucket, RowCount
 from moetune.tuning.events import OnEvent, SearchStopped, TacticMeasured
 from moetune.tuning.final_comparison import FinalSamples, compare_right_ones
+from moetune.tuning.objective import Scores
 from moetune.tuning.replay import Replay
 from moetune.tuning.verdict import StressTimes, choice, cliffs, decide, loss, stress_times
 
@@ -82,14 +83,20 @@ class BucketTuner:
         self._replay = Replay(bucket.past)
         offered = set(bucket.candidates.tactics)
         self._failed = {tactic: reason for tactic, reason in bucket.past.failed.items() if tactic in offered}
+        self._scores = Scores(bucket.objective)
         self._times: dict[Tactic, float] = {}
         self._tried: set[Tactic] = set()
         self._noted = set(self._failed)
 
     @property
     def times_us(self) -> Mapping[Tactic, float]:
-        """The mean times of all tactics that the search measured."""
+        """The times in µs of all tactics that the search measured, see `Scores`."""
         return self._times
+
+    @property
+    def main_us(self) -> Mapping[Tactic, float]:
+        """Their mean times in µs under the main distribution, which the stress draws have."""
+        return self._scores.main_us(self._times)
 
     def release(self) -> None:
         """Lets go of the problem's memory on the device until the next comparison. What failed is remembered."""
@@ -122,11 +129,12 @@ class BucketTuner:
                 candidates = len(self._bucket.candidates.tactics)
                 if len(self._tried) < candidates:
                     self._report(SearchStopped(self._bucket.rows, len(self._tried), candidates))
-                return tuple(sorted(self._times, key=lambda tactic: self._times[tactic])[:NUM_FINALISTS])
+                best = sorted(self._times, key=lambda tactic: self._times[tactic])[:NUM_FINALISTS]
+                return self._scores.finalists(best, self._times)
             try:
                 batch = search.send(times)
             except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+                return self._scores.finalists(stop.value, self._times)
 
     def choose(self, finalists: Sequence[Tactic], measured: Callable[[], None] = lambda: None) -> Choice:
         """Checks the finalists, compares them at every row count of the bucket, and decides.
@@ -143,7 +151,8 @@ class BucketTuner:
         bucket = self._bucket
         compared = self.compare(finalists)
         measured()
-        verdict = decide(compared.samples, bucket.default, [count.weight for count in bucket.row_counts])
+        weights = [count.weight for count in bucket.row_counts]
+        verdict = decide(compared.samples, bucket.default, weights, objective=bucket.objective)
         return choice(
             compared.samples,
             verdict,
@@ -156,12 +165,14 @@ class BucketTuner:
             candidates=len(bucket.candidates.tactics) + len(bucket.candidates.excluded),
             stress_us=compared.stress_us,
             rejected=compared.rejected,
+            objective=bucket.objective,
         )
 
     def compare(self, finalists: Sequence[Tactic], kept: Tactic | None = None) -> Compared:
         """Checks tactics, times them under stress, and compares them with the default at each row count of the bucket.
 
-        A tactic that has a cliff, or is slower than the default at a row count, is not compared at the next ones.
+        A tactic that has a cliff, or is slower than the default at a row count, is not compared at the next ones of the
+        same distribution. Under the next distribution it is, because slowdowns refer to the fastest tactic.
 
         Args:
             finalists: the tactics.
@@ -178,14 +189,16 @@ class BucketTuner:
         right = [tactic for tactic in others if bench.check(tactic, 0)]
         bench.check(default, 0)
         self._require_default(self._failures, bucket.rows)
-        stress_us = stress_times(bench, right, default, bucket.problem.draws, self._times)
+        stress_us = stress_times(bench, right, default, bucket.problem.draws, self.main_us)
         (*_, stressed) = bucket.problem.numbers("stress")
         right = [tactic for tactic in right if bench.check(tactic, stressed)]
-        steep = cliffs({tactic: stress_us[tactic] for tactic in (*right, default)}, default, self._times)
+        steep = cliffs({tactic: stress_us[tactic] for tactic in (*right, default)}, default, self.main_us)
         rejected |= steep
-        remaining = [tactic for tactic in dict.fromkeys(right) if tactic not in steep or tactic == kept]
+        remaining = able = [tactic for tactic in dict.fromkeys(right) if tactic not in steep or tactic == kept]
         samples: list[FinalSamples] = []
         for count in bucket.row_counts:
+            if samples and samples[-1].distribution != count.distribution:
+                remaining = [tactic for tactic in able if tactic not in rejected]
             taken, wrong = self._compare(count, (default, *remaining))
             rejected |= wrong
             samples.append(taken)
@@ -200,7 +213,7 @@ class BucketTuner:
         """Returns the samples at one row count, without the tactics that fail there, and these with the reasons."""
         is_search = count.problem is self._bucket.problem
         bench = self._bench if is_search else self._bench_of(count.problem)
-        parts = len(self._bucket.row_counts)
+        shares = len(self._bucket.row_counts)
         most_s = min(final_comparison.SECONDS, self._most_s)
         if self._share_s is not None:
             most_s = min(most_s, FINAL_SHARE * self._share_s)
@@ -208,13 +221,13 @@ class BucketTuner:
             bench,
             count.default,
             [tactic for tactic in tactics if tactic != count.default],
-            count.problem.numbers("final"),
+            count.draws,
             count.rows,
-            seconds=None if self._final_s is None else self._final_s / parts,
-            most_s=most_s / parts,
+            seconds=None if self._final_s is None else self._final_s / shares,
+            most_s=most_s / shares,
         )
         self._require_default(bench.failures, count.rows)
-        return samples, dict(bench.failures)
+        return replace(samples, distribution=count.distribution), dict(bench.failures)
 
     def _require_default(self, failures: Mapping[Tactic, str], rows: int) -> None:
         default = self._bucket.default
@@ -223,8 +236,8 @@ class BucketTuner:
             raise DefaultFailedError(message, self._bucket.default_hint)
 
     def _rounds(self, batch: Batch) -> int:
-        """Returns how often each tactic of a batch is timed, at all row counts together."""
-        return batch.rounds * self._bucket.num_search_row_counts
+        """Returns how often each tactic of a batch is timed, at all row counts and distributions together."""
+        return batch.rounds * self._bucket.rounds_of_all
 
     def _replayed(self, batch: Batch) -> dict[Tactic, float] | None:
         """Returns the times in µs that an interrupted run took of a batch, or None if it must be measured."""
@@ -242,7 +255,7 @@ class BucketTuner:
                 self._report(TacticMeasured(self._bucket.rows, tactic, times.get(tactic), reason, is_known))
 
     def _measure(self, batch: Batch) -> dict[Tactic, float]:
-        """Returns the mean times in µs of the tactics that ran, over the batch's rounds of each row count.
+        """Returns the times in µs of the tactics that ran, over the batch's rounds of each row count; see `Scores`.
 
         Whatever leads is checked, so that no tactic that computes a wrong result leads.
         """
@@ -257,13 +270,16 @@ class BucketTuner:
             # without the default nothing could be decided, so it is never stopped
             limit_us = math.inf if self._bucket.default in compiled else slow_limit_us(self._times.values())
             series = self._bench.samples(compiled, draws, limit_us)
-            times = {t: sum(samples) / len(samples) for t, samples in zip(compiled, series, strict=True) if samples}
+            samples = {tactic: taken for tactic, taken in zip(compiled, series, strict=True) if taken}
+            times = self._scores.of(samples, [problem.draws[draw].distribution for draw in draws])
             while times and not self._bench.check(leader := min(times, key=lambda tactic: times[tactic]), 0):
                 del times[leader]
         finally:  # an interrupt too leaves what is known
             failed = {tactic: reason for tactic, reason in self._failures.items() if tactic not in self._noted}
             self._noted.update(failed)
+            # what was not run is tried again by the next tune
             lasting = {tactic: reason for tactic, reason in failed.items() if not reason.startswith(NOT_RUN)}
-            self._note(rounds, times, lasting)  # what was not run is tried again by the next tune
+            # a score is no time that a later run could go on from
+            self._note(rounds, {} if self._bucket.objective.is_several else times, lasting)
         self._report_tried(batch, times)
         return times

@@ -12,6 +12,7 @@ from moetune.inputs.option_table import OPTIONS
 from moetune.quoting import enumerated
 from moetune.spec.model import FrozenModel
 from moetune.spec.tactic import Tactic
+from moetune.spec.under import Under
 from moetune.store.key import Key
 from moetune.store.profile import Choice, ComparedRows, Profile
 
@@ -39,7 +40,7 @@ class ComparedProfile(FrozenModel):
     measured_at: str | None
 
 
-class RecordedRows(FrozenModel):
+class RecordedRows(Under):
     """What both records say of one row count that both compared.
 
     `time_a_us`, `time_b_us`: the times of A's and of B's tactic. `gain_a`, `gain_b`: their gains over the default, each
@@ -63,7 +64,7 @@ class RecordedRows(FrozenModel):
     ratio_high: Finite | None = None
 
 
-class TimedRows(FrozenModel):
+class TimedRows(Under):
     """Both tactics of a bucket, timed in interleaved rounds at one row count.
 
     `time_a_us`, `time_b_us`: their mean times. `ratio`: the time of B's tactic over that of A's, with 95 % bounds.
@@ -200,10 +201,10 @@ def _bucket(rows: int, a: Choice | None, b: Choice | None, comparable: bool) -> 
     if a is None or b is None:
         return ChangedBucket(rows=rows, state="only_b" if a is None else "only_a", **fields_a, **fields_b)
     same = a.tactic == b.tactic
-    rows_a, rows_b = ({each.rows: each for each in choice.by_rows} for choice in (a, b))
+    rows_a, rows_b = ({(each.rows, each.distribution): each for each in choice.by_rows} for choice in (a, b))
     by_rows = tuple(
-        _recorded(rows_a[count], rows_b[count], comparable and not same)
-        for count in sorted(rows_a.keys() & rows_b.keys())
+        _recorded(rows_a[place], rows_b[place], comparable and not same)
+        for place in sorted(rows_a.keys() & rows_b.keys())
     )
     as_fast = not same and b.tactic in a.equally_fast
     return ChangedBucket(
@@ -223,6 +224,7 @@ def _recorded(a: ComparedRows, b: ComparedRows, comparable: bool) -> RecordedRow
     same_default = a.default_tactic == b.default_tactic
     recorded = RecordedRows(
         rows=a.rows,
+        distribution=a.distribution,
         time_a_us=a.time_us,
         time_b_us=b.time_us,
         gain_a=a.gain,

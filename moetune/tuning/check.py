@@ -36,7 +36,7 @@ def check(
     *,
     within: float = WITHIN,
     buckets: Sequence[int] = (),
-    also: Sequence[str] = (),
+    under: Sequence[str] = (),
     backend: Backend | None = None,
     device: str | None = None,
     isolate: bool = True,
@@ -51,7 +51,7 @@ def check(
         profile: the profile.
         within: by how much a choice may be slower, relative.
         buckets: the buckets to check; all by default.
-        also: further distributions, such as `zipf:1`, under which the choices are compared too.
+        under: distributions, such as `zipf:1`, under each of which alone the choices are compared too.
         backend: the backend; by default the profile's, with the options that its environment names.
         device: a torch device; by default the GPU if there is one, otherwise the CPU.
         isolate: run kernels in a process of their own.
@@ -81,7 +81,7 @@ def check(
             "Check it on a machine with that device, or tune here.",
         )
     choices = list(_chosen(profile, buckets))
-    regimes = [profile.regime, *(_under(profile.regime, distribution) for distribution in also)]
+    regimes = [profile.regime, *(_under(profile.regime, distribution) for distribution in under)]
     found: list[CheckedBucket] = []
     with (
         open_benches(backend, question.device, isolate) as bench_of,
@@ -140,7 +140,7 @@ class _Checker:
         finding = partial(
             CheckedBucket,
             rows=choice.rows,
-            distribution=self._regime.distribution,
+            distribution=self._regime.spelled_distributions,
             tactic=tactic,
             recorded_gain=choice.gain,
         )
@@ -164,12 +164,13 @@ class _Checker:
             if any(tactic not in samples.all_us for samples in compared.samples):
                 reason = compared.rejected.get(tactic, "it did not run to the end")
                 return {"finding": "failed", "reason": reason}
-            rival = decide(compared.samples, bucket.default, weights, compared.rejected).tactic
+            verdict = decide(compared.samples, bucket.default, weights, compared.rejected, bucket.objective)
+            rival = verdict.tactic
             by_rows, reverse = compared_rows(compared.samples, tactic, rival)
             found, reason = finding_of(by_rows, reverse, self._within)
             if found != "noisy":
                 break
-        steep = cliff_at(tactic, compared.stress_us, tuner.times_us)
+        steep = cliff_at(tactic, compared.stress_us, tuner.main_us)
         return {"by_rows": by_rows, "rival": rival, "cliff_at": steep, "finding": found, "reason": reason}
 
     def _warm_starts(self, rows: int) -> tuple[Tactic, ...]:
@@ -179,14 +180,14 @@ class _Checker:
 
 
 def _under(regime: Regime, distribution: str) -> Regime:
-    """Returns the regime with another distribution.
+    """Returns the regime with another distribution, and this one alone.
 
     Raises:
         UsageError: there is no such distribution, or its recording cannot be read.
     """
     from moetune.recordings.reading import with_digest  # imports torch
 
-    given = {name: getattr(regime, name) for name in regime.model_fields_set}
+    given = {name: getattr(regime, name) for name in regime.model_fields_set - {"also", "objective"}}
     return with_digest(Regime(**{**given, "distribution": distribution}))
 
 

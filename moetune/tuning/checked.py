@@ -10,6 +10,7 @@ from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.spec.under import Under, place
 from moetune.stats import Ratio
 from moetune.tuning.final_comparison import FinalSamples
 from moetune.tuning.verdict import CLIFF, NOISY, StressTimes
@@ -18,7 +19,7 @@ SCHEMA_VERSION: Final = 1
 Finding = Literal["holds", "beaten", "slower", "failed", "noisy"]
 
 
-class CheckedRows(FrozenModel):
+class CheckedRows(Under):
     """How a choice compares at one row count.
 
     Attributes:
@@ -40,13 +41,18 @@ class CheckedRows(FrozenModel):
     lag_high: float
     noise: float
 
+    @property
+    def place(self) -> str:
+        """Returns where it was compared: `8 rows`, or `8 rows under zipf:1`."""
+        return place(self.rows, self.distribution)
+
 
 class CheckedBucket(FrozenModel):
     """How the choice of one bucket compares under one distribution.
 
     Attributes:
         rows: the bucket.
-        distribution: the distribution of its draws.
+        distribution: the distribution of its draws; all of them if the profile's regime has several.
         tactic: the choice.
         recorded_gain: the gain that the profile records.
         by_rows: the comparison at each row count that maps to the bucket; empty if the choice failed.
@@ -113,6 +119,7 @@ def compared_rows(
                 lag_low=lag.low,
                 lag_high=lag.high,
                 noise=samples.noise,
+                distribution=samples.distribution,
             )
         )
     return tuple(rows), tuple(reverse)
@@ -132,13 +139,13 @@ def finding_of(by_rows: Sequence[CheckedRows], reverse: Sequence[Ratio], within:
     """
     noisiest = max(by_rows, key=lambda each: each.noise)
     if noisiest.noise > NOISY:
-        return "noisy", f"A/A noise of {100 * noisiest.noise:.1f} % at {noisiest.rows} rows"
+        return "noisy", f"A/A noise of {100 * noisiest.noise:.1f} % at {noisiest.place}"
     slowest = min(by_rows, key=lambda each: each.gain_high)
     if slowest.gain_high < 1 / (1 + within):
-        return "slower", f"slower than the default by {100 / slowest.gain - 100:.1f} % at {slowest.rows} rows"
+        return "slower", f"slower than the default by {100 / slowest.gain - 100:.1f} % at {slowest.place}"
     worst = max(by_rows, key=lambda each: each.lag_low)
     if worst.lag_low > 1 + within and worst.lag > max(ratio.value for ratio in reverse):
-        return "beaten", f"slower than another tactic by {100 * worst.lag - 100:.1f} % at {worst.rows} rows"
+        return "beaten", f"slower than another tactic by {100 * worst.lag - 100:.1f} % at {worst.place}"
     return "holds", ""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import DefaultFailedError
 from moetune.spec.tactic import Tactic
+from moetune.spec.under import place
 from moetune.stats import Ratio, median, noise_floor, paired_ratio
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class FinalSamples:
         finalists: the finalists' samples. A dropped tactic has fewer samples, those of the first rounds.
         draws: the draw of each round.
         opening: how many rounds are not counted for the remaining tactics, see `OPENING`.
+        distribution: the distribution of the draws; empty if the regime has only one.
     """
 
     rows: int
@@ -57,6 +59,12 @@ class FinalSamples:
     finalists: Mapping[Tactic, tuple[float, ...]]
     draws: tuple[int, ...]
     opening: int = 0
+    distribution: str = ""
+
+    @property
+    def place(self) -> str:
+        """Returns where the samples were taken: `8 rows`, or `8 rows under zipf:1`."""
+        return place(self.rows, self.distribution)
 
     @property
     def all_us(self) -> dict[Tactic, tuple[float, ...]]:

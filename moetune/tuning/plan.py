@@ -143,6 +143,7 @@ class Plan(FrozenModel):
         buckets: the plan of each bucket, ascending.
         wire: the formats in which a token can travel; empty if nothing is dispatched.
         skew: the asked and the achieved skew; None if the distribution is not skewed. Of a recording both are its own.
+            If the regime has several distributions, this and all loads are of the main one.
         recording: the recording that takes the router's place; None for other distributions.
         kernels: the kernels that run the experts. Only the command line sets this and the next three fields.
         profile: the nearest stored profile.
@@ -201,9 +202,8 @@ def plan(
     shard = regime.shard(layer, rank if isinstance(rank, int) else None)
     rank = shard.rank
     kernels = chosen(backend, layer, regime)
-    expectations = {
-        rows: expect(layer, regime, typical_rows(layer, regime, rows, rank), rank) for rows in regime.buckets
-    }
+    main = regime.parts[0]
+    expectations = {rows: expect(layer, main, typical_rows(layer, main, rows, rank), rank) for rows in regime.buckets}
     candidates, unknown = _candidates(layer, regime, kernels, device)
     typical = next(iter(expectations.values()))
     return Plan(
@@ -222,7 +222,7 @@ def plan(
             _bucket(layer, regime, rank, rows, expected, candidates) for rows, expected in expectations.items()
         ),
         wire=_payloads(layer, regime),
-        skew=_skew(layer, regime, list(expectations.values())[-1].rows, rank),
+        skew=_skew(layer, main, list(expectations.values())[-1].rows, rank),
         recording=None if (found := known(regime)) is None else found.summary,
     )
 

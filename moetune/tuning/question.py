@@ -204,7 +204,7 @@ class Question:
 def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None = None) -> tuple[MoELayer, Regime]:
     """Returns the layer that is meant, and the regime with its distribution and the rank that is measured.
 
-    The path of a recording is replaced by the digest of its ids.
+    The paths of recordings are replaced by the digests of their ids.
 
     Args:
         layer: a layer, a preset's name, or a path to a Hugging Face config.json.
@@ -219,11 +219,13 @@ def resolved(layer: MoELayer | str, regime: Regime, rank: RankWord | int | None 
 
     layer = layer if isinstance(layer, MoELayer) else layer_of(layer)
     regime = regime.with_default_distribution(os.environ.get(DISTRIBUTION_VARIABLE))
-    if regime.replay is not None and regime.replay.digest is None:
+    if any(replay.digest is None for replay in regime.recordings):
         from moetune.recordings.reading import with_digest  # imports torch
 
         regime = with_digest(regime)
-        recording_of(layer, regime)
+        for part in regime.parts:
+            if part.replay:
+                recording_of(layer, part)
     return layer, of_rank(layer, regime, rank)
 
 

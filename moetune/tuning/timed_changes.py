@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from moetune.errors import DefaultFailedError, UnsupportedError, UsageError
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.store.profile import Profile
 from moetune.store.versions import KERNEL_FIELDS, versions_of
@@ -92,35 +95,40 @@ def timed(
 def _timed_bucket(
     bucket: ChangedBucket, profile: Profile, device: str, bench_of: Callable[[Problem], BenchLike]
 ) -> ChangedBucket:
-    from moetune.workload.draws import compared_rows
+    from moetune.workload.draws import compared_rows, named_parts
 
     assert bucket.tactic_a is not None
     assert bucket.tactic_b is not None
-    counts = compared_rows(profile.layer, profile.regime, bucket.rows)
+    parts = named_parts(profile.regime)
+    places = sorted(
+        (count, name) for name, part in parts.items() for count in compared_rows(profile.layer, part, bucket.rows)
+    )
     rows: list[TimedRows] = []
-    for count in sorted(counts):
-        problem = _problem(profile, count, device)
+    for count, name in places:
+        problem = _problem(profile.layer, parts[name], count, device)
         bench = bench_of(problem)
         try:
             samples = compare_right_ones(
                 bench, bucket.tactic_a, [bucket.tactic_b], problem.numbers("final"), count,
-                most_s=SECONDS / len(counts),
+                most_s=SECONDS / len(places),
             )  # fmt: skip
         except DefaultFailedError:  # A's tactic, which takes the default's place
             return bucket.model_copy(update={"timed": tuple(rows), "failed": _failed(bucket, bench)})
         if bucket.tactic_b in bench.failures:
             return bucket.model_copy(update={"timed": tuple(rows), "failed": _failed(bucket, bench)})
-        rows.append(_rows(samples, bucket.tactic_a, bucket.tactic_b))
+        rows.append(_rows(replace(samples, distribution=name), bucket.tactic_a, bucket.tactic_b))
     return bucket.model_copy(update={"timed": tuple(rows)})
 
 
-def _problem(profile: Profile, rows: int, device: str) -> Problem:
-    """Returns the problem of one row count, on draws that no search and no final comparison has used."""
+def _problem(layer: MoELayer, regime: Regime, rows: int, device: str) -> Problem:
+    """Returns the problem of one row count, on draws that no search and no final comparison has used.
+
+    The regime has one distribution.
+    """
     from moetune.backends.base import Problem
     from moetune.workload.draws import as_draws, untouched
     from moetune.workload.routing import realize
 
-    layer, regime = profile.layer, profile.regime
     draws = as_draws((realize(layer, regime, rows, None, number) for number in untouched(regime.draws)), "final")
     return Problem(layer, regime, rows, regime.shard(layer), draws, device)
 
@@ -137,6 +145,7 @@ def _rows(samples: FinalSamples, a: Tactic, b: Tactic) -> TimedRows:
     slower, faster = ratio.low > 1 + samples.noise, ratio.high < 1 / (1 + samples.noise)
     return TimedRows(
         rows=samples.rows,
+        distribution=samples.distribution,
         time_a_us=fmean(times_a),
         time_b_us=fmean(times_b),
         ratio=ratio.value,

@@ -14,6 +14,7 @@ from moetune.spec.tactic import Tactic
 from moetune.stats import Ratio, median
 from moetune.store.profile import Choice, ComparedRows, Rejection
 from moetune.tuning.final_comparison import SETTLED, FinalSamples
+from moetune.tuning.objective import SINGLE, Objective
 
 if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
@@ -59,12 +60,17 @@ def decide(
     default: Tactic,
     weights: Sequence[float] | None = None,
     barred: Mapping[Tactic, str] = {},
+    objective: Objective = SINGLE,
 ) -> Verdict:
     """Returns the verdict on a bucket.
 
     A finalist is eligible if it is faster than the default beyond noise at one of the row counts, and slower beyond
     noise at none. The eligible one with the smallest worst-case slowdown against the fastest tactic wins; of those that
     are within `SETTLED` of that, the one with the smallest mean slowdown. The default wins if no finalist is eligible.
+
+    Under several distributions there is a comparison for each of them at each of its row counts. The worst-case
+    slowdowns of the distributions become one number by the objective. A finalist that is slower than the default under
+    any distribution is not eligible.
 
     An engine's default may be another tactic at each row count. Then the bucket's own default can be slower than those;
     if it is, and no finalist is eligible, the tactic that is the least slow against them wins.
@@ -76,7 +82,9 @@ def decide(
         default: the default tactic at the bucket's own rows.
         weights: the weight of the slowdown in each comparison; 1 by default.
         barred: finalists that cannot win all the same, with the reasons.
+        objective: what is minimized over the distributions of the comparisons.
     """
+    shares = objective.shares([samples.distribution for samples in comparisons])
     weights = weights or (1.0,) * len(comparisons)
     tactics = _in_all(comparisons, default)
     gains = {tactic: tuple(samples.gain(tactic) for samples in comparisons) for tactic in tactics}
@@ -93,7 +101,7 @@ def decide(
         for tactic in tactics
         if tactic != default and any(map(_is_faster, comparisons, repeat(tactic), gains[tactic]))
     ]
-    better = [tactic for tactic in faster if tactic in safe and mean_gain(gains[tactic]).value > 1]
+    better = [tactic for tactic in faster if tactic in safe and mean_gain(gains[tactic], shares).value > 1]
     if better:
         eligible = better
     elif _any_loss(comparisons, default):
@@ -103,11 +111,17 @@ def decide(
     slowdowns = {tactic: [samples.slowdown(tactic) for samples in comparisons] for tactic in tactics}
 
     def worst(tactic: Tactic) -> float:
-        return max(weight * (slow - 1) for weight, slow in zip(weights, slowdowns[tactic], strict=True))
+        return objective.worst_rows(
+            (samples.distribution, weight * (slow - 1))
+            for samples, weight, slow in zip(comparisons, weights, slowdowns[tactic], strict=True)
+        )
+
+    def mean(tactic: Tactic) -> float:
+        return sum(share * slow for share, slow in zip(shares or repeat(1.0), slowdowns[tactic], strict=False))
 
     least = min(map(worst, eligible))
     tied = [tactic for tactic in eligible if worst(tactic) <= least + SETTLED]
-    winner = min(tied, key=lambda tactic: sum(slowdowns[tactic]))
+    winner = min(tied, key=mean)
     return Verdict(
         winner,
         gains[winner],
@@ -124,7 +138,7 @@ def _undecided(
     noisiest: FinalSamples,
 ) -> Verdict:
     """Returns the verdict on a bucket that is too noisy to decide. It rejects all finalists."""
-    noise = f"{100 * noisiest.noise:.1f} % at {noisiest.rows} rows, allowed {100 * NOISY:g} %"
+    noise = f"{100 * noisiest.noise:.1f} % at {noisiest.place}, allowed {100 * NOISY:g} %"
     finalists = [tactic for tactic in gains if tactic != default]
     return Verdict(
         default,
@@ -196,6 +210,7 @@ def choice(
     candidates: int,
     stress_us: StressTimes | None = None,
     rejected: Mapping[Tactic, str] | None = None,
+    objective: Objective = SINGLE,
 ) -> Choice:
     """Returns the record of a bucket that is decided.
 
@@ -211,13 +226,14 @@ def choice(
         candidates: how many there are, excluded ones too.
         stress_us: the times on the stress draws.
         rejected: tactics that could not win, each with the reason.
+        objective: the objective of the verdict.
     """
     by_rows = sorted(
         (_compared(samples, verdict.tactic, gain) for samples, gain in zip(comparisons, verdict.gains, strict=True)),
         key=lambda compared: compared.rows,
     )
     own = min(by_rows, key=lambda compared: abs(compared.rows - rows))
-    gain = mean_gain(verdict.gains)
+    gain = mean_gain(verdict.gains, objective.shares([samples.distribution for samples in comparisons]))
     reasons = {**bench.failures, **(rejected or {}), **verdict.rejected}
     stress_us = stress_us or {}
     loads = [routing.load.tolist() for routing in routings]
@@ -247,15 +263,21 @@ def choice(
     )
 
 
-def mean_gain(gains: Sequence[Ratio]) -> Ratio:
+def mean_gain(gains: Sequence[Ratio], shares: Sequence[float] | None = None) -> Ratio:
     """Returns the geometric mean of independent ratios, with its 95 % bounds.
 
     The logarithms' half-widths are added in quadrature (propagation of independent errors).
+
+    Args:
+        gains: the ratios.
+        shares: the weight of each, which add up to 1; equal ones by default.
     """
     count = len(gains)
-    mean = fmean(math.log(gain.value) for gain in gains)
-    below = math.hypot(*(math.log(gain.value / gain.low) for gain in gains)) / count
-    above = math.hypot(*(math.log(gain.high / gain.value) for gain in gains)) / count
+    weights = [1.0] * count if shares is None else [count * share for share in shares]
+    weighted = list(zip(weights, gains, strict=True))
+    mean = fmean(weight * math.log(gain.value) for weight, gain in weighted)
+    below = math.hypot(*(weight * math.log(gain.value / gain.low) for weight, gain in weighted)) / count
+    above = math.hypot(*(weight * math.log(gain.high / gain.value) for weight, gain in weighted)) / count
     return Ratio(math.exp(mean), math.exp(mean - below), math.exp(mean + above))
 
 
@@ -275,7 +297,7 @@ def loss(samples: FinalSamples, tactic: Tactic) -> str:
     """Returns how much slower than the default a tactic is, if it is slower beyond noise; else an empty string."""
     gain = samples.gain(tactic)
     if gain.high < 1 and gain.value * (1 + samples.noise) < 1:
-        return f"slower than the default by {100 / gain.value - 100:.1f} % at {samples.rows} rows"
+        return f"slower than the default by {100 / gain.value - 100:.1f} % at {samples.place}"
     return ""
 
 
@@ -306,6 +328,8 @@ def _compared(samples: FinalSamples, tactic: Tactic, gain: Ratio) -> ComparedRow
         gain_low=gain.low,
         gain_high=gain.high,
         noise=samples.noise,
+        distribution=samples.distribution,
+        slowdown=samples.slowdown(tactic) if samples.distribution else None,
     )
 
 

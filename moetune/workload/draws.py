@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -39,18 +39,24 @@ class Draw:
     """One sampled routing of a bucket and what it is for.
 
     `routing` may be padded with rows of −1, so that all draws of a bucket have equal shapes; `rows` counts the others.
-    `stress_factor` is set for stress draws only.
+    `stress_factor` is set for stress draws only. `distribution` is empty if the regime has one distribution.
     """
 
     routing: Routing
     rows: int
     kind: DrawKind
     stress_factor: int | None = None
+    distribution: str = ""
 
 
-def as_draws(routings: Iterable[Routing], kind: DrawKind = "search") -> tuple[Draw, ...]:
+def as_draws(routings: Iterable[Routing], kind: DrawKind = "search", distribution: str = "") -> tuple[Draw, ...]:
     """Returns one draw for each routing, without padding."""
-    return tuple(Draw(routing, len(routing.topk_ids), kind) for routing in routings)
+    return tuple(Draw(routing, len(routing.topk_ids), kind, distribution=distribution) for routing in routings)
+
+
+def named_parts(regime: Regime) -> dict[str, Regime]:
+    """Returns `Regime.parts` by the name that their draws have: empty if there is one distribution."""
+    return {part.distribution if regime.also else "": part for part in regime.parts}
 
 
 def typical_rows(layer: MoELayer, regime: Regime, bucket: int, rank: int | None = None) -> int:
@@ -112,6 +118,8 @@ def sampled(
     numbers: Iterable[int],
     kind: DrawKind,
     rank: int | None = None,
+    padded_to: int = 0,
+    distribution: str = "",
 ) -> tuple[Draw, ...]:
     """Returns the bucket's draws with these numbers; even ones have `bucket` rows and odd ones `typical` rows.
 
@@ -120,7 +128,7 @@ def sampled(
 
     The best tactic can differ between the two row counts, because a kernel's time jumps where an expert's rows begin
     another tile. The best tactic for 512 rows is up to 4 % slower than the best for 471 rows. For 4096 and 3768 rows it
-    is 9 % (H200, FlashInfer's CUTLASS kernels). All draws are padded to the larger row count.
+    is 9 % (H200, FlashInfer's CUTLASS kernels). All draws are padded to the larger row count, or to `padded_to`.
 
     Args:
         layer, regime, rank: the deployment, as for `routing.realize`.
@@ -128,16 +136,18 @@ def sampled(
         typical: the bucket's typical rows, see `typical_rows`.
         numbers: the draw numbers that are passed to `realize`.
         kind: the purpose of the draws.
+        padded_to: the least number of rows of the padded draws.
+        distribution: the name that the draws get, see `named_parts`.
 
     Raises:
         UsageError: as `routing.realize`.
     """
     own = bucket if regime.can_have(bucket) else typical
     counts = _batched_rows(regime) if regime.layout == "batched" else (own, typical)
-    padded_rows = max(own, typical)
+    padded_rows = max(own, typical, padded_to)
     rows = {number: counts[number % len(counts)] for number in numbers}
     return tuple(
-        Draw(padded(realize(layer, regime, of_draw, rank, number), padded_rows), of_draw, kind)
+        Draw(padded(realize(layer, regime, of_draw, rank, number), padded_rows), of_draw, kind, None, distribution)
         for number, of_draw in rows.items()
     )
 
@@ -148,22 +158,49 @@ def stressed(layer: MoELayer, regime: Regime, draw: Draw, factor: int, rank: int
     Raises:
         UsageError: as `routing.stress`.
     """
-    return Draw(stress(layer, regime, draw.routing, rank, factor), draw.rows, "stress", factor)
+    return Draw(stress(layer, regime, draw.routing, rank, factor), draw.rows, "stress", factor, draw.distribution)
 
 
-def search_draws(layer: MoELayer, regime: Regime, bucket: int, typical: int) -> tuple[Draw, ...]:
-    """Returns the draws of a bucket's search, then its stress draws, for the regime's rank, all of one padded shape."""
-    search = sampled(layer, regime, bucket, typical, range(regime.draws), "search")
-    return (*search, *(stressed(layer, regime, search[0], factor) for factor in STRESS_FACTORS))
+def search_draws(layer: MoELayer, regime: Regime, bucket: int) -> tuple[Draw, ...]:
+    """Returns the draws of a bucket's search, then its stress draws, for the regime's rank, all of one padded shape.
+
+    Of several distributions the search has a draw of each in turn. The stress draws are of the main one.
+    """
+    search = _of_all_parts(layer, regime, bucket, lambda part, weight: range(part.draws), "search")
+    return (*search, *(stressed(layer, regime.parts[0], search[0], factor) for factor in STRESS_FACTORS))
 
 
-def final_draws(layer: MoELayer, regime: Regime, rows: int, num_row_counts: int = 1) -> tuple[Draw, ...]:
+def _of_all_parts(
+    layer: MoELayer, regime: Regime, bucket: int, numbers: Callable[[Regime, float], range], kind: DrawKind
+) -> tuple[Draw, ...]:
+    """Returns the bucket's draws of every distribution, evenly mixed and all of one padded shape.
+
+    Args:
+        layer, regime, bucket: what is sampled, for the regime's rank.
+        numbers: returns the draw numbers of one distribution, given its regime and its weight.
+        kind: the purpose of the draws.
+    """
+    parts = named_parts(regime)
+    typical = {name: typical_rows(layer, part, bucket) for name, part in parts.items()}
+    padded_to = max(*typical.values(), bucket if regime.can_have(bucket) else 0)
+    places: list[tuple[float, Draw]] = []
+    for (name, part), each in zip(parts.items(), regime.distributions, strict=True):
+        chosen = numbers(part, each.weight)
+        drawn = sampled(layer, part, bucket, typical[name], chosen, kind, None, padded_to, name)
+        places += [((at + 0.5) / len(drawn), draw) for at, draw in enumerate(drawn)]
+    return tuple(draw for _, draw in sorted(places, key=lambda place: place[0]))
+
+
+def final_draws(
+    layer: MoELayer, regime: Regime, rows: int, num_row_counts: int = 1, distribution: str = ""
+) -> tuple[Draw, ...]:
     """Returns the draws of a final comparison at `rows` rows, which the search has not used.
 
     Args:
-        layer, regime: what is sampled, for the regime's rank.
+        layer, regime: what is sampled, for the regime's rank. The regime has one distribution.
         rows: the row count of all these draws.
         num_row_counts: how many row counts the bucket is compared at; they share the bucket's number of draws.
+        distribution: the name that the draws get, see `named_parts`.
 
     Raises:
         UsageError: as `routing.realize`.
@@ -171,12 +208,19 @@ def final_draws(layer: MoELayer, regime: Regime, rows: int, num_row_counts: int 
     in_all = num_final(regime.draws, rows, regime.shard(layer).num_local)
     count = max(-(-in_all // num_row_counts), min(in_all, FINAL_LEAST))
     numbers = range(regime.draws, regime.draws + count)
-    return as_draws((realize(layer, regime, rows, None, number) for number in numbers), "final")
+    return as_draws((realize(layer, regime, rows, None, number) for number in numbers), "final", distribution)
 
 
 def side_by_side_draws(layer: MoELayer, regime: Regime, bucket: int) -> tuple[Draw, ...]:
-    """Returns `regime.draws` draws for a comparison of backends, which no search and no final comparison used."""
-    return sampled(layer, regime, bucket, typical_rows(layer, regime, bucket), untouched(regime.draws), "final")
+    """Returns about `regime.draws` draws for a comparison of backends, which no search and no final comparison used.
+
+    Each distribution has as many as its weight asks for, but at least one.
+    """
+
+    def numbers(part: Regime, weight: float) -> range:
+        return untouched(regime.draws)[: max(1, round(weight * regime.draws))]
+
+    return _of_all_parts(layer, regime, bucket, numbers, "final")
 
 
 def untouched(num_search: int) -> range:

@@ -19,11 +19,11 @@ def tuned_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = No
 
     `mean` chooses the rank with the load nearest to the mean of all ranks, and `fullest` the one with the highest load.
     A rank's load is the expected number of a token's slots on it (k·L/E without redundant experts). Under a skew over
-    all experts it follows from the shares of its physical experts, as the engine's balancer has placed them. If ranks
-    tie, the
-    router has groups and the layout is deduplicated or pool, the spread of their experts over the groups decides in
-    the same way: the more even the spread, the more tokens reach the rank. Of ranks that still tie, the lowest number
-    is returned. If all ranks are alike, the result is 0, for every value of `rank`.
+    all experts it follows from the shares of its physical experts, as the engine's balancer has placed them. Of several
+    distributions it is the weighted mean. If ranks tie, the router has groups and the layout is deduplicated or pool,
+    the spread of their experts over the groups decides in the same way: the more even the spread, the more tokens reach
+    the rank. Of ranks that still tie, the lowest number is returned. If all ranks are alike, the result is 0, for every
+    value of `rank`.
 
     Args:
         layer, regime: the deployment.
@@ -41,8 +41,13 @@ def tuned_rank(layer: MoELayer, regime: Regime, rank: RankWord | int | None = No
         return 0 if alike(layer, regime) else rank
     if alike(layer, regime):
         return 0
+    parts = list(zip(regime.distributions, regime.parts, strict=True))
+
+    def load(one: int) -> Fraction:
+        return sum((Fraction(each.weight) * _load(layer, part, one) for each, part in parts), Fraction())
+
     choose = _fullest if (rank or ("mean" if even else "fullest")) == "fullest" else _nearest_to_mean
-    ranks = choose(list(range(regime.ep_size)), lambda one: _load(layer, regime, one))
+    ranks = choose(list(range(regime.ep_size)), load)
     if layer.routing.grouped and regime.layout in ("deduplicated", "pool"):
         ranks = choose(ranks, lambda one: -_crowding(layer, regime.shard(layer, one)))
     return ranks[0]
@@ -71,6 +76,8 @@ def alike(layer: MoELayer, regime: Regime) -> bool:
     """
     if not equal_shards(layer, regime):
         return False
+    if regime.also:
+        return all(alike(layer, part) for part in regime.parts)
     if regime.skew and not is_local_skew(regime):
         return regime.ep_size == 1
     num_local = regime.shard(layer, 0).num_local

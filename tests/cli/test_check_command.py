@@ -51,7 +51,7 @@ def test_a_beaten_profile_ends_with_4_and_names_what_beats_it(moetune, question,
 
 def test_distributions_are_a_column_if_there_are_several(moetune, question) -> None:
     moetune("tune", *question)
-    result = moetune("check", *question, "--also", "zipf:1")
+    result = moetune("check", *question, "--under", "zipf:1")
     assert result.exit_code == 0, result.stderr
     assert "distribution" in result.stdout
     assert "zipf:1" in result.stdout
@@ -69,7 +69,7 @@ def test_what_is_not_stored_is_a_miss(moetune, question) -> None:
         (["--within", "-1%"], "--within must be a percentage"),
         (["--rows", "4,x"], "--rows must be row counts, given '4,x'"),
         (["--rows", "16"], "The profile has no bucket of 16 rows. It has 4, 8."),
-        (["--also", "uneven"], "uneven"),
+        (["--under", "uneven"], "uneven"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_2(moetune, question, options, words) -> None:

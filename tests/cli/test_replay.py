@@ -109,7 +109,7 @@ def test_the_variable_of_the_plugins_takes_a_path_with_blanks(tmp_path):
 def test_a_check_under_a_recording_reads_it_once(moetune, words, traffic):
     tuned = moetune("tune", *words, "--json")
     checked = moetune(
-        "check", json.loads(tuned.stdout)["path"], "--also", f"replay:{traffic}", "--device", "cpu", "--json"
+        "check", json.loads(tuned.stdout)["path"], "--under", f"replay:{traffic}", "--device", "cpu", "--json"
     )
     assert checked.exit_code in (0, 4), checked.stderr
     found = {bucket["distribution"] for bucket in json.loads(checked.stdout)["buckets"]}

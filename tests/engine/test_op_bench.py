@@ -10,6 +10,7 @@ from moetune.engine.op_bench import CHECKED_ROWS, EngineBench, choose, slowest_s
 from moetune.engine.stored import regime_of_buckets
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+from moetune.tuning.objective import Objective
 from moetune.workload.draws import Draw
 
 DEFAULT, OTHER = Tactic(config=-1), Tactic(config=2)
@@ -137,6 +138,33 @@ def test_a_wrong_one_leaves_its_place_in_the_final_to_the_next(monkeypatch):
     (rejection,) = choice.rejected
     assert rejection.tactic == ranked[0]
     assert "relative error 2.0e+00" in rejection.reason
+
+
+@pytest.mark.parametrize(("kind", "winner"), [("mean", 0), ("worst", 1)])
+def test_an_op_is_compared_under_each_distribution(kind, winner):
+    """The first tactic is the fastest under `random` and 2.2 times as slow as the fastest under `zipf:1`."""
+    kernel, layer = Kernel(), moetune.layer("qwen3-30b-a3b")
+    tactics = [Tactic(config=number) for number in range(1, 4)]
+    calls = {tactic: kernel.call(lambda right: right) for tactic in (DEFAULT, *tactics)}
+    times_us = {
+        "random": dict(zip((DEFAULT, *tactics), (100.0, 10.0, 15.0, 19.0), strict=True)),
+        "zipf:1": dict(zip((DEFAULT, *tactics), (100.0, 44.0, 30.0, 20.0), strict=True)),
+    }
+    routing = moetune.realize(layer, Regime(ep_size=8), 64)
+    kinds = ("random", "random", "zipf:1", "zipf:1")
+    draws = [Draw(routing, 64, "final", distribution=name) for name in kinds]
+    draws.append(Draw(routing, 64, "stress", 2, "random"))
+
+    class Planted(Clock):
+        def paired_samples(self, given, numbers):
+            chosen = [next(tactic for tactic in calls if calls[tactic] is call) for call in given]
+            return [[times_us[draws[number].distribution][tactic] for number in numbers] for tactic in chosen]
+
+    bench = EngineBench(calls, Planted(), DEFAULT, 2e-2)
+    objective = Objective(kind, {"random": 0.9, "zipf:1": 0.1})
+    choice = choose(bench, (DEFAULT, *tactics), draws, 64, 4, objective)
+    assert choice.tactic == tactics[winner]
+    assert [(each.rows, each.distribution) for each in choice.by_rows] == [(64, "random"), (64, "zipf:1")]
 
 
 @pytest.mark.parametrize(

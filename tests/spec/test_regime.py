@@ -1,5 +1,7 @@
 """Equal questions have equal keys, every field counts, and an invalid regime is refused in one line."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,7 +77,76 @@ def test_a_shard_is_the_regimes_ranks_unless_another_is_given():
 
 
 def test_every_field_is_in_the_key():
-    assert set(FIELDS) | {"attention_dp", "dispatch", "layout", "eplb"} == set(Regime.model_fields)
+    others = {"attention_dp", "dispatch", "layout", "eplb", "also", "objective"}  # tested by themselves
+    assert set(FIELDS) | others == set(Regime.model_fields)
+
+
+ALSO = st.lists(
+    st.tuples(st.sampled_from(["balanced", "zipf:1", "ddist:2", "powerlaw:1.2"]), st.integers(1, 24)),
+    max_size=4,
+    unique_by=lambda pair: pair[0],
+)
+
+
+@given(regime=REGIMES, also=ALSO, objective=st.sampled_from(["mean", "worst"]), data=st.data())
+def test_further_distributions_and_the_objective_are_in_the_key_in_any_order(regime, also, objective, data):
+    fields = {**dict(regime), "distribution": "random"}
+    del fields["also"], fields["objective"]
+    if fields["redundant_experts"]:
+        fields["eplb"] = "vllm"
+    plain = Regime(**fields)
+    words = [f"{name}={weight / 100}" for name, weight in also]
+    mixed = Regime(**fields, also=words, objective=objective) if also else plain
+    shuffled = data.draw(st.permutations(words))
+    if also:
+        assert Regime(**fields, also=shuffled, objective=objective) == mixed
+        other = Regime(**fields, also=words, objective="mean" if objective == "worst" else "worst")
+        assert mixed.differing(other) == {"objective": (objective, other.objective)}
+        assert mixed.differing(plain).keys() >= {"also", "objective"}
+        assert len({plain.digest, mixed.digest, other.digest}) == 3
+    assert ("also" in mixed.model_dump()) == ("objective" in mixed.model_dump()) == bool(also)
+    assert Regime.model_validate_json(mixed.model_dump_json()) == mixed
+    assert sum(each.weight for each in mixed.distributions) == pytest.approx(1)
+    assert [part.distribution for part in mixed.parts] == [each.distribution for each in mixed.distributions]
+    for part in mixed.parts:
+        assert not part.also
+        assert (part.ladder, part.seed, part.rank) == (mixed.ladder, mixed.seed, mixed.rank)
+        assert (part.eplb is not None) == bool(part.skew and mixed.redundant_experts)
+        assert min(2, mixed.draws) <= part.draws <= mixed.draws
+
+
+def test_a_regime_of_one_distribution_keeps_its_key_byte_for_byte():
+    assert "also" not in Regime().model_dump_json()
+    assert "objective" not in Regime().model_dump_json()
+    assert Regime(also=()).digest == Regime(also=None).digest == Regime().digest == "5eb2c8c7089037aa"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"also": "zipf:1"}, "a distribution and its weight between 0 and 1, such as zipf:1=0.3"),
+        ({"also": "zipf:1=1"}, "weight between 0 and 1"),
+        ({"also": "zipf:1=nan"}, "weight between 0 and 1"),
+        ({"also": "uneven=0.1"}, "must be one of balanced"),
+        ({"also": ["zipf:1=0.1", "zipf:1=0.2"]}, "The distribution zipf:1 is given twice"),
+        ({"also": "random=0.1"}, "The distribution random is given twice"),
+        ({"also": ["zipf:1=0.5", "zipf:2=0.5"]}, "leave nothing for the distribution random: they add up to 1"),
+        ({"also": [f"zipf:{at}=0.01" for at in range(17)]}, "at most 16 distributions, given 17"),
+        ({"objective": "worst"}, "The objective worst is for several distributions, and there is one"),
+        ({"also": "zipf:1=0.5", "objective": "best"}, "objective"),
+        ({"also": "zipf:1=0.5", "redundant_experts": 8}, "Under zipf:1 the redundant experts are placed by load"),
+    ],
+)
+def test_weights_that_do_not_add_up_and_names_given_twice_are_errors(fields, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Regime(**fields)
+
+
+def test_the_path_of_a_further_recording_may_have_an_equals_sign():
+    regime = Regime(also="replay:a=b/Traffic.npz@3=0.25")
+    assert regime.also == ("replay:a=b/Traffic.npz@3=0.25",)
+    assert [(each.source, each.layer) for each in regime.recordings] == [("a=b/Traffic.npz", 3)]
+    assert regime.slug.endswith("random-also1-mean")
 
 
 @given(regime=REGIMES)

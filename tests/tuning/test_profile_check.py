@@ -119,7 +119,7 @@ def test_of_two_tactics_that_are_each_faster_somewhere_the_choice_holds(plant, t
 
 
 def test_other_distributions_are_checked_too(plant, profile) -> None:
-    result = checked(profile, plant(milliseconds=GOOD), also=["balanced", "zipf:1"])
+    result = checked(profile, plant(milliseconds=GOOD), under=["balanced", "zipf:1"])
     assert [(bucket.distribution, bucket.rows) for bucket in result.buckets] == [
         (distribution, rows) for distribution in ("random", "balanced", "zipf:1") for rows in (4, 8)
     ]

@@ -1,5 +1,6 @@
 """Draws say what they are for, and their ids are those of `realize` with the same number."""
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from moetune.workload.draws import (
     STRESS_FACTORS,
     compared_rows,
     final_draws,
+    named_parts,
     num_final,
     sampled,
     search_draws,
@@ -93,7 +95,7 @@ def test_a_bucket_with_fewer_rows_than_its_typical_rows_is_padded():
 def test_a_bucket_has_draws_of_the_search_and_of_stress():
     """Draw n has the ids that `realize` gives for the number n; stress draws are made from the first."""
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid", draws=4)
-    draws = search_draws(layer, regime, 512, 471)
+    draws = search_draws(layer, regime, 512)
     assert [draw.kind for draw in draws] == ["search"] * 4 + ["stress"] * len(STRESS_FACTORS)
     assert tuple(draw.stress_factor for draw in draws if draw.kind == "stress") == STRESS_FACTORS
     assert {draw.stress_factor for draw in draws if draw.kind != "stress"} == {None}
@@ -165,7 +167,7 @@ def test_every_pool_maps_to_a_bucket_that_is_tuned(ep_size, ladder):
 
 def test_backends_are_compared_on_draws_that_no_tune_uses():
     layer, regime = moe(128, 8), regime_of("deduplicated", 32, ladder="hybrid", draws=2)
-    tuned = (*search_draws(layer, regime, 8, 7), *final_draws(layer, regime, 8), *final_draws(layer, regime, 7))
+    tuned = (*search_draws(layer, regime, 8), *final_draws(layer, regime, 8), *final_draws(layer, regime, 7))
     used = {draw.routing.topk_ids.numpy().tobytes() for draw in tuned}
     compared = side_by_side_draws(layer, regime, 8)
     assert [(draw.kind, draw.rows) for draw in compared] == [("final", 8), ("final", 7)]
@@ -215,7 +217,7 @@ def test_the_batched_layout_is_compared_at_steps_of_several_sizes(ep_size, ladde
 @pytest.mark.parametrize("distribution", ["random", "balanced", "zipf:0.5"])
 def test_search_draws_of_the_batched_layout_have_every_row_count_and_fit_the_buffer(distribution):
     regime = Regime(ep_size=8, layout="batched", distribution=distribution, draws=8)
-    draws = search_draws(QWEN, regime, 2048, 512)
+    draws = search_draws(QWEN, regime, 2048)
     assert [draw.rows for draw in draws] == [512, 2048, 128, 32] * 2 + [512] * 3
     for draw in draws:
         assert draw.routing.topk_ids.shape == (2048, QWEN.top_k)
@@ -224,3 +226,30 @@ def test_search_draws_of_the_batched_layout_have_every_row_count_and_fit_the_buf
     expected = expect(QWEN, regime, 2048)
     assert expected.tokens == 256
     assert int(draws[1].routing.load.sum()) == pytest.approx(expected.local_slots, rel=0.1)
+
+
+def test_draws_of_several_distributions_are_those_of_each_alone_in_turn_and_of_one_shape():
+    layer = moe(128, 8)
+    regime = regime_of("deduplicated", 32, ladder="hybrid", draws=4).model_copy(
+        update={"also": ("ddist:4=0.25",), "objective": "mean"}
+    )
+    draws = search_draws(layer, regime, 512)
+    assert len({draw.routing.topk_ids.shape for draw in draws}) == 1
+    search = [draw for draw in draws if draw.kind == "search"]
+    assert [draw.distribution for draw in search] == ["random", "ddist:4"] * 2
+    assert [draw.distribution for draw in draws if draw.kind == "stress"] == ["random"] * len(STRESS_FACTORS)
+    for name, part in named_parts(regime).items():
+        mine = [draw for draw in search if draw.distribution == name]
+        for number, draw in enumerate(mine):
+            rows = 512 if number % 2 == 0 else typical_rows(layer, part, 512)
+            assert draw.rows == rows
+            alone = realize(layer, part, rows, None, number)
+            assert draw.routing.topk_ids[:rows].tolist() == alone.topk_ids.tolist()
+    assert named_parts(Regime(ep_size=8)).keys() == {""}
+
+
+def test_a_comparison_of_backends_has_draws_of_each_distribution_by_its_weight():
+    layer = moe(128, 8)
+    regime = Regime(ep_size=8, dispatch="allgather", ladder="64", draws=8, also=("zipf:1=0.25", "balanced=0.01"))
+    draws = side_by_side_draws(layer, regime, 64)
+    assert Counter(draw.distribution for draw in draws) == {"random": 6, "zipf:1": 2, "balanced": 1}

@@ -33,6 +33,7 @@ class Row:
         regret_high, tried, candidates, max_load: as `Choice` has them. None for a row count.
         weight_bytes, flops, least_us: as `Work` has them. None for a row count.
         measured_at: ISO 8601, UTC.
+        distribution: the distribution; for `bucket` all of the regime with their weights.
     """
 
     profile: str
@@ -55,6 +56,7 @@ class Row:
     flops: int | None
     least_us: float | None
     measured_at: str
+    distribution: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Shown:
             work.flops if work else None,
             work.least_us if work else None,
             choice.measured_at,
+            self.profile.regime.spelled_distributions,
         )
         return [own] + [
             Row(
@@ -118,6 +121,7 @@ class Shown:
                 each.noise,
                 *(None,) * 7,
                 choice.measured_at,
+                each.distribution or self.profile.regime.distribution,
             )
             for each in choice.by_rows
         ]
@@ -160,7 +164,7 @@ def _parts(profile: Profile) -> list[str]:
         "attention DP" if regime.attention_dp else "no attention DP",
         f"{regime.dispatch} {regime.layout}" if regime.layout else f"dispatch {regime.dispatch}",
         f"{regime.redundant_experts} redundant experts" if regime.redundant_experts else "",
-        regime.distribution,
+        regime.spelled_distributions + (f" {regime.objective}" if regime.objective else ""),
         f"rank {regime.rank}" if regime.rank else "",
         f"seed {regime.seed}" if regime.seed else "",
         f"ladder {regime.ladder}",
