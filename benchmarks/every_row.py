@@ -55,7 +55,7 @@ from moetune.backends.grouped_triton.space import VALUES, Shapes
 from moetune.backends.registry import backend as backend_of
 from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.errors import MoetuneError
-from moetune.measure.bench import Bench
+from moetune.measure.bench import Bench, BenchLike
 from moetune.measure.compiling import Compilers, capability_of
 from moetune.measure.probe import device_for
 from moetune.spec.ladder import Ladder
@@ -212,7 +212,7 @@ def compare(bench: Bench, tactics: Mapping[str, Tactic], groups: Sequence[Sequen
         distinct = list(dict.fromkeys(tactics[name] for name in present))
         if number and len(distinct) == 1:
             continue
-        series = _by_draw(bench, [*distinct, *distinct[: not number]], draws)
+        series = by_draw(bench, [*distinct, *distinct[: not number]], draws)
         if not number:
             again = [series[0], series[-1]] if series[0] and series[-1] else None
         times = dict(zip(distinct, series, strict=False))
@@ -225,7 +225,7 @@ def compare(bench: Bench, tactics: Mapping[str, Tactic], groups: Sequence[Sequen
     return {"pairs": pairs, "again": again, "failed": failures}
 
 
-def _by_draw(bench: Bench, tactics: Sequence[Tactic], draws: int) -> list[list[float] | None]:
+def by_draw(bench: BenchLike, tactics: Sequence[Tactic], draws: int) -> list[list[float] | None]:
     """Returns the median over the rounds of each tactic's time on each draw in µs; None for a tactic that failed.
 
     The rounds of one draw have the same routing. So the draws, not the rounds, are the samples of a comparison.

@@ -152,7 +152,7 @@ class BucketTuner:
         compared = self.compare(finalists)
         measured()
         weights = [count.weight for count in bucket.row_counts]
-        verdict = decide(compared.samples, bucket.default, weights, objective=bucket.objective)
+        verdict = decide(compared.samples, bucket.default, weights, {}, bucket.objective)
         return choice(
             compared.samples,
             verdict,

@@ -7,7 +7,7 @@ from moetune.errors import UsageError
 from moetune.inputs.option_table import OPTIONS, TUNABLE, Group
 from moetune.inputs.options import parse, resolve
 from moetune.inputs.presets import layer
-from moetune.spec.enums import Layout, Precision
+from moetune.spec.enums import Layout, Objective, Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -47,9 +47,10 @@ def test_every_option_sets_a_field_that_exists():
 
 
 def test_the_choices_of_an_option_are_the_values_of_its_field():
+    values = {"layout": Layout, "objective": Objective}
     for option in OPTIONS:
         if option.choices and option.owner == "regime":
-            assert set(option.choices) <= set(get_args(Layout))
+            assert set(option.choices) == set(get_args(values[option.field]))
     assert {option.choices for option in OPTIONS if option.name == "precision"} == {tuple(map(str, Precision))}
 
 

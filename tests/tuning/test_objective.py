@@ -4,11 +4,11 @@ import json
 from fractions import Fraction
 from itertools import product
 
-import planted_time
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from planted import LAYER, PlantedBackend, PlantedRunner, tactic
+from planted import LAYER, tactic
+from planted_skewed import SkewedBackend
 from runs import tune_planted
 from scripted import DEFAULT, GOOD, NEXT, POOR, final_of
 
@@ -130,30 +130,12 @@ def test_the_score_of_one_distribution_is_the_mean_time():
     assert scores.finalists((NEXT, GOOD), {GOOD: 3.0}) == (NEXT, GOOD)
 
 
-class SkewedRunner(PlantedRunner):
-    def run(self, tactic, draw=0):
-        of_draw = self.problem.draws[draw]
-        planted_time.spend(self.backend.table[str(tactic["algorithm"]), of_draw.distribution])
-        return self.reference(draw)
-
-
-class SkewedBackend(PlantedBackend):
-    """A backend whose tactics take the times of `table`, in ms by tactic and distribution."""
-
-    table: dict[tuple[str, str], float]
-
-    def prepare(self, problem):
-        planted_time.install()
-        return SkewedRunner(self, problem)
-
-
 @pytest.fixture
 def plant_table(monkeypatch):
     from moetune.backends import registry
 
     def _plant(table):
-        backend = SkewedBackend(milliseconds=dict.fromkeys(dict.fromkeys(name for name, _ in table), 1.0))
-        backend.table = table
+        backend = SkewedBackend.of(table)
         monkeypatch.setattr(registry, "backend", lambda name: backend)
         return backend
 

@@ -140,7 +140,7 @@ def test_bad_questions_are_refused_before_anything_is_measured(plant, profile) -
     for changed, options, message in (
         ({}, {"within": -0.1}, "--within must be 0 % or more"),
         ({}, {"buckets": [16]}, "no bucket of 16 rows"),
-        ({}, {"also": ["uneven"]}, "uneven"),
+        ({}, {"under": ["uneven"]}, "uneven"),
         ({"choices": ()}, {}, "no choice to check"),
         ({"environment": elsewhere}, {}, "was measured on 'NVIDIA H200'"),
     ):
