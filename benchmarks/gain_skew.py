@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import LOADS, Journal
 from every_row import by_draw, num_draws, vllm_folder
 from flashinfer_common import UNSEEN, bf16_layer, ids, own_autotune, own_pick, pair, unseen_problem, warm_flashinfer
@@ -235,7 +236,7 @@ class Measurement:
         self._compilers.wait(layer, regime, rows, distinct)
         first, *others, again = by_draw(bench, [*distinct, distinct[0]], len(draws))
         series = dict(zip(distinct, (first, *others), strict=True))
-        load = sum(draw.routing.load.double() for draw in draws)
+        load = torch.stack([draw.routing.load.double() for draw in draws]).sum(0)
         self._journal.add(
             **key, kind="cell", distribution=name, spelled=regime.distribution, tactics=named,
             us={each: series[tactic] for each, tactic in tactics.items()}, again=again,

@@ -40,6 +40,7 @@ from moetune.spec.enums import (
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import FrozenModel, digest_of
+from moetune.spec.regime_defaults import with_defaults
 
 RANDOM_DRAWS = 16
 
@@ -108,7 +109,7 @@ class Regime(FrozenModel):
         if not isinstance(data, Mapping):
             return handler(data)  # type: ignore[no-any-return]
         given = {name: value for name, value in data.items() if value is not None}
-        regime = handler(_with_defaults(given))
+        regime = handler(with_defaults(given))
         regime.__pydantic_fields_set__.intersection_update(given)
         return regime  # type: ignore[no-any-return]
 
@@ -151,18 +152,7 @@ class Regime(FrozenModel):
             )
         if not 0 <= self.rank < self.ep_size:
             raise UsageError(f"rank must be 0 … {self.ep_size - 1}, given {quoted(self.rank)}.")
-        if self.objective and not self.also:
-            raise UsageError(
-                f"The objective {self.objective} is for several distributions, and there is one.",
-                "Add --also DISTRIBUTION=WEIGHT, or leave the objective out.",
-            )
-        skewed = [each.distribution for each in self.distributions if _skew(each.distribution)]
-        if self.eplb is None and self.redundant_experts and skewed:
-            raise UsageError(
-                f"Under {skewed[0]} the redundant experts are placed by load, and each engine's balancer has "
-                "its own rule.",
-                "Name the engine: --dispatch ENGINE:NAME or --launch; in Python Regime(eplb='vllm').",
-            )
+        self._check_distributions()
         sizes = self.ladder.sizes
         if self.layout == "batched" and (len(sizes) != 1 or self.ladder.divisor != 1 or sizes[0] < self.ep_size):
             raise UsageError(
@@ -181,6 +171,20 @@ class Regime(FrozenModel):
                 "Use a ladder with larger buckets, or another layout than pool.",
             )
         return self
+
+    def _check_distributions(self) -> None:
+        if self.objective and not self.also:
+            raise UsageError(
+                f"The objective {self.objective} is for several distributions, and there is one.",
+                "Add --also DISTRIBUTION=WEIGHT, or leave the objective out.",
+            )
+        skewed = [each.distribution for each in self.distributions if _skew(each.distribution)]
+        if self.eplb is None and self.redundant_experts and skewed:
+            raise UsageError(
+                f"Under {skewed[0]} the redundant experts are placed by load, and each engine's balancer has "
+                "its own rule.",
+                "Name the engine: --dispatch ENGINE:NAME or --launch; in Python Regime(eplb='vllm').",
+            )
 
     @property
     def skew(self) -> Skew | Replay | None:
@@ -362,45 +366,3 @@ class Regime(FrozenModel):
 
 def _skew(distribution: str) -> Skew | Replay | None:
     return replay_of(distribution) or skew_of(distribution)
-
-
-def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields with the defaults that depend on other fields."""
-    data = dict(given)
-    if "attention_dp" not in data:
-        data["attention_dp"] = data.get("dispatch", "none") != "none" or "layout" in data
-    if "dispatch" not in data:
-        data["dispatch"] = "alltoall" if data["attention_dp"] else "none"
-    if data["dispatch"] == "alltoall":
-        data.setdefault("layout", "packed")
-    if data.get("layout") == "batched" and "ladder" not in data and isinstance(data.get("ep_size", 1), int):
-        data["ladder"] = str(DEFAULT_BATCHED_TOKENS * max(1, data.get("ep_size", 1)))
-    also = data.get("also", ())
-    if also and "objective" not in data:
-        data["objective"] = "mean"
-    if "draws" not in data and not also and str(data.get("distribution", "random")).strip().lower() == "balanced":
-        data["draws"] = 1
-    skewed = ":" in f"{data.get('distribution', '')} {also}".lower().replace("ddist_", "ddist:")
-    if not (skewed and data.get("redundant_experts")):
-        data.pop("eplb", None)
-    if "tune_max_num_tokens" not in data and "ladder" in data:
-        sizes = Ladder.parse(data["ladder"]).sizes
-        data["tune_max_num_tokens"] = max((DEFAULT_TUNE_MAX_NUM_TOKENS, *sizes))
-    if "tune_max_num_tokens" in data and "ladder" in data:
-        data["tune_max_num_tokens"] = _least_of_alike(Ladder.parse(data["ladder"]), data["tune_max_num_tokens"])
-    return data
-
-
-def _least_of_alike(ladder: Ladder, maximum: Any) -> Any:
-    """Returns the default maximum if `maximum` leads to the same buckets and look-ups, so that both have one key.
-
-    This can happen with the ladders `vllm` and `adaptive`, because their last bucket is fixed.
-    """
-    has_fixed_end = ladder.name in ("vllm", "adaptive")
-    if not has_fixed_end or isinstance(maximum, bool) or not isinstance(maximum, int) or not 1 <= maximum <= MOST_ROWS:
-        return maximum
-    default = DEFAULT_TUNE_MAX_NUM_TOKENS
-    last = ladder.buckets(default)[-1]
-    if ladder.buckets(maximum)[-1:] != (last,):
-        return maximum
-    return default if ladder.served(last, default) == ladder.served(last, maximum) else maximum
