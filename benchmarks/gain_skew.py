@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from common import LOADS, Journal
 from every_row import by_draw, num_draws, vllm_folder
-from flashinfer_common import UNSEEN, bf16_layer, ids, own_autotune, own_pick, pair, unseen_problem, warm_flashinfer
+from flashinfer_common import UNSEEN, bf16_layer, ids, pair, unseen_problem, warm_flashinfer
 from gain_skew_report import markdown
 
 import moetune
 from moetune.backends.base import Backend, Problem
 from moetune.backends.registry import backend as backend_of
+from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.errors import MoetuneError
 from moetune.measure.bench import BenchLike
 from moetune.measure.compiling import Compilers, capability_of
