@@ -29,6 +29,9 @@ VALUES: Final[Mapping[str, tuple[int, ...]]] = {
 """The block sizes of vLLM's `benchmark_moe.py`, and 32 for K, with which the largest tiles fit into shared memory."""
 FIXED: Final[Mapping[str, int]] = {"GROUP_SIZE_M": 1, **TRITONS_OWN}
 """How the batched kernel runs the tunables of the grouped one that it does not have: tiles are not grouped."""
+MOST_TILES: Final = 65_535
+"""The largest second dimension of a grid (CUDA C++ Programming Guide, technical specifications). It is the number of an
+expert's tiles, in vLLM's kernel too."""
 _NOT_SWAPPED = replace(NEWEST, swaps_operands=False)
 
 
@@ -68,10 +71,15 @@ def heuristic(shapes: Shapes) -> Tactic:
     return tactic_of(default_config(shapes.capacity, shapes.num_local, shapes.fp8))
 
 
-def illegal(tactic: Mapping[str, object], fp8: bool, limits: grouped.Limits | None) -> str | None:
+def illegal(tactic: Mapping[str, object], shapes: Shapes, limits: grouped.Limits | None) -> str | None:
     """Returns why a device cannot run this configuration, or why it would be wrong or idle; None if it can."""
-    depth = tactic["BLOCK_SIZE_K"]
+    fp8, (block_m, block_n, depth) = shapes.fp8, (tactic[name] for name in VALUES)
+    assert isinstance(block_m, int)
+    assert isinstance(block_n, int)
     assert isinstance(depth, int)
+    columns = max(2 * shapes.intermediate_size, shapes.hidden_size)
+    if (tiles := -(-shapes.capacity // block_m) * -(-columns // block_n)) > MOST_TILES:
+        return f"has {tiles} tiles an expert, a launch may have {MOST_TILES}"
     if fp8 and depth > grouped.SCALE_BLOCK:
         return f"BLOCK_SIZE_K exceeds the scale block of {grouped.SCALE_BLOCK}: one scale would serve two blocks"
     whole = {**FIXED, **tactic}
@@ -113,7 +121,7 @@ def candidates(shapes: Shapes, limits: grouped.Limits | None, default: Tactic) -
         tactic = Tactic(dict(zip(VALUES, values, strict=True)))
         if tactic == default:
             continue
-        if reason := illegal(tactic, shapes.fp8, limits):
+        if reason := illegal(tactic, shapes, limits):
             excluded[tactic] = reason
         else:
             tactics.append(tactic)

@@ -50,8 +50,15 @@ def test_most_of_80_configurations_can_run_on_hopper(layer, legal):
     ],
 )
 def test_what_a_device_cannot_run_is_excluded_with_the_reason(values, fp8, reason):
-    assert reason in (space.illegal(tactic(*values), fp8, HOPPER) or "")
-    assert space.illegal(tactic(64, 128, 64), fp8, HOPPER) is None
+    shapes = replace(SMALL, fp8=fp8)
+    assert reason in (space.illegal(tactic(*values), shapes, HOPPER) or "")
+    assert space.illegal(tactic(64, 128, 64), shapes, HOPPER) is None
+
+
+def test_a_grid_that_no_launch_may_have_is_excluded():
+    large = space.Shapes.of(FP8, Regime(ep_size=32, layout="batched"))
+    assert space.illegal(tactic(16, 32, 64), large, None) == "has 114688 tiles an expert, a launch may have 65535"
+    assert space.illegal(tactic(32, 32, 64), large, None) is None
 
 
 def test_without_a_device_only_wrong_tiles_are_excluded():
