@@ -60,12 +60,16 @@ def all_to_all(
     return out
 
 
-def counts(sent: torch.Tensor, ranks: Ranks) -> list[int]:
-    """Returns how many rows each rank sends to this one, given how many this one sends: int64 `[ranks]`."""
+def counts(sent: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Returns how many rows this rank sends to each rank, and how many it receives. The host waits for them.
+
+    Args:
+        sent: the former, int64 `[ranks]`.
+    """
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent.contiguous())
-    found: list[int] = received.tolist()
-    return found
+    to_each, from_each = torch.stack((sent, received)).tolist()
+    return to_each, from_each
 
 
 def align(ranks: Ranks) -> None:

@@ -137,8 +137,7 @@ class ExactAllToAll(_AllToAll):
         """See `Dispatcher`."""
         assert sent.ids is not None
         tokens, rows, num_sent = self._destinations(sent.ids)
-        received = collectives.counts(num_sent, self._ranks)
-        to_each = num_sent.tolist()
+        to_each, received = collectives.counts(num_sent)
         tensors = [sent.hidden[tokens], sent.routing[rows]]
         hidden, routing = self._exchange(tensors, to_each, received, place)
 

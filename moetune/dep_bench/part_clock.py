@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moetune.dep_bench.block import Mark
 from moetune.dep_bench.process_group import Ranks
+from moetune.measure.reasons import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +119,8 @@ class DeviceClock:
         try:
             made.append(_GraphTake(self, call))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0]
         reasons = [found for found in self._ranks.gather(reason) if found]
         if reasons:
@@ -190,7 +193,9 @@ class _EagerTake:
 
 
 def _elapsed(events: list[tuple[str, torch.cuda.Event]]) -> Parts:
-    events[-1][1].synchronize()
+    import torch
+
+    torch.cuda.synchronize()  # an event of a graph says only then when it was recorded
     parts: Parts = {}
     for (_, begin), (part, end) in pairwise(events):
         parts[part] = parts.get(part, 0.0) + 1e3 * begin.elapsed_time(end)

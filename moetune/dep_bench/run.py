@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from moetune.backends.base import Backend
 from moetune.dep_bench.arms import Arm, Tune, arms_of
 from moetune.dep_bench.collectives import align
@@ -16,7 +18,7 @@ from moetune.dep_bench.journal import PointJournal
 from moetune.dep_bench.measure import Calls, measure
 from moetune.dep_bench.one_rank import OneRank
 from moetune.dep_bench.over_ranks import OverRanks
-from moetune.dep_bench.part_clock import PartClock, clock_for
+from moetune.dep_bench.part_clock import clock_for
 from moetune.dep_bench.payload import Format
 from moetune.dep_bench.process_group import Ranks
 from moetune.dep_bench.result import DepBench, Point
@@ -89,7 +91,6 @@ def dep_bench(
     arms, missing = arms_of(backend, layer, regime, ranks, tune)
     sources = {arm.name: arm.source for arm in arms}
     finished = PointJournal(journal if ranks.leads else None)
-    clock = clock_for(ranks, partial(align, ranks))
     key = partial(_key, setting, arms)
     points: list[Point] = []
     left_out: list[tuple[int, str]] = []
@@ -101,7 +102,7 @@ def dep_bench(
             if found is None and stop:
                 left_out.append((count, routing))
                 continue
-            point = found or _measured(setting, arms, clock, count, routing)
+            point = found or _measured(setting, arms, count, routing)
             if found is None and ranks.leads:
                 finished.add(name, point)
             if ranks.leads:
@@ -155,7 +156,7 @@ def _setting(
     return Setting(backend, spare, layer, regime, form, ranks, batches, rounds)
 
 
-def _measured(setting: Setting, arms: Sequence[Arm], clock: PartClock, tokens: int, routing: str) -> Point:
+def _measured(setting: Setting, arms: Sequence[Arm], tokens: int, routing: str) -> Point:
     regime = routed(setting.regime, routing)
     calls: Calls
     plan_bytes = 0
@@ -166,10 +167,10 @@ def _measured(setting: Setting, arms: Sequence[Arm], clock: PartClock, tokens: i
     else:
         calls = OneRank(setting, regime, tokens)
     of_ranks = setting.ranks.gather(plan_bytes)
-    return measure(
+    point = measure(
         calls,
         arms,
-        clock,
+        clock_for(setting.ranks, partial(align, setting.ranks)),
         setting.ranks,
         tokens=tokens,
         routing=routing,
@@ -177,6 +178,9 @@ def _measured(setting: Setting, arms: Sequence[Arm], clock: PartClock, tokens: i
         batches=setting.batches,
         rounds=setting.rounds,
     )
+    if setting.ranks.device != "cpu":
+        torch.cuda.empty_cache()  # the memory of this point's graphs is of no use to the next
+    return point
 
 
 def routed(regime: Regime, distribution: str) -> Regime:

@@ -1,0 +1,50 @@
+import pytest
+
+from moetune.dep_bench.process_group import Ranks, joined
+from moetune.errors import NoResultError, UsageError
+
+
+class Second(Ranks):
+    """The second of two ranks; `first` is what the first one gives to a collective."""
+
+    first = None
+
+    def gather(self, value):
+        return [type(self).first, value]
+
+
+def test_one_process_is_the_first_rank_and_asks_nobody():
+    with joined("cpu") as ranks:
+        assert (ranks.rank, ranks.size, ranks.device, ranks.leads) == (0, 1, "cpu", True)
+        assert ranks.gather(3) == [3]
+        assert ranks.broadcast("x") == "x"
+        assert ranks.of_first(lambda: 5) == 5
+
+
+def test_the_first_ranks_answer_is_everybodys():
+    Second.first = ("answer", None)
+    calls = []
+    assert Second(1, 2).of_first(lambda: calls.append("here")) == "answer"
+    assert not calls
+
+
+def test_an_error_of_the_first_rank_ends_the_others_too():
+    Second.first = (None, "OSError: planted")
+    with pytest.raises(NoResultError, match=r"The first rank failed. OSError: planted"):
+        Second(1, 2).of_first(lambda: None)
+
+    def fails():
+        raise OSError("planted")
+
+    with pytest.raises(OSError, match="planted"):
+        Ranks().of_first(fails)
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "message"),
+    [("9", None, "up to 8 ranks, given 9"), ("2", "cuda:1", "cuda:1 is one GPU")],
+)
+def test_what_cannot_be_started_is_refused(monkeypatch, size, device, message):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match=message), joined(device):
+        pass
