@@ -18,9 +18,12 @@ ROUTING: Final = "uniform_random"
 TRITON, FLASHINFER = "triton", "flashinfer_cutlass"
 _LINE: Final = re.compile(
     r"Using configuration from|Using default MoE config|MoE backend out|moetune|[Aa]uto-?[Tt]un|Simulating MoE routing|"
-    r"Model loading took|torch\.compile took|Graph capturing finished|init engine|KV cache size"
+    r"Model loading took|torch\.compile took|Graph capturing finished|init engine"
 )
 """The lines that are kept of a log."""
+_UNTELLING: Final = re.compile(
+    r"engine options|\[AutoTuner\]: Tuning|Injected <class|CUDA graph memory profiling|Initializing a V1 LLM"
+)
 _BEFORE: Final = re.compile(r"^.*?\[[\w./]+:\d+\] ")
 _LEFT: Final = re.compile(r"moetune: .*(are left to the engine|the engine's own configuration runs)")
 _COUNTS: Final = re.compile(r"moetune: .*: buckets of flashinfer-cutlass: (\d+) served, (\d+) tuned, (\d+) missed")
@@ -146,7 +149,7 @@ def missing_proof(arm: Arm, case: Case, logs: Sequence[str], folders: Folders) -
 def telling_lines(log: str) -> list[str]:
     """Returns the lines of a log that say what answered and what the start cost, each once, without the prefix."""
     lines = [_BEFORE.sub("", line).strip() for line in log.splitlines() if _LINE.search(line)]
-    return list(dict.fromkeys(line[:300] for line in lines if "engine options" not in line))[:_MOST_LINES]
+    return list(dict.fromkeys(line[:300] for line in lines if not _UNTELLING.search(line)))[:_MOST_LINES]
 
 
 def _folder(folder: Callable[[Folders], Path]) -> Callable[[Case, Folders], Mapping[str, str]]:

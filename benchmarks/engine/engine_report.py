@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from arms import ARMS
+from arms import ARMS, telling_lines
 from cases import CASES
 
 from moetune import stats
@@ -250,7 +250,7 @@ def _proofs(runs: Runs) -> Iterator[str]:
             words += _tactics(run)
             yield f"- `{arm}` {run['rep']} on GPU {run['gpus']}: {'; '.join(words)}"
         for lines in runs.of(arm)[0]["lines"]:
-            yield from ["  ```", *(f"  {line}" for line in lines), "  ```"]
+            yield from ["  ```", *(f"  {line}" for line in telling_lines("\n".join(lines))), "  ```"]
 
 
 def _tactics(run: Line) -> Iterator[str]:
