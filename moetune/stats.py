@@ -107,11 +107,17 @@ def _resampled_ratios(
         )
     if min(*numerator, *denominator) <= 0:
         raise UsageError("A paired comparison needs positive samples.")
-    draws = _draws(len(numerator), seed, resamples)
-    return list(map(truediv, (sum(draw(numerator)) for draw in draws), (sum(draw(denominator)) for draw in draws)))
+    sums = (_resampled_sums(tuple(series), seed, resamples) for series in (numerator, denominator))
+    return list(map(truediv, *sums))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=128)
+def _resampled_sums(series: tuple[float, ...], seed: int, resamples: int) -> tuple[float, ...]:
+    """Returns the sums of one series in `resamples` resamplings. Cached, as a bucket's series are compared in pairs."""
+    return tuple(sum(draw(series)) for draw in _draws(len(series), seed, resamples))
+
+
+@lru_cache(maxsize=16)
 def _draws(size: int, seed: int, resamples: int) -> tuple[Callable[[Sequence[float]], tuple[float, ...]], ...]:
     """Returns `resamples` choices of `size` items with replacement, as item getters.
 

@@ -142,6 +142,11 @@ class Backend(ABC):
             with suppress(Exception):  # a package that cannot load a system library may raise anything
                 importlib.import_module(module)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether it has an implementation of `compile`."""
+        return type(self).compile is not Backend.compile
+
     @abstractmethod
     def unavailable(self) -> tuple[str, str] | None:
         """Returns why it cannot run on this machine and what to do next; None if it can run."""

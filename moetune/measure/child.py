@@ -151,7 +151,6 @@ class Child:
         parent_end, child_end = Pipe()
         _limit_waits(parent_end.fileno())
         self.channel = Channel(parent_end, self._note.fileno(), MOST_BYTES)
-        self.channel.note(note)
         self._note.seek(_NOTE_BYTES)  # what else is written to this descriptor lands after the note
         self._mark = secrets.token_hex(16)
         handles = (child_end.fileno(), self._note.fileno())
@@ -170,6 +169,15 @@ class Child:
                 },
                 process_group=0,  # so that compilers it starts can be killed with it, and Ctrl-C does not reach it
             )
+        self.give(serve, *arguments, note=note)
+
+    def give(self, serve: Callable[..., None], *arguments: object, note: object = None) -> None:
+        """Sends the process a function to run, with its arguments. It is killed if they cannot be pickled.
+
+        Args:
+            serve, arguments, note: as for the class.
+        """
+        self.channel.note(note)
         try:
             self.channel.send((serve, arguments))
         except ConnectionError:  # the process has already ended; the next `receive` raises EOFError

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -27,7 +27,7 @@ STARTS = 4
 """How often a process is started for one job before the job fails because the processes die as they start."""
 START_S = 300.0
 """A process that has not acknowledged a job within this time is killed, and the job fails."""
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def capability_of(device: str) -> tuple[int, int] | None:
@@ -37,6 +37,11 @@ def capability_of(device: str) -> tuple[int, int] | None:
     import torch
 
     return torch.cuda.get_device_capability(device)
+
+
+def most_processes() -> int:
+    """Returns how many processes compile at once by default: one for each core that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class Compilers:
@@ -52,6 +57,7 @@ class Compilers:
         capability: compute capability of the device to compile for; see `capability_of`.
         processes: the largest number of processes. By default the number of cores that this process may use.
         timeout_s: the seconds that one job may take. The process is then killed, and the tactic fails.
+        child: makes a process as `Child` does, or takes a spare one.
     """
 
     def __init__(
@@ -61,10 +67,12 @@ class Compilers:
         processes: int | None = None,
         *,
         timeout_s: float = 120.0,
+        child: Callable[..., Child] = Child,
     ) -> None:
         self._backend = backend
         self._capability = capability
-        self._most = processes or len(os.sched_getaffinity(0))
+        self._child = child
+        self._most = processes or most_processes()
         self._reserve = self._most // RESERVE
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
@@ -187,7 +195,8 @@ class Compilers:
             else:
                 if idle:
                     idle.pop().kill()  # it makes room for the new process
-                child, state = Child(_serve, self._backend, environment=_NO_GPU, niceness=NICENESS), _State.STARTING
+                child = self._child(_serve, self._backend, environment=NO_GPU, niceness=NICENESS)
+                state = _State.STARTING
             busy[child.channel.connection] = _Busy(child, job, state, START_S)
             with suppress(OSError):  # if the process is dead, `_receive` finds that out
                 child.channel.send(job)

@@ -53,3 +53,17 @@ class Timeouts:
                 return self.timing_s + runs * self.run_s
             case _:
                 return self.prepare_s
+
+
+def how_it_hung(runs: int, limit_s: float, learned: bool) -> str:
+    """Returns why a process counts as hung.
+
+    Args:
+        runs: how often the tactic was to run.
+        limit_s: how long that was allowed to take.
+        learned: whether the best tactic so far has set the limit.
+    """
+    if not learned:
+        return f"hung: not finished within {limit_s:g} s"
+    run = "one run" if runs == 1 else f"each of {runs} runs"
+    return f"stopped: not finished within {limit_s:.3g} s, which allows {run} {SLOW} times the best so far"

@@ -24,7 +24,7 @@ from moetune.errors import DeviceLostError, MoetuneError, NoResultError
 from moetune.measure.bench import Activity, Bench, BenchLike, Series
 from moetune.measure.child import Channel, Child, GarbledError
 from moetune.measure.reasons import both, reason_of, shortened
-from moetune.measure.timeouts import SLOW, Timeouts
+from moetune.measure.timeouts import Timeouts, how_it_hung
 from moetune.spec.tactic import Tactic
 
 GLANCE_S = 0.1
@@ -44,6 +44,7 @@ class Worker:
         device: the torch device of the problems.
         timeouts: how long each activity may take.
         now_s: returns the current time in s on the system's monotonic clock. Tests replace it.
+        child: makes the process as `Child` does, or takes a spare one.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Worker:
         *,
         timeouts: Timeouts | None = None,
         now_s: Callable[[], float] = time.monotonic,
+        child: Callable[..., Child] = Child,
     ) -> None:
-        self._backend, self._device = backend, device
+        self._backend, self._device, self._child_of = backend, device, child
         self._timeouts = timeouts or Timeouts()
         self._now_s = now_s
         self._child: Child | None = None
@@ -154,27 +156,30 @@ class Worker:
                 reasons[message.tactic] = message.reason
             elif self._now_s() > max(status.since, sent) + limit_s and status == child.channel.noted():
                 learned = limit_s < self._timeouts.limit_s(status.activity, status.runs)
-                raise _ProcessLostError(status, _hung(status.runs, limit_s, learned), hung=not learned)
+                raise _ProcessLostError(status, how_it_hung(status.runs, limit_s, learned), hung=not learned)
             elif child.has_ended and not child.channel.connection.poll():  # a process that it left holds the other end
                 raise EOFError
 
     def _start(self) -> Child:
         if self._child is None:
-            self._child = Child(_serve, self._backend, self._device, note=_Status(Activity.PREPARE))
+            self._child = self._child_of(_serve, self._backend, self._device, note=_Status(Activity.PREPARE))
         return self._child
 
 
 @contextmanager
-def open_benches(backend: Backend, device: str, isolate: bool) -> Iterator[Callable[[Problem], BenchLike]]:
+def open_benches(
+    backend: Backend, device: str, isolate: bool, child: Callable[..., Child] = Child
+) -> Iterator[Callable[[Problem], BenchLike]]:
     """Yields a function that prepares a problem and returns its bench.
 
     Args:
         backend: the backend whose kernels the benches run.
         device: the torch device of the problems.
         isolate: True runs the kernels in a worker, which ends with the context; False runs them in this process.
+        child: as for `Worker`.
     """
     if isolate:
-        with Worker(backend, device) as worker:
+        with Worker(backend, device, child=child) as worker:
             yield worker.bench
     else:
         have_run: set[Tactic] = set()
@@ -348,14 +353,6 @@ class _Reporter:
 
     def eager(self, tactic: Tactic, reason: str) -> None:
         self._channel.send(_Eager(tactic, reason))
-
-
-def _hung(runs: int, limit_s: float, learned: bool) -> str:
-    """Returns why a process counts as hung."""
-    if not learned:
-        return f"hung: not finished within {limit_s:g} s"
-    run = "one run" if runs == 1 else f"each of {runs} runs"
-    return f"stopped: not finished within {limit_s:.3g} s, which allows {run} {SLOW} times the best so far"
 
 
 def is_moetunes(error: Exception) -> bool:

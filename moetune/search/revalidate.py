@@ -7,6 +7,7 @@ load, and the best of these at most 16 tactics 0.5 to 0.7 % slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from moetune.search.base import Batch, Search
@@ -67,8 +68,9 @@ def revalidate(
     times = dict((yield Batch(tuple(first), rounds)))
     if times:
         leader = min(times, key=lambda tactic: times[tactic])
-        further = [tactic for tactic in neighbors(leader) if tactic not in first][: MOST - len(first)]
-        if further and times.get(winner, float("inf")) > MOVED * times[leader]:
+        has_moved = times.get(winner, math.inf) > MOVED * times[leader]
+        further = [tactic for tactic in neighbors(leader) if tactic not in first] if has_moved else []
+        if further := further[: MOST - len(first)]:
             again = yield Batch((leader, *further), rounds)  # with the leader, because clock rates drift
             drift = again.get(leader, times[leader]) / times[leader]
             times |= {tactic: time_us / drift for tactic, time_us in again.items()}

@@ -9,6 +9,7 @@ Shared stores and the packaged profiles have the same layout in other folders, w
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -79,6 +80,11 @@ class Store:
     def journal(self, layer: MoELayer, regime: Regime, backend: str, environment: Environment) -> Journal:
         """Returns the journal of an unfinished tune for the profile at `path`."""
         return Journal(self.path(layer, regime, backend, environment).with_suffix(JOURNAL_SUFFIX), self._locked)
+
+    def may_hold(self, layer: MoELayer, backend: str) -> bool:
+        """Returns whether there is a file of this layer and backend, of whatever regime and environment. Reads none."""
+        pattern = f"*/{layer.slug}/*/{glob.escape(backend)}-*.json"
+        return any(True for root in self.roots for _ in root.glob(pattern))
 
     def is_packaged(self, path: Path) -> bool:
         """Returns whether a profile file is a packaged one."""

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from moetune.backends.base import Problem
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
+    from moetune.measure.spares import Spares
 
 NOISY_TRIES = 2
 """How often a bucket whose final comparison was too noisy is compared again."""
@@ -87,6 +88,7 @@ class TuneRun:
         isolate: run kernels in a process of their own.
         time_budget_s: about how long the run may take, or None.
         adds: also measure the buckets that the ladder `adaptive` adds.
+        spares: processes that were started ahead, or None.
     """
 
     def __init__(
@@ -102,9 +104,10 @@ class TuneRun:
         isolate: bool,
         time_budget_s: float | None,
         adds: bool = True,
+        spares: Spares | None = None,
     ) -> None:
         self._question, self._start, self._notes, self._report = question, start, notes, report
-        self._strategy, self._isolate, self._adds = strategy, isolate, adds
+        self._strategy, self._isolate, self._adds, self._spares = strategy, isolate, adds, spares
         self._journaled_as = "revalidate" if start else str(strategy)
         self._has_budget = time_budget_s is not None
         self._end = time.monotonic() + (math.inf if time_budget_s is None else time_budget_s)
@@ -128,15 +131,17 @@ class TuneRun:
         Raises:
             DefaultFailedError: after the last bucket, if a bucket has no choice because its default failed.
         """
+        from moetune.measure.child import Child
         from moetune.measure.compiling import Compilers, capability_of
         from moetune.measure.worker import open_benches
 
         question, journaled = self._question, self._notes.journal.read()
+        backend, device, child = question.backend, question.device, self._spares.child if self._spares else Child
         self._report_resumed(journaled)
         self._recall(journaled)
         with ExitStack() as stack:
-            bench_of = stack.enter_context(open_benches(question.backend, question.device, self._isolate))
-            compilers = stack.enter_context(Compilers(question.backend, capability_of(question.device)))
+            bench_of = stack.enter_context(open_benches(backend, device, self._isolate, child))
+            compilers = stack.enter_context(Compilers(backend, capability_of(device), child=child))
             prefetcher = stack.enter_context(
                 Prefetcher(question, self._order, journaled, self._journaled_as, compilers, self._start)
             )

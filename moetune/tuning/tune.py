@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from moetune.errors import MissError, MoetuneError
 from moetune.measure.forked import working_torch
+from moetune.measure.spares import Spares
 from moetune.measure.throttling import Throttling, throttling
 from moetune.spec.enums import Strategy
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 from moetune.store.store import Store
+from moetune.tuning.early import start_early
 from moetune.tuning.events import BucketChosen, OnEvent, Revalidated, Served, Throttled, TuneStarted
 from moetune.tuning.question import Question, check_options
 from moetune.tuning.refine import all_buckets, missing_buckets
@@ -85,7 +87,31 @@ def tune(
     """
     report = on_event or (lambda event: None)
     check_options(frozen, again, time_budget_s, near, start is not None, strategy)
-    question = Question.of(layer, regime, backend, store, device, rank, near)
+    with Spares() as spares:
+        if not frozen:
+            start_early(spares, layer, backend, store, device, isolate, surely=again or start is not None)
+        question = Question.of(layer, regime, backend, store, device, rank, near)
+        return _answered(
+            question, report, spares,
+            frozen=frozen, start=start, again=again, device=device,
+            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
+        )  # fmt: skip
+
+
+def _answered(
+    question: Question,
+    report: OnEvent,
+    spares: Spares,
+    *,
+    frozen: bool,
+    start: Profile | Path | str | None,
+    again: bool,
+    device: str | None,
+    strategy: Strategy,
+    isolate: bool,
+    time_budget_s: float | None,
+) -> Profile:
+    """Returns what is stored, or measures what is missing. The arguments and errors are those of `tune`."""
     found = question.found(exact=again or start is not None)
     stored = found.profile if found else None
     if again:
@@ -110,7 +136,7 @@ def tune(
         report(Revalidated(older.profile, older.differences))
     with working_torch(device):
         return _measured(
-            question, missing, stored, older.profile if older else None, again, report,
+            question, missing, stored, older.profile if older else None, again, report, spares,
             strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
         )  # fmt: skip
 
@@ -122,6 +148,7 @@ def _measured(
     older: Profile | None,
     again: bool,
     report: OnEvent,
+    spares: Spares,
     *,
     strategy: Strategy,
     isolate: bool,
@@ -132,10 +159,11 @@ def _measured(
     journal = question.journal()
     if again:
         journal.remove()
+    spares.start_for(question.backend, question.device, isolate)
     report(TuneStarted(question.backend.name, question.environment.device, len(missing)))
     run = TuneRun(
         question, missing, stored, older, Notes(journal, report), report,
-        strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
+        strategy=strategy, isolate=isolate, time_budget_s=time_budget_s, spares=spares,
     )  # fmt: skip
     saver = Saver(question, stored, again, report)
     before = throttling(question.device)
