@@ -38,8 +38,8 @@ class Engine(Protocol):
     def generate(self, sequences: int, prompt_tokens: int, output_tokens: int) -> tuple[float, list[Step]]:
         """Returns when the sequences were submitted (monotonic clock, s), and the engine core's steps."""
 
-    def profile(self, sequences: int, skip: int, count: int) -> None:
-        """Profiles the next decode steps."""
+    def profile(self, sequences: int, tokens: int, skip: int, count: int) -> None:
+        """Profiles the next steps of this many sequences and tokens."""
 
     def profiled(self) -> dict[str, Any] | None:
         """Returns what was profiled."""
@@ -89,8 +89,8 @@ class VllmEngine:
         self._llm.generate(prompts, parameters, use_tqdm=False)
         return submitted, self._recorder.take()
 
-    def profile(self, sequences: int, skip: int, count: int) -> None:
-        self._llm.collective_rpc("moetune_profile", args=(sequences, skip, count))
+    def profile(self, sequences: int, tokens: int, skip: int, count: int) -> None:
+        self._llm.collective_rpc("moetune_profile", args=(sequences, tokens, skip, count))
 
     def profiled(self) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self._llm.collective_rpc("moetune_profiled")[0]
@@ -128,7 +128,7 @@ class Marks:
 def measure(
     engine: Engine, results: Journal, marks: Marks, running: Sequence[int], passes: int, steps: int, profile: bool
 ) -> None:
-    """Measures decode steps and prefills, in passes, and then profiles decode steps.
+    """Measures decode steps and prefills, in passes, and then profiles both.
 
     An error in one measurement is a line of its own, and the others go on.
     """
@@ -143,7 +143,10 @@ def measure(
             _add(results, partial(prefill, engine, tokens, marks), what="prefill", at=tokens, number=number)
     for sequences in running if profile else ():
         marks.wait()
-        _add(results, partial(_profiled, engine, sequences, steps), what="profile", at=sequences)
+        _add(results, partial(_profiled_decode, engine, sequences, steps), what="profile decode", at=sequences)
+    for tokens in PREFILL if profile else ():
+        marks.wait()
+        _add(results, partial(_profiled_prefill, engine, tokens), what="profile prefill", at=tokens)
     marks.wait()
 
 
@@ -172,12 +175,28 @@ def prefill(engine: Engine, tokens: int, marks: Marks) -> dict[str, Any]:
     return summary(steady_ms(steps, at_once, trim=0))
 
 
-def _profiled(engine: Engine, sequences: int, steps: int) -> dict[str, Any]:
-    engine.profile(sequences, PROFILE_SKIP, PROFILE_STEPS)
+def _profiled_decode(engine: Engine, sequences: int, steps: int) -> dict[str, Any]:
+    engine.profile(sequences, sequences, PROFILE_SKIP, PROFILE_STEPS)
     engine.generate(sequences, PROMPT_TOKENS, steps)
+    return _profiled(engine)
+
+
+def _profiled_prefill(engine: Engine, tokens: int) -> dict[str, Any]:
+    """Returns the profile of steps as `prefill` times them. The step after the last one ends the profile."""
+    at_once = max(1, tokens // PREFILL_PROMPT) if tokens >= MAX_BATCHED_TOKENS else 1
+    engine.profile(at_once, tokens, 1, PREFILL_REPEATS - 1)
+    if at_once > 1:
+        engine.generate(at_once * (PREFILL_REPEATS + 3), PREFILL_PROMPT, 1)
+    else:
+        for _ in range(PREFILL_REPEATS + 1):
+            engine.generate(1, tokens, 1)
+    return _profiled(engine)
+
+
+def _profiled(engine: Engine) -> dict[str, Any]:
     found = engine.profiled()
     if found is None:
-        raise RuntimeError("the profiler saw too few decode steps with all sequences")
+        raise RuntimeError("the profiler saw too few full steps")
     if not found["moe_calls"]:
         raise RuntimeError(f"no kernel is known as a grouped GEMM; the longest are {found['longest']}")
     return found

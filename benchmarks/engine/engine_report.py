@@ -7,6 +7,7 @@ bootstrapped (`moetune.stats.paired_ratio`). The noise is that between the passe
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,14 +81,14 @@ class Runs:
             {line["at"] for run in self.runs for rank in run["ranks"] for line in rank if line["what"] == kind}
         )
 
-    def profile(self, arm: str, at: int) -> Line | None:
-        """Returns the profile of an arm's decode step, of the rank whose grouped GEMMs take longest."""
+    def profile(self, arm: str, kind: str, at: int) -> Line | None:
+        """Returns the profile of an arm's step, of the rank whose grouped GEMMs take longest."""
         found = [
             line
             for run in self.of(arm)
             for rank in run["ranks"]
             for line in rank
-            if line["what"] == "profile" and line["at"] == at and "moe_ms" in line
+            if line["what"] == f"profile {kind}" and line["at"] == at and "moe_ms" in line
         ]
         return max(found, key=lambda line: float(line["moe_ms"]), default=None)
 
@@ -194,43 +195,26 @@ def _gain(comparison: Comparison) -> str:
 
 def _bounds(runs: Runs) -> Iterator[str]:
     """Yields, for each moetune arm, the gain of a step that the gain of its grouped GEMMs allows."""
-    for arm in runs.arms:
+    for arm, kind in itertools.product(runs.arms, KINDS):
         other = runs.stock(arm)
         rows = []
-        for at in runs.sizes("decode") if other else ():
-            row = bound(runs, arm, str(other), at)
+        for at in runs.sizes(kind) if other else ():
+            row = bound(runs, arm, str(other), kind, at)
             if row is not None:
-                rows.append(
-                    [
-                        at,
-                        f"{row[0]:.2f}",
-                        f"{row[1]:.0%}",
-                        f"{row[2]:+.1%}",
-                        f"{row[3]:+.1%}",
-                        runs.compare(arm, str(other), "decode", at).text,
-                    ]
-                )
+                numbers = [f"{row[0]:.2f}", f"{row[1]:.0%}", f"{row[2]:+.1%}", f"{row[3]:+.1%}"]
+                rows.append([at, *numbers, runs.compare(arm, str(other), kind, at).text])
         if rows:
-            yield from ["", f"**the bound: {arm} against {other}**, decode; grouped GEMMs by PyTorch's profiler", ""]
-            yield from _table(
-                [
-                    "running sequences",
-                    "their ms",
-                    "share of the step",
-                    "their gain",
-                    "bound of the step's gain",
-                    "seen",
-                ],
-                rows,
-            )
+            yield from ["", f"**the bound: {arm} against {other}**, {kind}; grouped GEMMs by PyTorch's profiler", ""]
+            header = ["their ms", "share of the step", "their gain", "bound of the step's gain", "seen"]
+            yield from _table([KINDS[kind], *header], rows)
 
 
-def bound(runs: Runs, arm: str, other: str, at: int) -> tuple[float, float, float, float] | None:
+def bound(runs: Runs, arm: str, other: str, kind: str, at: int) -> tuple[float, float, float, float] | None:
     """Returns the other arm's grouped GEMMs in ms, their share of its step, their gain, and the gain that they allow.
 
     A share s of the step that becomes 1 + g times as fast makes the step 1 / (1 − s + s / (1 + g)) times as fast.
     """
-    mine, theirs, step = runs.profile(arm, at), runs.profile(other, at), runs.times(other, "decode", at)
+    mine, theirs, step = runs.profile(arm, kind, at), runs.profile(other, kind, at), runs.times(other, kind, at)
     if mine is None or theirs is None or not step:
         return None
     share = float(theirs["moe_ms"]) / statistics.median(step.values())

@@ -1,4 +1,4 @@
-"""An extension of vLLM's worker that profiles a few decode steps, and reads the cache of FlashInfer's tuner.
+"""An extension of vLLM's worker that profiles a few steps, and reads the cache of FlashInfer's tuner.
 
 vLLM mixes the class into its worker (`worker_extension_cls`), and the methods are called by `collective_rpc`.
 """
@@ -22,11 +22,12 @@ LONGEST: Final = 12
 
 
 class StepProfile:
-    """Profiles pure decode steps of a model runner.
+    """Profiles steps of one size of a model runner.
 
     Args:
         run: the runner's `execute_model`.
-        running: the number of sequences; only steps that give each of them one token count.
+        running: the number of sequences in such a step.
+        tokens: the tokens of such a step: as many as sequences if it is a decode step.
         skip: how many such steps pass first.
         count: how many are profiled.
         start: starts a profiler. It returns a function that ends it and returns (name, calls, µs) of each kernel.
@@ -36,18 +37,19 @@ class StepProfile:
         self,
         run: Callable[..., Any],
         running: int,
+        tokens: int,
         skip: int,
         count: int,
         start: Callable[[], Callable[[], Iterable[tuple[str, int, float]]]],
     ) -> None:
-        self._run, self._running, self._skip, self._count, self._start = run, running, skip, count, start
+        self._run, self._size, self._skip, self._count, self._start = run, (running, tokens), skip, count, start
         self._seen = 0
         self._end: Callable[[], Iterable[tuple[str, int, float]]] | None = None
         self.result: dict[str, Any] | None = None
 
     def __call__(self, scheduler_output: Any, *given: Any, **named: Any) -> Any:
-        scheduled = scheduler_output.num_scheduled_tokens
-        if len(scheduled) == self._running == scheduler_output.total_num_scheduled_tokens:
+        size = (len(scheduler_output.num_scheduled_tokens), scheduler_output.total_num_scheduled_tokens)
+        if size == self._size:
             if self._seen == self._skip:
                 self._end = self._start()
             elif self._seen == self._skip + self._count and self._end is not None:
@@ -96,11 +98,11 @@ class ProfilesSteps:
 
     model_runner: Any
 
-    def moetune_profile(self, running: int, skip: int, count: int) -> None:
-        """Profiles the next decode steps of `running` sequences."""
+    def moetune_profile(self, running: int, tokens: int, skip: int, count: int) -> None:
+        """Profiles the next steps of `running` sequences and `tokens` tokens."""
         runner = self.model_runner
         runner.execute_model = StepProfile(
-            type(runner).execute_model.__get__(runner), running, skip, count, start_torch_profiler
+            type(runner).execute_model.__get__(runner), running, tokens, skip, count, start_torch_profiler
         )
 
     def moetune_profiled(self) -> dict[str, Any] | None:

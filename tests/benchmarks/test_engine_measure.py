@@ -44,8 +44,8 @@ class PlantedEngine:
             steps.append(Step(self.now, count))
         return submitted, steps
 
-    def profile(self, sequences: int, skip: int, count: int) -> None:
-        self.profiles.append((sequences, skip, count))
+    def profile(self, sequences: int, tokens: int, skip: int, count: int) -> None:
+        self.profiles.append((sequences, tokens, skip, count))
 
     def profiled(self) -> dict[str, object]:
         return {"steps": 8, "kernels_ms": 4.0, "moe_ms": 3.0, "moe_calls": 96.0, "longest": []}
@@ -91,8 +91,10 @@ def test_decode_steps_and_prefills_are_measured_in_passes(tmp_path):
     assert decode == [(number, at, pytest.approx(2.0 + 0.5 * at)) for number in (0, 1) for at in (1, 8, 32)]
     prefill = [(line["at"], line["ms"]) for line in lines if line["what"] == "prefill"]
     assert prefill == [(at, pytest.approx(at * 0.01)) for _ in (0, 1) for at in (1024, 4096, 16384)]
-    assert engine.profiles == [(at, 6, 8) for at in (1, 8, 32)]
-    assert [line["at"] for line in lines if line["what"] == "profile"] == [1, 8, 32]
+    prefills = [(1, 1024, 1, 4), (1, 4096, 1, 4), (16, 16384, 1, 4)]
+    assert engine.profiles == [*((at, at, 6, 8) for at in (1, 8, 32)), *prefills]
+    assert [line["at"] for line in lines if line["what"] == "profile decode"] == [1, 8, 32]
+    assert [line["at"] for line in lines if line["what"] == "profile prefill"] == [1024, 4096, 16384]
     assert [call for call in engine.calls if call[2] == 4] == [(at, 32, 4) for at in (1, 8, 32)]  # one warm-up each
 
 
@@ -127,7 +129,7 @@ def test_the_profiler_sees_only_full_decode_steps():
             events.append("end") or [("fused_moe_kernel", 192, 6000.0), ("silu", 8, 2000.0), ("launch", 9, 0.0)]
         )
 
-    profile = worker_profile.StepProfile(lambda output: events.append("run") or output, 2, 1, 2, start)
+    profile = worker_profile.StepProfile(lambda output: events.append("run") or output, 2, 2, 1, 2, start)
     pure = SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 1}, total_num_scheduled_tokens=2)
     mixed = SimpleNamespace(num_scheduled_tokens={"a": 1, "b": 9}, total_num_scheduled_tokens=10)
     for output in (mixed, pure, pure, mixed, pure, pure, pure):
@@ -149,7 +151,7 @@ def test_the_workers_runner_runs_unprofiled_afterwards():
 
     worker = worker_profile.ProfilesSteps()
     worker.model_runner = Runner()
-    worker.moetune_profile(2, 0, 1)
+    worker.moetune_profile(2, 2, 0, 1)
     assert isinstance(worker.model_runner.execute_model, worker_profile.StepProfile)
     other = SimpleNamespace(num_scheduled_tokens={"a": 1}, total_num_scheduled_tokens=1)
     assert worker.model_runner.execute_model(other) is other

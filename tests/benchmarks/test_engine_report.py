@@ -130,7 +130,9 @@ def journal(times, profiles=(), **changes):
         for rep, passes in enumerate(reps):
             start = {"what": "start", "seconds": 61.5, "versions": {"vllm": "0.26.0"}}
             decode = [{"what": "decode", "at": 32, "number": at, "ms": ms} for at, ms in enumerate(passes)]
-            found = [{"what": "profile", "at": 32, "moe_ms": dict(profiles)[arm]}] if arm in dict(profiles) else []
+            found = (
+                [{"what": "profile decode", "at": 32, "moe_ms": dict(profiles)[arm]}] if arm in dict(profiles) else []
+            )
             run = {
                 "kind": "run",
                 "case": "qwen3-30b",
@@ -210,7 +212,7 @@ def test_a_missing_proof_an_unfinished_run_and_a_failed_measurement_fail_by_name
 def test_the_bound_is_the_share_of_the_step_times_the_kernels_gain():
     lines = journal({"default": STOCK, "moetune": FASTER}, {"default": 8.0, "moetune": 7.0})
     step = 16.01
-    moe, share, gain, allowed = bound(Runs(lines, "qwen3-30b"), "moetune", "default", 32)
+    moe, share, gain, allowed = bound(Runs(lines, "qwen3-30b"), "moetune", "default", "decode", 32)
     assert (moe, share, gain) == (8.0, pytest.approx(8.0 / step), pytest.approx(8 / 7 - 1))
     assert allowed == pytest.approx(step / (step - 1.0) - 1)
     assert "| 32 | 8.00 | 50% | +14.3% | +6.7% | +3.1% [+3.1%, +3.1%] |" in report(lines)[0]
