@@ -40,9 +40,9 @@ class OneRank:
         )
 
     def warm(self, tactic_of: TacticOf) -> float:
-        """Runs an arm's kernel once, checks it, and returns its relative error. Raises NoResultError if it is wrong."""
+        """Runs an arm once, checks its kernel, and returns the relative error. Raises NoResultError if it is wrong."""
         setting = self._setting
-        out = self._runner.run(tactic_of(self.rows[0]), 0)
+        out = self._call(tactic_of(self.rows[0]), 0, lambda part: None)
         return require_right(
             out, self._runner.reference(0), setting.backend.tolerance(setting.layer), "The kernel's output"
         )

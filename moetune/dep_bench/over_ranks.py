@@ -72,6 +72,7 @@ class OverRanks:
         """Returns a call of the experts' kernel alone, on a sampled routing of this rank."""
         runner, rows = self._sampled()
         tactic = tactic_of(rows)
+        runner.run(tactic, batch)  # what compiles cannot be captured
 
         def call(mark: Mark) -> None:
             runner.run(tactic, batch)

@@ -90,7 +90,8 @@ class _HostTake:
 class DeviceClock:
     """Times by CUDA events. The L2 cache is overwritten before each call, and then all ranks begin together.
 
-    A static call is captured in a CUDA graph, as engines do. If any rank cannot capture it, none uses graphs.
+    A static call is captured in a CUDA graph, as engines do. If any rank cannot capture it, none uses graphs. A call
+    has to have run once before.
 
     Args:
         ranks: the ranks.
@@ -107,6 +108,7 @@ class DeviceClock:
         self._flush = torch.empty(2 * max(l2_bytes, 1 << 20), dtype=torch.int8, device=self._device)
         self._stream: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool: Any = torch.cuda.graph_pool_handle()
+        before()  # what is set up at its first call cannot be captured
 
     def take(self, call: MarkedCall, *, static: bool) -> Take:
         """See `PartClock`. It is a collective if `static`: all ranks decide together whether a graph runs."""

@@ -1,24 +1,13 @@
-from planted_points import arm, point
+from planted_points import arm, document, point
 
 from moetune.dep_bench.report import dep_bench_report
-from moetune.dep_bench.result import DepBench
-from moetune.inputs.presets import layer as preset
-from moetune.spec.environment import Environment
-from moetune.spec.regime import Regime
-
-SOURCES = {"default": "no tuner", "engine": "FlashInfer's autotune", "pure_ep": "moetune", "dispatcher": "moetune"}
 
 
 def shown(*points, **changed):
     from rich.console import Console
 
-    fields = {
-        "layer": preset("qwen3-30b-a3b"), "regime": Regime(ep_size=2, dispatch="allgather"), "backend": "planted",
-        "environment": Environment(device="planted", strict={}), "ranks": 2, "wire": "bf16", "wire_routing": "logits",
-        "sources": SOURCES, "missing": {}, "points": points,
-    }  # fmt: skip
     console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for each in dep_bench_report(DepBench(**{**fields, **changed})):
+    for each in dep_bench_report(document(*points, **changed)):
         console.print(each)
     return [" ".join(line.split()) for line in console.export_text().splitlines()]
 

@@ -1,7 +1,12 @@
 """A point of a dep-bench with planted times."""
 
-from moetune.dep_bench.result import ArmTime, PartTime, Point
+from moetune.dep_bench.result import ArmTime, DepBench, PartTime, Point
+from moetune.inputs.presets import layer as preset
+from moetune.spec.environment import Environment
+from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
+
+SOURCES = {"default": "no tuner", "engine": "FlashInfer's autotune", "pure_ep": "moetune", "dispatcher": "moetune"}
 
 
 def arm(name, time_us, gain=1.0, low=1.0, high=1.0):
@@ -23,3 +28,12 @@ def point(**changed):
         "fidelity_by_rank": (1.01, 1.014), "dummy_agrees": True, "eager": "",
     }  # fmt: skip
     return Point(**{**fields, **changed})
+
+
+def document(*points, **changed):
+    fields = {
+        "layer": preset("qwen3-30b-a3b"), "regime": Regime(ep_size=2, dispatch="allgather"), "backend": "planted",
+        "environment": Environment(device="planted", strict={}), "ranks": 2, "wire": "bf16", "wire_routing": "logits",
+        "sources": SOURCES, "missing": {}, "points": points,
+    }  # fmt: skip
+    return DepBench(**{**fields, **changed})
