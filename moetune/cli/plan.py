@@ -67,7 +67,7 @@ def plan(request: Request, store: Path | None, near: bool, device_name: str | No
 def _kernels(request: Request, backend: Backend) -> Kernels:
     from moetune.backends import registry
     from moetune.cli.notes import preferred_to
-    from moetune.inputs.engine_flags import engine_flags, reaches
+    from moetune.inputs.engine_flags import FROM_LOGITS, engine_flags, reaches
     from moetune.tuning.outlook import Kernels
 
     layer, regime, engine = request.layer, request.regime, request.engine
@@ -77,6 +77,7 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
         computing=tuple(registry.backends_computing(layer, regime)),
         runs_here=backend.unavailable() is None,
         flags=dict(engine_flags(backend.name, layer.precision)) if reaches(backend.name, regime.layout) else {},
+        routed_by="kernel" if backend.name == FROM_LOGITS else "engine",
         preferred=preferred_to(backend, engine, layer, regime) if engine and request.auto else {},
     )
 

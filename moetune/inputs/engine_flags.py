@@ -38,7 +38,11 @@ _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
 _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
 TRITON: Final = ("triton", "batched-triton")
 """The backends whose tactics an engine reads from a file."""
-_TRTLLM: Final = ("flashinfer-trtllm", "flashinfer-trtllm-routed")
+FROM_LOGITS: Final = "flashinfer-trtllm"
+"""The backend whose kernel chooses the experts of a token itself. To all others the engine passes their ids."""
+WITH_IDS: Final = "flashinfer-trtllm-routed"
+"""The backend of the same kernels that takes the ids."""
+_TRTLLM: Final = (FROM_LOGITS, WITH_IDS)
 
 
 def reaches(backend: str, layout: str | None) -> bool:

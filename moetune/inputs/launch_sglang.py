@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from moetune.errors import UnsupportedError, UsageError
-from moetune.inputs.engine_flags import backend_of
+from moetune.inputs.engine_flags import backend_of, engine_flags
 from moetune.inputs.launch_line import TRUE, Line
 from moetune.inputs.launch_model import Deployed
 
@@ -69,7 +69,26 @@ def _kernels(line: Line, deployed: Deployed, word: str) -> dict[str, Any]:
     backend = _backend(line, deployed)
     if word == "flashinfer" and backend == "flashinfer-trtllm" and "backend" not in deployed.beside:
         backend = "flashinfer-trtllm-routed"
+    _warn_of_unseen_experts(line, deployed, backend)
     return {"backend": backend, "ladder": "hybrid" if (backend or "").startswith("flashinfer") else None}
+
+
+def _warn_of_unseen_experts(line: Line, deployed: Deployed, backend: str | None) -> None:
+    """Adds a warning if SGLang is to return experts that the kernel chooses from logits, without telling them.
+
+    SGLang captures the experts where it chooses them itself (`select_experts` in `srt/layers/moe/topk.py`). For these
+    kernels it passes the logits on (`BypassedTopKOutput`), wherever they have the model's router.
+    """
+    if backend != "flashinfer-trtllm" or not line.switch("enable-return-routed-experts"):
+        return
+    routed = engine_flags("flashinfer-trtllm-routed", deployed.layer.precision)["sglang"]
+    instead = "Select kernels to which SGLang passes the ids."
+    if routed != engine_flags(backend, deployed.layer.precision)["sglang"]:
+        instead = f"Start it with {routed}, to which SGLang passes the ids; that is tuned apart."
+    deployed.warn(
+        "The line's kernels choose the experts from the router's logits, so SGLang does not see them, and "
+        f"--enable-return-routed-experts does not return them. {instead}"
+    )
 
 
 def _backend(line: Line, deployed: Deployed) -> str | None:

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moetune.inputs.engine_flags import TRITON, preferred_to_triton
+from moetune.inputs.engine_flags import TRITON, WITH_IDS, preferred_to_triton
 from moetune.report.command import command, shortest
 from moetune.report.format import count, human_bytes, human_flops
 from moetune.report.lines import (
@@ -204,7 +204,7 @@ def _unknown_row(plan: Plan) -> str:
 def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
     """Returns which kernels run the experts, which profile is nearest, and what to run next."""
     profile = plan.profile
-    lines = [Text(_kernels_line(plan, kernels))]
+    lines = [Text(line) for line in (_kernels_line(plan, kernels), _routing_line(plan, kernels)) if line]
     if plan.backend not in kernels.computing and not (profile and profile.answers):
         return lines
     if plan.profile_unknown:
@@ -254,6 +254,24 @@ def _kernels_line(plan: Plan, kernels: Kernels) -> str:
         without.insert(0, "runs these on Hopper")
     chosen = f"kernels: {backend}. The command selects none: start {name} with {flag}."
     return f"{chosen} Without it {name} {listed(without)}." if without else chosen
+
+
+def _routing_line(plan: Plan, kernels: Kernels) -> str:
+    """Returns what chooses the experts of a token, for the two backends that differ in it; else an empty string."""
+    if kernels.routed_by == "kernel":
+        recorded = " For a recording, logits are made from which it chooses the recorded experts."
+        return (
+            "routing: the kernel chooses the experts itself, from the router's logits."
+            + (recorded if plan.regime.recordings else "")
+            + " Where the engine must choose them, as for rollouts whose routing is returned or replayed, it runs "
+            f"{WITH_IDS}, which is tuned apart: --backend {WITH_IDS}."
+        )
+    if plan.backend != WITH_IDS:
+        return ""
+    return (
+        "routing: the engine chooses the experts and passes their ids, so the kernel runs any routing, also a "
+        "recorded one: --distribution replay:PATH."
+    )
 
 
 def _profile_line(profile: NearestProfile | None) -> str:

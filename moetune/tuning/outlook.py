@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from moetune.errors import MissError, Plain
 from moetune.spec.layer import MoELayer
@@ -19,7 +20,8 @@ class Kernels(FrozenModel):
     `engine`: the engine whose launch line or dispatcher was given. `selected`: whether the command selects the backend;
     if not, moetune chose it. `computing`: the backends that compute the layer, on any machine. `runs_here`: whether the
     backend can run on this machine. `flags`: what selects the backend, by engine. `preferred`: what the engine prefers
-    to these kernels if nothing selects them, by GPU generation.
+    to these kernels if nothing selects them, by GPU generation. `routed_by`: whether the `engine` chooses the experts
+    of a token and passes their ids, or the `kernel` chooses them from the router's logits.
     """
 
     engine: str | None
@@ -28,6 +30,7 @@ class Kernels(FrozenModel):
     runs_here: bool
     flags: dict[str, str]
     preferred: dict[str, str]
+    routed_by: Literal["engine", "kernel"] = "engine"
 
 
 class NearestProfile(FrozenModel):

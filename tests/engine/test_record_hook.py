@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import sys
 from abc import ABC, abstractmethod
@@ -121,6 +122,27 @@ def test_sglangs_routers_are_recorded_from_the_begin_of_the_loop(engine_sources,
     recording._close()
     assert torch.equal(read_recording(path).ids, torch.cat([tokens(8, seed=1), tokens(8, seed=2)]))
     assert read_recording(path, 6).layers == 1
+
+
+def test_sglang_captures_no_experts_where_the_kernel_chooses_them(engine_sources):
+    """`--enable-return-routed-experts` sees what `select_experts` chooses; a bypassed router passes the logits on."""
+    source = engine_sources("sglang") / "sglang" / "srt" / "layers" / "moe" / "topk.py"
+    tree = ast.parse(source.read_text())
+    (topk,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TopK")
+    methods = {node.name: node for node in topk.body if isinstance(node, ast.FunctionDef)}
+    bind = ast.unparse(methods["bind_runner_backend"])
+    assert "runner_backend.is_flashinfer_trtllm() and _can_bypass_trtllm_routing" in bind
+    assert "TopKOutputFormat.BYPASSED" in bind
+    assert not any("capture" in ast.unparse(node) for name, node in methods.items() if name.startswith("forward"))
+    (bypassed,) = (
+        node
+        for node in ast.walk(methods["forward_cuda"])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "output_format == TopKOutputFormat.BYPASSED"
+    )
+    (returned,) = bypassed.body
+    assert ast.unparse(returned).startswith("return BypassedTopKOutput(")
+    assert "select_experts" not in ast.unparse(returned)
+    assert "routing_replay_out" not in source.read_text()
 
 
 def test_the_variable_hooks_the_engines_modules_when_they_are_imported(path, monkeypatch, tmp_path, caplog):

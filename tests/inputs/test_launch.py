@@ -390,6 +390,44 @@ def test_a_balancer_that_places_experts_otherwise_is_a_warning_under_a_skew(line
     assert not any(said in warning for warning in read(line).warnings)
 
 
+SGLANG_RETURNS = "sglang serve --model-path Qwen/Qwen3-30B-A3B --tp 8 --enable-return-routed-experts"
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        (
+            f"{SGLANG_RETURNS} --moe-runner-backend flashinfer_trtllm",
+            "Start it with --moe-runner-backend flashinfer_trtllm_routed, to which SGLang passes the ids",
+        ),
+        (
+            f"{SGLANG_RETURNS.replace('Qwen/Qwen3-30B-A3B', 'openai/gpt-oss-120b')} "
+            "--moe-runner-backend flashinfer_mxfp4",
+            "Select kernels to which SGLang passes the ids.",
+        ),
+    ],
+)
+def test_experts_that_the_kernel_chooses_are_not_returned_by_sglang(line, instead):
+    (warning,) = (each for each in read(line).warnings if "--enable-return-routed-experts" in each)
+    assert "SGLang does not see them" in warning
+    assert instead in warning
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{SGLANG_RETURNS} --moe-runner-backend flashinfer_trtllm_routed",
+        f"{SGLANG_RETURNS} --moe-runner-backend flashinfer_trtllm --moe-a2a-backend flashinfer --dp 8 "
+        "--enable-dp-attention",
+        f"{SGLANG_RETURNS} --moe-runner-backend triton",
+        SGLANG_RETURNS.replace("--enable-return-routed-experts", "--moe-runner-backend flashinfer_trtllm"),
+        "vllm serve Qwen/Qwen3-30B-A3B -tp 8 --enable-return-routed-experts --moe-backend flashinfer_trtllm",
+    ],
+)
+def test_experts_that_the_engine_chooses_or_the_kernel_writes_are_returned(line):
+    assert not any("--enable-return-routed-experts" in warning for warning in read(line).warnings)
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "deepseek", "deepseek_hierarchical"])
 def test_a_balancer_whose_rule_moetune_has_is_no_warning(algorithm):
     line = (

@@ -186,6 +186,29 @@ def test_the_kernels_are_one_line(planned, backend, changed, line):
     assert _bottom(planned, backend=backend, kernels=KERNELS.model_copy(update=changed))[0] == f"kernels: {line}"
 
 
+def test_a_plan_says_what_chooses_the_experts_where_both_can(planned):
+    computing = ("flashinfer-trtllm", "flashinfer-trtllm-routed", "triton")
+    kernels = KERNELS.model_copy(update={"computing": computing})
+
+    def routing(backend, routed_by, regime=planned.regime):
+        found = kernels.model_copy(update={"routed_by": routed_by})
+        lines = _bottom(planned, backend=backend, kernels=found, regime=regime)
+        return [line for line in lines if line.startswith("routing: ")]
+
+    (line,) = routing("flashinfer-trtllm", "kernel")
+    assert line == (
+        "routing: the kernel chooses the experts itself, from the router's logits. Where the engine must choose them, "
+        "as for rollouts whose routing is returned or replayed, it runs flashinfer-trtllm-routed, which is tuned "
+        "apart: --backend flashinfer-trtllm-routed."
+    )
+    replayed = planned.regime.model_copy(update={"distribution": "replay:0123456789abcdef"})
+    (line,) = routing("flashinfer-trtllm", "kernel", replayed)
+    assert "For a recording, logits are made from which it chooses the recorded experts." in line
+    (line,) = routing("flashinfer-trtllm-routed", "engine")
+    assert line.startswith("routing: the engine chooses the experts and passes their ids")
+    assert routing("triton", "engine") == []
+
+
 @pytest.mark.parametrize(
     ("profile", "line"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trtllm_native as native
@@ -13,6 +15,7 @@ from trtllm_questions import REGIMES, SIZES, backend, layer, problem
 
 from moetune.backends.flashinfer_trtllm.backend import TrtllmBackend
 from moetune.errors import UnsupportedError
+from moetune.recordings.reading import with_digest
 from moetune.spec.enums import Precision
 from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
@@ -159,6 +162,25 @@ def test_the_ids_that_a_tactic_sees_have_the_regimes_histogram(
             assert torch.equal(weights, expected)
         elif int(routing.topk_ids.min()) >= 0:
             assert torch.equal(ids.sort(1).values, routing.topk_ids.long().sort(1).values)
+
+
+@pytest.mark.parametrize("how", ["logits", "packed", "unpacked"])
+def test_a_recordings_tokens_reach_the_kernel_with_their_experts(
+    compiled: CompiledModule, how: str, tmp_path: Path
+) -> None:
+    recorded = [[0, 5, 9], [15, 2, 4], [7, 8, 1], [12, 13, 3]]
+    np.save(tmp_path / "traffic.npy", np.array(recorded, dtype=np.int32))
+    regime = with_digest(Regime(ep_size=4, dispatch="allgather", distribution=f"replay:{tmp_path / 'traffic.npy'}"))
+    runner = backend(how).prepare(problem(layer(), regime, draws=2, rows=20))
+    rows = {tuple(sorted(row)) for row in recorded}
+    for draw in range(2):
+        runner.run(TACTIC, draw)
+        _, arguments = compiled.calls.pop()
+        ids, _ = native.chosen(arguments)
+        assert {tuple(sorted(row)) for row in ids.tolist()} <= rows
+        if how != "logits":
+            assert {tuple(row) for row in ids.tolist()} <= {tuple(row) for row in recorded}
+    assert ("routing_logits" in arguments and arguments["routing_logits"] is not None) == (how == "logits")
 
 
 def test_each_call_has_its_draws_routing_and_inputs(compiled: CompiledModule) -> None:
