@@ -75,7 +75,16 @@ def register(logger: logging.Logger) -> None:
 
 def _register(spelled: str, logger: logging.Logger) -> None:
     began = time.perf_counter()
-    from moetune.engine import flashinfer_hook, session, start_tune, triton_engines, triton_hook, warmup_end
+    from moetune.engine import (
+        flashinfer_hook,
+        marlin_engines,
+        marlin_hook,
+        session,
+        start_tune,
+        triton_engines,
+        triton_hook,
+        warmup_end,
+    )
     from moetune.engine.strategy import Strategy, strategy_of_variable
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
@@ -108,6 +117,9 @@ def _register(spelled: str, logger: logging.Logger) -> None:
             triton_hook.install, engine=engine, session=opened, rank=options.rank, spelled=spelled, tune_s=tune_s
         )
         when_imported(engine.caller, install)
+    for marlin in marlin_engines.ENGINES:
+        answer = partial(marlin_hook.install, engine=marlin, session=opened, rank=options.rank, spelled=spelled)
+        when_imported(marlin.module, answer)
     for step in warmup_end.LAST_STEPS:
         when_imported(step.module, partial(warmup_end.install, step=step, session=opened))
     if obstacle := flashinfer_versions.obstacle():

@@ -35,7 +35,8 @@ class MarlinBackend(Backend):
     """Tunes vLLM's `moe_wna16_marlin_gemm` for int4, mxfp4 and nvfp4 weights, from compute capability 8.0.
 
     Args:
-        formula: the engine whose formula gives the default's block size, `vllm` or `sglang`.
+        formula: the engine whose formula gives the default's block size, `vllm` or `sglang`. For SGLang, only block
+            sizes are tuned.
 
     Raises:
         UsageError: there is no such formula.
@@ -96,12 +97,17 @@ class MarlinBackend(Backend):
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Returns every block size with every pair of tiles that the device can run, the default first.
 
+        For SGLang it returns the block sizes alone, because the function that calls its kernel takes no tiles.
+
         Raises:
             UnsupportedError: this layer is not computed.
         """
         self._require(layer, regime)
+        default = self.default(layer, regime, rows)
+        if self.formula == "sglang":
+            return space.block_sizes(default)
         both = space.gemms(layer, regime, FORMATS[layer.precision])
-        return space.candidates(both, self.default(layer, regime, rows), space.Device.of(device))
+        return space.candidates(both, default, space.Device.of(device))
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """Returns the block size of the engine's formula, with the kernel's own tiles."""

@@ -133,6 +133,11 @@ def tactic_of(block_size_m: int, gemm1: str = AUTO, gemm2: str = AUTO) -> Tactic
     return Tactic(block_size_m=block_size_m, gemm1=gemm1, gemm2=gemm2)
 
 
+def block_sizes(default: Tactic) -> Candidates:
+    """Returns every block size with the kernel's own tiles, the default first."""
+    return Candidates(tuple(dict.fromkeys((default, *map(tactic_of, BLOCK_SIZES_M)))))
+
+
 def candidates(both: tuple[Gemm, Gemm], default: Tactic, device: Device) -> Candidates:
     """Returns every block size with every pair of tiles that the device runs, the default first."""
     tactics = {default: None}

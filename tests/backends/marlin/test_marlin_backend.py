@@ -179,6 +179,9 @@ def test_the_default_is_the_engines_and_a_candidate():
         assert formula.casefold() in default.source.casefold()
         assert backend.candidates(layer, regime, 256, "cpu").tactics[0] == default.tactic
         assert backend.environment()["formula"] == formula
+    assert [backend.candidates(layer, regime, rows, "cpu").tactics for rows in (256,)] == [
+        (tactic_of(48), *(tactic_of(size) for size in (8, 16, 32, 64)))
+    ], "SGLang passes no tiles"
     with pytest.raises(UsageError, match="Unknown formula 'trtllm'"):
         MarlinBackend("trtllm")
 
