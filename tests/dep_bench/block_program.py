@@ -1,6 +1,7 @@
 """One of several processes that run the block over gloo; `test_dispatchers.py` starts all of them.
 
-Arguments: the rank, the number of ranks, and a folder. Rank 0 writes what was found to `found.json` in that folder.
+Arguments: the rank, the number of ranks, a folder, and the backend: `torch`, or `triton` under its interpreter. Rank 0
+writes what was found to `found.json` in that folder.
 """
 
 import json
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from interpreted import replace_parts_of_the_interpreter
 
-from moetune.backends.plain_torch.backend import TorchBackend
 from moetune.backends.reference import relative_error
+from moetune.backends.registry import backend
 from moetune.dep_bench.block import Block
 from moetune.dep_bench.dispatchers import dispatcher_for
 from moetune.dep_bench.experts import Experts
@@ -23,9 +25,11 @@ from moetune.dep_bench.reference import block_reference
 from moetune.dep_bench.router import Router
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
-from moetune.spec.tactic import Tactic
 
 LAYER = MoELayer(name="tiny", num_experts=10, top_k=3, hidden_size=32, intermediate_size=16, precision="fp32")
+BF16 = MoELayer(name="bf16", num_experts=8, top_k=2, hidden_size=128, intermediate_size=128)
+SPARSE = MoELayer(name="sparse", num_experts=4, top_k=1, hidden_size=32, intermediate_size=16, precision="fp32")
+LAYERS = {"torch": LAYER, "triton": BF16}
 TOKENS = 6
 LOADS = ("allgather", "deduplicated", "slot", "pool")
 WIRES = (("bf16", None), ("bf16", "topk"), ("bf16", "packed_topk"), ("fp4", None), ("fp4", "packed_topk"))
@@ -36,30 +40,40 @@ def regime_of(load: str, size: int) -> Regime:
     return Regime(ep_size=size, uneven_shards=True, draws=1, ladder="8", **fields)
 
 
-def found_of(ranks: Ranks, load: str, activation: str, routing: str | None) -> dict[str, object]:
+def found_of(
+    ranks: Ranks, name: str, load: str, activation: str, routing: str | None, tokens: int = TOKENS
+) -> dict[str, object]:
+    layer = LAYERS[name] if tokens == TOKENS else SPARSE
     regime = regime_of(load, ranks.size)
-    form = Format.of(LAYER, regime, activation, routing)
-    router = Router(LAYER, "zipf:0.5", 3, "cpu")
-    experts = Experts(TorchBackend(), LAYER, regime, ranks.rank, "cpu")
-    block = Block(LAYER, regime, form, router, dispatcher_for(ranks, form, LAYER, regime), experts)
-    x = torch.randn(TOKENS, LAYER.hidden_size, generator=torch.Generator().manual_seed(ranks.rank))
+    form = Format.of(layer, regime, activation, routing)
+    router = Router(layer, "zipf:0.5", 3, "cpu")
+    mine = backend(name)
+    experts = Experts(mine, layer, regime, ranks.rank, "cpu")
+    block = Block(layer, regime, form, router, dispatcher_for(ranks, form, layer, regime), experts)
+    x = torch.randn(tokens, layer.hidden_size, generator=torch.Generator().manual_seed(ranks.rank))
+    x = x.to(experts.inputs(1).x.dtype)
     parts: list[str] = []
-    out = block.run(x, lambda rows: Tactic(algorithm="eager"), parts.append)
-    error = relative_error(out, block_reference(TorchBackend(), LAYER, regime, form, router, x))
+    out = block.run(x, lambda rows: mine.heuristic(layer, regime, rows), parts.append)
+    error = relative_error(out, block_reference(backend(name), layer, regime, form, router, x))
     ids, _ = router.top_k(router.logits(x))
     rows, received = block.arrived
     return {"error": error, "ids": ids.tolist(), "rows": rows, "received": received, "parts": parts}
 
 
-def main(rank: int, size: int, folder: Path) -> None:
+def main(rank: int, size: int, folder: Path, name: str) -> None:
+    if name == "triton":
+        replace_parts_of_the_interpreter()
     where = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     ranks = Ranks(rank, size, "cpu", dist.group.WORLD)
     found = {
-        f"{load} {activation} {routing}": ranks.gather(found_of(ranks, load, activation, routing))
+        f"{load} {activation} {routing}": ranks.gather(found_of(ranks, name, load, activation, routing))
         for load in LOADS
         for activation, routing in WIRES
     }
+    if name == "torch":  # with one token and one expert a rank, some ranks get nothing
+        for load in LOADS:
+            found[f"{load} sparse"] = ranks.gather(found_of(ranks, name, load, "bf16", None, tokens=1))
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
@@ -67,4 +81,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -21,18 +21,25 @@ RANKS = 4
 CASES = [f"{load} {activation} {routing}" for load in LOADS for activation, routing in WIRES]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(folder, size, backend, **variables):
+    """What the program has found on `size` ranks."""
+    paths = [str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
     command = [sys.executable, "-W", "ignore", str(PROGRAM)]
     started = [
-        subprocess.Popen([*command, str(rank), str(RANKS), str(folder)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
+        subprocess.Popen(
+            [*command, str(rank), str(size), str(folder), backend], env=environment, stderr=subprocess.PIPE
+        )
+        for rank in range(size)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * RANKS, errors
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * size, errors
     return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("ranks"), RANKS, "torch")
 
 
 def holders(rank):
@@ -70,6 +77,14 @@ def test_the_rows_and_bytes_that_arrive_are_those_of_the_layout(found, case):
         assert each["received"] == payload * (sum(rows) - rows[rank])
 
 
+@pytest.mark.slow
+def test_the_triton_kernel_computes_what_one_process_computes(tmp_path):
+    found = run(tmp_path, 2, "triton", TRITON_INTERPRET="1")
+    errors = [each["error"] for of_ranks in found.values() for each in of_ranks]
+    assert len(errors) == 2 * len(CASES)
+    assert 1e-4 < max(errors) < 1e-2  # its outputs are rounded to bf16
+
+
 def test_the_top_k_is_computed_where_the_ids_are_first_needed(found):
     after = ["router", "dispatch", "top-k", "unpack", "experts", "combine"]
     assert found["allgather bf16 None"][0]["parts"] == after
@@ -77,6 +92,17 @@ def test_the_top_k_is_computed_where_the_ids_are_first_needed(found):
     before = ["router", "top-k", "dispatch", "unpack", "experts", "combine"]
     assert found["pool bf16 None"][0]["parts"] == before
     assert found["slot fp4 packed_topk"][0]["parts"] == ["router", "top-k", "quantize", *before[2:]]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_rank_that_gets_no_rows_computes_nothing(found, load):
+    of_ranks = found[f"{load} sparse"]
+    assert [each["error"] < 1e-5 for each in of_ranks] == [True] * RANKS
+    if load in ("deduplicated", "slot"):
+        assert sum(each["rows"] for each in of_ranks) == RANKS
+        empty = [each["parts"] for each in of_ranks if not each["rows"]]
+        assert empty
+        assert all("unpack" not in parts and "experts" in parts for parts in empty)
 
 
 def test_graphs_capture_what_has_fixed_shapes():
