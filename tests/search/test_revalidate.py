@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from functools import partial
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 from recorded import PAIR_TABLES, TABLES, Cell, cells, recorded_pairs, replay
@@ -15,6 +16,7 @@ from moetune.search.base import Batch, Search
 from moetune.search.revalidate import FIRST, MOST, exchanged, first_tactics, revalidate, steps
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean
+from moetune.tuning.final_comparison import SAMPLES
 
 GRID = tuple(Tactic(x=x, y=y, on=on) for x, y, on in product((16, 32, 64, 128), (2, 3, 4), (False, True)))
 AT = Tactic(x=64, y=2, on=False)
@@ -91,7 +93,7 @@ def test_the_second_batch_is_brought_to_the_first_ones_clock_by_the_leader() -> 
 
 
 def test_where_all_fail_there_is_no_finalist() -> None:
-    assert play(revalidate((AT,), AT, lambda at: ()), {}) == ([Batch((AT,), 4)], ())
+    assert play(revalidate((AT,), AT, lambda at: ()), {}) == ([Batch((AT,), 2)], ())
 
 
 def shifts(tactics: Mapping[Tactic, float], seed: int) -> dict[Tactic, float]:
@@ -111,14 +113,14 @@ def shifts(tactics: Mapping[Tactic, float], seed: int) -> dict[Tactic, float]:
     }
 
 
-def checked(cell: Cell, old: list[Tactic], seed: int) -> float:
+def checked(cell: Cell, old: list[Tactic], seed: int, final_rounds: int = SAMPLES[0], **options: int) -> float:
     """The regret, plus one, of a check of the `old` winners, that of the bucket first."""
 
     def neighbors(at: Tactic) -> tuple[Tactic, ...]:
         return steps(tuple(cell.truth), at)
 
     first = first_tactics(cell.default, old[:1], old[1:], neighbors(old[0]), tuple(cell.truth))
-    found = replay(revalidate(first, old[0], neighbors), cell, random.Random(seed))
+    found = replay(revalidate(first, old[0], neighbors, **options), cell, random.Random(seed), final_rounds)
     assert found.measured <= MOST
     return 1 + found.regret
 
@@ -143,25 +145,41 @@ def test_on_recorded_tables_a_changed_compiler_costs_less_than_half_of_what_the_
     assert max(regrets) < 1.16
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_on_recorded_tables_the_winner_of_another_load_leads_to_the_best(path) -> None:
+def of_other_loads(path: Path) -> list[tuple[Cell, list[Tactic]]]:
+    """Each cell with the winners of another load, that of its own row count first."""
     by = {(cell.load, cell.rows): cell for cell in cells(path)}
-    regrets, kept = [], []
+    found = []
     for (load, rows), cell in by.items():
-        for other in {name for name, _ in by if name != load}:
+        for other in sorted({name for name, _ in by if name != load}):
             if (other, rows) in by:
                 past = sorted(
-                    (found for (name, _), found in by.items() if name == other),
-                    key=lambda found: abs(math.log(found.rows / rows)),
+                    (one for (name, _), one in by.items() if name == other),
+                    key=lambda one: abs(math.log(one.rows / rows)),
                 )
-                old = [min(found.truth, key=lambda tactic: found.truth[tactic]) for found in past]
+                old = [min(one.truth, key=lambda tactic: one.truth[tactic]) for one in past]
                 if old[0] in cell.truth:
-                    regrets.append(checked(cell, old, rows))
-                    kept.append(cell.truth[old[0]] / cell.best_us)
+                    found.append((cell, old))
+    return found
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_on_recorded_tables_the_winner_of_another_load_leads_to_the_best(path) -> None:
+    regrets = [checked(cell, old, cell.rows) for cell, old in of_other_loads(path)]
+    kept = [cell.truth[old[0]] / cell.best_us for cell, old in of_other_loads(path)]
     assert len(regrets) > 20
     assert geomean(kept) > 1.03
     assert geomean(regrets) < 1.01
     assert max(regrets) < 1.13
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_on_recorded_tables_more_rounds_finalists_and_samples_hardly_find_better_ones(path) -> None:
+    more = {"rounds": 8, "finalists": 6, "final_rounds": SAMPLES[1]}
+    few, many = (
+        geomean([checked(cell, old, seed, **options) for cell, old in of_other_loads(path) for seed in range(3)])
+        for options in ({}, more)
+    )
+    assert few - many < 0.001
 
 
 @pytest.mark.parametrize("path", PAIR_TABLES[1:2], ids=lambda path: path.stem)
