@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ from moetune.tuning.uninterrupted import ENDING
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 CLIENT = "ray://"
 START_S = 120.0
 """How long workers may take to start. They import torch first."""
+CONNECTING_S = 10.0
+"""How long an address may take to answer. Ray itself would try for more than ten minutes."""
 REPLACED = 3
 """How often the worker of one GPU is started. After that the GPU is left alone."""
 OBJECT_STORE_BYTES = 80 << 20
@@ -30,17 +33,24 @@ OBJECT_STORE_BYTES = 80 << 20
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
-class RayWorker:
-    """A `FleetWorker` as an actor. Its module imports no torch, so that the number of threads is set before.
+def undo_threads(started_with: Path = Path("/proc/self/environ")) -> None:
+    """Removes `OMP_NUM_THREADS` from the environment, unless this process was started with it: then Ray has set it.
 
-    Ray sets `OMP_NUM_THREADS` in its processes. That is undone, because the number of threads is part of a CPU's
-    environment: a profile made by a fleet must be found by a process that Ray has not started.
+    The number of threads is part of a CPU's environment. A profile that a fleet has made must be found by a process
+    that Ray has not started.
+
+    Args:
+        started_with: the file with the variables that the process was started with.
     """
+    if started_with.exists() and f"\0{THREADS_VARIABLE}=".encode() not in b"\0" + started_with.read_bytes():
+        os.environ.pop(THREADS_VARIABLE, None)
+
+
+class RayWorker:
+    """A `FleetWorker` as an actor. This module imports no torch, which would read the number of threads too early."""
 
     def __init__(self) -> None:
-        started_with = Path("/proc/self/environ")
-        if started_with.exists() and f"\0{THREADS_VARIABLE}=".encode() not in b"\0" + started_with.read_bytes():
-            os.environ.pop(THREADS_VARIABLE, None)
+        undo_threads()
         from moetune.fleet.worker import FleetWorker
 
         self._worker = FleetWorker()
@@ -110,13 +120,16 @@ class RayCluster:
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray started here reports nothing to its makers
         local = self._local if self._address == LOCAL else {}
+        if self._address not in (LOCAL, AUTO):
+            _require_listening(self._address)
         with _handlers_kept():
             try:
                 self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise UsageError(
                     f"--ray {quoted(self._address)}: there is no cluster to join: {shortened(str(error))}",
-                    "Start one with `ray start --head`, or give --ray local.",
+                    "Start one with `ray start --head`, or give --ray local. A cluster with a token needs "
+                    "RAY_AUTH_MODE=token.",
                 ) from None
         return self
 
@@ -227,6 +240,25 @@ class RayCluster:
         if actor.place.starts < REPLACED:
             self._start_actor(actor.place)
         return Message(worker, Lost(_reason(error)))
+
+
+def _require_listening(address: str) -> None:
+    """Checks that something answers at an address.
+
+    Raises:
+        UsageError: nothing does, or it is none.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        if not host or not port.isascii() or not port.isdecimal():
+            raise OSError("it is not HOST:PORT")
+        socket.create_connection((host, int(port)), timeout=CONNECTING_S).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"--ray {quoted(address)}: there is no cluster to join: {shortened(why)}.",
+            "Give local, auto, or the address that `ray start --head` has printed, such as 10.0.0.1:6379.",
+        ) from None
 
 
 def _reason(error: Exception) -> str:

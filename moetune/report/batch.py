@@ -42,12 +42,18 @@ def batch_report(batch: Batch, *, narrow: bool = False) -> list[RenderableType]:
 
 
 def batch_table(batch: Batch, *, narrow: bool = False) -> Table:
-    """Returns a row for each question of each job. A question that an earlier job asks too has its number alone."""
+    """Returns a row for each question of each job. A question that an earlier job asks too has its number alone.
+
+    The devices have a column if there are several, as in a cluster with different GPUs.
+    """
     table = new_table()
     add_numbers(table, "job", "question")
     table.add_column("layer", overflow="fold")
     table.add_column("deployment", overflow="fold")
     table.add_column("kernels", overflow="fold")
+    has_devices = len({question.device for question in batch.questions}) > 1
+    if has_devices:
+        table.add_column("device", overflow="fold")
     table.add_column("buckets", overflow="fold")
     add_numbers(table, "gain", "time")
     seen: set[int] = set()
@@ -56,6 +62,8 @@ def batch_table(batch: Batch, *, narrow: bool = False) -> Table:
             question = batch.questions[number - 1]
             names = (question.regime.slug, question.backend)
             what = [question.layer.name, *(folded(name) if narrow else name for name in names)]
+            if has_devices:
+                what.append(question.device)
             table.add_row(str(job.number), str(number), *what, *_result(batch, question, again=number in seen))
             seen.add(number)
     return table

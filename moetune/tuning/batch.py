@@ -23,10 +23,10 @@ State = Literal["planned", "stored", "tuned", "failed"]
 class BatchQuestion(FrozenModel):
     """One question of a batch and its answer.
 
-    `number`: from 1. `state`: `planned` before it is answered, `stored` if nothing was measured, `tuned`, or `failed`
-    for the reason `failed`. `path`: the profile's file; empty if there is none. `stored_buckets`, `tuned_buckets`: how
-    many were stored before, and how many this run measured. `gain`: the geometric mean over all of them. `seconds`:
-    how long it took. `estimated_s`: about how long the missing buckets take by recorded figures; None if there are
+    `number`: from 1. `device`: the name of the GPU or CPU that it is asked for. `state`: `planned` before it is
+    answered, `stored` if nothing was measured, `tuned`, or `failed` for the reason `failed`. `path`: the profile's file;
+    empty if there is none. `stored_buckets`, `tuned_buckets`: how many were stored before, and how many this run
+    measured. `gain`: the geometric mean over all of them. `seconds`: how long it took. `estimated_s`: about how long the missing buckets take by recorded figures; None if there are
     none for this backend. `missing_buckets`: how many the run had to measure.
     """
 
@@ -34,6 +34,7 @@ class BatchQuestion(FrozenModel):
     layer: MoELayer
     regime: Regime
     backend: str
+    device: str = ""
     state: State = "planned"
     path: str = ""
     stored_buckets: int = 0
@@ -138,6 +139,7 @@ def _planned(number: int, question: Question, profiles: Sequence[Profile]) -> Ba
         layer=question.layer,
         regime=question.regime,
         backend=question.backend.name,
+        device=question.environment.device,
         path=str(found.path) if found else "",
         stored_buckets=len(stored.choices) if stored else 0,
         missing_buckets=len(missing),

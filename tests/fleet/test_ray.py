@@ -34,8 +34,9 @@ TIMED = {
 
 
 @pytest.fixture(autouse=True)
-def _path_of_workers(monkeypatch):
-    """Has Ray's processes import from where this one does."""
+def _environment_of_workers(monkeypatch, tmp_path):
+    """Has Ray's processes import from where this one does, and Ray write its token into a folder of the test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
     monkeypatch.setattr(final_comparison, "SECONDS", 0.02)
 
