@@ -24,10 +24,11 @@ class BatchQuestion(FrozenModel):
     """One question of a batch and its answer.
 
     `number`: from 1. `device`: the name of the GPU or CPU that it is asked for. `state`: `planned` before it is
-    answered, `stored` if nothing was measured, `tuned`, or `failed` for the reason `failed`. `path`: the profile's file;
-    empty if there is none. `stored_buckets`, `tuned_buckets`: how many were stored before, and how many this run
-    measured. `gain`: the geometric mean over all of them. `seconds`: how long it took. `estimated_s`: about how long the missing buckets take by recorded figures; None if there are
-    none for this backend. `missing_buckets`: how many the run had to measure.
+    answered, `stored` if nothing was measured, `tuned`, or `failed` for the reason `failed`. `path`: the profile's
+    file; empty if there is none. `stored_buckets`, `tuned_buckets`: how many were stored before, and how many this run
+    measured. `gain`: the geometric mean over all of them. `seconds`: how long it took. `estimated_s`: about how long
+    the missing buckets take by recorded figures; None if there are none for this backend. `missing_buckets`: how many
+    the run had to measure.
     """
 
     number: int
