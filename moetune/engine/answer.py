@@ -17,7 +17,7 @@ from moetune.engine.placing import place, place_again, place_defaults
 from moetune.engine.ranks import engine_group, from_first, gather, together, writes
 from moetune.engine.session import Session
 from moetune.engine.stored import Answers, environment_of, native_of, offline_choices, regime_of_buckets
-from moetune.engine.strategy import Strategy
+from moetune.engine.strategy import RankStrategy
 from moetune.engine.tuner_call import TunerCall
 from moetune.errors import LostRankError, RankError
 from moetune.measure.reasons import reason_of
@@ -75,7 +75,7 @@ def _instead(session: Session, group: Any) -> str:
     """Returns what of FlashInfer an op is left to, after its name: its own tuning, or its default."""
     if group is None:
         return ""
-    return "'s default" if session.strategy is Strategy.INDEPENDENT else "'s default on all ranks"
+    return "'s default" if session.strategy is RankStrategy.INDEPENDENT else "'s default on all ranks"
 
 
 def _answer(session: Session, call: TunerCall, ranks: Exchange | None) -> None:
@@ -160,7 +160,8 @@ def _fill(session: Session, call: TunerCall, op: MoEOp, fresh: Sequence[int], ra
         session.count(op.backend, served=served, tuned=tuned)
     known = session.placed.keys() if ranks is None or not tuning else session.agreed
     missed = [rows for rows in fresh if call.keys[rows] not in known]
-    if tuning and _group(session, tuning) is not None:  # each rank's own sweep has left its own tactics in the cache
+    if tuning and op.routing_input is not RoutingInput.NONE and _group(session, tuning) is not None:
+        # each rank's own sweep has left its own tactics in the cache
         place_defaults(session, call, [rows for rows in missed if rows in possible])
     session.count(op.backend, missed=missed)
     if missed and not tuning:
@@ -203,7 +204,7 @@ def _found(
     session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int], ranks: Exchange | None
 ) -> tuple[dict[int, Any], dict[int, Any]]:
     """Returns FlashInfer's tactics of the buckets `rows`: those that the store answers, and those that are measured."""
-    if ranks is not None and session.strategy is Strategy.BROADCAST:
+    if ranks is not None and session.strategy is RankStrategy.BROADCAST:
         return from_first(lambda: _found(session, call, op, regime, rows, None), ranks)
     answers = together(lambda: _answers(session, call, op, regime), ranks)
     served = _served(session, call, answers, rows, ranks)

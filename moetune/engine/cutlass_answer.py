@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moetune.engine.exchange import Exchange
 from moetune.engine.flashinfer_ops import MoEOp
 from moetune.engine.placing import place
 from moetune.engine.ranks import from_first
 from moetune.engine.session import Session
+from moetune.engine.strategy import RankStrategy
 from moetune.engine.tuner_call import TunerCall
-from moetune.errors import MissError, MoetuneError
+from moetune.errors import LostRankError, MissError, MoetuneError
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 
@@ -20,13 +22,14 @@ def fill_cutlass(
 ) -> None:
     """Places the choices of `cutlass_fused_moe`, whose tuner call has no routing among its inputs.
 
-    The first rank tunes the op with moetune's own backend, for all ranks.
+    The first rank looks them up or tunes the op with moetune's own backend, for all ranks. With `merge` and `parallel`
+    all ranks take the times.
     """
     is_tuned = session.profiles.get((regime.digest, True)) is not None
     asked = (regime.digest, is_tuned or bool(call.tuner.is_tuning_mode))
     if asked not in session.profiles:
-        found = from_first(lambda: _cutlass_profile(session, call, op, regime), ranks)
-        session.profiles[asked] = _counted(session, op, found)
+        found = _found(session, call, op, regime, ranks)
+        session.profiles[asked] = None if found is None else _counted(session, op, *found)
     profile = session.profiles[asked]
     if profile is None:
         return
@@ -36,25 +39,45 @@ def fill_cutlass(
             place(session, call, choice.rows, int(choice.tactic[which]))
 
 
-def _counted(session: Session, op: MoEOp, found: tuple[str, set[int]] | None) -> Profile | None:
-    """Returns the profile that `_cutlass_profile` found on the first rank; its buckets are counted on every rank."""
-    if found is None:
-        return None
-    text, tuned = found
-    profile = Profile.model_validate_json(text)
-    session.count(
-        op.backend, tuned=tuned, served=[choice.rows for choice in profile.choices if choice.rows not in tuned]
-    )
-    return profile
-
-
-def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> tuple[str, set[int]] | None:
+def _found(
+    session: Session, call: TunerCall, op: MoEOp, regime: Regime, ranks: Exchange | None
+) -> tuple[str, set[int]] | None:
     """Returns a profile as JSON and the buckets that were measured for it; None, logged, if there is none.
 
-    In tuning mode it is measured, otherwise read from the store.
+    Raises:
+        LostRankError: a rank is missing.
     """
+    try:
+        if not call.tuner.is_tuning_mode:
+            return from_first(lambda: _loaded(session, call, op, regime), ranks)
+        if ranks is None or session.strategy is RankStrategy.BROADCAST:
+            return from_first(lambda: _tuned(session, call, op, regime), ranks)
+        return _tuned_together(session, call, op, regime, ranks)
+    except LostRankError:
+        raise
+    except MoetuneError as error:
+        session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
+    except Exception as error:  # an engine must start, whatever fails while it tunes
+        session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", op.name, type(error).__name__, error)
+    return None
+
+
+def _loaded(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> tuple[str, set[int]] | None:
+    """Returns the stored profile as JSON, or None."""
+    from moetune.tuning.tune import load
+
+    try:
+        profile = load(session.layer, regime, op.backend, session.store, device=call.device())
+    except MissError as error:  # `_log_miss` says what to do
+        session.logger.debug("moetune: %s: %s", op.name, error)
+        return None
+    return profile.model_dump_json(), set()
+
+
+def _tuned(session: Session, call: TunerCall, op: MoEOp, regime: Regime, **options: Any) -> tuple[str, set[int]]:
+    """Returns the tuned profile as JSON and the buckets that were measured for it. `options` are those of `tune`."""
     from moetune.tuning.events import BucketChosen
-    from moetune.tuning.tune import load, tune
+    from moetune.tuning.tune import tune
 
     tuned: set[int] = set()
 
@@ -63,16 +86,31 @@ def _cutlass_profile(session: Session, call: TunerCall, op: MoEOp, regime: Regim
             tuned.add(event.choice.rows)
 
     question = (session.layer, regime, op.backend, session.store)
-    try:
-        if call.tuner.is_tuning_mode:
-            profile = tune(*question, device=call.device(), isolate=False, on_event=note)
-        else:
-            profile = load(*question, device=call.device())
-        return profile.model_dump_json(), tuned
-    except MissError as error:  # `_log_miss` says what to do
-        session.logger.debug("moetune: %s: %s", op.name, error)
-    except MoetuneError as error:
-        session.logger.warning("moetune: %s is left to FlashInfer: %s", op.name, error)
-    except Exception as error:  # an error must not end this rank: the other ranks wait for its profile
-        session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", op.name, type(error).__name__, error)
-    return None
+    profile = tune(*question, device=call.device(), isolate=False, on_event=note, **options)
+    return profile.model_dump_json(), tuned
+
+
+def _tuned_together(
+    session: Session, call: TunerCall, op: MoEOp, regime: Regime, ranks: Exchange
+) -> tuple[str, set[int]]:
+    """Returns what `_tuned` returns on the first rank. All ranks take the times."""
+    from moetune.backends import registry
+    from moetune.engine.shared_bench import tuned_together
+    from moetune.measure.worker import open_benches
+
+    return tuned_together(
+        lambda shared: _tuned(session, call, op, regime, open_benches=shared),
+        open_benches,
+        registry.backend(op.backend),
+        call.device(),
+        ranks,
+    )
+
+
+def _counted(session: Session, op: MoEOp, text: str, tuned: set[int]) -> Profile:
+    """Returns the profile that is given as JSON. Its buckets are counted; `tuned` are those that were measured."""
+    profile = Profile.model_validate_json(text)
+    session.count(
+        op.backend, tuned=tuned, served=[choice.rows for choice in profile.choices if choice.rows not in tuned]
+    )
+    return profile

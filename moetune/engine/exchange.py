@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from moetune.errors import LostRankError, UsageError
+from moetune.measure.reasons import reason_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,7 +82,8 @@ class Exchange:
                 self._forget(turn - 1)
         except RuntimeError as error:
             raise LostRankError(
-                f"Rank {self.rank} of {self.size} does not reach torch.distributed's key-value store: {error}",
+                f"Rank {self.rank} of {self.size} does not reach torch.distributed's key-value store: "
+                f"{reason_of(error)}.",
                 "Rank 0 of the world usually holds it. See its log.",
             ) from None
         if outcome != AGREED:

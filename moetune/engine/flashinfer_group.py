@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moetune.engine.exchange import SLOWEST_S, Exchange
-from moetune.engine.ranks import gather
+from moetune.engine.ranks import gather, together
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,6 +34,7 @@ def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.L
 
     Raises:
         LostRankError: a rank does not enter.
+        RankError: no group of gloo can be made on a rank.
     """
     from flashinfer.autotuner import AutoTuner, get_autotune_process_group, set_autotune_process_group
 
@@ -48,7 +49,7 @@ def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.L
             ranks.name(others[0]),
             ranks.name(0),
         )
-    with nullcontext(own) if others or own is not None else _of_gloo(group) as agreeing:
+    with nullcontext(own) if others or own is not None else _of_gloo(group, ranks) as agreeing:
         set_autotune_process_group(agreeing)
         try:
             yield
@@ -57,16 +58,18 @@ def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.L
 
 
 @contextmanager
-def _of_gloo(group: ProcessGroup) -> Iterator[Any]:
-    """Yields `group` if it is one of gloo, otherwise a new group of gloo with the same ranks."""
+def _of_gloo(group: ProcessGroup, ranks: Exchange) -> Iterator[ProcessGroup]:
+    """Yields `group` if it is one of gloo, otherwise a new group of gloo with its ranks. Every rank must enter it."""
     import torch.distributed as dist
 
     if dist.get_backend(group) == dist.Backend.GLOO:
         yield group
         return
-    members = dist.get_process_group_ranks(group)
-    timeout = timedelta(seconds=SLOWEST_S)
-    made = dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
+    members, timeout = dist.get_process_group_ranks(group), timedelta(seconds=SLOWEST_S)
+    made = together(
+        lambda: dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True),
+        ranks,
+    )
     try:
         yield made
     finally:

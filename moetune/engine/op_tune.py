@@ -13,7 +13,7 @@ from moetune.engine.op_bench import EngineBench, choose
 from moetune.engine.ranks import gather, together
 from moetune.engine.session import Session
 from moetune.engine.stored import native_of, tactic_of, tolerance_of
-from moetune.engine.strategy import Strategy
+from moetune.engine.strategy import RankStrategy
 from moetune.engine.sweep import Sweep, joined
 from moetune.engine.tuner_call import TunerCall
 from moetune.errors import LostRankError, MoetuneError
@@ -91,7 +91,7 @@ class OpTune:
 
     def _sweep(self, rows: Sequence[int]) -> Sweep:
         """Returns this rank's times of its share of the tactics."""
-        is_split = self.ranks is not None and self.session.strategy is Strategy.PARALLEL
+        is_split = self.ranks is not None and self.session.strategy is RankStrategy.PARALLEL
         share = (self.ranks.rank, self.ranks.size) if self.ranks is not None and is_split else (0, 1)
         missing = frozenset(self.call.keys[bucket] for bucket in rows)
         sweep: Sweep = self.call.tuner.swept(self.call, missing, self._of_each[0].hook, share)

@@ -85,7 +85,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
         triton_hook,
         warmup_end,
     )
-    from moetune.engine.strategy import Strategy, strategy_of_variable
+    from moetune.engine.strategy import RankStrategy, strategy_of_variable
     from moetune.engine.warmup import session_for
     from moetune.inputs import flashinfer_versions
     from moetune.inputs.options import parse
@@ -102,7 +102,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     try:
         strategy = strategy_of_variable()
     except UsageError as error:
-        strategy = Strategy.MERGE
+        strategy = RankStrategy.MERGE
         logger.error("moetune: the ranks tune with the strategy %s: %s", strategy, error)
     opened = session_for(options.layer, options.regime, options.rank, logger=logger, strategy=strategy)
     session.set_for_process(opened)

@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moetune.engine.exchange import Exchange
-from moetune.errors import LostRankError, RankError
-from moetune.measure.reasons import reason_of
+from moetune.errors import LostRankError, MoetuneError, RankError
+from moetune.measure.reasons import reason_of, shortened
 from moetune.store.store import Store
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def together(make: Callable[[], T], ranks: Exchange | None) -> T:
         RankError: `make` failed on another rank. The message names the rank and the reason.
         Exception: what `make` raised here.
     """
-    made, error = _attempt(make)
-    reasons = gather(None if error is None else reason_of(error), ranks)
+    made, error = attempt(make)
+    reasons = gather(said(error), ranks)
     if error is not None:
         raise error
     for rank, reason in enumerate(reasons):
@@ -101,8 +101,8 @@ def from_first(make: Callable[[], T], ranks: Exchange | None) -> T:
         RankError: `make` failed on the first rank.
         Exception: what `make` raised here.
     """
-    made, error = _attempt(make) if leads(ranks) else ([], None)
-    found, reason = gather((made, None if error is None else reason_of(error)), ranks)[0]
+    made, error = attempt(make) if leads(ranks) else ([], None)
+    found, reason = gather((made, said(error)), ranks)[0]
     if error is not None:
         raise error
     if reason is not None:
@@ -112,14 +112,25 @@ def from_first(make: Callable[[], T], ranks: Exchange | None) -> T:
     return answer
 
 
-def _attempt(make: Callable[[], T]) -> tuple[list[T], Exception | None]:
-    """Returns what `make` returns, or nothing and its error."""
+def attempt(make: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """Returns what `make` returns, in a list, or an empty list and its error.
+
+    Raises:
+        LostRankError: `make` raised it. No other rank waits then.
+    """
     try:
         return [make()], None
     except LostRankError:
         raise
     except Exception as error:  # the other ranks wait for this one, whatever it raised
         return [], error
+
+
+def said(error: Exception | None) -> str | None:
+    """Returns one line for the errors of the other ranks, without a period at its end; None if there is no error."""
+    if error is None:
+        return None
+    return (shortened(error.message) if isinstance(error, MoetuneError) else reason_of(error)).rstrip(".")
 
 
 def writes(store: Store, ranks: Exchange | None) -> bool:

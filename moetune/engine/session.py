@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moetune.engine.exchange import TIMEOUT_S, Exchange, exchange_of
-from moetune.engine.strategy import Strategy
+from moetune.engine.strategy import RankStrategy
 from moetune.errors import LostRankError
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -97,7 +97,7 @@ class Session:
     rank: int | None
     store: Store
     group: ProcessGroup | None = None
-    strategy: Strategy = Strategy.MERGE
+    strategy: RankStrategy = RankStrategy.MERGE
     timeout_s: float = TIMEOUT_S
     logger: logging.Logger = field(default_factory=lambda: logging.getLogger("moetune"))
     served: set[tuple[str, int]] = field(default_factory=set)
@@ -143,7 +143,7 @@ class Session:
             LostRankError: the ranks no longer reach each other.
             UsageError: this process is no rank of the group.
         """
-        if group is None or self.strategy is Strategy.INDEPENDENT:
+        if group is None or self.strategy is RankStrategy.INDEPENDENT:
             return None
         if self.lost:
             raise LostRankError(self.lost)

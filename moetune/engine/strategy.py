@@ -1,4 +1,4 @@
-"""`Strategy`: how the ranks of a group share the tuning of an op."""
+"""`RankStrategy`: how the ranks of a group share the tuning of an op."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moetune.errors import UsageError
 VARIABLE: Final = "MOETUNE_STRATEGY"
 
 
-class Strategy(StrEnum):
+class RankStrategy(StrEnum):
     """How the ranks of a group share the tuning, named as `DistributedTuningStrategy` of TensorRT-LLM names it.
 
     Source: `tensorrt_llm/_torch/autotuner.py`. There, `merge` and `parallel` gather the winner of each rank and take
@@ -29,7 +29,7 @@ class Strategy(StrEnum):
     """In the sweep, each rank times every n-th tactic. All ranks time those of the final comparison, as in `merge`."""
 
 
-def strategy_of(given: str, name: str) -> Strategy:
+def strategy_of(given: str, name: str) -> RankStrategy:
     """Returns the strategy that is spelled `given`.
 
     Args:
@@ -40,15 +40,15 @@ def strategy_of(given: str, name: str) -> Strategy:
         UsageError: there is no such strategy.
     """
     try:
-        return Strategy(given)
+        return RankStrategy(given)
     except ValueError:
-        raise UsageError(f"{name}={given} is not a strategy.", f"Use one of {', '.join(Strategy)}.") from None
+        raise UsageError(f"{name}={given} is not a strategy.", f"Use one of {', '.join(RankStrategy)}.") from None
 
 
-def strategy_of_variable() -> Strategy:
+def strategy_of_variable() -> RankStrategy:
     """Returns the strategy that `MOETUNE_STRATEGY` names; `merge` if it is not set.
 
     Raises:
         UsageError: there is no such strategy.
     """
-    return strategy_of(os.environ.get(VARIABLE) or Strategy.MERGE, VARIABLE)
+    return strategy_of(os.environ.get(VARIABLE) or RankStrategy.MERGE, VARIABLE)

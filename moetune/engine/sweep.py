@@ -10,7 +10,7 @@ from typing import Any
 from moetune.engine.exchange import Exchange
 from moetune.engine.op_bench import on_ranks
 from moetune.engine.stored import tactic_of
-from moetune.engine.strategy import Strategy
+from moetune.engine.strategy import RankStrategy
 from moetune.measure.reasons import reason_of
 from moetune.spec.tactic import Tactic
 
@@ -35,7 +35,7 @@ class Sweep:
         self.failures.setdefault(rows, {})[tactic_of(tactic)] = reason_of(error)
 
 
-def joined(sweeps: Sequence[Sweep], strategy: Strategy, ranks: Exchange | None) -> Sweep:
+def joined(sweeps: Sequence[Sweep], strategy: RankStrategy, ranks: Exchange | None) -> Sweep:
     """Returns one sweep for all ranks. Its time of a tactic is that on the slowest rank.
 
     A tactic that failed on any rank is a failed one, which names the rank. A tactic that was not timed on every rank
@@ -46,7 +46,7 @@ def joined(sweeps: Sequence[Sweep], strategy: Strategy, ranks: Exchange | None) 
         strategy: how the ranks share the tactics.
         ranks: the ranks, or None if there is one.
     """
-    needed = 1 if strategy is Strategy.PARALLEL else len(sweeps)
+    needed = 1 if strategy is RankStrategy.PARALLEL else len(sweeps)
     found = Sweep()
     for rows in dict.fromkeys(rows for sweep in sweeps for rows in (*sweep.milliseconds, *sweep.failures)):
         failed = on_ranks([sweep.failures.get(rows, {}) for sweep in sweeps], ranks)

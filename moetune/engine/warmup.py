@@ -12,9 +12,10 @@ from moetune.engine import flashinfer_hook, session
 from moetune.engine.exchange import TIMEOUT_S
 from moetune.engine.flashinfer_group import agreed_by_flashinfer
 from moetune.engine.session import Session
-from moetune.engine.strategy import Strategy, strategy_of
+from moetune.engine.strategy import RankStrategy, strategy_of
 from moetune.errors import LostRankError, UnsupportedError
 from moetune.inputs import flashinfer_versions
+from moetune.measure.reasons import reason_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.store.store import Store
@@ -31,7 +32,7 @@ def session_for(
     group: ProcessGroup | None = None,
     store: Store | Path | str | None = None,
     logger: logging.Logger | None = None,
-    strategy: Strategy = Strategy.MERGE,
+    strategy: RankStrategy = RankStrategy.MERGE,
     timeout_s: float = TIMEOUT_S,
 ) -> Session:
     """Returns a session for this layer and regime, with their defaults filled in. See `warmup` for the arguments.
@@ -54,7 +55,7 @@ def warmup(
     rank: int | None = None,
     group: ProcessGroup | None = None,
     store: Store | Path | str | None = None,
-    strategy: Strategy | str = Strategy.MERGE,
+    strategy: RankStrategy | str = RankStrategy.MERGE,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Session]:
     """Tunes the layer's FlashInfer MoE ops that are called inside for one regime, or serves them from the store.
@@ -72,8 +73,8 @@ def warmup(
         rank: the rank whose experts the ops have. [default: the rank that fits the op's arguments]
         group: the ranks that must choose the same tactics. All of them must call the same ops inside.
         store: a store or its folder. [default: `MOETUNE_STORE`, else the user's cache folder]
-        strategy: how the ranks of `group` share the tuning; see `Strategy`. With all but `independent` they choose the
-            same tactics.
+        strategy: how the ranks of `group` share the tuning; see `RankStrategy`. With all but `independent` they choose
+            the same tactics.
         timeout_s: after this time without a sign of life a rank of `group` is lost, in seconds. Then FlashInfer's
             default runs on the others, for all that was not agreed on before.
 
@@ -120,4 +121,6 @@ def _agreeing(opened: Session) -> Iterator[None]:
         except LostRankError as error:
             opened.lost = str(error)
             opened.logger.warning("moetune: nothing is tuned: %s", error)
+        except Exception as error:  # on all ranks alike
+            opened.logger.warning("moetune: FlashInfer's own ops are tuned on each rank alone: %s", reason_of(error))
         yield

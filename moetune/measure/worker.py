@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -27,6 +27,8 @@ from moetune.measure.reasons import both, reason_of, shortened
 from moetune.measure.timeouts import Timeouts, how_it_hung
 from moetune.spec.tactic import Tactic
 
+OpenBenches = Callable[[Backend, str, bool], AbstractContextManager[Callable[[Problem], BenchLike]]]
+"""The type of `open_benches`."""
 GLANCE_S = 0.1
 """The interval at which the parent reads the status of the process."""
 RETRIES = 3

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moetune.measure.bench import BenchLike
     from moetune.measure.compiling import Compilers
     from moetune.measure.spares import Spares
+    from moetune.measure.worker import OpenBenches
 
 NOISY_TRIES = 2
 """How often a bucket whose final comparison was too noisy is compared again."""
@@ -93,6 +94,7 @@ class TuneRun:
         time_budget_s: about how long the run may take, or None.
         adds: also measure the buckets that the ladder `adaptive` adds.
         spares: processes that were started ahead, or None.
+        open_benches: opens the benches; `worker.open_benches` if None.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class TuneRun:
         time_budget_s: float | None,
         adds: bool = True,
         spares: Spares | None = None,
+        open_benches: OpenBenches | None = None,
     ) -> None:
+        self._open_benches = open_benches
         self._question, self._start, self._notes, self._report = question, start, notes, report
         self._strategy, self._isolate, self._adds, self._spares = strategy, isolate, adds, spares
         self._journaled_as = "revalidate" if start else str(strategy)
@@ -144,7 +148,11 @@ class TuneRun:
         self._report_resumed(journaled)
         self._recall(journaled)
         with ExitStack() as stack:
-            bench_of = stack.enter_context(open_benches(backend, device, self._isolate, child))
+            if self._open_benches is not None:
+                opened = self._open_benches(backend, device, self._isolate)
+            else:
+                opened = open_benches(backend, device, self._isolate, child)
+            bench_of = stack.enter_context(opened)
             compilers = stack.enter_context(Compilers(backend, capability_of(device), child=child))
             prefetcher = stack.enter_context(
                 Prefetcher(question, self._order, journaled, self._journaled_as, compilers, self._start)

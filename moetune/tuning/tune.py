@@ -25,6 +25,7 @@ from moetune.tuning.saving import Notes, Saver
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
+    from moetune.measure.worker import OpenBenches
     from moetune.spec.enums import RankWord
 
 
@@ -44,6 +45,7 @@ def tune(
     isolate: bool = True,
     time_budget_s: float | None = None,
     on_event: OnEvent | None = None,
+    open_benches: OpenBenches | None = None,
 ) -> Profile:
     """Returns the choices of all buckets of a regime: the stored ones, and measures those that are missing.
 
@@ -73,6 +75,7 @@ def tune(
         time_budget_s: about how long the tune may take. Each bucket gets an equal share of the time left; buckets that
             have not begun by then are left for the next run, except the first.
         on_event: is called with each event, in order.
+        open_benches: opens the benches that take the times; by default `worker.open_benches`, with `isolate`.
 
     Raises:
         UsageError: the regime does not fit the layer, an unknown name, a value out of range, options that exclude each
@@ -94,7 +97,7 @@ def tune(
         return _answered(
             question, report, spares,
             frozen=frozen, start=start, again=again, device=device,
-            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
+            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s, open_benches=open_benches,
         )  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def _answered(
     strategy: Strategy,
     isolate: bool,
     time_budget_s: float | None,
+    open_benches: OpenBenches | None,
 ) -> Profile:
     """Returns what is stored, or measures what is missing. The arguments and errors are those of `tune`."""
     found = question.found(exact=again or start is not None)
@@ -137,7 +141,7 @@ def _answered(
     with working_torch(device):
         return _measured(
             question, missing, stored, older.profile if older else None, again, report, spares,
-            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s,
+            strategy=strategy, isolate=isolate, time_budget_s=time_budget_s, open_benches=open_benches,
         )  # fmt: skip
 
 
@@ -153,6 +157,7 @@ def _measured(
     strategy: Strategy,
     isolate: bool,
     time_budget_s: float | None,
+    open_benches: OpenBenches | None,
 ) -> Profile:
     """Measures the missing buckets and saves each. The arguments and errors are those of `tune`."""
     question.ensure_writable()
@@ -163,7 +168,7 @@ def _measured(
     report(TuneStarted(question.backend.name, question.environment.device, len(missing)))
     run = TuneRun(
         question, missing, stored, older, Notes(journal, report), report,
-        strategy=strategy, isolate=isolate, time_budget_s=time_budget_s, spares=spares,
+        strategy=strategy, isolate=isolate, time_budget_s=time_budget_s, spares=spares, open_benches=open_benches,
     )  # fmt: skip
     saver = Saver(question, stored, again, report)
     before = throttling(question.device)

@@ -11,7 +11,10 @@ import signal
 import socket
 import sys
 import time
+import types
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,16 +22,23 @@ import torch
 import torch.distributed as dist
 from flashinfer.autotuner import get_autotune_process_group
 from flashinfer.autotuner.autotuner import AutoTuner
+from planted import PlantedBackend
+from planted_benches import PlantedBenches
 from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm
+from test_cutlass import MoERunner, call
 from two_ranks import plant_tuner
 
 import moetune
+from moetune.backends import registry
+from moetune.backends.base import Candidates
+from moetune.measure import worker
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.spec.tactic import Tactic
 from moetune.store.store import Store
 
 LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=32, intermediate_size=16)
-REGIME = Regime(ep_size=4, attention_dp=True, draws=4, ladder="hybrid")
+REGIME = Regime(ep_size=4, attention_dp=True, draws=4, ladder="hybrid", tune_max_num_tokens=8)
 RANKS = 4
 TIMEOUT_S = 5.0
 BUCKETS = (1, 2, 4, 8)
@@ -171,6 +181,42 @@ def parallel(at: Rank) -> None:
     at.tune("parallel")
 
 
+def planted_cutlass(rank: int, regime: Regime) -> tuple[MoERunner, PlantedBenches]:
+    """`cutlass_fused_moe`'s runner, and benches on which `moetune.tune` tunes it. Rank 3 is ten times slower."""
+    fast, middling, default = (Tactic(gemm1=number, gemm2=10 + number) for number in (1, 2, -1))
+    us = {default: 100.0, fast: 50.0, middling: 70.0}
+    if rank == 3:
+        us = {default: 1000.0, fast: 850.0, middling: 700.0}
+
+    @dataclass
+    class Planted(PlantedBackend):
+        def candidates(self, layer, regime, rows, device):
+            return Candidates((default, fast, middling))
+
+        def default(self, layer, regime, rows):
+            return default
+
+    benches = PlantedBenches(lambda tactic: us[tactic])
+    registry.backend = lambda name, **options: Planted({}, name=name)
+    worker.open_benches = benches.open_benches
+    return MoERunner(LAYER, regime, rank=rank), benches
+
+
+def cutlass(at: Rank, strategy: str = "merge") -> None:
+    """`cutlass_fused_moe`, which `moetune.tune` tunes."""
+    runner, benches = planted_cutlass(at.rank, REGIME)
+
+    def op(rows=8):
+        return call(runner, LAYER, REGIME, rows)
+
+    op.runner = types.SimpleNamespace(seen=benches.asked)
+    at.tune(strategy, op=op)
+
+
+def cutlass_broadcast(at: Rank) -> None:
+    cutlass(at, "broadcast")
+
+
 def absent(at: Rank) -> None:
     """Rank 3 never calls the op."""
     at.timeout_s = TIMEOUT_S
@@ -223,6 +269,13 @@ def plant(at: Rank, failing: object, error: Exception) -> None:
     runner.forward = raising
 
 
+def wait_for(paths: Iterable[Path]) -> None:
+    for path in paths:
+        end = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+
+
 def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
     plant_tuner()
@@ -231,9 +284,9 @@ def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
         AutoTuner.get().clear_cache()
         at = Rank(rank, scenario, folder)
 
-        def saving(store, profile, at=at):
+        def saving(store, profile, at=at, **options):
             at.saved.append(len(profile.choices))
-            return save(store, profile)
+            return save(store, profile, **options)
 
         handler = logging.Handler()
         handler.emit = lambda record, at=at: at.lines.append(record.getMessage())
@@ -247,6 +300,8 @@ def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
         logger.removeHandler(handler)
         if scenario not in ("dies", "holder_dies"):
             dist.barrier()
+        elif rank == 0:  # its process holds the key-value store, which the others still read
+            wait_for(folder / f"{scenario}-{other}.json" for other in (1, 3))
     os._exit(0)  # gloo's threads may abort the process at its end
 
 

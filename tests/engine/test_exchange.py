@@ -205,7 +205,7 @@ def test_if_the_first_rank_cannot_answer_all_get_the_reason():
     assert isinstance(first, UnsupportedError)
     for error in others:
         assert isinstance(error, RankError)
-        assert "Rank 0 of 4, which answers for all, failed: UnsupportedError: planted" in str(error)
+        assert "Rank 0 of 4, which answers for all, failed: planted." in str(error)
 
 
 def test_of_the_ranks_with_the_same_store_one_writes(tmp_path):

@@ -14,19 +14,8 @@ from moetune.spec.tactic import Tactic
 from moetune.store.store import Store
 
 PROGRAM = Path(__file__).with_name("four_ranks.py")
-TOGETHER = [
-    "cold",
-    "again",
-    "warm",
-    "partly",
-    "raises",
-    "memory",
-    "slow",
-    "broadcast",
-    "independent",
-    "parallel",
-    "dies",
-]
+TOGETHER = ["cold", "again", "warm", "partly", "raises", "memory", "slow", "broadcast", "independent", "parallel"]
+TOGETHER += ["cutlass", "cutlass_broadcast", "dies"]
 FAILING = ["default_fails", "inputs_fail", "absent", "other_op", "cold"]
 LIMIT_S = 30.0
 """How long the survivors of a lost rank may take. Most of it is for a machine with other work."""
@@ -34,9 +23,12 @@ LIMIT_S = 30.0
 
 def started(folder, scenarios):
     """What became of each rank, by scenario. A rank that was killed has nothing."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MOETUNE_PACKAGED_PROFILES": "0"}
+    paths = [str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"OMP_NUM_THREADS": "1", "MOETUNE_PACKAGED_PROFILES": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, **own}
     command = [sys.executable, "-W", "ignore", str(PROGRAM), str(folder), *scenarios]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
     files = {name: [folder / f"{name}-{rank}.json" for rank in range(4)] for name in scenarios}
     found = {name: [json.loads(path.read_text()) if path.exists() else None for path in files[name]] for name in files}
     return found, json.loads(ended.stdout.splitlines()[-1]), ended.stderr
@@ -148,6 +140,23 @@ def test_in_parallel_each_rank_sweeps_its_own_tactics(ranks, folder):
     assert merged == [{"[8, 1]", "[8, 0]", "[16, 1]"}] * 4
     assert profile(folder, "parallel").choices[0].tried == 3
     assert each(ranks["parallel"], "saved") == [[4], [], [], []]
+
+
+def test_all_ranks_time_cutlass_and_the_slowest_decides(ranks, folder):
+    alike(ranks["cutlass"], [2, 12])
+    assert each(ranks["cutlass"], "tuned") == [list(BUCKETS)] * 4
+    assert len({*each(ranks["cutlass"], "runs")}) == 1, "all took the same times"
+    assert ranks["cutlass"][0]["runs"] > 0
+    assert [bool(saved) for saved in each(ranks["cutlass"], "saved")] == [True, False, False, False]
+    assert {choice.time_us for choice in profile(folder, "cutlass").choices} == {700.0}
+
+
+def test_with_broadcast_the_first_rank_alone_times_cutlass(ranks, folder):
+    alike(ranks["cutlass_broadcast"], [1, 11])
+    first, *others = each(ranks["cutlass_broadcast"], "runs")
+    assert first > 0
+    assert others == [0] * 3
+    assert {choice.time_us for choice in profile(folder, "cutlass_broadcast").choices} == {50.0}
 
 
 def survivors(ranks, dead):

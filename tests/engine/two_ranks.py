@@ -66,7 +66,7 @@ def plant_tune(rank: int) -> list[int]:
     """Replaces moetune's own tuning by one whose answer depends on the rank. Returns the buckets that it measured."""
     measured: list[int] = []
 
-    def tune(layer, regime, backend, store, *, device, isolate, on_event):
+    def tune(layer, regime, backend, store, *, device, isolate, on_event, open_benches=None):
         choices = tuple(
             choice(rows).model_copy(update={"tactic": Tactic(gemm1=1000 * rank + rows, gemm2=2000 * rank + rows)})
             for rows in regime.buckets
