@@ -206,11 +206,14 @@ def cutlass(at: Rank, strategy: str = "merge") -> None:
     """`cutlass_fused_moe`, which `moetune.tune` tunes."""
     runner, benches = planted_cutlass(at.rank, REGIME)
 
-    def op(rows=8):
-        return call(runner, LAYER, REGIME, rows)
+    class Op:
+        def __init__(self):
+            self.runner = types.SimpleNamespace(seen=benches.asked)
 
-    op.runner = types.SimpleNamespace(seen=benches.asked)
-    at.tune(strategy, op=op)
+        def __call__(self, rows=8):
+            return call(runner, LAYER, REGIME, rows)
+
+    at.tune(strategy, op=Op())
 
 
 def cutlass_broadcast(at: Rank) -> None:

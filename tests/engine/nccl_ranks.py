@@ -69,7 +69,7 @@ def planted_op(rank: int) -> Callable[[int], list[int]]:
 
     torch.cuda.is_current_stream_capturing = lambda: False
     backend = dist.get_backend
-    dist.get_backend = lambda group=None: "nccl" if group is dist.group.WORLD else backend(group)
+    dist.get_backend = lambda group=None: dist.Backend("nccl") if group is dist.group.WORLD else backend(group)
     four_ranks.LAYER = LAYER
     runner, _ = four_ranks.planted_cutlass(rank, REGIME)
     return lambda rows: call(runner, LAYER, REGIME, rows, max(BUCKETS))

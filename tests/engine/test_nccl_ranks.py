@@ -55,8 +55,8 @@ def started(scenario, folder, device):
         for rank in range(2)
     ]
     errors = [process.communicate(timeout=500)[1] for process in processes]
-    paths = [folder / f"{scenario}-{rank}.json" for rank in range(2)]
-    found = [json.loads(path.read_text()) if path.exists() else None for path in paths]
+    files = [folder / f"{scenario}-{rank}.json" for rank in range(2)]
+    found = [json.loads(file.read_text()) if file.exists() else None for file in files]
     return found, [process.returncode for process in processes], errors
 
 
