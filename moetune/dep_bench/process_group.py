@@ -116,5 +116,8 @@ def joined(device: str | None) -> Iterator[Ranks]:
     dist.init_process_group("gloo" if found == "cpu" else "nccl", timeout=COLLECTIVE_LIMIT)
     try:
         yield Ranks(rank, size, found, dist.new_group(backend="gloo", timeout=TUNE_LIMIT))
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if found == "cpu":  # NCCL would wait for the other ranks, which torchrun ends
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
