@@ -65,9 +65,11 @@ report-picture: venv
 	  --virtual-time-budget=10000 --screenshot=build/report.png build/report.html
 	pngquant --force --speed 1 --strip --output docs/report.png 64 build/report.png
 
-# docs/options.md and docs/schemas, from the options and the models; tests/docs compares them.
+# docs/options.md, docs/kernels.md and docs/schemas, from the options, the backends and the models; tests/docs compares
+# them.
 pages: venv
 	$(BIN)/python docs/generate/options_page.py > docs/options.md
+	$(BIN)/python docs/generate/kernels_page.py > docs/kernels.md
 	$(BIN)/python docs/generate/schema_files.py docs/schemas
 
 # The API pages in build/api, from the docstrings.

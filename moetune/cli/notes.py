@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from moetune.spec.layer import MoELayer
     from moetune.spec.regime import Regime
 
-_GENERATIONS = {9: "Hopper", 10: "Blackwell"}
+_HOPPER = 9
+_GENERATIONS = {_HOPPER: "Hopper", 10: "Blackwell"}
 
 
 def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Regime) -> Iterator[str]:
@@ -24,8 +25,10 @@ def preferred_kernels(engine: str, backend: Backend, layer: MoELayer, regime: Re
         layer: the layer.
         regime: the regime.
     """
-    from moetune.inputs.engine_flags import engine_flags
+    from moetune.inputs.engine_flags import TRITON, engine_flags
 
+    if backend.name not in TRITON:
+        return
     for generation, other in preferred_to(backend, engine, layer, regime).items():
         title = ENGINE_TITLES[engine]
         yield (
@@ -47,12 +50,17 @@ def other_kernel(engine: str, backend: Backend) -> Iterator[str]:
 def preferred_to(backend: Backend, engine: str, layer: MoELayer, regime: Regime) -> dict[str, str]:
     """Returns what `engine` prefers to the backend by default, by GPU generation, possibly the one here.
 
-    It is empty unless the backend is a Triton one that the engine runs.
+    It is empty unless the engine runs the backend. For backends other than Triton's it is known for Hopper alone.
     """
     from moetune.inputs.engine_flags import TRITON, engine_flags, preferred_to_triton
+    from moetune.inputs.hopper_kernels import on_hopper
 
-    if backend.name not in TRITON or engine not in engine_flags(backend.name, layer.precision):
+    if engine not in engine_flags(backend.name, layer.precision):
         return {}
+    if backend.name not in TRITON:
+        kernel = on_hopper(engine, layer, regime) if _may_have(_HOPPER) else None
+        other = kernel.name if kernel and kernel.backend != backend.name else ""
+        return {_GENERATIONS[_HOPPER]: other} if other else {}
     others = {
         generation: preferred_to_triton(engine, layer.precision, regime.ep_size, capability, regime.layout)
         for capability, generation in _GENERATIONS.items()

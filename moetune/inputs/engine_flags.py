@@ -53,7 +53,7 @@ def reaches(backend: str, layout: str | None) -> bool:
     """
     if layout == "batched" or backend == "batched-triton":
         return layout == "batched" and backend == "batched-triton"
-    return backend != "triton" or layout != "pool"
+    return layout != "pool" or backend.startswith("flashinfer")
 
 
 def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from moetune.inputs.hopper_kernels import on_hopper
 from moetune.inputs.launch_table import TableLine
 from moetune.inputs.launch_vllm import BATCHED
 from moetune.spec.enums import ENGINE_TITLES, Precision
@@ -112,7 +113,9 @@ def chosen(line: TableLine, capability: tuple[int, int] | None) -> Kernels:
         return _no("AITER's kernels", "The line selects them.", "Leave the variable out.")
     if line.layer.precision not in PRECISIONS:
         why = f"{engine} does not run {line.layer.precision.value} experts with the kernel that reads such files."
-        return _no(f"kernels for {line.layer.precision.value}", why, "There is nothing to look up.")
+        known = on_hopper(line.engine, line.layer, line.regime) if line.regime and capability == (9, 0) else None
+        name = known.name if known and known.name else f"kernels for {line.layer.precision.value}"
+        return _no(name, why, "There is nothing to look up.")
     if (own := _OWN[line.engine].get(line.dispatcher)) is not None:
         plain = "--all2all-backend allgather_reducescatter" if line.engine == "vllm" else "--moe-a2a-backend none"
         return _no(own, f"The dispatcher {line.dispatcher} needs them.", f"Use {plain}.")

@@ -646,3 +646,25 @@ def test_a_gpu_that_was_slowed_down_is_reported_with_the_result(moetune, questio
     assert json.loads(result.stdout)["throttled"] == {"planted": ["power brake for 2.5 s"]}
     assert "planted: the GPU was slowed down while it was measured: power brake for 2.5 s." in result.stderr
     assert "throttled" not in _document(moetune("tune", *question, "--json")), "served, nothing was measured"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "--model gpt-oss-120b --ep 8 --dispatch vllm:allgather_reducescatter",
+            "start vLLM with --moe-backend flashinfer_trtllm. Without it vLLM prefers OpenAI's triton_kernels on "
+            "Hopper.",
+        ),
+        (
+            "--model kimi-k2.5 --ep 8 --dispatch sglang:none",
+            "start SGLang with --moe-runner-backend flashinfer_trtllm. Without it SGLang prefers Marlin on Hopper.",
+        ),
+        (
+            "--model deepseek-r1 --ep 16 --dispatch vllm:deepep_low_latency",
+            "start vLLM with --moe-backend triton. Without it vLLM prefers DeepGEMM's masked kernels on Hopper",
+        ),
+    ],
+)
+def test_a_plan_names_the_kernels_that_docs_kernels_names(moetune, on_a_cpu, words, line):
+    assert line in moetune("plan", *words.split()).stdout

@@ -60,7 +60,7 @@ def test_the_batched_triton_kernel_reads_a_file_too(line, capability):
         (f"{VLLM} {R1} -dp 8 -ep --moe-backend flashinfer_cutlass", (9, 0), "flashinfer_cutlass"),
         (f"{VLLM} {R1} -dp 8 -ep --moe-backend deep_gemm", (10, 0), "deep_gemm"),
         (f"{VLLM} {QWEN} -dp 8 -ep --all2all-backend flashinfer_nvlink_one_sided", (9, 0), "FlashInfer's kernels"),
-        (f"{VLLM} openai/gpt-oss-120b", (9, 0), "kernels for mxfp4"),
+        (f"{VLLM} openai/gpt-oss-120b", (9, 0), "OpenAI's triton_kernels"),
         (f"VLLM_BATCH_INVARIANT=1 {VLLM} {QWEN}", (9, 0), "Triton by its default configuration"),
         (f"VLLM_ROCM_USE_AITER=1 {VLLM} {QWEN}", (9, 0), "AITER's kernels"),
         (f"{SGLANG} {R1} --tp 8 --moe-a2a-backend deepep", (9, 0), "DeepGEMM"),

@@ -1,0 +1,68 @@
+import re
+
+import pytest
+from kernels_page import TUNED, page
+from pages import text
+
+from moetune.backends import registry
+from moetune.inputs.dispatcher import dispatchers
+from moetune.spec.enums import ENGINE_TITLES, Precision
+
+PAGE = page()
+
+
+def table(engine):
+    """The rows of one engine, each a list of cells."""
+    part = PAGE.partition(f"## {engine}\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in part.splitlines()[2:]]
+
+
+def test_the_file_is_what_the_function_writes():
+    assert text("docs/kernels.md") == PAGE, "run: make pages"
+
+
+@pytest.mark.parametrize("engine", ENGINE_TITLES)
+def test_every_precision_has_one_row_for_every_dispatcher(engine):
+    rows = table(ENGINE_TITLES[engine])
+    for each in dispatchers():
+        if each.engine != engine:
+            continue
+        found = [row[1] for row in rows if f"`{each.name}`" in row[0].split(", ")]
+        if each.untunable:
+            assert found == ["all"]
+            continue
+        precisions = [precision for cell in found for precision in cell.split(", ")]
+        mxfp4 = ["mxfp4 (gpt-oss)", "mxfp4 (others)"]
+        assert sorted(precisions) == sorted([*(p.value for p in Precision if p is not Precision.MXFP4), *mxfp4])
+
+
+def test_every_backend_that_runs_on_hopper_tunes_something_for_an_engine():
+    named = {
+        backend
+        for engine in ENGINE_TITLES.values()
+        for row in table(engine)
+        for backend in re.findall(r"`([\w-]+)`(?: \(|$|,)", f"{row[3]}, {row[4]}")
+    }
+    assert named == set(TUNED)
+    on_blackwell = {"flashinfer-trtllm", "flashinfer-trtllm-routed"}
+    assert set(TUNED) == set(registry.backends()) - on_blackwell - {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "dispatcher", "precision", "kernels", "tuned"),
+    [
+        ("vLLM", "allgather_reducescatter", "bf16", "Triton", "`triton`"),
+        ("vLLM", "deepep_low_latency", "bf16", "batched Triton", "`batched-triton`"),
+        ("vLLM", "deepep_high_throughput", "fp8_block", "FlashInfer's CUTLASS kernel for fp8 blocks", "–"),
+        ("vLLM", "flashinfer_nvlink_one_sided", "bf16", "FlashInfer's CUTLASS kernels", "`flashinfer-cutlass`"),
+        ("vLLM", "nixl_ep", "mxint4", "batched Humming; batched Marlin without it", "–"),
+        ("SGLang", "none", "fp8_block", "Triton", "`triton`"),
+        ("SGLang", "none", "mxint4", "Marlin", "`marlin`"),
+        ("TensorRT-LLM", "deepep", "bf16", "TensorRT-LLM's CUTLASS kernels", "–"),
+    ],
+)
+def test_the_table_has_what_was_read(engine, dispatcher, precision, kernels, tuned):
+    (row,) = [
+        row for row in table(engine) if f"`{dispatcher}`" in row[0].split(", ") and precision in row[1].split(", ")
+    ]
+    assert row[2:4] == [kernels, tuned]
