@@ -26,7 +26,7 @@ TUNED = {
     "triton": ", ".join(GROUPED),
     "batched-triton": ", ".join(BATCHED),
     "flashinfer-cutlass": "a tactic for each of the two GEMMs",
-    "marlin": "the block size, and for each GEMM the tile and the blocks an SM",
+    "marlin": "the block size; in vLLM also the tile and the blocks an SM of each GEMM",
 }
 """What a tactic of a backend is."""
 _INTRODUCTION = f"""\
