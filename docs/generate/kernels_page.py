@@ -105,15 +105,16 @@ def _backends(engine: str, layer: MoELayer, regime: Regime, kernel: HopperKernel
 
 def _merged(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows with the precisions of one answer in one row, then the dispatchers of equal answers."""
-    by_answer: dict[tuple[str, ...], list[str]] = {}
-    for engine, name, precision, *answer in rows:
-        by_answer.setdefault((engine, name, *answer), []).append(precision)
-    by_precisions: dict[tuple[str, ...], list[str]] = {}
-    for (engine, name, *answer), precisions in by_answer.items():
-        by_precisions.setdefault((engine, ", ".join(precisions), *answer), []).append(name)
-    merged = [(engine, ", ".join(names), *rest) for (engine, *rest), names in by_precisions.items()]
-    order = {engine: at for at, engine in enumerate(ENGINE_TITLES.values())}
-    return sorted(merged, key=lambda row: order[row[0]])  # type: ignore[return-value]  # stable: dispatchers keep theirs
+    by_answer: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for engine, name, precision, kernel, tuned, others in rows:
+        by_answer.setdefault((engine, name, kernel, tuned, others), []).append(precision)
+    by_precisions: dict[tuple[str, str, str, str, str], list[str]] = {}
+    for (engine, name, kernel, tuned, others), precisions in by_answer.items():
+        by_precisions.setdefault((engine, ", ".join(precisions), kernel, tuned, others), []).append(name)
+    return [
+        (engine, ", ".join(names), precisions, kernel, tuned, others)
+        for (engine, precisions, kernel, tuned, others), names in by_precisions.items()
+    ]
 
 
 def _table(rows: Sequence[Row]) -> str:
