@@ -26,10 +26,11 @@ import moetune
 from moetune.backends.base import Problem
 from moetune.backends.marlin.backend import MarlinBackend
 from moetune.backends.marlin.formulas import Formula
-from moetune.inputs.presets import layer as layer_of
+from moetune.inputs.presets import layer as preset
 from moetune.measure.bench import Bench
 from moetune.measure.probe import environment
-from moetune.spec.layer import MoELayer
+from moetune.spec.enums import Precision
+from moetune.spec.layer import Activation, MoELayer, RoutingMethod
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean, noise_floor, paired_ratio
@@ -38,7 +39,27 @@ from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.draws import as_draws, untouched
 from moetune.workload.routing import realize
 
-DEPLOYMENTS = (("kimi-k2.5", 8), ("kimi-k2.5", 16), ("gpt-oss-120b", 4), ("gpt-oss-120b", 8))
+DEPLOYMENTS = (
+    ("kimi-k2.5", 8),
+    ("kimi-k2.5", 16),
+    ("gpt-oss-120b", 4),
+    ("gpt-oss-120b", 8),
+    ("deepseek-v4-like", 8),
+)
+NO_PRESETS = {
+    "deepseek-v4-like": MoELayer(
+        name="deepseek-v4-like",
+        num_experts=256,
+        top_k=6,
+        hidden_size=4096,
+        intermediate_size=2048,
+        precision=Precision.MXFP4,
+        activation=Activation.SILU_CLAMPED,
+        num_shared_experts=1,
+        routing=RoutingMethod(scoring="sqrtsoftplus", bias=True, scaling=1.5),
+    )
+}
+"""Layers that are no presets. This one has the sizes of DeepSeek-V4-Flash."""
 COMPARED = ("allgather", "deduplicated")
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMULAS: tuple[Formula, ...] = ("vllm", "sglang")
@@ -48,6 +69,11 @@ CELL_SECONDS = 1.0
 """About how long the interleaved rounds of a cell may take."""
 ROUNDS = (3, 12)
 """The least and the most rounds over all draws of a cell."""
+
+
+def layer_of(model: str) -> MoELayer:
+    """Returns the layer of a model of `DEPLOYMENTS`."""
+    return NO_PRESETS.get(model) or preset(model)
 
 
 class _TimeUpError(Exception):

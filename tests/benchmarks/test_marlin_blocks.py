@@ -45,6 +45,16 @@ def planted(monkeypatch):
         yield
 
 
+def test_every_deployment_can_be_tuned():
+    for model, ep in marlin_blocks.DEPLOYMENTS:
+        for load in marlin_blocks.COMPARED:
+            deployment = marlin_blocks.Deployment(model, ep, load)
+            layer = marlin_blocks.layer_of(model)
+            rows = deployment.rows(layer, marlin_blocks.TOKENS)
+            assert deployment.regime(rows.values()).buckets == tuple(rows.values())
+            assert MarlinBackend().unsupported(layer, deployment.regime()) is None
+
+
 def test_rows_are_those_of_the_tokens_of_all_ranks():
     assert DEPLOYMENTS[0].rows(LAYER, TOKENS) == {4: 4, 64: 64}
     assert DEPLOYMENTS[1].rows(LAYER, TOKENS) == {4: 2, 64: 29}  # 1 − C(12,2)/C(16,2) = 0.45 of them

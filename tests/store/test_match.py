@@ -20,7 +20,9 @@ STRICT = {
     "triton": "3.6",
     "kernel_source": "ab",
     "flashinfer": "0.6",
+    "vllm": "0.26",
     "remote": "drop",
+    "formula": "vllm",
 }
 CHANGED = {
     "torch": "2.14",
@@ -28,7 +30,9 @@ CHANGED = {
     "triton": "3.8",
     "kernel_source": "cd",
     "flashinfer": "0.7",
+    "vllm": "0.33",
     "remote": "zero",
+    "formula": "sglang",
 }
 SERVED = {
     "triton": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
@@ -36,6 +40,7 @@ SERVED = {
     "flashinfer-cutlass": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm-routed": {"torch": "neutral", "cuda": "near"},
+    "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "torch": {"torch": "near", "cuda": "near"},
     "unknown": {},
 }
