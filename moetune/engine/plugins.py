@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from moetune.inputs.options import Deployment
 
 VARIABLE = "MOETUNE_REGIME"
+TIMEOUT_S = 120.0
+"""After this time without a sign of life an engine's rank is lost. Its first comes from its first call of an MoE op,
+and until then the ranks of an engine may load and compile for different times."""
 TUNER_MODULE = "flashinfer.autotuner.autotuner"
 
 _registered = False
@@ -104,7 +107,9 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     except UsageError as error:
         strategy = RankStrategy.MERGE
         logger.error("moetune: the ranks tune with the strategy %s: %s", strategy, error)
-    opened = session_for(options.layer, options.regime, options.rank, logger=logger, strategy=strategy)
+    opened = session_for(
+        options.layer, options.regime, options.rank, logger=logger, strategy=strategy, timeout_s=TIMEOUT_S
+    )
     session.set_for_process(opened)
     opened.spent_s = time.perf_counter() - began
     try:

@@ -30,7 +30,7 @@ ENGINE_GROUPS = (
 
 vLLM 0.27 … 0.33 give FlashInfer a group of all ranks themselves (`set_autotune_process_group` in
 `warmup/kernel_warmup.py`); that one comes first. In other versions the first rank may tune alone. It would wait for the
-others forever.
+others until the time-out, and then tune nothing.
 """
 
 

@@ -16,7 +16,7 @@ from moetune.store.store import Store
 PROGRAM = Path(__file__).with_name("four_ranks.py")
 TOGETHER = ["cold", "again", "warm", "partly", "raises", "memory", "slow", "broadcast", "independent", "parallel"]
 TOGETHER += ["cutlass", "cutlass_broadcast", "dies"]
-FAILING = ["default_fails", "inputs_fail", "absent", "other_op", "cold"]
+FAILING = ["other_cache", "default_fails", "inputs_fail", "absent", "other_op", "cold"]
 LIMIT_S = 30.0
 """How long the survivors of a lost rank may take. Most of it is for a machine with other work."""
 
@@ -188,6 +188,14 @@ def failing(folder):
     found, statuses, errors = started(folder / "failing", FAILING)
     assert statuses == [0] * 4, errors
     return found
+
+
+@pytest.mark.slow
+def test_ranks_whose_caches_differ_do_not_wait_for_each_other_in_flashinfers_own_ops(failing):
+    alike(failing["other_cache"], FAST)
+    assert not any(each(failing["other_cache"], "has_flashinfers_group"))
+    for (line,) in each(failing["other_cache"], "lines"):
+        assert "FlashInfer's cache or group on Rank 1 of 4 differs from that on Rank 0 of 4" in line
 
 
 @pytest.mark.slow

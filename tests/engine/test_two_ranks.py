@@ -75,7 +75,7 @@ def test_an_engine_without_a_group_yet_has_none(engine, name, function, versions
     ("version", "asked"), [("0.26.0", True), ("0.33.1", True), ("0.28.0", False), ("0.34.0", False), ("0.2.6", False)]
 )
 def test_a_group_is_taken_from_versions_only_in_which_all_ranks_tune(version, asked, monkeypatch):
-    """In vLLM versions between them the first rank tunes alone, and would wait for the others forever."""
+    """In vLLM versions between them the first rank tunes alone, and would wait for the others in vain."""
     calls = []
     module, package = types.ModuleType("vllm.distributed.parallel_state"), types.ModuleType("vllm")
     vars(module)["get_ep_group"] = lambda: calls.append(version)

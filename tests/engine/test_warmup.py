@@ -3,6 +3,7 @@ import inspect
 import logging
 
 import pytest
+import torch
 from flashinfer.autotuner import AutoTuner, autotune
 from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm, real_runner
 
@@ -235,6 +236,21 @@ def test_a_tactic_that_disagrees_with_flashinfers_default_cannot_win(trtllm, lay
         (rejection,) = choice.rejected
         assert rejection.tactic == Tactic(tile_n=FAST[0], config=FAST[1])
         assert "wrong result: relative error 2.0e+00 against the default's" in rejection.reason
+
+
+def test_a_tactic_without_memory_costs_itself_and_not_the_sweep(trtllm, layer, regime, monkeypatch):
+    """FlashInfer would end its sweep at the first tactic that has no memory."""
+    forward = type(trtllm.runner).forward
+
+    def lacks_memory(self, inputs, tactic=-1, **kwargs):
+        if tactic != -1 and list(tactic) == SLOW:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs, tactic, **kwargs)
+
+    monkeypatch.setattr(type(trtllm.runner), "forward", lacks_memory)
+    with moetune.warmup(layer, regime) as seen:
+        assert trtllm() == tuple(FAST)
+    assert {rows for _, rows in seen.tuned} == BUCKETS
 
 
 def test_one_line_says_what_became_of_the_buckets(trtllm, layer, regime, caplog):
