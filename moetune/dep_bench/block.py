@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from moetune.dep_bench.dispatchers import Arrived, Dispatcher, Sent
+from moetune.dep_bench.dispatcher import Arrived, Dispatcher, Sent
 from moetune.dep_bench.experts import Experts
 from moetune.dep_bench.payload import Format
 from moetune.dep_bench.router import Router

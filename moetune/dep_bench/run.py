@@ -12,19 +12,16 @@ import torch
 from moetune.backends.base import Backend
 from moetune.dep_bench.arms import Arm, Tune, arms_of
 from moetune.dep_bench.collectives import align
-from moetune.dep_bench.dispatchers import dispatcher_for
-from moetune.dep_bench.experts import require_fillable
+from moetune.dep_bench.device_clock import clock_for
 from moetune.dep_bench.journal import PointJournal
 from moetune.dep_bench.measure import Calls, measure
 from moetune.dep_bench.one_rank import OneRank
 from moetune.dep_bench.over_ranks import OverRanks
-from moetune.dep_bench.part_clock import clock_for
-from moetune.dep_bench.payload import Format
 from moetune.dep_bench.process_group import Ranks
 from moetune.dep_bench.result import DepBench, Point
 from moetune.dep_bench.router import router_of
-from moetune.dep_bench.setting import BATCHES, ROUNDS, Setting
-from moetune.errors import UnsupportedError, UsageError
+from moetune.dep_bench.setting import BATCHES, ROUNDS, Setting, setting_of
+from moetune.errors import UsageError
 from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
 from moetune.spec.model import digest_of
@@ -85,7 +82,7 @@ def dep_bench(
     begin = time.monotonic()
     if not tokens or min(tokens) < 1:
         raise UsageError("The batch sizes must be at least 1, and there must be one.", "Give --tokens 8,64,512.")
-    setting = _setting(layer, regime, backend, spare, ranks, activation, wire_routing, batches, rounds)
+    setting = setting_of(layer, regime, backend, spare, ranks, activation, wire_routing, batches, rounds)
     for routing in routings:
         router_of(layer, routed(regime, routing).distribution, regime.seed, ranks.device)
     arms, missing = arms_of(backend, layer, regime, ranks, tune)
@@ -121,39 +118,6 @@ def dep_bench(
         points=tuple(points),
         left_out=tuple(left_out),
     )
-
-
-def _setting(
-    layer: MoELayer,
-    regime: Regime,
-    backend: Backend,
-    spare: Backend,
-    ranks: Ranks,
-    activation: WireActivation,
-    wire_routing: WireRouting | None,
-    batches: int,
-    rounds: int,
-) -> Setting:
-    """Returns the setting, after everything was checked that needs no measurement."""
-    if not regime.attention_dp:
-        raise UnsupportedError(
-            "dep-bench measures a layer with attention DP, and this deployment has none.",
-            "Give --dispatch, for example vllm:allgather_reducescatter.",
-        )
-    if reason := backend.unsupported(layer, regime):
-        raise UnsupportedError(f"Backend {backend.name} does not compute {layer.name}: {reason}.")
-    if obstacle := backend.unavailable():
-        raise UnsupportedError(f"Backend {backend.name} cannot run here: {obstacle[0]}.", obstacle[1])
-    require_fillable(backend, layer)
-    if ranks.size == 1 and (activation != "bf16" or wire_routing is not None):
-        raise UnsupportedError(
-            "One process has no wire, so it has no formats on it.",
-            "Leave --wire and --wire-routing out, or start several processes with torchrun.",
-        )
-    form = Format.of(layer, regime, activation, wire_routing)
-    if ranks.size > 1:
-        dispatcher_for(ranks, form, layer, regime)
-    return Setting(backend, spare, layer, regime, form, ranks, batches, rounds)
 
 
 def _measured(setting: Setting, arms: Sequence[Arm], tokens: int, routing: str) -> Point:

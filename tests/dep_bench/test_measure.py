@@ -1,4 +1,4 @@
-"""Points from planted times: who is the slowest rank, what is compared with what, and what is timed once."""
+"""Points from planted times: which rank is the slowest, what is compared with what, and what is timed once."""
 
 import pytest
 

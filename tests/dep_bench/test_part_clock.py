@@ -5,7 +5,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from moetune.dep_bench.part_clock import DeviceClock, HostClock
+from moetune.dep_bench.device_clock import DeviceClock
+from moetune.dep_bench.part_clock import HostClock
 from moetune.dep_bench.process_group import Ranks
 
 
