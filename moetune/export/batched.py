@@ -104,5 +104,6 @@ def _notes(profile: Profile, num_files: int) -> Iterator[str]:
         "The file has the name of the grouped kernel's file. Its folder is its own, so that neither kernel reads what "
         "was tuned for the other."
     )
+    yield "Leave VLLM_TRITON_USE_TD unset: the tactics were measured with operands that are read through pointers."
     if num_files > 1:
         yield "Shards are uneven: what was measured on one number of experts is written for both."

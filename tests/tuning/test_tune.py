@@ -224,3 +224,15 @@ def test_in_a_worker_a_tactic_that_kills_its_process_costs_only_itself(tmp_path)
     assert [rejection.tactic for rejection in choice.rejected] == [tactic("killer")]
     assert "SIGKILL" in choice.rejected[0].reason
     assert backend.prepared == []
+
+
+def test_one_tactic_serves_every_step_of_the_batched_layout_and_is_slower_than_the_default_in_none(plant):
+    """`small` is the fastest in the typical step and slower than the default in a full one, so it cannot win."""
+    plant(
+        milliseconds={"default": 2.0, "small": 0.5, "all": 1.0},
+        milliseconds_from={("small", 64): 4.0, ("all", 64): 1.5},
+    )
+    regime = Regime(ep_size=2, layout="batched", ladder=[64], draws=4)
+    (choice,) = tune_planted(regime=regime).choices
+    assert (choice.rows, choice.tactic) == (64, tactic("all"))
+    assert {compared.rows: round(compared.gain, 1) for compared in choice.by_rows} == {16: 2.0, 64: 1.3, 4: 2.0, 2: 2.0}

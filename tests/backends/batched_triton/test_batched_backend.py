@@ -1,13 +1,16 @@
 """The batched backend without a launch: its space, its default, what it refuses, and its compiled kernels."""
 
+import ast
 import pickle
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moetune.backends.batched_triton import ahead, gemm, space
 from moetune.backends.batched_triton.backend import BatchedTritonBackend
 from moetune.backends.grouped_triton import shipped
+from moetune.backends.grouped_triton.ahead import headless
 from moetune.backends.grouped_triton.backend import TritonBackend
 from moetune.backends.grouped_triton.engine_files import ConfigFile
 from moetune.backends.grouped_triton.space import Limits
@@ -162,3 +165,62 @@ def test_a_compiled_tactic_takes_the_shared_memory_that_the_space_expects(fp8, v
         expected = space.grouped.shared_bytes({**space.FIXED, **tactic(*values)}, fp8, (9, 0), space._NOT_SWAPPED)
         assert expected <= compiled.metadata.shared <= expected + (4 * values[1] if fp8 else 0)
         assert (compiled.metadata.num_warps, compiled.metadata.num_stages) == (4, 3)
+
+
+def operands_of(one, fp8):
+    value = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    return gemm.Operands(
+        torch.empty(one.num_local, one.capacity, one.K, dtype=value),
+        torch.empty(one.num_local, one.N, one.K, dtype=value),
+        torch.empty(one.num_local, one.capacity, one.N, dtype=torch.bfloat16),
+        torch.empty(one.num_local, dtype=torch.int32),
+        torch.empty(one.num_local, one.capacity, one.K // 128) if fp8 else None,
+        torch.empty(one.num_local, one.N // 128, one.K // 128) if fp8 else None,
+    )
+
+
+def assert_compiled_ahead(kernel, fp8):
+    shapes, chosen = replace(SMALL, fp8=fp8), tactic(16, 32, 64)
+    batched = gemm.batched_kernel(kernel)
+    for part, one in enumerate(gemm.two_gemms(shapes)):
+        with headless((9, 0)):
+            arguments = batched.arguments(one, operands_of(one, fp8), chosen)
+            launched = batched.function.warmup(grid=(1,), **arguments)
+        assert ahead.compile_gemm(shapes, chosen, part, (9, 0), kernel).hash == launched.hash
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_key_in_tritons_cache_is_that_of_a_launch_on_real_tensors(fp8):
+    assert_compiled_ahead("builtin", fp8)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("version", ["0.26.0", "0.33.0"])
+def test_vllms_own_kernel_compiles_ahead_too(version, fp8, vllm_version_sources, monkeypatch):
+    monkeypatch.syspath_prepend(str(vllm_version_sources(version)))
+    assert_compiled_ahead("vllm", fp8)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("version", ["0.26.0", "0.33.0"])
+def test_vllm_takes_the_block_sizes_alone_and_looks_them_up_by_the_capacity(version, vllm_version_sources):
+    folder = vllm_version_sources(version) / "vllm" / "model_executor" / "layers" / "fused_moe"
+    text = (folder / "experts" / "fused_batched_moe.py").read_text()
+    tree = ast.parse(text)
+    launcher = next(node for node in tree.body if getattr(node, "name", "") == "invoke_moe_batched_triton_kernel")
+    read = [
+        ast.literal_eval(node.slice)
+        for node in ast.walk(launcher)
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "config"
+    ]
+    assert read == list(space.VALUES)
+    assert "num_warps" not in text
+    assert "num_stages" not in text
+    experts = next(node for node in tree.body if getattr(node, "name", "") == "BatchedTritonExperts")
+    looked_up = next(
+        node
+        for node in ast.walk(experts)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "try_get_optimal_moe_config"
+    )
+    assert ast.unparse(looked_up.args[4]) == "max_num_tokens"
