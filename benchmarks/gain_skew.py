@@ -53,6 +53,8 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 from moetune.tuning.bucket import Bucket
 from moetune.tuning.bucket_tuner import BucketTuner
+from moetune.tuning.run import NOISY_TRIES
+from moetune.tuning.verdict import NOISY
 from moetune.workload.dispatch import rows_for_tokens
 from moetune.workload.draws import as_draws
 from moetune.workload.ranks import of_rank
@@ -199,7 +201,11 @@ class Measurement:
                 bucket, self._bench_of, self._compilers, self._tune_s, lambda event: None, lambda *_: None,
                 self._backend.final_s,
             )  # fmt: skip
-            choice = tuner.choose(tuner.search(bucket.search(self._backend, "auto", ())))
+            finalists = tuner.search(bucket.search(self._backend, "auto", ()))
+            for _ in range(1 + NOISY_TRIES):  # as in a tune
+                choice = tuner.choose(finalists)
+                if choice.noise <= NOISY:
+                    break
             line = self._journal.add(
                 **key, kind="tuned", tuned=name, tactic=dict(choice.tactic), gain=choice.gain, tried=choice.tried,
                 noise=choice.noise, seconds=round(time.perf_counter() - begin, 1),
