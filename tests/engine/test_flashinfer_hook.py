@@ -44,6 +44,24 @@ def test_every_tactic_sees_exactly_the_regimes_histogram(tuner, layer, regime, n
     assert {op.runner.rows(inputs) for _, inputs in op.runner.seen} == set(BUCKETS)
 
 
+@pytest.mark.parametrize("mode", [FROM_LOGITS, PACKED])
+def test_an_op_is_compared_on_draws_of_every_distribution(tuner, layer, mode):
+    fields = {"ep_size": 4, "dispatch": "allgather", "ladder": "hybrid", "tune_max_num_tokens": 8, "draws": 4}
+    regime = Regime(**fields, also=("zipf:2=0.25",))
+    op = Trtllm(layer, regime, mode=mode)
+    with moetune.warmup(layer, regime, rank=1) as seen:
+        op()
+    assert {rows for _, rows in seen.tuned} == set(BUCKETS)
+    drawn = [(op.runner.rows(inputs), tuple(op.load(inputs))) for _, inputs in op.runner.seen[3 * len(BUCKETS) :]]
+    for part in regime.parts:
+        assert part.draws == 2
+        for number in (2, 3):
+            load = moetune.realize(layer, part, 8, rank=1, draw=number).load.tolist()
+            assert (8, tuple(load)) in drawn, (part.distribution, number)
+    sweep = {tuple(op.load(inputs)) for _, inputs in op.runner.seen[: 3 * len(BUCKETS)] if op.runner.rows(inputs) == 8}
+    assert sweep == {tuple(moetune.realize(layer, Regime(**fields), 8, rank=1).load.tolist())}
+
+
 @pytest.mark.parametrize(("ladder", "typical"), [("hybrid", 471), ("pow2", 512)])
 def test_odd_draws_have_the_typical_rows_of_a_bucket_if_the_ops_tensors_hold_them(ladder, typical):
     """64 tokens of each of 32 ranks produce 471 rows. TensorRT-LLM maps 942 rows to 512, more than the tensors hold."""
