@@ -27,6 +27,7 @@ class Wheel:
 
 
 _MARLIN = (
+    "vllm/scalar_type.py",
     "vllm/model_executor/layers/fused_moe/experts/marlin_moe.py",
     *(f"vllm/model_executor/layers/quantization/utils/marlin_utils{suffix}.py" for suffix in ("", "_fp4", "_test")),
 )

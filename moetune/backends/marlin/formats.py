@@ -56,6 +56,7 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+# `ScalarType.id`: exponent (8 bits), mantissa (8), sign (1), bias (32), finite values only (1), kind of NaN (8)
 _UINT4B8: Final = 1 << 50 | 8 << 17 | 4 << 8
 _FLOAT4_E2M1F: Final = 1 << 49 | 1 << 16 | 1 << 8 | 2
 _MXINT4: Final = Format("int4 in groups of 32", _INTEGERS, 8, 32, "bf16", _UINT4B8)

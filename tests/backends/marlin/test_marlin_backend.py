@@ -186,6 +186,16 @@ def test_the_default_is_the_engines_and_a_candidate():
         MarlinBackend("trtllm")
 
 
+def test_a_preparation_loads_the_kernels_of_a_format_once(ops, monkeypatch):
+    monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr("moetune.backends.marlin.runner.activate", activate_on_cpu)
+    backend, seen = MarlinBackend(), []
+    for precision, rows in (("mxint4", 4), ("mxint4", 8), ("mxfp4", 8)):
+        backend.prepare(problem_of(tiny(precision), Regime(), rows, 0))
+        seen.append(len(marlin_ops.calls))
+    assert seen == [2, 2, 4]
+
+
 def test_it_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(MarlinBackend("sglang")))
     assert again.environment() == MarlinBackend("sglang").environment()

@@ -2,6 +2,8 @@
 
 import ast
 import hashlib
+import importlib.util
+import sys
 import types
 from pathlib import Path
 
@@ -117,6 +119,19 @@ def test_everything_is_what_vllm_makes_of_the_same_weights(vllm_version_sources,
     assert torch.equal(permuted.view(torch.uint8), matrices.scales[0].view(torch.uint8))
     bias = torch.randn(192)
     assert torch.equal(vllm.marlin_permute_bias(bias), permute_bias(bias))
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_types_have_vllms_numbers(vllm_version_sources, version):
+    path = vllm_version_sources(version) / "vllm/scalar_type.py"
+    spec = importlib.util.spec_from_file_location("vllm_scalar_type", path)
+    types_of_vllm = sys.modules["vllm_scalar_type"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(types_of_vllm)
+    numbers = types_of_vllm.scalar_types
+    assert FORMATS[Precision.MXINT4].scalar_type == FORMATS[Precision.INT4_G128].scalar_type == numbers.uint4b8.id
+    assert FORMATS[Precision.MXFP4].scalar_type == FORMATS[Precision.NVFP4].scalar_type == numbers.float4_e2m1f.id
+    del sys.modules["vllm_scalar_type"]
 
 
 def functions(folder: Path) -> types.SimpleNamespace:
