@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.Logger) -> Iterator[None]:
     """Makes FlashInfer's tuner take the mean of its times over the ranks of `group`, inside. Every rank must enter it.
 
-    A group that FlashInfer has already stays. If the ranks have tuned different ops before, FlashInfer would wait
-    forever, so it gets no group, and a warning is logged.
+    A group that FlashInfer has already stays. FlashInfer skips the collectives of an op that it finds in its cache, so
+    ranks with different caches would wait forever (vLLM #54618, #57423). If the ranks have tuned different ops before,
+    or one has loaded a file, it gets no group, and a warning is logged.
 
     Args:
         group: the group. FlashInfer gets a group of gloo with the same ranks, because NCCL ends a process that waits
@@ -40,12 +41,13 @@ def agreed_by_flashinfer(group: ProcessGroup, ranks: Exchange, logger: logging.L
 
     ranks.step = "the begin of the warm-up"
     own = get_autotune_process_group()
-    everywhere = gather((own is None, AutoTuner.get().choices.entries_by_op()), ranks)
-    others = [rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0]]
+    cache = AutoTuner.get().choices
+    everywhere = gather((own is None, cache.entries_by_op(), cache.is_read_from_disk()), ranks)
+    others = [rank for rank, theirs in enumerate(everywhere) if theirs != everywhere[0] or theirs[-1]]
     if others:
         logger.warning(
-            "moetune: FlashInfer's cache or group on %s differs from that on %s, so the ops that moetune does not tune "
-            "may get different tactics on the ranks",
+            "moetune: FlashInfer on %s has a file, or another cache or group than on %s, so the ops that moetune does "
+            "not tune may get different tactics on the ranks",
             ranks.name(others[0]),
             ranks.name(0),
         )

@@ -38,6 +38,10 @@ class PlainCache:
         """Returns the number of entries of each op."""
         return Counter(str(key.custom_op) for key in self._entries())
 
+    def is_read_from_disk(self) -> bool:
+        """Returns whether the tuner also finds entries in a file that it has loaded."""
+        return bool(self.tuner._file_configs)
+
     def holds(self, key: Any, tactic: Any) -> bool:
         """Returns whether `tactic` is the tuner's choice for `key`."""
         entries = self._entries()
@@ -76,6 +80,10 @@ class PolicyCache(PlainCache):
             **self._published_with(policy),
         )
         self.tuner._managed_decoded.pop((str(store.root), store.env_hash, fields), None)
+
+    def is_read_from_disk(self) -> bool:
+        """Returns whether the tuner also finds entries in a file that it has loaded, or in its managed store."""
+        return super().is_read_from_disk() or self.tuner._active_managed_store is not None
 
     def effective_config(self, config: Any) -> Any:
         """Returns `config` with the overrides and the measurement policy of this thread's contexts."""

@@ -12,6 +12,7 @@ class Key(NamedTuple):
     file_key: str = "key"
     runner_class_name: str = "MoERunner"
     key_fields: tuple[str, ...] = ("op", "MoERunner")
+    custom_op: str = "op"
 
 
 POLICY, CONFIG, IDENTITY = "cold", "config", ("root", "hash")
@@ -25,6 +26,7 @@ class Tuner0618:
         self.profiling_cache = {}
         self._dirty, self._dirty_seq = False, 0
         self._override_tuning_buckets, self._override_round_up = None, False
+        self._file_configs = {}
 
     def _apply_tuning_overrides(self, config):
         return f"overridden {config}"
@@ -91,6 +93,26 @@ def test_the_policy_and_the_managed_store_follow(tuner_class, policy_key, entry)
     assert tuner._profiling_cache_policies == {policy_key: f"{POLICY} {CONFIG}"}
     assert tuner.published == [entry]
     assert not tuner._managed_decoded, "or the old tactic would be served without reading the store"
+
+
+@pytest.mark.parametrize("tuner_class", [Tuner0618, Tuner070, Tuner071])
+def test_entries_are_counted_by_op(tuner_class):
+    cache = cache_class(tuner_class)(tuner_class())
+    assert not cache.entries_by_op()
+    for key in (Key(), Key(file_key="second"), Key(custom_op="other")):
+        cache.place(key, (16, 1), "profile", CONFIG)
+    assert cache.entries_by_op() == {"op": 2, "other": 1}
+
+
+@pytest.mark.parametrize("tuner_class", [Tuner0618, Tuner070, Tuner071])
+def test_a_file_or_an_open_managed_store_is_read_from_disk(tuner_class):
+    tuner = tuner_class()
+    cache = cache_class(tuner_class)(tuner)
+    assert cache.is_read_from_disk() == (tuner_class is not Tuner0618), "the planted ones have a managed store"
+    tuner._active_managed_store = None
+    assert not cache.is_read_from_disk()
+    tuner._file_configs["key"] = ("MoERunner", [16, 1])
+    assert cache.is_read_from_disk()
 
 
 @pytest.mark.parametrize("tuner_class", [Tuner0618, Tuner070, Tuner071])
