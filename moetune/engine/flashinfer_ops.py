@@ -93,6 +93,7 @@ def recognize(
     """Returns the MoE op of this tuner call if it computes `layer` under `regime`, otherwise None.
 
     It does if its experts, its top-k and this rank's range of experts are the layer's. The routing depends on no more.
+    None of these ops reads the expert-major rows of the layout batched.
 
     Args:
         layer: the session's layer.
@@ -103,6 +104,8 @@ def recognize(
         inputs: the inputs of the call.
         arguments: the keyword arguments that the tuner passes on to the runner.
     """
+    if regime.layout == "batched":
+        return None
     if op in CUTLASS_OPS:
         return _cutlass(layer, regime, rank, op, runner, inputs)
     if _TRTLLM_OP.fullmatch(op):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetune.inputs.engine_flags import TRITON, WITH_IDS, preferred_to_triton
+from moetune.inputs.hopper_kernels import on_hopper
 from moetune.report.command import command, shortest
 from moetune.report.format import count, human_bytes, human_flops
 from moetune.report.lines import (
@@ -236,7 +237,9 @@ def _kernels_line(plan: Plan, kernels: Kernels) -> str:
     if backend not in kernels.computing:
         others = ", ".join(kernels.computing)
         able = f"Choose one that does with --backend: {others}" if others else "No backend of moetune does"
-        return f"kernels: {backend} does not compute this layer. {able}."
+        known = on_hopper(kernels.engine, plan.layer, plan.regime) if kernels.engine else None
+        runs = f" On Hopper {ENGINE_TITLES[kernels.engine]} runs {known.name}." if kernels.engine and known else ""
+        return f"kernels: {backend} does not compute this layer. {able}.{runs}"
     engine = kernels.engine
     if engine is None:
         flags = " · ".join(f"{ENGINE_TITLES[name]} {flag}" for name, flag in kernels.flags.items())

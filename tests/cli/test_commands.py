@@ -661,6 +661,10 @@ def test_a_gpu_that_was_slowed_down_is_reported_with_the_result(moetune, questio
             "start SGLang with --moe-runner-backend flashinfer_trtllm. Without it SGLang prefers Marlin on Hopper.",
         ),
         (
+            "--model kimi-k2.5 --ep 8 --dispatch vllm:deepep_low_latency",
+            "No backend of moetune does. On Hopper vLLM runs batched Humming; batched Marlin without it.",
+        ),
+        (
             "--model deepseek-r1 --ep 16 --dispatch vllm:deepep_low_latency",
             "start vLLM with --moe-backend triton. Without it vLLM prefers DeepGEMM's masked kernels on Hopper",
         ),

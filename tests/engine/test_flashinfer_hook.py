@@ -105,6 +105,14 @@ def test_every_dispatch_reaches_the_kernel(tuner, layer, mode, distribution, dep
             assert op.load(inputs) == moetune.realize(layer, regime, rows, rank=1).load.tolist()
 
 
+def test_no_op_reads_expert_major_rows(tuner, layer):
+    regime = Regime(ep_size=4, layout="batched", ladder=[8])
+    op = Trtllm(layer, regime)
+    with moetune.warmup(layer, regime) as seen:
+        op()
+    assert not seen.tuned | seen.served | seen.missed
+
+
 def test_placeholders_are_not_written(tuner, layer, regime):
     for mode, untouched in ((FROM_LOGITS, (2, 3)), (PACKED, (3,))):
         op = Trtllm(layer, regime, mode=mode)
