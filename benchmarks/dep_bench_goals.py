@@ -85,11 +85,11 @@ def missed(result: DepBench, named: Sequence[int]) -> list[str]:
 
 
 def dispatch_us(point: Point) -> float:
-    """Returns the time of the collective and of what quantizes before and after it, in µs."""
+    """Returns the time of the collective, and of quantizing and packing before it, in µs."""
     return sum(
         part.fastest_us if part.part == "dispatch" else part.slowest_us
         for part in point.parts
-        if part.part in ("quantize", "dispatch")
+        if part.part in ("quantize", "pack", "dispatch")
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from moetune.dep_bench import collectives
 from moetune.dep_bench.dispatcher import Arrived, Place, Sent
+from moetune.dep_bench.part_clock import Mark
 from moetune.dep_bench.payload import Format, joined, parted
 from moetune.dep_bench.process_group import Ranks
 from moetune.spec.layer import MoELayer
@@ -36,13 +37,24 @@ class _AllToAll:
         return wanted.scatter_(1, chosen, True)
 
     def _exchange(
-        self, tensors: Sequence[torch.Tensor], sent: Sequence[int], received: Sequence[int], place: Place
+        self,
+        tensors: Sequence[torch.Tensor],
+        sent: Sequence[int],
+        received: Sequence[int],
+        place: Place,
+        mark: Mark,
     ) -> list[torch.Tensor]:
         if self._form.in_one_buffer:
-            buffer = collectives.all_to_all(joined(tensors), sent, received)
+            rows = joined(tensors)
+            mark("pack")
+            buffer = collectives.all_to_all(rows, sent, received)
+            mark("dispatch")
             return parted(buffer, tensors)
-        hidden = collectives.all_to_all(tensors[0], sent, received, place(sum(received)))
-        return [hidden, *(collectives.all_to_all(tensor, sent, received) for tensor in tensors[1:])]
+        mark("pack")
+        places = [place(sum(received)), *(None for _ in tensors[1:])]
+        found = [collectives.all_to_all(each, sent, received, at) for each, at in zip(tensors, places, strict=True)]
+        mark("dispatch")
+        return found
 
     def _received_bytes(self, received: Sequence[int], tensors: Sequence[torch.Tensor]) -> int:
         of_row = sum(tensor.shape[1] * tensor.element_size() for tensor in tensors)
@@ -57,13 +69,14 @@ class ExactAllToAll(_AllToAll):
 
     is_static = False
 
-    def dispatch(self, sent: Sent, place: Place) -> Arrived:
+    def dispatch(self, sent: Sent, place: Place, mark: Mark) -> Arrived:
         """See `Dispatcher`."""
         assert sent.ids is not None
         tokens, rows, num_sent = self._destinations(sent.ids)
         to_each, received = collectives.counts(num_sent)
+        mark("counts")
         tensors = [sent.hidden[tokens], sent.routing[rows]]
-        hidden, routing = self._exchange(tensors, to_each, received, place)
+        hidden, routing = self._exchange(tensors, to_each, received, place, mark)
 
         def combine(out: torch.Tensor) -> torch.Tensor:
             returned = collectives.all_to_all(out.contiguous(), received, to_each)
@@ -90,7 +103,7 @@ class Pool(_AllToAll):
 
     is_static = True
 
-    def dispatch(self, sent: Sent, place: Place) -> Arrived:
+    def dispatch(self, sent: Sent, place: Place, mark: Mark) -> Arrived:
         """See `Dispatcher`."""
         assert sent.ids is not None
         assert sent.nowhere is not None
@@ -100,7 +113,7 @@ class Pool(_AllToAll):
         used = torch.arange(tokens, device=order.device) < wanted.sum(1, keepdim=True)
         routing = torch.where(used.view(-1, 1), sent.routing[order], sent.nowhere)
         tensors, equal = [sent.hidden[order], routing], [tokens] * size
-        hidden, arrived = self._exchange(tensors, equal, equal, place)
+        hidden, arrived = self._exchange(tensors, equal, equal, place, mark)
 
         def combine(out: torch.Tensor) -> torch.Tensor:
             returned = collectives.all_to_all(out.contiguous(), equal, equal)

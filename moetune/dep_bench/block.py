@@ -9,14 +9,13 @@ import torch
 
 from moetune.dep_bench.dispatcher import Arrived, Dispatcher, Sent
 from moetune.dep_bench.experts import Experts
+from moetune.dep_bench.part_clock import Mark
 from moetune.dep_bench.payload import Format
 from moetune.dep_bench.router import Router
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
-Mark = Callable[[str], None]
-"""Is called where a part of the block ends, with the part's name."""
 TacticOf = Callable[[int], Tactic]
 """Returns the tactic that runs with a number of rows."""
 
@@ -53,8 +52,7 @@ class Block:
             `[T, H]`, in the dtype of the experts' outputs.
         """
         sent = self._sent(x, mark)
-        arrived = self._dispatcher.dispatch(sent, partial(self._place, x))
-        mark("dispatch")
+        arrived = self._dispatcher.dispatch(sent, partial(self._place, x), mark)
         rows = len(arrived.hidden)
         self.arrived = rows, arrived.num_bytes
         out = x.new_empty(0, x.shape[1])

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from moetune.dep_bench.part_clock import Mark
+
 Place = Callable[[int], torch.Tensor | None]
 """Returns where that many hidden states may be received, or None if anywhere."""
 
@@ -54,6 +56,9 @@ class Dispatcher(Protocol):
 
     is_static: bool
 
-    def dispatch(self, sent: Sent, place: Place) -> Arrived:
-        """Sends this rank's tokens, and returns the rows that arrive. It is a collective."""
+    def dispatch(self, sent: Sent, place: Place, mark: Mark) -> Arrived:
+        """Sends this rank's tokens, and returns the rows that arrive. It is a collective.
+
+        It marks the ends of `counts`, `pack` and `dispatch`, as far as it has them.
+        """
         ...

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from moetune.dep_bench.block import Mark, TacticOf
+from moetune.dep_bench.block import TacticOf
 from moetune.dep_bench.experts import Experts
-from moetune.dep_bench.part_clock import MarkedCall
+from moetune.dep_bench.part_clock import Mark, MarkedCall
 from moetune.dep_bench.reference import require_right
 from moetune.dep_bench.router import router_of
 from moetune.dep_bench.setting import Setting

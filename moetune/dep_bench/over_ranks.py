@@ -7,10 +7,10 @@ from functools import cached_property, partial
 import torch
 
 from moetune.backends.base import FillableRunner
-from moetune.dep_bench.block import Block, Mark, TacticOf
+from moetune.dep_bench.block import Block, TacticOf
 from moetune.dep_bench.dispatchers import dispatcher_for
 from moetune.dep_bench.experts import Experts
-from moetune.dep_bench.part_clock import MarkedCall
+from moetune.dep_bench.part_clock import Mark, MarkedCall
 from moetune.dep_bench.reference import block_reference, require_right
 from moetune.dep_bench.router import router_of
 from moetune.dep_bench.setting import Setting

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from moetune.dep_bench.block import Mark
-
+Mark = Callable[[str], None]
+"""Is called where a part ends, with the part's name."""
 MarkedCall = Callable[[Mark], object]
 """Runs something in parts, and calls its argument at the end of each part."""
 Parts = dict[str, float]

@@ -80,7 +80,7 @@ def parts_table(points: Sequence[Point]) -> Table:
 
 def _waits(part: str) -> bool:
     """Returns whether a rank that is early waits in this part, so that the fastest rank has the part's own time."""
-    return part in ("dispatch", "combine")
+    return part in ("counts", "dispatch", "combine")
 
 
 def _ahead(arm: ArmTime | None) -> Text:
@@ -109,7 +109,7 @@ def _notes(result: DepBench) -> list[Text]:
     lines += [f"{TITLES[name]}: none, because {reason}" for name, reason in result.missing.items()]
     lines.append("ahead: the arm's time over that of the dispatcher's profile, minus one, with 95 % bounds")
     if any(point.plan_bytes for point in result.points):
-        lines.append("dispatch and combine: the fastest rank's time, because the others wait in it for the last")
+        lines.append("counts, dispatch and combine: the fastest rank's time, because the others wait for the last")
     if any(point.fidelity is not None for point in result.points):
         lines.append("kernel ÷ dummy: the kernel's time in the block over its time on sampled routings")
     lines += [

@@ -21,7 +21,7 @@ class PartTime(FrozenModel):
     A rank that is early waits in the next collective, so the fastest rank's time is nearest to the collective's own.
 
     Attributes:
-        part: `router`, `top-k`, `quantize`, `dispatch`, `unpack`, `experts` or `combine`.
+        part: `router`, `top-k`, `quantize`, `counts`, `pack`, `dispatch`, `unpack`, `experts` or `combine`.
         fastest_us, slowest_us: the means of the fastest and of the slowest rank's times.
     """
 

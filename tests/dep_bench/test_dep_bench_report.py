@@ -23,7 +23,7 @@ def test_a_row_has_the_speed_of_each_arm_and_how_far_the_profile_is_ahead():
 def test_collectives_have_the_fastest_ranks_time_and_the_planned_bytes_beside_them():
     lines = shown(point())
     assert "128 50.0 310.0 2.00 MB 2.50 MB 50.0 1.012 same" in lines
-    assert any(line.startswith("dispatch and combine: the fastest rank's time") for line in lines)
+    assert any(line.startswith("counts, dispatch and combine: the fastest rank's time") for line in lines)
 
 
 def test_arms_with_the_same_tactics_have_no_distance():

@@ -89,9 +89,10 @@ def test_the_top_k_is_computed_where_the_ids_are_first_needed(found):
     after = ["router", "dispatch", "top-k", "unpack", "experts", "combine"]
     assert found["allgather bf16 None"][0]["parts"] == after
     assert found["allgather fp4 None"][0]["parts"] == ["router", "quantize", *after[1:]]
-    before = ["router", "top-k", "dispatch", "unpack", "experts", "combine"]
-    assert found["pool bf16 None"][0]["parts"] == before
-    assert found["slot fp4 packed_topk"][0]["parts"] == ["router", "top-k", "quantize", *before[2:]]
+    before = ["pack", "dispatch", "unpack", "experts", "combine"]
+    assert found["allgather fp4 packed_topk"][0]["parts"] == ["router", "top-k", "quantize", *before]
+    assert found["pool bf16 None"][0]["parts"] == ["router", "top-k", *before]
+    assert found["slot fp4 packed_topk"][0]["parts"] == ["router", "top-k", "quantize", "counts", *before]
 
 
 @pytest.mark.parametrize("load", LOADS)
