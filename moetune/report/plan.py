@@ -235,11 +235,13 @@ def _outlook(plan: Plan, kernels: Kernels) -> list[Text]:
 def _kernels_line(plan: Plan, kernels: Kernels) -> str:
     backend = plan.backend
     if backend not in kernels.computing:
-        others = ", ".join(kernels.computing)
-        able = f"Choose one that does with --backend: {others}" if others else "No backend of moetune does"
-        known = on_hopper(kernels.engine, plan.layer, plan.regime) if kernels.engine else None
-        runs = f" On Hopper {ENGINE_TITLES[kernels.engine]} runs {known.name}." if kernels.engine and known else ""
-        return f"kernels: {backend} does not compute this layer. {able}.{runs}"
+        if kernels.computing:
+            able = f"Choose one that does with --backend: {', '.join(kernels.computing)}."
+        else:
+            known = on_hopper(kernels.engine, plan.layer, plan.regime) if kernels.engine else None
+            able = "No backend of moetune does."
+            able += f" On Hopper {ENGINE_TITLES[kernels.engine]} runs {known.name}." if kernels.engine and known else ""
+        return f"kernels: {backend} does not compute this layer. {able}"
     engine = kernels.engine
     if engine is None:
         flags = " · ".join(f"{ENGINE_TITLES[name]} {flag}" for name, flag in kernels.flags.items())

@@ -179,7 +179,11 @@ def test_a_plan_ends_with_the_kernels_the_nearest_profile_and_the_next_command(p
         ),
         ("torch", {"engine": None, "flags": {}}, "torch, moetune's first choice here. No engine runs them."),
         ("cut", {}, "cut does not compute this layer. Choose one that does with --backend: triton, torch."),
-        ("cut", {"computing": ()}, "cut does not compute this layer. No backend of moetune does."),
+        (
+            "cut",
+            {"computing": ()},
+            "cut does not compute this layer. No backend of moetune does. On Hopper SGLang runs Triton.",
+        ),
     ],
 )
 def test_the_kernels_are_one_line(planned, backend, changed, line):
