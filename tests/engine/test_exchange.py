@@ -64,13 +64,13 @@ def test_a_rank_that_never_comes_is_named_and_the_others_wait_no_longer_than_the
             ranks.gather(None)
         return str(raised.value), time.monotonic() - began
 
-    found = run(waits, waits, lambda ranks: None, waits, timeout_s=0.5, members=(4, 5, 6, 7))
+    found = run(waits, waits, lambda ranks: None, waits, timeout_s=1.0, members=(4, 5, 6, 7))
     assert found[2] is None
     assert len({found[rank][0] for rank in (0, 1, 3)}) == 1
     message, waited_s = found[0]
-    assert message.startswith("Rank 2 of 4 (rank 6 of the world) gave no sign of life for 0.5 s")
+    assert message.startswith("Rank 2 of 4 (rank 6 of the world) gave no sign of life for 1 s")
     assert "'the sweep'" in message
-    assert 0.5 < waited_s < 10
+    assert 1.0 < waited_s < 20
 
 
 def test_a_rank_that_leaves_is_lost():
@@ -82,7 +82,7 @@ def test_a_rank_that_leaves_is_lost():
         ranks.gather("first")
         return ranks.gather("second")
 
-    _, error = run(leaves, stays, timeout_s=0.5)
+    _, error = run(leaves, stays, timeout_s=1.0)
     assert isinstance(error, LostRankError)
     assert "Rank 0 of 2" in str(error)
 
@@ -90,10 +90,10 @@ def test_a_rank_that_leaves_is_lost():
 def test_a_slow_rank_that_is_alive_is_waited_for():
     def slow(ranks):
         ranks.begin()
-        time.sleep(1.5)
+        time.sleep(4.0)
         return ranks.gather("late")
 
-    assert run(slow, lambda ranks: ranks.gather("soon"), timeout_s=0.5) == [["late", "soon"]] * 2
+    assert run(slow, lambda ranks: ranks.gather("soon"), timeout_s=2.0) == [["late", "soon"]] * 2
 
 
 def test_a_rank_that_is_alive_but_stuck_is_lost_too(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_rank_that_comes_too_late_gets_the_same_error():
         finally:
             lost.set()
 
-    errors = run(late, soon, soon, timeout_s=0.5)
+    errors = run(late, soon, soon, timeout_s=1.0)
     assert {type(error) for error in errors} == {LostRankError}
     assert len(set(map(str, errors))) == 1
 

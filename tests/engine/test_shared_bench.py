@@ -96,9 +96,9 @@ def test_a_default_that_fails_on_another_rank_is_an_error_on_all(tmp_path):
 
 
 def test_a_rank_that_is_lost_ends_the_tune(tmp_path):
-    found = tuned(tmp_path, rank(), rank(), rank(), timeout_s=0.5, only=(0, 1))
+    found = tuned(tmp_path, rank(), rank(), rank(), timeout_s=1.0, only=(0, 1))
     assert {type(error) for error in found[:2]} == {LostRankError}
-    assert "Rank 2 of 3 gave no sign of life for 0.5 s" in str(found[0])
+    assert "Rank 2 of 3 gave no sign of life for 1 s" in str(found[0])
     assert "the tune of planted" in str(found[0])
 
 
