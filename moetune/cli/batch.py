@@ -104,16 +104,16 @@ def _on_cluster(jobs: Sequence[Job], store: Store, path: str, address: str, dry_
     from moetune.fleet.fleet import Fleet
     from moetune.fleet.ray_cluster import RayCluster
 
-    requests = [job.request for job in jobs if job.request is not None]
+    backends = {id(job.request): backends_of(job.request) for job in jobs if job.request is not None}
     with RayCluster(address) as cluster:
-        fleet = Fleet(cluster, [backend for request in requests for backend in backends_of(request)])
+        fleet = Fleet(cluster, [each for own in backends.values() for each in own])
         for why in fleet.left_out:
             report(f"warning: a worker is not used: {why}")
         if not fleet.has_gpu:
             report("note: no machine of the cluster has a GPU, so these are the questions of CPUs.")
         batch, questions = planned(
             jobs,
-            lambda request: fleet.questions(request.layer, request.regime, backends_of(request), store),
+            lambda request: fleet.questions(request.layer, request.regime, backends[id(request)], store),
             path,
             fleet.names,
         )

@@ -57,7 +57,7 @@ class BatchProgress:
         """Shows that a question is being asked on a device."""
         where = f" on {device}" if len(self._batch.devices) > 1 else ""
         self._line(f"{self._of(number)} {self._question(number).name}{where}")
-        self._update(f"question {number} of {len(self._batch.questions)}")
+        self._update(self._where(number))
 
     def event(self, number: int, event: Event) -> None:
         """Counts a bucket that is decided, and shows what a reader must know."""
@@ -83,8 +83,14 @@ class BatchProgress:
         """Shows the answer to a question, or why there is none."""
         self._answered += 1
         self._left[question.number] = 0
-        self._update()
+        self._update(self._where(question.number))
         self._line(f"{self._of(question.number)} {answer_line(question)} · {self.left}")
+
+    def _where(self, number: int) -> str:
+        """Returns how far the batch is: in which question, or with several devices how many have an answer."""
+        if len(self._batch.devices) > 1:
+            return f"{self._answered} of {len(self._batch.questions)} questions on {len(self._batch.devices)} devices"
+        return f"question {number} of {len(self._batch.questions)}"
 
     def _of(self, number: int) -> str:
         return f"[{number}/{len(self._batch.questions)}]"

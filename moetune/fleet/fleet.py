@@ -24,7 +24,7 @@ class Fleet:
 
     Args:
         cluster: the cluster.
-        backends: the backends of all questions; equal ones may be repeated.
+        backends: the backends of all questions. The workers are asked about equal ones once.
 
     Attributes:
         cluster: the cluster.
@@ -36,9 +36,11 @@ class Fleet:
     """
 
     def __init__(self, cluster: Cluster, backends: Iterable[Backend]) -> None:
-        distinct = {pickle.dumps(each): each for each in backends}
-        self._index = {pickled: index for index, pickled in enumerate(distinct)}
-        self.cluster = cluster
+        self.cluster, self._backends = cluster, tuple(backends)
+        pickled = [pickle.dumps(each) for each in self._backends]
+        distinct = dict(zip(pickled, self._backends, strict=True))
+        position = {each: index for index, each in enumerate(distinct)}
+        self._index = {id(each): position[own] for each, own in zip(self._backends, pickled, strict=True)}
         described = cluster.describe(list(distinct.values()))
         refused = {number: why for number, each in described.items() if (why := self.refusal(each))}
         self.workers = {number: each for number, each in described.items() if number not in refused}
@@ -71,7 +73,7 @@ class Fleet:
         Args:
             layer: the layer.
             regime: the regime.
-            backends: some of those that the fleet was made with.
+            backends: some of the objects that the fleet was made with.
             store: the store of the questions.
 
         Raises:
@@ -97,7 +99,7 @@ class Fleet:
         return [self.workers[number] for number in sorted(self.workers)]
 
     def _environment(self, backend: Backend, worker: Description) -> Environment | str:
-        return worker.environments[self._index[pickle.dumps(backend)]]
+        return worker.environments[self._index[id(backend)]]
 
     def _environments(self, backend: Backend) -> list[tuple[Environment, str]]:
         """Returns the environments of the workers that can run a backend, each once and with its device's kind."""

@@ -264,6 +264,8 @@ def _require_listening(address: str) -> None:
 def _reason(error: Exception) -> str:
     """Returns one sentence of Ray's long text about an error."""
     text = str(error).strip()
+    if "is unavailable" in text:
+        return "its process or its machine does not answer."
     _, found, why = text.partition("The actor is dead because ")
     line = why.partition(".")[0] if found else text.splitlines()[-1] if text else type(error).__name__
     return f"{shortened(line.strip().rstrip('.'))}."

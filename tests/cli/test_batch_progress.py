@@ -95,15 +95,21 @@ def test_an_interrupt_says_how_to_go_on(capsys):
     assert said == "Buckets that were finished are saved: 1. Run the same command again to go on.\n"
 
 
-def test_a_terminal_has_a_bar_below_the_lines(monkeypatch):
+@pytest.mark.parametrize(
+    ("devices", "where"), [(("cuda",), "question 1 of 2"), (("cuda:0", "cuda:1"), "0 of 2 questions on 2 devices")]
+)
+def test_a_terminal_has_a_bar_below_the_lines(monkeypatch, devices, where):
     text = io.StringIO()
     terminal = Console(file=text, force_terminal=True, highlight=False, width=100)
     monkeypatch.setattr(batch_progress, "console", lambda stderr: terminal)
-    with BatchProgress(planned(2, 2)) as progress:
-        progress.start(1, "cuda:0")
+    with BatchProgress(planned(2, 2, devices=devices)) as progress:
+        progress.start(1, devices[0])
+        progress.note("cuda:7 is lost.")
         progress.event(1, BucketChosen(make_choice(4), 0, 2))
         progress._bar.refresh()
     shown = text.getvalue()
-    assert "[1/2] small ep1-tp1-nodp-none-random by triton on cuda:0" in shown
-    assert "question 1 of 2" in shown
+    assert "[1/2] small ep1-tp1-nodp-none-random by triton" in shown
+    assert ("on cuda:0" in shown) == (len(devices) > 1)
+    assert "note: cuda:7 is lost." in shown
+    assert where in shown
     assert "1/4" in shown

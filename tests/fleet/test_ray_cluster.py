@@ -108,7 +108,13 @@ def test_a_replacement_that_finds_no_place_is_not_waited_for_for_ever(planted):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("", "RayError."), ("first\nlast line.", "last line."), (DIED, "its worker process has died.")]
+    ("text", "reason"),
+    [
+        ("", "RayError."),
+        ("first\nlast line.", "last line."),
+        (DIED, "its worker process has died."),
+        ("The actor 1f is unavailable: …", "its process or its machine does not answer."),
+    ],
 )
 def test_the_reason_of_a_loss_is_one_sentence(planted, text, reason):
     planted(gpus=1, free=1, described=[said(1), said(2)], reports=[Stream(iter([RayError(text)]))])
