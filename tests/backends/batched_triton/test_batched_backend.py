@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.jit import MockTensor
 
-from moetune.backends.batched_triton import ahead, gemm, space
+from moetune.backends.batched_triton import ahead, gemm, kernel, space
 from moetune.backends.batched_triton.backend import BatchedTritonBackend
 from moetune.backends.grouped_triton import shipped
 from moetune.backends.grouped_triton.ahead import headless
@@ -179,14 +180,14 @@ def operands_of(one, fp8):
     )
 
 
-def assert_compiled_ahead(kernel, fp8):
+def assert_compiled_ahead(name, fp8):
     shapes, chosen = replace(SMALL, fp8=fp8), tactic(16, 32, 64)
-    batched = gemm.batched_kernel(kernel)
+    batched = gemm.batched_kernel(name)
     for part, one in enumerate(gemm.two_gemms(shapes)):
         with headless((9, 0)):
             arguments = batched.arguments(one, operands_of(one, fp8), chosen)
             launched = batched.function.warmup(grid=(1,), **arguments)
-        assert ahead.compile_gemm(shapes, chosen, part, (9, 0), kernel).hash == launched.hash
+        assert ahead.compile_gemm(shapes, chosen, part, (9, 0), name).hash == launched.hash
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -224,3 +225,12 @@ def test_vllm_takes_the_block_sizes_alone_and_looks_them_up_by_the_capacity(vers
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "try_get_optimal_moe_config"
     )
     assert ast.unparse(looked_up.args[4]) == "max_num_tokens"
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_activation_compiles_for_hopper(gelu):
+    bf16, counts = MockTensor(torch.bfloat16), MockTensor(torch.int32)
+    with headless((9, 0)):
+        compiled = kernel._activate_filled.warmup(bf16, bf16, counts, 2048, 1536, COLUMNS=1024, GELU=gelu, grid=(1,))
+    assert "bra" in compiled.asm["ptx"], "a loop over the rows"
+    assert compiled.metadata.shared == 0
