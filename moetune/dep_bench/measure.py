@@ -99,6 +99,7 @@ def measure(
     taken = _samples(calls, [*distinct, arms[-1]], clock, ranks, batches, rounds)
     by_arm = [taken[distinct.index(arms[first_of[key]])] for key in keys]
     last, again = by_arm[-1], taken[-1]
+    noise = noise_floor(last.slowest_us, again.slowest_us)
     rows = [one for of_rank in ranks.gather(calls.rows) for one in of_rank]
     received = [one for of_rank in ranks.gather(calls.received_bytes) for one in of_rank]
     times = [
@@ -112,12 +113,12 @@ def measure(
         rows_high=max(rows),
         arms=tuple(times),
         parts=_parts(last.block),
-        noise=noise_floor(last.slowest_us, again.slowest_us),
+        noise=noise,
         plan_bytes=plan_bytes,
         received_bytes=round(statistics.fmean(received)),
         fidelity=geomean(last.fidelity) if last.fidelity else None,
         fidelity_by_rank=tuple(last.fidelity),
-        dummy_agrees=_agrees(times),
+        dummy_agrees=_agrees(times, noise),
         eager=clock.eager,
     )
 
@@ -177,10 +178,10 @@ def _parts(block: Samples) -> tuple[PartTime, ...]:
     return tuple(found)
 
 
-def _agrees(arms: Sequence[ArmTime]) -> bool | None:
-    """Returns whether the arm that is fastest on sampled routings is the fastest in the block; ties count."""
+def _agrees(arms: Sequence[ArmTime], noise: float) -> bool | None:
+    """Returns whether the arm that is fastest on sampled routings is the fastest in the block, within the noise."""
     dummies: Mapping[int, float] = {at: arm.dummy_us for at, arm in enumerate(arms) if arm.dummy_us is not None}
     if len(dummies) < len(arms):
         return None
     best = min(dummies, key=lambda at: dummies[at])
-    return arms[best].experts_us == min(arm.experts_us for arm in arms)
+    return arms[best].experts_us <= min(arm.experts_us for arm in arms) * (1.0 + noise)

@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from moetune.errors import NoResultError, UsageError
+from moetune.engine.exchange import Exchange, exchange_of
+from moetune.engine.ranks import from_first, gather
+from moetune.errors import UsageError
 from moetune.measure.probe import device_for
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 MOST_RANKS = 8
 COLLECTIVE_LIMIT = timedelta(minutes=5)
 """How long a rank waits in a collective of the block."""
-TUNE_LIMIT = timedelta(minutes=60)
-"""How long a rank waits for the first one, which tunes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +27,13 @@ class Ranks:
     Attributes:
         rank, size: this process's number, and the number of all.
         device: its torch device.
-        host: the group over which Python objects travel, or None if there is one process.
+        host: gives each rank the Python values of all ranks; None if there is one process.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
-    host: ProcessGroup | None = None
+    host: Exchange | None = None
 
     @property
     def leads(self) -> bool:
@@ -44,40 +41,21 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the `value` of every rank. It is a collective: every rank must call it."""
-        if self.host is None:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.host)
-        return values
+        """Returns the `value` of every rank. Every rank must call it. Raises LostRankError if one has ended."""
+        return gather(value, self.host)
 
     def broadcast(self, value: Any) -> Any:
-        """Returns the `value` of the first rank. It is a collective: every rank must call it."""
+        """Returns the `value` of the first rank. Every rank must call it. Raises the errors of `gather`."""
         return self.gather(value if self.leads else None)[0]
 
     def of_first(self, make: Callable[[], T]) -> T:
-        """Returns on every rank what `make` returns on the first one. It is a collective.
+        """Returns on every rank what `make` returns on the first one. Every rank must call it.
 
         Raises:
-            NoResultError: `make` raised on the first rank, and this is another one.
+            RankError: `make` raised on the first rank, and this is another one.
             Exception: what `make` raised here.
         """
-        made: T | None = None
-        error: Exception | None = None
-        if self.leads:
-            try:
-                made = make()
-            except Exception as raised:  # the other ranks wait for the answer
-                error = raised
-        answer, reason = self.broadcast((made, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        if reason is not None:
-            raise NoResultError(f"The first rank failed. {reason}", "See its output.")
-        found: T = answer
-        return found
+        return from_first(make, self.host)
 
 
 def started_ranks() -> int:
@@ -114,10 +92,14 @@ def joined(device: str | None) -> Iterator[Ranks]:
         found = device_for(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
         torch.cuda.set_device(found)
     dist.init_process_group("gloo" if found == "cpu" else "nccl", timeout=COLLECTIVE_LIMIT)
+    assert dist.group.WORLD is not None
+    host = exchange_of(dist.group.WORLD)
     try:
-        yield Ranks(rank, size, found, dist.new_group(backend="gloo", timeout=TUNE_LIMIT))
+        yield Ranks(rank, size, found, host)
     except BaseException:
         if found == "cpu":  # NCCL would wait for the other ranks, which torchrun ends
             dist.destroy_process_group()
         raise
+    finally:
+        host.end()
     dist.destroy_process_group()

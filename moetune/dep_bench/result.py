@@ -71,7 +71,8 @@ class Point(FrozenModel):
         received_bytes: what a rank received, as a mean over ranks and batches.
         fidelity: the kernel's time in the block over its time on sampled routings, of the arm `dispatcher`, or None.
         fidelity_by_rank: the same of each rank.
-        dummy_agrees: whether the same arm is the fastest by `dummy_us` as by `experts_us`, or None.
+        dummy_agrees: whether the fastest arm by `dummy_us` is the fastest by `experts_us` too, within the noise; or
+            None.
         eager: why the block was timed without a CUDA graph, launch overhead included; empty if it was not, and on the
             CPU.
     """

@@ -23,6 +23,7 @@ from moetune.dep_bench.payload import Format
 from moetune.dep_bench.process_group import Ranks
 from moetune.dep_bench.reference import block_reference
 from moetune.dep_bench.router import Router
+from moetune.engine.exchange import exchange_of
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 
@@ -65,7 +66,7 @@ def main(rank: int, size: int, folder: Path, name: str) -> None:
         replace_parts_of_the_interpreter()
     where = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    ranks = Ranks(rank, size, "cpu", dist.group.WORLD)
+    ranks = Ranks(rank, size, "cpu", exchange_of(dist.group.WORLD))
     found = {
         f"{load} {activation} {routing}": ranks.gather(found_of(ranks, name, load, activation, routing))
         for load in LOADS

@@ -1,16 +1,22 @@
 import pytest
 
 from moetune.dep_bench.process_group import Ranks, joined
-from moetune.errors import NoResultError, UsageError
+from moetune.errors import RankError, UsageError
 
 
-class Second(Ranks):
-    """The second of two ranks; `first` is what the first one gives to a collective."""
+class Planted:
+    """An exchange in which this is the second of two ranks, and the first one gives `first`."""
 
-    first = None
+    rank, size = 1, 2
+
+    def __init__(self, first):
+        self.first = first
 
     def gather(self, value):
-        return [type(self).first, value]
+        return [self.first, value]
+
+    def name(self, rank):
+        return f"Rank {rank} of 2"
 
 
 def test_one_process_is_the_first_rank_and_asks_nobody():
@@ -22,16 +28,16 @@ def test_one_process_is_the_first_rank_and_asks_nobody():
 
 
 def test_the_first_ranks_answer_is_everybodys():
-    Second.first = ("answer", None)
     calls = []
-    assert Second(1, 2).of_first(lambda: calls.append("here")) == "answer"
+    ranks = Ranks(1, 2, "cpu", Planted((["answer"], None)))
+    assert ranks.of_first(lambda: calls.append("here")) == "answer"
     assert not calls
+    assert Ranks(1, 2, "cpu", Planted("first")).broadcast("second") == "first"
 
 
 def test_an_error_of_the_first_rank_ends_the_others_too():
-    Second.first = (None, "OSError: planted")
-    with pytest.raises(NoResultError, match=r"The first rank failed. OSError: planted"):
-        Second(1, 2).of_first(lambda: None)
+    with pytest.raises(RankError, match=r"Rank 0 of 2, which answers for all, failed: planted"):
+        Ranks(1, 2, "cpu", Planted(([], "planted"))).of_first(lambda: None)
 
     def fails():
         raise OSError("planted")
