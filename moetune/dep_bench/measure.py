@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from moetune.dep_bench.arms import Arm
 from moetune.dep_bench.block import TacticOf
@@ -15,6 +16,9 @@ from moetune.dep_bench.result import ArmTime, PartTime, Point
 from moetune.measure.clock import order
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean, noise_floor, paired_ratio
+
+if TYPE_CHECKING:
+    import torch
 
 Samples = Sequence[Sequence[Parts]]
 """[rank][sample]. Sample i of every series was taken in the same turn, on the same batch."""
@@ -31,8 +35,12 @@ class Calls(Protocol):
         """Whether a CUDA graph can capture the calls."""
         ...
 
-    def warm(self, tactic_of: TacticOf) -> float:
-        """Runs an arm untimed, checks it, and returns its relative error."""
+    def warm(self, tactic_of: TacticOf) -> torch.Tensor:
+        """Runs an arm untimed, and returns its output on the first batch."""
+        ...
+
+    def check(self, out: torch.Tensor) -> float:
+        """Returns the relative error of what `warm` returned. Raises NoResultError if it is too large."""
         ...
 
     def call(self, tactic_of: TacticOf, batch: int) -> MarkedCall:
@@ -89,9 +97,13 @@ def measure(
         batches, rounds: how often each arm is timed.
 
     Raises:
-        NoResultError: an arm's output is wrong.
+        NoResultError: an arm's output is wrong on this rank.
+        RankError: it is wrong on another rank.
     """
-    errors = [max(ranks.gather(calls.warm(arm.tactic_of))) for arm in arms]
+    errors = []
+    for arm in arms:
+        out = calls.warm(arm.tactic_of)
+        errors.append(max(ranks.gather(ranks.together(partial(calls.check, out)))))
     chosen = [tuple(arm.tactic_of(rows) for rows in calls.rows if rows) for arm in arms]
     keys = list(zip(*ranks.gather(chosen), strict=True))
     first_of = {key: position for position, key in reversed(list(enumerate(keys)))}

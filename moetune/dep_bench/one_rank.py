@@ -39,13 +39,15 @@ class OneRank:
             torch.bfloat16
         )
 
-    def warm(self, tactic_of: TacticOf) -> float:
-        """Runs an arm once, checks its kernel, and returns the relative error. Raises NoResultError if it is wrong."""
+    def warm(self, tactic_of: TacticOf) -> torch.Tensor:
+        """Runs an arm on the first batch, and returns the kernel's output, which the next run overwrites."""
+        return self._call(tactic_of(self.rows[0]), 0, lambda part: None)
+
+    def check(self, out: torch.Tensor) -> float:
+        """Returns the relative error of what `warm` returned. Raises NoResultError if it is too large."""
         setting = self._setting
-        out = self._call(tactic_of(self.rows[0]), 0, lambda part: None)
-        return require_right(
-            out, self._runner.reference(0), setting.backend.tolerance(setting.layer), "The kernel's output"
-        )
+        tolerance = setting.backend.tolerance(setting.layer)
+        return require_right(out, self._runner.reference(0), tolerance, "The kernel's output")
 
     def call(self, tactic_of: TacticOf, batch: int) -> MarkedCall:
         """Returns a call of this rank's part of the block on one batch."""

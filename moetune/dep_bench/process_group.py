@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from moetune.engine.exchange import Exchange, exchange_of
-from moetune.engine.ranks import from_first, gather
+from moetune.engine.ranks import from_first, gather, together
 from moetune.errors import UsageError
 from moetune.measure.probe import device_for
 
@@ -47,6 +47,15 @@ class Ranks:
     def broadcast(self, value: Any) -> Any:
         """Returns the `value` of the first rank. Every rank must call it. Raises the errors of `gather`."""
         return self.gather(value if self.leads else None)[0]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """Returns what `make` returns here, if it succeeds on every rank. Every rank must call it.
+
+        Raises:
+            RankError: `make` raised on another rank.
+            Exception: what `make` raised here.
+        """
+        return together(make, self.host)
 
     def of_first(self, make: Callable[[], T]) -> T:
         """Returns on every rank what `make` returns on the first one. Every rank must call it.

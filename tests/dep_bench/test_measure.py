@@ -1,11 +1,14 @@
 """Points from planted times: which rank is the slowest, what is compared with what, and what is timed once."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from moetune.dep_bench.arms import Arm
 from moetune.dep_bench.measure import measure
 from moetune.dep_bench.part_clock import HostClock
 from moetune.dep_bench.process_group import Ranks
+from moetune.errors import NoResultError
 from moetune.spec.tactic import Tactic
 
 US = {"slow": 400.0, "fast": 100.0}
@@ -32,6 +35,11 @@ class PlantedCalls:
         self.time, self.sampled, self.started = time, sampled, []
 
     def warm(self, tactic_of):
+        return tactic_of(8)
+
+    def check(self, out):
+        if out["algorithm"] == "wrong":
+            raise NoResultError("planted")
         return 0.001
 
     def call(self, tactic_of, batch):
@@ -137,3 +145,12 @@ def test_the_arms_take_turns():
     assert len(by_turn) == 2 * (1 + 3)
     assert all(sorted(turn) == ["fast", "fast", "slow"] for turn in by_turn)
     assert len(set(by_turn)) == 3  # the slow arm comes first, in the middle and last
+
+
+def test_a_wrong_arm_ends_the_point_before_anything_is_timed():
+    time = PlantedTime()
+    calls = PlantedCalls(time)
+    shared = {"tokens": 30, "routing": "random", "plan_bytes": 7, "batches": 2, "rounds": 3}
+    with pytest.raises(NoResultError, match="planted"):
+        measure(calls, [arm("default", "wrong"), arm("dispatcher", "fast")], HostClock(Mock(), time), Ranks(), **shared)
+    assert calls.started == []
