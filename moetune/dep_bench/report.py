@@ -12,6 +12,7 @@ from moetune.dep_bench.result import ArmName, ArmTime, DepBench, Point
 from moetune.report.format import human_bytes
 from moetune.report.lines import counted, layer_line, regime_line
 from moetune.report.table import add_numbers, new_table
+from moetune.stats import geomean
 
 TITLES: dict[ArmName, str] = {
     "default": "default",
@@ -110,8 +111,12 @@ def _notes(result: DepBench) -> list[Text]:
     lines.append("ahead: the arm's time over that of the dispatcher's profile, minus one, with 95 % bounds")
     if any(point.plan_bytes for point in result.points):
         lines.append("counts, dispatch and combine: the fastest rank's time, because the others wait for the last")
-    if any(point.fidelity is not None for point in result.points):
-        lines.append("kernel ÷ dummy: the kernel's time in the block over its time on sampled routings")
+    if ratios := [ratio for point in result.points for ratio in point.fidelity_by_rank]:
+        worst = max(ratios, key=lambda ratio: max(ratio, 1.0 / ratio))
+        lines.append(
+            "kernel ÷ dummy: the kernel's time in the block over its time on sampled routings; of all ranks and batch "
+            f"sizes {geomean(ratios):.3f} (geometric mean), {worst:.3f} at worst"
+        )
     lines += [
         f"timed without a CUDA graph: {reason}" for reason in dict.fromkeys(p.eager for p in result.points) if reason
     ]

@@ -26,6 +26,12 @@ def test_collectives_have_the_fastest_ranks_time_and_the_planned_bytes_beside_th
     assert any(line.startswith("counts, dispatch and combine: the fastest rank's time") for line in lines)
 
 
+def test_a_line_sums_up_how_near_the_dummy_is():
+    lines = shown(point(), point(tokens=256, fidelity_by_rank=(0.9, 1.05)))
+    wanted = "of all ranks and batch sizes 0.992 (geometric mean), 0.900 at worst"
+    assert [line for line in lines if line.startswith("kernel ÷ dummy: ") and line.endswith(wanted)]
+
+
 def test_arms_with_the_same_tactics_have_no_distance():
     lines = shown(point(arms=(arm("default", 400.0), arm("dispatcher", 400.0))))
     assert "128 250–256 320,000 320,000 same tactics 0.12 %" in lines
