@@ -309,20 +309,41 @@ def test_what_the_store_lacks_is_tuned_once_by_sglangs_launch_line(tmp_path, mon
 # ---- SGLang's own module ----
 
 
-def test_sglangs_module_reads_each_arms_file_and_computes_the_layer(engine_sources, tmp_path):
-    """Runs SGLang's own module with its own Triton kernels; see `interpret_sglang.py`."""
-    sources, packed, out = engine_sources("sglang"), tmp_path / "pack", tmp_path / "out"
+@pytest.fixture
+def packed(engine_sources, tmp_path):
+    """Returns a pack of the engine's sources, without its files."""
+    sources, folder = engine_sources("sglang"), tmp_path / "pack"
     for part in PARTS:
-        (packed / part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(sources / part, packed / part)
-    (packed / CONFIGS / FOLDER).mkdir(parents=True)
-    (packed / "sglang" / "VERSION").write_text("0.5.23\n")
-    out.mkdir()
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(Path(__file__).with_name("interpret_sglang.py")), str(packed), str(out)]
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sources / part, folder / part)
+    (folder / CONFIGS / FOLDER).mkdir(parents=True)
+    (folder / "sglang" / "VERSION").write_text("0.5.23\n")
+    return folder
+
+
+def printed_by(script, *arguments, **variables):
+    """Runs a script of this folder, and returns the JSON of its last line."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", **variables}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_sglangs_kernels_and_what_replaces_others_compile_for_hopper(packed):
+    gemm = [["act_and_mul_kernel", False], ["fused_moe_kernel", True], ["_moe_sum_reduce_kernel", True]]
+    assert printed_by("compile_sglang.py", packed) == [
+        ["_moe_align_small_numel_kernel", True], ["fused_moe_kernel", True], *gemm,
+        ["_count_slots", False], ["_place_slots", False], ["fused_moe_kernel", True], *gemm,
+        ["_activate_sorted", False],
+    ]  # fmt: skip
+
+
+def test_sglangs_module_reads_each_arms_file_and_computes_the_layer(packed, tmp_path):
+    """Runs SGLang's own module with its own Triton kernels; see `interpret_sglang.py`."""
+    out = tmp_path / "out"
+    out.mkdir()
+    found = printed_by("interpret_sglang.py", packed, out, TRITON_INTERPRET="1")
     whole, shared = found["lines"]
     assert list(whole["arms"]) == ["default", "moetune"]
     assert list(shared["arms"]) == ["default", "shipped", "moetune"]
