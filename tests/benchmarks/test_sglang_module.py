@@ -306,6 +306,31 @@ def test_what_the_store_lacks_is_tuned_once_by_sglangs_launch_line(tmp_path, mon
     assert (Path(paths[0]) / "moetune").is_dir()
 
 
+def test_the_command_compiles_and_measures_only_what_the_journal_lacks(folders, tmp_path, monkeypatch, capsys):
+    compiled, (sglang, out) = [], (tmp_path / "pack", tmp_path / "out")
+    pack(wheel(tmp_path), sglang)
+    cell = functools.partial(measure_case, device="cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: DEVICE)
+    monkeypatch.setattr(sglang_module, "CASES", {"tiny": TINY})
+    monkeypatch.setattr(sglang_module, "load", lambda folder, device: Planted(tmp_path))
+    monkeypatch.setattr(sglang_module, "folders_of", lambda *given: folders)
+    monkeypatch.setattr(sglang_module, "compile_ahead", lambda *given: compiled.append(given[-1]))
+    monkeypatch.setattr(sglang_module, "measure_case", cell)
+
+    def run(*options):
+        command = ["measure", str(out), "--sglang", str(sglang), "--cases", "tiny", *options]
+        return sglang_module.main(command), capsys.readouterr().err
+
+    assert run("--rows", "1", "--seconds", "-1") == (1, "tiny: the time is up\n")
+    assert run("--rows", "1") == (0, "All is measured.\n")
+    assert run("--rows", "1,8") == (0, "All is measured.\n")
+    assert compiled == [[1], [8]]
+    assert [line["rows"] for line in Journal(out / "sglang_module.jsonl").lines] == [1, 8]
+    assert sglang_module.main(["report", str(out / "sglang_module.jsonl"), "--cases", "tiny", "--rows", "1,8"]) == 0
+    with pytest.raises(SystemExit, match=r"No case is named small\. There are: tiny\."):
+        sglang_module.main(["measure", str(out), "--sglang", str(sglang), "--cases", "small"])
+
+
 # ---- SGLang's own module ----
 
 
