@@ -43,6 +43,11 @@ class Gemm:
     capacity: int
     fp8: bool
 
+    @property
+    def scale_blocks(self) -> tuple[int, int]:
+        """The number of scale blocks along K and along N; (0, 0) in bf16."""
+        return (self.K // SCALE_BLOCK, self.N // SCALE_BLOCK) if self.fp8 else (0, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Operands:
@@ -96,6 +101,7 @@ class BuiltinKernel:
 
     def arguments(self, gemm: Gemm, operands: Operands, tactic: Mapping[str, object]) -> dict[str, Any]:
         """See `BatchedKernel.arguments`."""
+        depth, columns = gemm.scale_blocks
         return {
             "a_ptr": operands.a,
             "w_ptr": operands.w,
@@ -105,7 +111,21 @@ class BuiltinKernel:
             "w_scales_ptr": operands.w_scales,
             "N": gemm.N,
             "K": gemm.K,
-            "capacity": gemm.capacity,
+            "stride_ae": gemm.capacity * gemm.K,
+            "stride_am": gemm.K,
+            "stride_ak": 1,
+            "stride_we": gemm.N * gemm.K,
+            "stride_wn": gemm.K,
+            "stride_wk": 1,
+            "stride_oe": gemm.capacity * gemm.N,
+            "stride_om": gemm.N,
+            "stride_on": 1,
+            "stride_ase": gemm.capacity * depth,
+            "stride_asm": depth,
+            "stride_ask": int(gemm.fp8),
+            "stride_wse": columns * depth,
+            "stride_wsn": depth,
+            "stride_wsk": int(gemm.fp8),
             **{name: tactic[name] for name in VALUES},
             "SCALE_BLOCK": SCALE_BLOCK if gemm.fp8 else 0,
         }
@@ -143,7 +163,7 @@ class VllmKernel:
         return {name: known[name] for name in self._parameters if name in known}
 
     def _known(self, gemm: Gemm, operands: Operands, tactic: Mapping[str, object]) -> dict[str, Any]:
-        depth, columns = (gemm.K // SCALE_BLOCK, gemm.N // SCALE_BLOCK) if gemm.fp8 else (0, 0)
+        depth, columns = gemm.scale_blocks
         return {
             "a_ptr": operands.a,
             "b_ptr": operands.w,

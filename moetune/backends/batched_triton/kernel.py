@@ -12,7 +12,7 @@ _COLUMNS = 1024
 _ROW_LANES = 64
 
 
-@triton.jit(do_not_specialize=["capacity"])
+@triton.jit
 def batched_gemm_kernel(
     a_ptr,
     w_ptr,
@@ -22,7 +22,21 @@ def batched_gemm_kernel(
     w_scales_ptr,
     N,
     K,
-    capacity,
+    stride_ae: tl.int64,
+    stride_am: tl.int64,
+    stride_ak: tl.int64,
+    stride_we: tl.int64,
+    stride_wn: tl.int64,
+    stride_wk: tl.int64,
+    stride_oe: tl.int64,
+    stride_om: tl.int64,
+    stride_on: tl.int64,
+    stride_ase: tl.int64,
+    stride_asm: tl.int64,
+    stride_ask: tl.int64,
+    stride_wse: tl.int64,
+    stride_wsn: tl.int64,
+    stride_wsk: tl.int64,
     BLOCK_SIZE_M: tl.constexpr,
     BLOCK_SIZE_N: tl.constexpr,
     BLOCK_SIZE_K: tl.constexpr,
@@ -30,12 +44,15 @@ def batched_gemm_kernel(
 ):
     """`out[e, r] = a[e, r] @ w[e].T` for the first `counts[e]` rows r of each expert e. The others stay as they are.
 
-    `a` [L, capacity, K] and `w` [L, N, K], bf16 or e4m3; `out` bf16 [L, capacity, N]; `counts` int32 [L]; everything
-    contiguous; fp32 accumulation. With `SCALE_BLOCK` (e4m3 only) `a_scales` is f32 [L, capacity, ceil(K / SCALE_BLOCK)]
-    and `w_scales` f32 [L, ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)]; BLOCK_SIZE_K must divide SCALE_BLOCK.
+    `a` [L, capacity, K] and `w` [L, N, K], bf16 or e4m3; `out` bf16 [L, capacity, N]; `counts` int32 [L]; fp32
+    accumulation. With `SCALE_BLOCK` (e4m3 only) `a_scales` is f32 [L, capacity, ceil(K / SCALE_BLOCK)] and `w_scales`
+    f32 [L, ceil(N / SCALE_BLOCK), ceil(K / SCALE_BLOCK)]; BLOCK_SIZE_K must divide SCALE_BLOCK.
 
     Program (e, t) computes tile t of expert e, BLOCK_SIZE_M × BLOCK_SIZE_N, where the columns of a row of tiles come
     first, as in vLLM. A tile without filled rows ends at once.
+
+    All strides are 64-bit run-time numbers, as in vLLM's kernel. So Triton does not know that values along K are
+    neighbors, and keeps no software pipeline: what is fastest with a pipeline is not what is fastest in vLLM.
     """
     expert = tl.program_id(0).to(tl.int64)
     count = tl.load(counts_ptr + expert)
@@ -45,36 +62,39 @@ def batched_gemm_kernel(
         return
     first_column = tl.program_id(1) % num_blocks_n * BLOCK_SIZE_N
 
-    in_block = first_row + tl.arange(0, BLOCK_SIZE_M)
-    filled = in_block < count
-    rows = expert * capacity + in_block
-    columns = first_column + tl.arange(0, BLOCK_SIZE_N)
-    wrapped = (columns % N).to(tl.int64)
+    # the tile's corner is one scalar address, so the addresses in a tile take few registers
+    a_ptr += expert * stride_ae + first_row * stride_am
+    w_ptr += expert * stride_we + first_column * stride_wn
+    out_ptr += expert * stride_oe + first_row * stride_om + first_column * stride_on
+    rows = tl.arange(0, BLOCK_SIZE_M)
+    filled = rows < count - first_row
+    columns = tl.arange(0, BLOCK_SIZE_N)
+    wrapped = columns % tl.minimum(BLOCK_SIZE_N, N - first_column)
     depth = tl.arange(0, BLOCK_SIZE_K)
-    a_ptrs = a_ptr + (rows[:, None] * K + depth[None, :])
-    w_ptrs = w_ptr + (expert * N * K + wrapped[None, :] * K + depth[:, None])
+    a_ptrs = a_ptr + rows[:, None] * stride_am + depth[None, :] * stride_ak
+    w_ptrs = w_ptr + depth[:, None] * stride_wk + wrapped[None, :] * stride_wn
     if SCALE_BLOCK > 0:
-        scale_depth = tl.cdiv(K, SCALE_BLOCK)
-        a_scale_ptrs = a_scales_ptr + rows * scale_depth
-        w_scales_ptr += expert * tl.cdiv(N, SCALE_BLOCK) * scale_depth
-        w_scale_ptrs = w_scales_ptr + wrapped // SCALE_BLOCK * scale_depth
+        a_scale_ptrs = a_scales_ptr + expert * stride_ase + first_row * stride_asm + rows * stride_asm
+        blocks = (first_column + columns.to(tl.int64)) % N // SCALE_BLOCK
+        w_scale_ptrs = w_scales_ptr + expert * stride_wse + blocks * stride_wsn
 
     accumulator = tl.zeros((BLOCK_SIZE_M, BLOCK_SIZE_N), dtype=tl.float32)
     for step in range(tl.cdiv(K, BLOCK_SIZE_K)):
-        start = step * BLOCK_SIZE_K
-        inside = depth < K - start
-        a = tl.load(a_ptrs + start, mask=filled[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_ptrs + start, mask=inside[:, None], other=0.0)
+        inside = depth < K - step * BLOCK_SIZE_K
+        a = tl.load(a_ptrs, mask=filled[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
         if SCALE_BLOCK > 0:
-            group = start // SCALE_BLOCK
-            a_scale = tl.load(a_scale_ptrs + group, mask=filled, other=0.0)
-            w_scale = tl.load(w_scale_ptrs + group)
+            group = step * BLOCK_SIZE_K // SCALE_BLOCK
+            a_scale = tl.load(a_scale_ptrs + group * stride_ask, mask=filled, other=0.0)
+            w_scale = tl.load(w_scale_ptrs + group * stride_wsk)
             accumulator += tl.dot(a, w) * a_scale[:, None] * w_scale[None, :]
         else:
             accumulator += tl.dot(a, w)
+        a_ptrs += BLOCK_SIZE_K * stride_ak
+        w_ptrs += BLOCK_SIZE_K * stride_wk
 
-    out_ptrs = out_ptr + (rows[:, None] * N + columns[None, :])
-    mask = filled[:, None] & (columns[None, :] < N)
+    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :] * stride_on
+    mask = filled[:, None] & (columns[None, :] < N - first_column)
     tl.store(out_ptrs, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -7,14 +7,13 @@ The launcher passes the three block sizes alone, so Triton takes its own number 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Final, Self
 
 from moetune.backends.base import Candidates
 from moetune.backends.grouped_triton import space as grouped
 from moetune.backends.grouped_triton.defaults import default_config
-from moetune.backends.grouped_triton.kernel_versions import NEWEST
 from moetune.backends.grouped_triton.shipped import TRITONS_OWN
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
@@ -26,13 +25,12 @@ VALUES: Final[Mapping[str, tuple[int, ...]]] = {
     "BLOCK_SIZE_N": (32, 64, 128, 256),
     "BLOCK_SIZE_K": (32, 64, 128, 256),
 }
-"""The block sizes of vLLM's `benchmark_moe.py`, and 32 for K, with which the largest tiles fit into shared memory."""
+"""The block sizes of vLLM's `benchmark_moe.py`, and 32 for K: operands lie in registers, as there is no pipeline."""
 FIXED: Final[Mapping[str, int]] = {"GROUP_SIZE_M": 1, **TRITONS_OWN}
 """How the batched kernel runs the tunables of the grouped one that it does not have: tiles are not grouped."""
 MOST_TILES: Final = 65_535
 """The largest second dimension of a grid (CUDA C++ Programming Guide, technical specifications). It is the number of an
 expert's tiles, in vLLM's kernel too."""
-_NOT_SWAPPED = replace(NEWEST, swaps_operands=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +81,27 @@ def illegal(tactic: Mapping[str, object], shapes: Shapes, limits: grouped.Limits
     if fp8 and depth > grouped.SCALE_BLOCK:
         return f"BLOCK_SIZE_K exceeds the scale block of {grouped.SCALE_BLOCK}: one scale would serve two blocks"
     whole = {**FIXED, **tactic}
-    idle = grouped.idle_warps(whole)
-    return idle or (grouped.illegal(whole, fp8, limits, _NOT_SWAPPED) if limits else None)
+    if idle := grouped.idle_warps(whole):
+        return idle
+    if limits is None:
+        return None
+    if (needed := shared_bytes(tactic, fp8)) > limits.shared_bytes:
+        return f"needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}"
+    if (registers := grouped.accumulator_registers(whole, fp8)) > limits.registers_per_thread:
+        return (
+            f"needs {registers} registers a thread for its accumulators alone, a thread may have "
+            f"{limits.registers_per_thread}"
+        )
+    return None
+
+
+def shared_bytes(tactic: Mapping[str, object], fp8: bool) -> int:
+    """Returns the most bytes of shared memory of both operands' tiles. There is no pipeline, see `kernel`."""
+    block_m, block_n, depth = (tactic[name] for name in VALUES)
+    assert isinstance(block_m, int)
+    assert isinstance(block_n, int)
+    assert isinstance(depth, int)
+    return (block_m + block_n) * depth * (1 if fp8 else 2)
 
 
 def of_file(values: Mapping[str, object], fp8: bool, limits: grouped.Limits | None) -> Tactic:
@@ -102,7 +119,7 @@ def of_file(values: Mapping[str, object], fp8: bool, limits: grouped.Limits | No
     sizes["BLOCK_SIZE_K"] = grouped.effective_block_size_k(sizes, fp8)
     tactic = Tactic(sizes)
     if limits is not None:
-        needed = grouped.shared_bytes({**FIXED, **tactic}, fp8, limits.capability, _NOT_SWAPPED)
+        needed = shared_bytes(tactic, fp8)
         if needed > limits.shared_bytes:
             raise ValueError(f"it needs {needed} bytes of shared memory, a block may have {limits.shared_bytes}")
     return tactic

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from interpreted import INTERPRETED, replace_parts_of_the_interpreter, skip_in_one_process
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
 HERE = Path(__file__).parent
 RUN_KERNELS = {"test_batched_runner.py", "test_batched_vllm.py"}
