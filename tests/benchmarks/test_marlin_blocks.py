@@ -63,8 +63,8 @@ def test_rows_are_those_of_the_tokens_of_all_ranks():
 
 def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
     journal = Journal(tmp_path / "out.jsonl")
-    assert marlin_blocks.measure(journal, DEPLOYMENTS, TOKENS, time.time() + 600, "cpu") == 0
-    assert len(journal.lines) == 4
+    assert marlin_blocks.measure(journal, DEPLOYMENTS, (64,), time.time() + 600, "cpu") == 0
+    assert len(journal.lines) == 2
     line = journal.find(load="allgather", tokens=64)
     assert (line["rows"], line["tactics"]["choice"]["block_size_m"]) == (64, 16)
     # 64 · 2 slots on 4 experts: 8 an expert if all ranks share them, 32 as SGLang counts
@@ -72,12 +72,12 @@ def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
     assert line["gain"]["vllm"][0] == pytest.approx(1, abs=0.01)
     assert line["gain"]["sglang"][0] == pytest.approx(3, abs=0.01)
     before = (tmp_path / "out.jsonl").read_text()
-    assert marlin_blocks.measure(Journal(tmp_path / "out.jsonl"), DEPLOYMENTS, TOKENS, 0.0, "cpu") == 0
+    assert marlin_blocks.measure(Journal(tmp_path / "out.jsonl"), DEPLOYMENTS, (64,), 0.0, "cpu") == 0
     assert (tmp_path / "out.jsonl").read_text() == before
     capsys.readouterr()
     text = "\n".join(marlin_blocks.report(journal.lines))
     assert "| tiny EP4 allgather | 64 | 64 |" in text
-    assert "| all allgather | 2 |" in text
+    assert "| all allgather | 1 |" in text
 
 
 def test_when_the_time_is_up_the_rest_is_left(planted, tmp_path):

@@ -100,6 +100,7 @@ def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
         "selected": False,
         "computing": ["triton", "flashinfer-trtllm", "flashinfer-trtllm-routed"],
         "runs_here": False,
+        "routed_by": "engine",
         "flags": {"vllm": "--moe-backend triton", "sglang": "--moe-runner-backend triton"},
         "preferred": {"Blackwell": "flashinfer_trtllm for many models"},
     }

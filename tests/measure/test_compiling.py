@@ -69,7 +69,7 @@ def test_requests_are_compiled_once_each_in_order_without_waiting(log, before):
         assert compiled(log) == ["a", "b", "c", "d"]
     assert children() == before
     first = log.read_text().splitlines()[0].split("|")
-    assert first[1:4] == ["4", "(9, 0)", "10"]  # niceness
+    assert first[1:4] == ["4", "(9, 0)", str(min(19, os.nice(0) + 10))]  # niceness, above this process's own
     assert first[4] == "''"  # no GPU is visible
 
 
