@@ -5,13 +5,13 @@ writes what was found to `found.json` in that folder.
 """
 
 import json
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ending import end_now
 from interpreted import replace_parts_of_the_interpreter
 
 from moetune.backends.reference import relative_error
@@ -78,7 +78,7 @@ def main(rank: int, size: int, folder: Path, name: str) -> None:
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.barrier()
-    os._exit(0)  # gloo's threads may abort the process at its end
+    end_now()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ending import end_now
 from flashinfer.autotuner import autotune, get_autotune_process_group
 from flashinfer.autotuner.autotuner import AutoTuner
 from planted import PlantedBackend
@@ -313,7 +314,7 @@ def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
             dist.barrier()
         elif rank == 0:  # its process holds the key-value store, which the others still read
             wait_for(folder / f"{scenario}-{other}.json" for other in (1, 3))
-    os._exit(0)  # gloo's threads may abort the process at its end
+    end_now()
 
 
 if __name__ == "__main__":
