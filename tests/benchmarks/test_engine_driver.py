@@ -309,6 +309,8 @@ class LLM:
             core.get_output()
     def collective_rpc(self, method, args=()):
         moe = self.speed * 500
+        if method == "moetune_tactics":
+            return [{"count": 42, "digest": "planted"}]
         return [{"steps": 8, "kernels_ms": 4.0, "moe_ms": moe, "moe_calls": 96.0, "longest": []}]
 """
 

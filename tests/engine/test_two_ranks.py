@@ -19,7 +19,8 @@ HYBRID = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(768, 2049, 256), *range(
 
 
 def ranks(engine, op, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-W", "ignore", str(PROGRAM)]
     started = [
         subprocess.Popen(

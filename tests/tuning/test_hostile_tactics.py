@@ -41,9 +41,9 @@ def light_sender(real):
     return lambda self, message: real(self, light(message) if isinstance(message, Problem) else message)
 
 
-def planted_worker(backend, device):
+def planted_worker(backend, device, **named):
     clock = HangClock()
-    clock.worker = worker_class(backend, device, now_s=clock)
+    clock.worker = worker_class(backend, device, now_s=clock, **named)
     return clock.worker
 
 
