@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 MOE_KERNELS: Final = re.compile(
-    r"fused_moe_kernel|Fused_Moe_Kernel|GroupProblemShape|GroupedGemm|grouped_gemm|moe_gemm|MoeGemm|MoeFCGemm"
+    r"fused_moe_kernel|Fused_Moe_Kernel|GroupProblemShape|GroupedGemm|grouped_gemm|moe_gemm|MoeGemm|MoeFCGemm|"
+    r"finalizeMoeRoutingKernel|doActivationKernel"
 )
 """The grouped GEMMs: vLLM's Triton kernel, and those of FlashInfer's CUTLASS experts.
 
-`Fused_Moe_Kernel` computes the activation too, which the others leave to a kernel of its own.
+Some tactics of FlashInfer's compute the activation or add up the results in a GEMM, which the others leave to a kernel
+of its own. So these kernels count too.
 """
 LONGEST: Final = 12
 

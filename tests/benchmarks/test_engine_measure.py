@@ -159,9 +159,16 @@ def test_the_workers_runner_runs_unprofiled_afterwards():
     assert vars(worker.model_runner) == {}
 
 
-def test_flashinfers_grouped_gemm_is_known_by_its_name():
-    name = "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<…>"
-    assert worker_profile.kernel_times([(name, 2, 10.0)], 1)["moe_calls"] == 2
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cutlass::gemm::GroupProblemShape<…>", 2),
+        ("void tensorrt_llm::kernels::cutlass_kernels::finalizeMoeRoutingKernel<__nv_bfloat16, …>", 2),
+        ("void tensorrt_llm::kernels::cutlass_kernels::expandInputRowsKernel<__nv_bfloat16, …>", 0),
+    ],
+)
+def test_flashinfers_kernels_that_depend_on_the_tactic_are_known_by_their_names(name, calls):
+    assert worker_profile.kernel_times([(name, 2, 10.0)], 1)["moe_calls"] == calls
 
 
 @dataclasses.dataclass
