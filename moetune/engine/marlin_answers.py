@@ -13,7 +13,7 @@ from moetune.engine.marlin_engines import OVERRIDE, SGLANG, VLLM, MarlinEngine
 from moetune.engine.session import AskedShape, Session
 from moetune.errors import MissError, MoetuneError
 from moetune.spec.tactic import Tactic
-from moetune.tuning.refine import missing_buckets
+from moetune.tuning.refine import tuned_choice
 
 if TYPE_CHECKING:
     from moetune.store.match import Match
@@ -156,13 +156,9 @@ class MarlinAnswers:
         The engine's own runs if the bucket is not tuned, and if its formula is the profile's choice.
         """
         profile = shape.profile
-        if profile is None:
+        choice = None if profile is None else tuned_choice(profile, rows)
+        if choice is None:
             return None
-        rows_of_all = rows * profile.regime.ladder.divisor
-        bucket = profile.regime.ladder.lookup(rows_of_all, profile.regime.tune_max_num_tokens)
-        if bucket in missing_buckets(profile.regime, profile):
-            return None
-        choice = profile.choice(rows_of_all)
         if choice.tactic != choice.default_tactic:
             return choice.tactic
         shape.own_rows.add(rows)

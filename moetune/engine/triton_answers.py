@@ -15,7 +15,7 @@ from moetune.engine import start_tune
 from moetune.engine.session import AskedShape, Config, Session
 from moetune.engine.triton_engines import SGLANG, VLLM, Engine
 from moetune.errors import MissError, MoetuneError, UnsupportedError
-from moetune.tuning.refine import missing_buckets
+from moetune.tuning.refine import tuned_choice
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.backend import TritonBackend
@@ -241,13 +241,9 @@ class TritonAnswers:
         another one if the profile was measured without the engine's tuned files, for instance.
         """
         profile = shape.profile
-        if profile is None:
+        choice = None if profile is None else tuned_choice(profile, rows)
+        if choice is None:
             return None
-        rows_of_all = rows * profile.regime.ladder.divisor
-        bucket = profile.regime.ladder.lookup(rows_of_all, profile.regime.tune_max_num_tokens)
-        if bucket in missing_buckets(profile.regime, profile):
-            return None
-        choice = profile.choice(rows_of_all)
         config = self._converted(choice)
         if choice.tactic != choice.default_tactic:
             return config

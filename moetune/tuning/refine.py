@@ -42,6 +42,16 @@ def missing_buckets(regime: Regime, stored: Profile | None) -> tuple[int, ...]:
     return () if added is None else (added,)
 
 
+def tuned_choice(profile: Profile, rows: int) -> Choice | None:
+    """Returns the choice by which an engine's call with `rows` rows on this rank runs; None if its bucket is not tuned.
+
+    Another bucket's choice is none: it may be much slower there.
+    """
+    rows_of_all = rows * profile.regime.ladder.divisor
+    bucket = profile.regime.ladder.lookup(rows_of_all, profile.regime.tune_max_num_tokens)
+    return None if bucket in missing_buckets(profile.regime, profile) else profile.choice(rows_of_all)
+
+
 def all_buckets(regime: Regime, stored: Profile | None) -> tuple[int, ...]:
     """Returns the buckets to tune if all are tuned again: those of a regime, and those that earlier tunes added."""
     known = tuple(choice.rows for choice in stored.choices) if stored else ()

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
 from moetune.backends.batched_triton import space
-from moetune.backends.grouped_triton import shipped
+from moetune.backends.grouped_triton import shipped, support
 from moetune.backends.grouped_triton.engine_files import ConfigFile
 from moetune.backends.grouped_triton.space import Limits
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError, UsageError
 from moetune.quoting import quoted
-from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 if TYPE_CHECKING:
     from moetune.backends.batched_triton.runner import BatchedRunner
     from moetune.backends.grouped_triton.weights import TritonExperts
-
-_TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
-_ACTIVATIONS = (Activation.SILU, Activation.GELU)
 
 
 class BatchedTritonBackend(Backend):
@@ -57,43 +52,17 @@ class BatchedTritonBackend(Backend):
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if Triton, a CUDA device of compute capability 8.0 or the kernel is missing."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed", "pip install 'moetune[triton]'"
-        import torch
 
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            if not torch.cuda.is_available():
-                return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-            if (capability := torch.cuda.get_device_capability()) < (8, 0):
-                spelled = ".".join(map(str, capability))
-                return f"needs compute capability 8.0, the device has {spelled}", "Use another device."
-        from moetune.backends.batched_triton.gemm import batched_kernel
+        def kernel() -> object:
+            from moetune.backends.batched_triton.gemm import batched_kernel
 
-        try:
-            batched_kernel(self.kernel)
-        except UnsupportedError as error:
-            return error.message, error.hint
-        return None
+            return batched_kernel(self.kernel)
+
+        return support.unavailable(kernel, "Use another device.")
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be computed: its rows, precision, activation, biases, sizes or input weights."""
-        if reason := self.other_rows(regime):
-            return reason
-        if layer.precision not in _TOLERANCES:
-            return f"computes {' and '.join(_TOLERANCES)} experts, not {layer.precision.value}"
-        if layer.activation not in _ACTIVATIONS:
-            return f"computes {' and '.join(_ACTIVATIONS)}, not {layer.activation.value}"
-        if layer.expert_bias:
-            return "adds no bias to an expert's GEMMs"
-        if layer.weight_on_input:
-            return "applies the router's weight to an expert's output, this layer to its input"
-        intermediate = regime.intermediate_size(layer)
-        if layer.precision is Precision.FP8_BLOCK and (layer.hidden_size % 128 or intermediate % 128):
-            return (
-                f"needs whole 128×128 scale blocks; H = {layer.hidden_size} and I/tp = {intermediate} "
-                "are not both multiples of 128"
-            )
-        return None
+        return self.other_rows(regime) or support.unsupported(layer, regime)
 
     def environment(self) -> dict[str, str]:
         """Returns Triton's version, the kernel's name and its source digest."""
@@ -152,7 +121,7 @@ class BatchedTritonBackend(Backend):
 
     def tolerance(self, layer: MoELayer) -> float:
         """Returns 1e-2 in bf16 and 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
-        return _TOLERANCES[layer.precision]
+        return support.TOLERANCES[layer.precision]
 
     def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
         """Returns one key a GEMM. The code depends on the shapes alone, not on the rows."""

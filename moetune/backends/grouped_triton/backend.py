@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
-from moetune.backends.grouped_triton import shipped, space
+from moetune.backends.grouped_triton import shipped, space, support
 from moetune.backends.grouped_triton.defaults import engine_default
 from moetune.backends.grouped_triton.engine_files import ConfigFile
 from moetune.backends.grouped_triton.kernel_versions import (
@@ -29,17 +28,13 @@ from moetune.search.base import Search
 from moetune.search.prior_guided import halving
 from moetune.search.revalidate import steps
 from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation, MoELayer
+from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.runner import TritonRunner
     from moetune.backends.grouped_triton.weights import TritonExperts
-
-_PRECISIONS = (Precision.BF16, Precision.FP8_BLOCK)
-_ACTIVATIONS = (Activation.SILU, Activation.GELU)
-_TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_BLOCK: 8e-2}
 
 
 class TritonBackend(Backend):
@@ -106,45 +101,17 @@ class TritonBackend(Backend):
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if Triton, a CUDA device of compute capability 8.0 or the kernel is missing."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed", "pip install 'moetune[triton]'"
-        import torch
 
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            if not torch.cuda.is_available():
-                return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-            if (capability := torch.cuda.get_device_capability()) < (8, 0):
-                return (
-                    f"needs compute capability 8.0, the device has {capability[0]}.{capability[1]}",
-                    "Use --backend torch.",
-                )
-        from moetune.backends.grouped_triton.sources import grouped_kernel
+        def kernel() -> object:
+            from moetune.backends.grouped_triton.sources import grouped_kernel
 
-        try:
-            grouped_kernel(self.kernel)
-        except UnsupportedError as error:
-            return error.message, error.hint
-        return None
+            return grouped_kernel(self.kernel)
+
+        return support.unavailable(kernel, "Use --backend torch.")
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be computed: its rows, precision, activation, biases, sizes or input weights."""
-        if reason := self.other_rows(regime):
-            return reason
-        if layer.precision not in _PRECISIONS:
-            return f"computes {' and '.join(_PRECISIONS)} experts, not {layer.precision.value}"
-        if layer.activation not in _ACTIVATIONS:
-            return f"computes {' and '.join(_ACTIVATIONS)}, not {layer.activation.value}"
-        if layer.expert_bias:
-            return "adds no bias to an expert's GEMMs"
-        if layer.weight_on_input:
-            return "applies the router's weight to an expert's output, this layer to its input"
-        intermediate = regime.intermediate_size(layer)
-        if layer.precision is Precision.FP8_BLOCK and (layer.hidden_size % 128 or intermediate % 128):
-            return (
-                f"needs whole 128×128 scale blocks; H = {layer.hidden_size} and I/tp = {intermediate} "
-                "are not both multiples of 128"
-            )
-        return None
+        return self.other_rows(regime) or support.unsupported(layer, regime)
 
     def environment(self) -> dict[str, str]:
         """Returns Triton's version, the kernel's name, its source digest and the treatment of non-local slots.
@@ -256,7 +223,7 @@ class TritonBackend(Backend):
 
     def tolerance(self, layer: MoELayer) -> float:
         """Returns 1e-2 in bf16 and 8e-2 in fp8, where activations and intermediates are rounded to e4m3."""
-        return _TOLERANCES[layer.precision]
+        return support.TOLERANCES[layer.precision]
 
     def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
         """Returns one key a GEMM. The builtin kernel has equal keys for all rows of a layer; an engine's may not."""
