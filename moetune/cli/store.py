@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.text import Text
 
 from moetune.cli.help import Command, Commands
 from moetune.cli.options import json_option, store_option
 from moetune.cli.output import document, on_terminal, show
-from moetune.cli.store_files import merge, prune, root_title, verify
+from moetune.cli.store_files import merge, prune, root_line, verify
 
 if TYPE_CHECKING:
+
     from moetune.store.profile import Profile
 
 SCHEMA_VERSION = 1
@@ -41,6 +41,8 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
 
     In a pipe and with --json, each has its file.
     """
+    from rich.text import Text
+
     from moetune.report.lists import store_table
     from moetune.store.profile import Profile
     from moetune.store.store import Store
@@ -67,7 +69,7 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
     for root in folder.roots:
         within = [entry for entry in profiles if entry[0].is_relative_to(root)]
         if within:
-            show(*([] if root == folder.root else [""]), _where(root_title(folder, root), root))
+            show(*([] if root == folder.root else [""]), root_line(folder, root))
             show("", store_table(within, root, files=files))
         elif root == folder.root:
             show(f"The store {root} has no profile yet. `moetune tune` writes one.")
@@ -77,10 +79,6 @@ def list_profiles(store: Path | None, as_json: bool) -> None:
         links = "The regimes are links to the files; `moetune store list | cat` prints their paths."
         show(Text(links, style="dim"))
     show(*(Text.assemble(("unreadable", "yellow"), f" {error}", no_wrap=True) for _, error in broken))
-
-
-def _where(what: str, folder: Path) -> Text:
-    return Text.assemble((what, "dim"), " ", (str(folder), "cyan"), no_wrap=True)
 
 
 def _summary(profile: Profile) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from moetune.cli.help import Command
 from moetune.cli.options import device_option, json_option, store_option
@@ -15,6 +14,8 @@ from moetune.errors import UsageError
 from moetune.quoting import shown_path
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from moetune.store.store import Store
     from moetune.store.verify import Verified
 
@@ -58,8 +59,7 @@ def verify(store: Path | None, device: str | None, as_json: bool) -> None:
     else:
         for root in folder.roots:
             if within := [file for file in found if file.path.is_relative_to(root)]:
-                title = Text.assemble((root_title(folder, root), "dim"), " ", (str(root), "cyan"), no_wrap=True)
-                show(title, "", verified_table(within, root), "")
+                show(root_line(folder, root), "", verified_table(within, root), "")
         show(f"{len(found)} file{'s' if len(found) > 1 else ''}: {verified_line(found)}")
     if any(file.state in BROKEN for file in found):
         click.get_current_context().exit(1)
@@ -172,11 +172,12 @@ def _require_others(others: tuple[Path, ...], store: Store) -> None:
             raise UsageError(f"{shown_path(other)} is the store itself.", "Give another store's folder.")
 
 
-def root_title(store: Store, root: Path) -> str:
-    """Returns what one of a store's folders is."""
-    if root == store.root:
-        return "store"
-    return "shared store, read-only" if root in store.shared else "packaged with moetune, read-only"
+def root_line(store: Store, root: Path) -> Text:
+    """Returns a line that says what one of a store's folders is, and where."""
+    from rich.text import Text
+
+    what = "shared store, read-only" if root in store.shared else "packaged with moetune, read-only"
+    return Text.assemble(("store" if root == store.root else what, "dim"), " ", (str(root), "cyan"), no_wrap=True)
 
 
 def _folders(store: Store) -> dict[str, object]:
