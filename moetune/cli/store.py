@@ -13,7 +13,6 @@ from moetune.cli.output import document, on_terminal, show
 from moetune.cli.store_files import merge, prune, root_line, verify
 
 if TYPE_CHECKING:
-
     from moetune.store.profile import Profile
 
 SCHEMA_VERSION = 1

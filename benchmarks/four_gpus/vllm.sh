@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# What needs stock vLLM 0.26: Marlin, the batched Triton kernel, and whole engines.
+#
+#   OUT=… [KEPT=…] benchmarks/four_gpus/vllm.sh FOLDER_OF_VLLM
+source "$(dirname "$0")/common.sh"
+vllm=$1
+
+marlin() {
+  job marlin-tests 200 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/marlin
+  job marlin-blocks 600 python3 benchmarks/marlin_blocks.py measure "$OUT/marlin.jsonl" --seconds "$(left 30)"
+}
+batched() {
+  job batched-tests 150 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/batched_triton
+  job batched-file 600 python3 benchmarks/batched_file.py measure "$OUT/batched.jsonl" --store "$OUT/batched-store" \
+    --vllm "$vllm" --seconds "$(left 30)"
+}
+# `run.py` sets CUDA_VISIBLE_DEVICES itself, so these GPUs are numbered as those of the host.
+flashinfer_arms() {
+  job engine-flashinfer 600 python3 benchmarks/engine/run.py measure "$OUT/engine-flashinfer" --cases qwen3-30b \
+    --arms flashinfer,plugin-flashinfer --reps 3 --gpus 2 --seconds "$(left 160)"
+}
+shares() {
+  job engine-shares 600 python3 benchmarks/engine/run.py measure "$OUT/engine-shares" --cases qwen3-235b-share \
+    --arms default,moetune --reps 2 --gpus 3 --seconds "$(left 200)"
+}
+
+lane 0 marlin
+lane 1 batched
+lane 2 flashinfer_arms
+lane 3 shares
+wait

@@ -1,0 +1,107 @@
+"""The scripts that run benchmarks on four GPUs, with programs that record how they are called instead of measuring."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "four_gpus"))
+
+from spoiled import spoiled
+
+from moetune.cli.main import main
+from moetune.store.reading import load_profile
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks" / "four_gpus").glob("*.sh") if path.name != "common.sh")
+RECORDER = """#!{python}
+import json, os, sys
+call = [os.environ.get("CUDA_VISIBLE_DEVICES", ""), os.path.basename(sys.argv[0]), *sys.argv[1:]]
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps(call) + "\\n")
+sys.exit("fails" in os.environ and os.environ["fails"] in " ".join(sys.argv))
+"""
+
+
+def calls_of(script, folder, **variables):
+    """Returns the GPUs and words of each program that a script has started, and what it printed."""
+    programs, calls = folder / "bin", folder / "calls"
+    programs.mkdir()
+    for name in ("python3", "torchrun"):
+        (programs / name).write_text(RECORDER.format(python=sys.executable))
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OUT": str(folder / "out"), "CALLS": str(calls), **variables}
+    command = ["bash", f"benchmarks/four_gpus/{script}", "ENGINE/vllm"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=120)
+    assert ran.stderr == ""
+    return [tuple(json.loads(line)) for line in calls.read_text().splitlines()], ran.stdout
+
+
+def options_of(words):
+    return [word for word in words if re.fullmatch(r"--[a-z][a-z-]*", word)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_is_one_that_the_program_takes(script, tmp_path):
+    calls, _ = calls_of(script, tmp_path)
+    assert calls
+    for _, program, *words in calls:
+        if "moetune" in words:
+            name, *rest = words[words.index("moetune") + 1 :]
+            command = main.get_command(None, name)
+            command.make_context(name, rest)  # raises a UsageError for an option or a value that it does not know
+        elif words[0] != "-m":
+            source = (ROOT / words[0]).read_text()
+            assert all(f'"{option}"' in source for option in options_of(words)), words
+        else:
+            assert words[1] == "pytest"
+            named = [word for word in words if word.startswith("tests")]
+            assert named
+            assert all((ROOT / word).exists() for word in named)
+        assert (program == "torchrun") == ("--nproc-per-node" in words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_two_lanes_share_a_gpu_and_no_process_has_fewer_gpus_than_ranks(script, tmp_path):
+    calls, _ = calls_of(script, tmp_path)
+    lanes = {gpus for gpus, *_ in calls if gpus}
+    used = [gpu for gpus in lanes for gpu in gpus.split(",")]
+    assert sorted(used) == sorted(set(used))
+    for gpus, program, *words in calls:
+        if program == "torchrun":
+            assert words[words.index("--nproc-per-node") + 1] == str(len(gpus.split(",")))
+
+
+def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
+    calls, said = calls_of("one_rank.sh", tmp_path, fails="deepseek-r1 --precision bf16 --ep 8")
+    assert len(calls) == 4
+    assert sorted(re.sub(r"after \d+ s", "", line).strip() for line in said.splitlines()) == [
+        "one-rank-deepseek-r1-ep32 exit 0",
+        "one-rank-deepseek-r1-ep8 exit 1",
+        "one-rank-qwen3-235b-a22b-ep32 exit 0",
+        "one-rank-qwen3-235b-a22b-ep8 exit 0",
+    ]
+
+
+def test_nothing_begins_once_the_time_is_over_and_earlier_results_are_kept(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "dep.jsonl").write_text("earlier\n")
+    (tmp_path / "calls").touch()
+    calls, said = calls_of("block.sh", tmp_path, KEPT=str(kept), SECONDS_IN_ALL="0")
+    assert calls == []
+    assert "ep4-deepseek-r1-flashinfer-cutlass-allgather not begun" in said
+    assert (tmp_path / "out" / "dep.jsonl").read_text() == "earlier\n"
+
+
+def test_a_spoiled_profile_is_one_that_moetune_reads_and_differs_in_two_buckets(tmp_path):
+    path = next(ROOT.glob("profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json"))
+    (tmp_path / "spoiled.json").write_text(json.dumps(spoiled(json.loads(path.read_text()))))
+    good, bad = load_profile(path), load_profile(tmp_path / "spoiled.json")
+    differing = [a.rows for a, b in zip(good.choices, bad.choices, strict=True) if a.tactic != b.tactic]
+    assert differing == [64, 512]
