@@ -14,10 +14,12 @@ if [ -n "${KEPT:-}" ]; then cp -r "$KEPT/." "$OUT/"; fi
 # left: the seconds that are left, less those given.
 left() { echo $((end - SECONDS - ${1:-0})); }
 
-# job NAME LIMIT COMMAND…: runs it for at most LIMIT seconds. stdout goes to logs/NAME.out, stderr to logs/NAME.err.
+# job NAME LIMIT COMMAND…: runs it for at most LIMIT seconds, unless an earlier call has done it. stdout goes to
+# logs/NAME.out, stderr to logs/NAME.err.
 job() {
   local name=$1 limit=$2 code=0 began=$SECONDS
   shift 2
+  if [ -e "$OUT/logs/$name.done" ]; then return; fi
   [ "$limit" -lt "$(left)" ] || limit=$(left)
   if [ "$limit" -lt 5 ]; then
     echo "$name not begun" | tee -a "$OUT/jobs.txt"
@@ -25,10 +27,20 @@ job() {
   fi
   timeout --signal INT --kill-after 10 "$limit" "$@" >"$OUT/logs/$name.out" 2>"$OUT/logs/$name.err" || code=$?
   echo "$name exit $code after $((SECONDS - began)) s" | tee -a "$OUT/jobs.txt"
-  [ "$code" = 0 ] || tail -n 6 "$OUT/logs/$name.err" | cut -c 1-300
+  if [ "$code" = 0 ]; then touch "$OUT/logs/$name.done"; else tail -n 6 "$OUT/logs/$name.err" | cut -c 1-300; fi
 }
 
 # lane GPUS FUNCTION: runs the function in the background with these GPUs alone.
 lane() { CUDA_VISIBLE_DEVICES=$1 "$2" & }
 
-ranks() { echo "torchrun --standalone --nproc-per-node $1 -m moetune dep-bench"; }
+# deployments EP: those of block_jobs.txt with this number of ranks.
+deployments() { grep -e "--ep $1 --dispatch" benchmarks/four_gpus/block_jobs.txt | grep -v -e "--ladder 64"; }
+
+# block EP OPTIONS…: measures the real block on EP GPUs.
+block() {
+  local ep=$1 name
+  shift
+  name=block$(tr -cs 'a-z0-9_' - <<<"$* " | sed 's/-$//')
+  job "$name" 160 torchrun --standalone --nproc-per-node "$ep" -m moetune dep-bench "$@" --seconds 120 \
+    --journal "$OUT/$name.jsonl" --json
+}

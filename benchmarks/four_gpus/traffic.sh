@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPU tests, `--start`, `check` and `compare`; gain against skew; and the real block on two GPUs. FlashInfer is needed.
+# GPU tests, `--start`, `check` and `compare`; gain against skew; and the profiles for block.sh, by `moetune batch` on two
+# GPUs. FlashInfer is needed.
 #
 #   OUT=… [KEPT=…] benchmarks/four_gpus/traffic.sh
 source "$(dirname "$0")/common.sh"
@@ -26,13 +27,9 @@ skew() {
 
 two_ranks() {
   job nccl-ranks 120 python3 -m pytest -m gpu -q -p no:cacheprovider tests/engine/test_nccl_ranks.py
-  local model backend
-  for model in qwen3-30b-a3b qwen3-235b-a22b; do
-    for backend in triton flashinfer-cutlass; do
-      job "ep2-$model-$backend" 200 $(ranks 2) --model $model --ep 2 --dispatch vllm:allgather_reducescatter \
-        --ladder hybrid --tune-max-num-tokens 4096 --backend $backend --seconds 120 --journal "$OUT/dep.jsonl" --json
-    done
-  done
+  job smoke 60 torchrun --standalone --nproc-per-node 2 -m moetune dep-bench --model qwen3-30b-a3b --ep 2 \
+    --dispatch allgather --ladder 8,64 --backend triton --tokens 16 --json
+  job batch 600 python3 -m moetune batch benchmarks/four_gpus/block_jobs.txt --json
 }
 
 lane 0 tests_and_checks

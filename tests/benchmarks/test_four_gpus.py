@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,33 @@ def test_every_command_is_one_that_the_program_takes(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_no_two_lanes_share_a_gpu_and_no_process_has_fewer_gpus_than_ranks(script, tmp_path):
+def test_lanes_that_run_at_once_share_no_gpu_and_no_process_has_fewer_gpus_than_ranks(script, tmp_path):
+    text = (ROOT / "benchmarks" / "four_gpus" / script).read_text()
+    at_once = [
+        re.findall(r"^lane (\S+) ", part, re.MULTILINE) for part in re.split(r"^wait$", text, flags=re.MULTILINE)
+    ]
+    assert any(at_once)
+    for lanes in at_once:
+        used = ",".join(lanes).split(",")
+        assert sorted(used) == sorted(set(used))
     calls, _ = calls_of(script, tmp_path)
-    lanes = {gpus for gpus, *_ in calls if gpus}
-    used = [gpu for gpus in lanes for gpu in gpus.split(",")]
-    assert sorted(used) == sorted(set(used))
     for gpus, program, *words in calls:
+        assert gpus in chain(*at_once)
         if program == "torchrun":
             assert words[words.index("--nproc-per-node") + 1] == str(len(gpus.split(",")))
+            assert words[words.index("--ep") + 1] == str(len(gpus.split(",")))
+
+
+def test_the_block_is_measured_once_for_each_deployment_that_the_batch_tunes(tmp_path):
+    calls, _ = calls_of("block.sh", tmp_path)
+    lines = (ROOT / "benchmarks" / "four_gpus" / "block_jobs.txt").read_text().splitlines()
+    deployments = [line for line in lines if "--dispatch" in line]
+    measured = [" ".join(call) for call in calls]
+    for line in deployments:
+        assert sum(line in call for call in measured) == (3 if "--ladder 64" in line else 1)
+    assert len(measured) == len(deployments) + 2
+    plain = {re.sub(r" --(dispatch|layout) \S+", "", line) for line in deployments}
+    assert plain == {line for line in lines if line.startswith("--model") and "--dispatch" not in line}
 
 
 def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
@@ -95,7 +115,7 @@ def test_nothing_begins_once_the_time_is_over_and_earlier_results_are_kept(tmp_p
     (tmp_path / "calls").touch()
     calls, said = calls_of("block.sh", tmp_path, KEPT=str(kept), SECONDS_IN_ALL="0")
     assert calls == []
-    assert "ep4-deepseek-r1-flashinfer-cutlass-allgather not begun" in said
+    assert said.count("not begun") == len(said.splitlines()) > 10
     assert (tmp_path / "out" / "dep.jsonl").read_text() == "earlier\n"
 
 
