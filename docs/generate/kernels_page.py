@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from moetune.backends.batched_triton.space import VALUES as BATCHED
 from moetune.backends.grouped_triton.space import VALUES as GROUPED
-from moetune.backends.registry import backends_computing
+from moetune.backends.registry import backends_computing, rivals_computing
 from moetune.inputs import dispatcher
 from moetune.inputs.dispatcher import Dispatcher, dispatchers
 from moetune.inputs.engine_flags import engine_flags, reaches
@@ -38,6 +38,8 @@ tables. Read were vLLM 0.33.0, SGLang 0.5.23 and TensorRT-LLM of October 2026.
 
 - *tuned* is moetune's backend if it tunes what runs without a flag.
 - *with a flag* are the backends that moetune tunes for this deployment, and the engine runs if its flag selects them.
+- *timed* are the rivals that the engine runs if their flag selects them. They have nothing to tune;
+  `moetune tune --backend auto` compares the tuned kernels with them.
 - *not looked at*: moetune's authors have not read what the engine runs there."""
 
 
@@ -58,8 +60,10 @@ def _layers() -> Iterator[tuple[str, MoELayer]]:
             yield precision.value, MoELayer(**sizes, precision=precision)
 
 
-Row = tuple[str, str, str, str, str, str]
-"""Engine, dispatcher, precision, kernel, tuned, with a flag."""
+Row = tuple[str, str, str, str, str, str, str]
+"""Engine, dispatcher, precision, kernel, tuned, with a flag, timed."""
+Answer = tuple[str, str, str, str, str, str]
+"""A row without its precision, or without its dispatcher."""
 
 
 def _rows() -> Iterator[Row]:
@@ -71,7 +75,7 @@ def _rows() -> Iterator[Row]:
                 yield from _of_regime(engine, title, f"{sharing}", regime)
         for each in own:
             if each.untunable:
-                yield title, f"`{each.name}`", "all", each.untunable, "–", "–"
+                yield title, f"`{each.name}`", "all", each.untunable, "–", "–", "–"
             else:
                 yield from _of_regime(engine, title, f"`{each.name}`", _regime(each))
 
@@ -91,36 +95,44 @@ def _named(kernel: HopperKernel | None) -> str:
     return "not looked at" if kernel is None else kernel.name or "none on Hopper"
 
 
-def _backends(engine: str, layer: MoELayer, regime: Regime, kernel: HopperKernel | None) -> tuple[str, str]:
-    """Returns the backend that tunes what runs by itself, and the others that a flag selects."""
-    flags = {
-        name: engine_flags(name, layer.precision).get(engine)
-        for name in backends_computing(layer, regime)
-        if name not in BLACKWELL and reaches(name, regime.layout)
-    }
-    tuned = kernel.backend if kernel and kernel.backend in flags and flags[kernel.backend] else None
-    others = [f"`{name}` (`{flag}`)" for name, flag in flags.items() if flag and name != tuned]
-    return f"`{tuned}`" if tuned else "–", ", ".join(others) or "–"
+def _backends(engine: str, layer: MoELayer, regime: Regime, kernel: HopperKernel | None) -> tuple[str, str, str]:
+    """Returns the backend that tunes what runs by itself, the others that a flag selects, and the rivals."""
+    names = [name for name in backends_computing(layer, regime) if name not in BLACKWELL]
+    flags = _flags(engine, layer, regime, names)
+    tuned = kernel.backend if kernel and kernel.backend in flags else None
+    others = {name: flag for name, flag in flags.items() if name != tuned}
+    rivals = _flags(engine, layer, regime, rivals_computing(layer, regime))
+    return f"`{tuned}`" if tuned else "–", _with_flags(others), _with_flags(rivals)
+
+
+def _flags(engine: str, layer: MoELayer, regime: Regime, names: Sequence[str]) -> dict[str, str]:
+    """Returns the flags of those of the backends that the engine can run under the layout."""
+    flags = {name: engine_flags(name, layer.precision).get(engine) for name in names if reaches(name, regime.layout)}
+    return {name: flag for name, flag in flags.items() if flag}
+
+
+def _with_flags(flags: Mapping[str, str]) -> str:
+    return ", ".join(f"`{name}` (`{flag}`)" for name, flag in flags.items()) or "–"
 
 
 def _merged(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows with the precisions of one answer in one row, then the dispatchers of equal answers."""
-    by_answer: dict[tuple[str, str, str, str, str], list[str]] = {}
-    for engine, name, precision, kernel, tuned, others in rows:
-        by_answer.setdefault((engine, name, kernel, tuned, others), []).append(precision)
-    by_precisions: dict[tuple[str, str, str, str, str], list[str]] = {}
-    for (engine, name, kernel, tuned, others), precisions in by_answer.items():
-        by_precisions.setdefault((engine, ", ".join(precisions), kernel, tuned, others), []).append(name)
+    by_answer: dict[Answer, list[str]] = {}
+    for engine, name, precision, kernel, tuned, others, rivals in rows:
+        by_answer.setdefault((engine, name, kernel, tuned, others, rivals), []).append(precision)
+    by_precisions: dict[Answer, list[str]] = {}
+    for (engine, name, kernel, tuned, others, rivals), precisions in by_answer.items():
+        by_precisions.setdefault((engine, ", ".join(precisions), kernel, tuned, others, rivals), []).append(name)
     return [
-        (engine, ", ".join(names), precisions, kernel, tuned, others)
-        for (engine, precisions, kernel, tuned, others), names in by_precisions.items()
+        (engine, ", ".join(names), precisions, kernel, tuned, others, rivals)
+        for (engine, precisions, kernel, tuned, others, rivals), names in by_precisions.items()
     ]
 
 
 def _table(rows: Sequence[Row]) -> str:
     parts = []
     for engine, of_engine in groupby(rows, key=lambda row: row[0]):
-        lines = ["| dispatcher | precision | kernels | tuned | with a flag |", "|---|---|---|---|---|"]
+        lines = ["| dispatcher | precision | kernels | tuned | with a flag | timed |", "|---|---|---|---|---|---|"]
         lines += [f"| {' | '.join(row[1:])} |" for row in of_engine]
         parts.append(f"## {engine}\n" + "\n".join(lines))
     return "\n\n".join(parts)

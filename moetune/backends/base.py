@@ -124,6 +124,7 @@ class Backend(ABC):
         warms_once: whether a tactic that has run in a process needs no first run in a later problem of that process,
             because nothing is compiled for a problem.
         expert_major: whether its kernels read the expert-major rows of the layout `batched`, and no others.
+        rival: whether its kernels offer no choice, so that it is only timed, to be compared with others; see `Rival`.
         modules: what preparing and compiling import. A process of its own imports them as it starts.
     """
 
@@ -132,6 +133,7 @@ class Backend(ABC):
     final_s: float | None = None
     warms_once: bool = False
     expert_major: bool = False
+    rival: bool = False
 
     def load(self) -> None:
         """Imports `modules`, which may take seconds, before there is a problem.

@@ -26,9 +26,10 @@ _CLASSES: Mapping[str, str] = {
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
     "marlin": "moetune.backends.marlin.backend:MarlinBackend",
+    "flashinfer-fp8-block": "moetune.backends.flashinfer_fp8_block.backend:FlashInferFp8BlockBackend",
     "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }
-"""The class of each backend, in the order of preference: `preferred` takes the first that fits."""
+"""The class of each backend, in the order of preference: `preferred` takes the first that fits and is no rival."""
 
 
 class Diagnosis(NamedTuple):
@@ -93,19 +94,29 @@ def preferred(layer: MoELayer, regime: Regime) -> Backend:
 
 
 def backends_computing(layer: MoELayer, regime: Regime) -> list[str]:
-    """Returns the names of the backends that compute the layer, whether they can run here or not."""
-    return [name for name in backends() if _why_not(name, layer, regime) is None]
+    """Returns the names of the backends that tune the layer, whether they can run here or not. Rivals tune nothing."""
+    return [name for name in _names(rivals=False) if _why_not(name, layer, regime) is None]
 
 
-def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]]:
+def rivals_computing(layer: MoELayer, regime: Regime) -> list[str]:
+    """Returns the names of the rivals that compute the layer, whether they can run here or not."""
+    return [name for name in backends() if _is_rival(name) and _why_not(name, layer, regime) is None]
+
+
+def able(layer: MoELayer, regime: Regime, *, rivals: bool = False) -> tuple[list[Backend], dict[str, str]]:
     """Returns the backends that can run here and compute the layer, and the reason for each other backend.
 
     The backends are in the order of preference. If a backend neither computes the layer nor runs here, the reason
     names the layer.
+
+    Args:
+        layer: the layer.
+        regime: the deployment.
+        rivals: whether to look at rivals too.
     """
     found: list[Backend] = []
     left_out: dict[str, str] = {}
-    for name in backends():
+    for name in _names(rivals=rivals):
         if reason := _why_not(name, layer, regime):
             left_out[name] = reason
         elif (state := diagnosis(name)).available:
@@ -113,6 +124,18 @@ def able(layer: MoELayer, regime: Regime) -> tuple[list[Backend], dict[str, str]
         else:
             left_out[name] = state.reason
     return found, left_out
+
+
+def _names(*, rivals: bool) -> list[str]:
+    """Returns the names of the backends; without rivals those that tune, and those that cannot be imported."""
+    return [name for name in backends() if rivals or not _is_rival(name)]
+
+
+def _is_rival(name: str) -> bool:
+    try:
+        return backend(name).rival
+    except (ImportError, OSError):
+        return False
 
 
 def _why_not(name: str, layer: MoELayer, regime: Regime) -> str | None:

@@ -19,6 +19,7 @@ _VLLM: Final = {
     "triton": "triton",
     "batched-triton": "triton",
     "flashinfer-cutlass": "flashinfer_cutlass",
+    "flashinfer-fp8-block": "flashinfer_cutlass",
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
     "marlin": "marlin",

@@ -31,7 +31,7 @@ class HopperKernel:
 
     Attributes:
         name: what runs; empty if the engine has no kernel for it.
-        backend: the backend of moetune that tunes them; None if none does.
+        backend: the backend of moetune that tunes them, or the rival that times them; None if there is none.
     """
 
     name: str
@@ -64,6 +64,7 @@ _NAMED: Final = HopperKernel("FlashInfer's CUTLASS kernels, which the line has t
 """SGLang's dispatcher `flashinfer` refuses to start if the line selects no kernels."""
 _HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed")
 _DEEPGEMM: Final = HopperKernel("DeepGEMM")
+_FP8_BLOCKS: Final = HopperKernel("FlashInfer's CUTLASS kernel for fp8 blocks", "flashinfer-fp8-block")
 _BLOCK: Final = frozenset({Precision.FP8_BLOCK})
 _TENSOR: Final = frozenset({Precision.FP8_TENSOR})
 _CHANNEL: Final = frozenset({Precision.FP8_CHANNEL})
@@ -73,8 +74,8 @@ _RULES: Final = (
     _Rule("vllm", _WIDE, _TRITON, _STANDARD),
     _Rule("vllm", _WIDE, _BATCHED, frozenset({"batched"})),
     _Rule("vllm", _BLOCK, HopperKernel("DeepGEMM's masked kernels; batched Triton without it"), frozenset({"batched"})),
-    _Rule("vllm", _BLOCK, HopperKernel("FlashInfer's CUTLASS kernel for fp8 blocks"), frozenset({"pool"})),
-    _Rule("vllm", _BLOCK, HopperKernel("FlashInfer's CUTLASS kernel for fp8 blocks"), _STANDARD, ep=True),
+    _Rule("vllm", _BLOCK, _FP8_BLOCKS, frozenset({"pool"})),
+    _Rule("vllm", _BLOCK, _FP8_BLOCKS, _STANDARD, ep=True),
     _Rule("vllm", _BLOCK, _TRITON, _STANDARD, ep=False),
     _Rule("vllm", _TENSOR, HopperKernel("vLLM's batched CUTLASS kernels, or batched Triton"), frozenset({"batched"})),
     _Rule("vllm", _TENSOR, _CUTLASS, frozenset({"pool"})),

@@ -14,6 +14,9 @@ torch provides their memory and their stream. `cuda` stands for the CUDA version
 change ranks. A tactic is a position in a list that is compiled into FlashInfer. So another version of FlashInfer is
 not even near, because the same number can mean another kernel there.
 
+`flashinfer-fp8-block`: as the others of FlashInfer, but it is a rival: its only tactic has the same meaning in all
+versions.
+
 `marlin`: vLLM's build compiles the kernels, and torch provides their memory and their stream. vLLM's version decides
 which kernels they are. A tactic has the same meaning in all of them: the size of a block and tile sizes.
 
@@ -52,6 +55,7 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
     "flashinfer-cutlass": _FLASHINFER,
     "flashinfer-trtllm": _FLASHINFER,
     "flashinfer-trtllm-routed": _FLASHINFER,
+    "flashinfer-fp8-block": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda", "flashinfer"})),
     "marlin": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda", "vllm"})),
     "torch": Versions(near=frozenset({"torch", "cuda"})),
 }

@@ -50,8 +50,9 @@ def tune_all(
 ) -> Comparison:
     """Tunes every backend that can run here, each into a profile of its own, and compares them in every bucket.
 
-    A backend that fails does not stop the others. Profiles are measured one after the other, so their choices are timed
-    once more, side by side in one process, on draws that no tune has used.
+    Rivals are among them: they have one tactic, which is timed. A backend that fails does not stop the others. Profiles
+    are measured one after the other, so their choices are timed once more, side by side in one process, on draws that
+    no tune has used.
 
     Args:
         layer, regime, store, near, again, device, strategy, isolate, on_event: as `tune`.
@@ -61,7 +62,7 @@ def tune_all(
 
     Raises:
         UsageError: as `tune`, or a backend has no such option.
-        UnsupportedError: no backend can run here and computes this layer.
+        UnsupportedError: no backend but rivals can run here and computes this layer.
         MissError: `frozen`, and no backend's whole profile is stored.
         NoResultError: every backend failed; the buckets before that are saved.
         NotSavedError: some profiles could not be saved. The error has the comparison, and the profiles in it.
@@ -75,9 +76,9 @@ def tune_all(
     check_options(frozen, again, time_budget_s, near)
     layer, regime = resolved(layer, regime)
     store = store if isinstance(store, Store) else Store(store)
-    backends, left_out = able(layer, regime)
+    backends, left_out = able(layer, regime, rivals=True)
     backends = [backend(each.name, **options[each.name]) if each.name in options else each for each in backends]
-    if not backends:
+    if all(each.rival for each in backends):
         name = preferred(layer, regime).name
         if frozen and name in backends_computing(layer, regime):  # a miss says what the nearest profile is of
             load(layer, regime, backend(name, **options.get(name, {})), store, device=device)

@@ -23,6 +23,7 @@ def test_every_named_backend_is_there_and_has_its_name() -> None:
         "flashinfer-trtllm-routed",
         "flashinfer-cutlass",
         "marlin",
+        "flashinfer-fp8-block",
         "torch",
     )
     for name in registry.backends():
@@ -100,8 +101,8 @@ def test_naming_and_making_backends_imports_neither_torch_nor_triton() -> None:
 
 
 class _FakeBackend:
-    def __init__(self, name: str, computes: bool) -> None:
-        self.name, self._computes = name, computes
+    def __init__(self, name: str, computes: bool, rival: bool = False) -> None:
+        self.name, self._computes, self.rival = name, computes, rival
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         return None if self._computes else "other experts"
@@ -128,6 +129,19 @@ def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
     assert left_out.keys() == set("abc") - {made.name for made in found}
 
 
+def test_a_rival_is_compared_but_never_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_CLASSES", dict.fromkeys("abc", ""))
+    monkeypatch.setattr(registry, "backend", lambda name: _FakeBackend(name, name != "c", rival=name == "a"))
+    monkeypatch.setattr(registry, "diagnosis", lambda name: registry.Diagnosis(name, name == "a", "no GPU"))
+    layer, regime = preset("qwen3-235b-a22b"), Regime()
+    assert registry.backends_computing(layer, regime) == ["b"]
+    assert registry.preferred(layer, regime).name == "b"
+    found, left_out = registry.able(layer, regime)
+    assert (found, left_out) == ([], {"b": "no GPU", "c": "other experts"})
+    found, left_out = registry.able(layer, regime, rivals=True)
+    assert ([made.name for made in found], left_out) == (["a"], {"b": "no GPU", "c": "other experts"})
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -136,6 +150,7 @@ def test_the_preferred_backend_runs_here_or_says_what_it_lacks(
         ("triton", {"kernel_version": "0.20.2"}),
         ("flashinfer-cutlass", {}),
         ("marlin", {"formula": "sglang"}),
+        ("flashinfer-fp8-block", {}),
         ("flashinfer-trtllm", {"quantized": False, "hidden_dtype": "float16"}),
         ("flashinfer-trtllm", {"quantized": True, "fp8_block_layout": "plain"}),
         ("flashinfer-trtllm-routed", {"packed": False}),

@@ -9,6 +9,7 @@ from moetune.inputs.dispatcher import dispatchers
 from moetune.spec.enums import ENGINE_TITLES, Precision
 
 PAGE = page()
+RIVALS = {name for name in registry.backends() if registry.backend(name).rival}
 
 
 def table(engine):
@@ -45,7 +46,17 @@ def test_every_backend_that_runs_on_hopper_tunes_something_for_an_engine():
     }
     assert named == set(TUNED)
     on_blackwell = {"flashinfer-trtllm", "flashinfer-trtllm-routed"}
-    assert set(TUNED) == set(registry.backends()) - on_blackwell - {"torch"}
+    assert set(TUNED) == set(registry.backends()) - on_blackwell - RIVALS - {"torch"}
+
+
+def test_every_rival_is_timed_for_an_engine_whose_flag_selects_it():
+    named = {
+        rival
+        for engine in ENGINE_TITLES.values()
+        for row in table(engine)
+        for rival in re.findall(r"`([\w-]+)` \(`", row[5])
+    }
+    assert named == RIVALS
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ SERVED = {
     "flashinfer-cutlass": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm-routed": {"torch": "neutral", "cuda": "near"},
+    "flashinfer-fp8-block": {"torch": "neutral", "cuda": "near", "flashinfer": "near"},
     "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "torch": {"torch": "near", "cuda": "near"},
     "unknown": {},

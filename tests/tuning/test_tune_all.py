@@ -170,6 +170,28 @@ def test_frozen_measures_nothing_and_says_that_times_are_of_different_tunes(plan
     assert [backend.prepared for backend in backends.values()] == [[], []]
 
 
+def test_a_rival_is_timed_by_its_only_tactic_and_can_win(plant, tmp_path):
+    rival = PlantedBackend({"default": 0.3}, name="flashinfer-fp8-block")
+    rival.rival = True
+    plant(_planted("triton", 1.5), rival)
+    comparison = _all(tmp_path)
+    triton, timed = comparison.families
+    assert {bucket.winner for bucket in comparison.buckets if bucket.decided} == {"flashinfer-fp8-block"}
+    assert timed.flags == {"vllm": "--moe-backend flashinfer_cutlass"}
+    assert [(choice.tactic, choice.gain, choice.tried) for choice in timed.profile.choices] == [
+        (tactic("default"), 1.0, 1)
+    ] * 2
+    assert all(choice.gain > 1 for choice in triton.profile.choices)
+
+
+def test_rivals_alone_are_no_tune(plant, tmp_path):
+    rival = PlantedBackend({"default": 0.3}, name="flashinfer-fp8-block")
+    rival.rival = True
+    plant(rival, missing=("triton",))
+    with pytest.raises(UnsupportedError, match="triton: there is no GPU"):
+        _all(tmp_path)
+
+
 def test_a_budget_is_shared_and_the_first_buckets_are_measured_however_small_it_is(plant, tmp_path):
     plant(_planted("triton", 0.5), _planted("torch", 1.5))
     events = []

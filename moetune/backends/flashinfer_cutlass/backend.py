@@ -7,14 +7,12 @@ with the regime's routing.
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Problem
-from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, MODULES, unbuilt, version
+from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, lacking, version
 from moetune.backends.prepared import WeightCache
 from moetune.errors import UnsupportedError
 from moetune.search.base import Search
@@ -56,34 +54,14 @@ class FlashInferCutlassBackend(Backend):
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if FlashInfer, its `profile_ids`, a suitable GPU or its module is missing."""
-        if importlib.util.find_spec("flashinfer") is None:
-            return "flashinfer is not installed", "pip install flashinfer-python"
-        import torch
-
-        if not torch.cuda.is_available():
-            return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-        capability = torch.cuda.get_device_capability()
-        if capability not in MODULES:
-            known = ", ".join(f"{major}.{minor}" for major, minor in MODULES)
-            return (
-                f"needs compute capability {known}; the device has {capability[0]}.{capability[1]}",
-                "Use --backend triton.",
-            )
-        from flashinfer.fused_moe import cutlass_fused_moe
-
-        if "profile_ids" not in inspect.signature(cutlass_fused_moe).parameters:
-            return (
-                f"FlashInfer {version()} has no profile_ids, the argument that names a tactic",
-                "pip install --upgrade flashinfer-python",
-            )
-        return unbuilt(MODULES[capability])
+        return lacking("profile_ids", "the argument that names a tactic")
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why it cannot be tuned: its rows, precision, activation, biases, sizes, input weights or shards."""
         if reason := self.other_rows(regime):
             return reason
         if layer.precision is Precision.FP8_BLOCK:
-            return "FlashInfer has one fixed kernel for fp8_block experts and ignores profile_ids: nothing to tune"
+            return "FlashInfer's kernels for fp8_block experts have nothing to tune; flashinfer-fp8-block times them"
         if layer.precision not in ALIGNMENTS:
             return f"tunes {' and '.join(ALIGNMENTS)} experts, not {layer.precision.value}"
         if layer.activation not in ACTIVATIONS:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,34 @@ MODULES = {(9, 0): "90", (10, 0): "100", (10, 3): "103", (10, 7): "100", (11, 0)
 BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_module as build; build({!r})"'
 TOOLKIT = "/usr/local/cuda"
 """Where FlashInfer looks for nvcc if no environment variable names it."""
+
+
+def lacking(
+    argument: str, meaning: str, capabilities: Collection[tuple[int, int]] = tuple(MODULES)
+) -> tuple[str, str] | None:
+    """Returns why the op cannot run here, and a hint: FlashInfer, a suitable GPU, an argument or the module is missing.
+
+    Args:
+        argument: the argument of the op without which it is of no use, and
+        meaning: what this argument does.
+        capabilities: the compute capabilities on which the wanted kernels run.
+    """
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed", "pip install flashinfer-python"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
+    capability = torch.cuda.get_device_capability()
+    if capability not in capabilities:
+        known = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+        found = f"{capability[0]}.{capability[1]}"
+        return f"needs compute capability {known}; the device has {found}", "Use --backend triton."
+    from flashinfer.fused_moe import cutlass_fused_moe
+
+    if argument not in inspect.signature(cutlass_fused_moe).parameters:
+        return f"FlashInfer {version()} has no {argument}, {meaning}", "pip install --upgrade flashinfer-python"
+    return unbuilt(MODULES[capability])
 
 
 def unbuilt(module: str) -> tuple[str, str] | None:

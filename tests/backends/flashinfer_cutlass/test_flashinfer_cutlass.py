@@ -16,7 +16,6 @@ from flashinfer.fused_moe import core  # noqa: E402
 from flashinfer.jit import env  # noqa: E402
 
 from moetune.backends.base import Backend, Candidates, Problem  # noqa: E402
-from moetune.backends.flashinfer_cutlass import backend as backend_module  # noqa: E402
 from moetune.backends.flashinfer_cutlass import op as op_module  # noqa: E402
 from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
     DEFAULT_TACTIC,
@@ -121,7 +120,7 @@ def op(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(backend_module, "unbuilt", lambda module: None)
+    monkeypatch.setattr(op_module, "unbuilt", lambda module: None)
     return fake
 
 
