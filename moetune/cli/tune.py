@@ -72,8 +72,8 @@ def tune(
     """Measure the fastest tactic of each bucket, or take it from the store or from the packaged profiles.
 
     With --backend auto, every backend that can run here is tuned. Their choices are then timed side by side. The
-    result names the fastest backend of each bucket, its lead, and the engine flag that selects it. If one backend
-    fails, the others go on.
+    result names the fastest backend of each bucket and its lead. It says which flag of the engine to start with: by
+    rows, for one process, and for separate pools of decode and prefill. If one backend fails, the others go on.
 
     Each bucket is saved as soon as it is known, and an interrupted run resumes. A tactic replaces the default only if
     it is faster beyond the noise. Each gain is shown with its 95 % bounds.
@@ -124,7 +124,7 @@ def tune(
         from moetune.report.comparison import comparison_report
 
         fields = {**_unsaved_field(unsaved), **_throttled_field(progress)}
-        document(answer, **fields) if as_json else show(*comparison_report(answer))
+        document(answer, **fields) if as_json else show(*comparison_report(answer, request.engine))
         _raise(unsaved)
         return
     assert isinstance(answer, Profile)

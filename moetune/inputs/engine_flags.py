@@ -8,11 +8,13 @@ names. No value of it selects FlashInfer's CUTLASS kernels, because TensorRT-LLM
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import ENGINE_TITLES, Precision
+from moetune.spec.layer import MoELayer
+from moetune.spec.regime import Regime
 
 ENGINES: Final = tuple(ENGINE_TITLES)
 _VLLM: Final = {
@@ -72,6 +74,19 @@ def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
     if backend in _TRTLLM:
         flags["trtllm"] = "moe_config.backend: TRTLLM"
     return flags
+
+
+def flags_of(engine: str, backends: Iterable[str], layer: MoELayer, regime: Regime) -> dict[str, str]:
+    """Returns by backend the flag of `engine` that selects it, for those that the engine can run. No flag stands twice.
+
+    If one flag selects both TensorRT-LLM ops, it is that of the op which the engine runs: the one with ids if tokens
+    travel with their ids.
+    """
+    flags = {name: engine_flags(name, layer.precision).get(engine) for name in backends if reaches(name, regime.layout)}
+    if len({flags.get(name) for name in _TRTLLM}) == 1:
+        with_ids = regime.dispatch != "none" or (engine == "trtllm" and regime.attention_dp)
+        flags.pop(FROM_LOGITS if with_ids else WITH_IDS, None)
+    return {name: flag for name, flag in flags.items() if flag}
 
 
 def preferred_to_triton(

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moetune.report.flags import flags_report
 from moetune.report.format import significant
 from moetune.report.lines import counted
 from moetune.report.profile import profile_report
@@ -16,8 +17,13 @@ from moetune.spec.enums import ENGINE_TITLES
 from moetune.tuning.comparison import BackendResult, ComparedBucket, Comparison
 
 
-def comparison_report(comparison: Comparison) -> list[RenderableType]:
-    """Returns every profile, the fastest backend of each bucket, and the engine flags that select each backend."""
+def comparison_report(comparison: Comparison, engine: str | None = None) -> list[RenderableType]:
+    """Returns every profile, the fastest backend of each bucket, and the engine flags that select each backend.
+
+    Args:
+        comparison: the comparison.
+        engine: the engine that is deployed; by default the fastest flags of all engines are shown.
+    """
     reported: list[RenderableType] = []
     for result in comparison.families:
         if result.profile is None:
@@ -35,6 +41,7 @@ def comparison_report(comparison: Comparison) -> list[RenderableType]:
     if len([result for result in comparison.families if result.profile]) > 1:
         reported += [comparison_table(comparison), *map(Text, _verdicts(comparison))]
     reported += [Text(_flags(result)) for result in comparison.families if result.profile]
+    reported += flags_report(comparison.answers, engine)
     reported += [
         Text(f"{result.backend} failed: {result.failed}", style="yellow")
         for result in comparison.families

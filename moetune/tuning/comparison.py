@@ -13,6 +13,7 @@ from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Ratio = Annotated[float, Field(allow_inf_nan=False, ge=1)]
 
 
 class BackendResult(FrozenModel):
@@ -60,11 +61,74 @@ class ComparedBucket(FrozenModel):
     failed: dict[str, str] = {}
 
 
+class FlagRange(FrozenModel):
+    """Neighboring buckets in which one flag is the fastest, or as fast as the fastest within the noise.
+
+    `first_rows`, `last_rows`: the smallest and the largest of these buckets. `backend`: what `flag` selects.
+    """
+
+    first_rows: int
+    last_rows: int
+    flag: str
+    backend: str
+
+
+class FlagCost(FrozenModel):
+    """What a flag costs in some buckets against the fastest flag in each of them.
+
+    `mean`: the geometric mean of its slowdowns. `worst`: the largest slowdown, at `worst_rows` rows.
+    """
+
+    mean: Ratio
+    worst: Ratio
+    worst_rows: int
+
+
+class FlagResult(FrozenModel):
+    """One flag of an engine.
+
+    `backend`: the backend that it selects. `decode`, `prefill`: what it costs there; None if there are no such buckets,
+    or if its kernels have no time in some of them, the `missing` ones.
+    """
+
+    flag: str
+    backend: str
+    decode: FlagCost | None
+    prefill: FlagCost | None
+    missing: tuple[int, ...] = ()
+
+
+class FlagAnswer(FrozenModel):
+    """The flags of one engine.
+
+    `decode_rows`: buckets up to this row count are decode, larger ones prefill. `ranges`: the fastest flag by row
+    count, with as few changes as the noise allows. `flags`: each flag and what it costs, the cheapest first.
+    `decode_flag`, `prefill_flag`: the cheapest flag for a pool of its own; None if there are no such buckets.
+    `one_flag`: the cheapest flag for both; None if no flag has a time in every bucket. `default`: the backend that the
+    engine runs without a flag, None if that is not known or has no time. `interleaved`: whether all flags were timed
+    side by side in every bucket; if not, small differences say nothing.
+    """
+
+    decode_rows: int
+    ranges: tuple[FlagRange, ...]
+    flags: tuple[FlagResult, ...]
+    decode_flag: str | None
+    prefill_flag: str | None
+    one_flag: str | None
+    default: str | None = None
+    interleaved: bool
+
+    def result(self, flag: str | None) -> FlagResult | None:
+        """Returns the result of a flag; None if it has none."""
+        return next((each for each in self.flags if each.flag == flag), None)
+
+
 class Comparison(FrozenModel):
     """All backends for one layer under one regime on one device.
 
     `families` has the result of each backend that ran, `left_out` those that could not run, each with the reason.
-    `buckets` has one entry for each bucket in which any backend has a choice, ascending.
+    `buckets` has one entry for each bucket in which any backend has a choice, ascending. `answers`: by engine, the
+    flags that select the fastest kernels, for each engine that can run one of the backends.
     """
 
     schema_version: Literal[1] = 1
@@ -74,3 +138,4 @@ class Comparison(FrozenModel):
     families: tuple[BackendResult, ...]
     left_out: dict[str, str] = {}
     buckets: tuple[ComparedBucket, ...]
+    answers: dict[str, FlagAnswer] = {}

@@ -22,11 +22,14 @@ from moetune.store.store import Store
 from moetune.tuning import side_by_side
 from moetune.tuning.comparison import BackendResult, Comparison
 from moetune.tuning.events import BackendFailed, BackendStarted, Event, OnEvent, Served
+from moetune.tuning.flag_answer import flag_answers
 from moetune.tuning.question import check_options, resolved
 
 if TYPE_CHECKING:
     from moetune.backends.base import Backend
 
+HOPPER = "9.0"
+"""The compute capability of H100 and H200."""
 TUNES_SHARE = 0.9
 """The share of a time budget for the tunes of all backends; comparing them gets the rest."""
 LEAST_S = 1e-3
@@ -112,6 +115,7 @@ def tune_all(
         compared = [each for each in backends if each.name in profiles]
         seconds = budget.of_comparison(len(first.regime.buckets))
         buckets = list(side_by_side.interleaved(compared, profiles, device_for(device), isolate, seconds, report))
+    hopper = first.environment.strict.get("compute_capability") == HOPPER
     comparison = Comparison(
         layer=layer,
         regime=first.regime,
@@ -119,6 +123,7 @@ def tune_all(
         families=results,
         left_out=left_out,
         buckets=tuple(buckets),
+        answers=flag_answers(layer, first.regime, profiles, buckets, hopper),
     )
     if unsaved := [outcome.unsaved for outcome in outcomes if outcome.unsaved]:
         rows = {backend: rows for error in unsaved for backend, rows in error.rows.items()}
