@@ -22,7 +22,7 @@ class Wheel:
     version: str
     sha256: str
     members: tuple[str, ...]
-    folder: str
+    folders: tuple[str, ...]
     name: str = ""
 
 
@@ -32,6 +32,12 @@ _MARLIN = (
     *(f"vllm/model_executor/layers/quantization/utils/marlin_utils{suffix}.py" for suffix in ("", "_fp4", "_test")),
 )
 """Where vLLM chooses Marlin's block size and prepares its weights."""
+_GPT_OSS = (
+    "vllm/model_executor/layers/fused_moe/experts/gpt_oss_triton_kernels_moe.py",
+    "vllm/model_executor/layers/quantization/utils/mxfp4_utils.py",
+)
+"""Where vLLM calls triton_kernels and prepares its weights."""
+_VLLM_FOLDERS = ("vllm/model_executor/layers/fused_moe/configs/", "vllm/third_party/triton_kernels/")
 WHEELS = {
     "vllm": Wheel(
         "0.33.0",
@@ -43,11 +49,12 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/fused_batched_moe.py",
             *_MARLIN,
+            *_GPT_OSS,
             "vllm/distributed/eplb/policy/default.py",
             "vllm/model_executor/layers/fused_moe/router/base_router.py",
             "vllm/utils/serial_utils.py",
         ),
-        "vllm/model_executor/layers/fused_moe/configs/",
+        _VLLM_FOLDERS,
     ),
     "sglang": Wheel(
         "0.5.23",
@@ -67,7 +74,7 @@ WHEELS = {
             "sglang/srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",
             "sglang/srt/layers/moe/moe_runner/triton_utils/moe_align_block_size.py",
         ),
-        "sglang/srt/layers/moe/moe_runner/triton_utils/configs/",
+        ("sglang/srt/layers/moe/moe_runner/triton_utils/configs/",),
     ),
 }
 """The engine versions that moetune was checked against. The hashes are of the Linux x86-64 wheels for Python 3.11."""
@@ -78,9 +85,9 @@ OLDER_VLLM = {
         (
             "vllm/v1/worker/gpu_worker.py",
             *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
-            *(_MARLIN if version == "0.26.0" else ()),
+            *((*_MARLIN, *_GPT_OSS) if version == "0.26.0" else ()),
         ),
-        "vllm/model_executor/layers/fused_moe/configs/",
+        _VLLM_FOLDERS,
     )
     for version, sha256, *others in (
         ("0.20.2", "22a7dd06eb03371298e13d6100f3dedbf307352342aaf08e87c929c60aae9b4d"),
@@ -99,7 +106,7 @@ FLASHINFER = {
         version,
         sha256,
         (f"flashinfer/{tuner}.py", "flashinfer/fused_moe/core.py"),
-        "flashinfer/autotuner/",
+        ("flashinfer/autotuner/",),
         "flashinfer-python",
     )
     for version, sha256, tuner in (
@@ -147,7 +154,7 @@ def download(engine: str, folder: Path, wheel: Wheel | None = None) -> Path:
         raise RuntimeError(f"pip cannot download {engine} {wheel.version}: {done.stderr.strip()}")
     (path,) = folder.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
-        in_folder = [member for member in archive.namelist() if member.startswith(wheel.folder)]
+        in_folder = [member for member in archive.namelist() if member.startswith(wheel.folders)]
         for member in (*wheel.members, *in_folder):
             archive.extract(member, folder)
     path.unlink()

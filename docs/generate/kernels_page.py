@@ -26,6 +26,7 @@ TUNED = {
     "triton": ", ".join(GROUPED),
     "batched-triton": ", ".join(BATCHED),
     "flashinfer-cutlass": "a tactic for each of the two GEMMs",
+    "triton-kernels": "block_m, block_k, num_stages and split_k of each GEMM",
     "marlin": "the block size; in vLLM also the tile and the blocks an SM of each GEMM",
 }
 """What a tactic of a backend is."""

@@ -24,9 +24,11 @@ _VLLM: Final = {
     "flashinfer-fp8-block": "flashinfer_cutlass",
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
+    "triton-kernels": "triton",
     "marlin": "marlin",
 }
-"""vLLM has one value for both Triton kernels, and runs the batched one on expert-major rows (`fused_moe/oracle/`).
+"""vLLM has one value for both Triton kernels, and runs the batched one on expert-major rows (`fused_moe/oracle/`). For
+mxfp4 experts the same value means triton_kernels (`oracle/mxfp4.py`).
 
 It has one value for both TensorRT-LLM ops too. It uses the routed one if tokens travel with their ids.
 """

@@ -59,7 +59,9 @@ class _Rule:
 _TRITON: Final = HopperKernel("Triton", "triton")
 _BATCHED: Final = HopperKernel("batched Triton", "batched-triton")
 _CUTLASS: Final = HopperKernel("FlashInfer's CUTLASS kernels", "flashinfer-cutlass")
-_OPENAI: Final = HopperKernel("OpenAI's triton_kernels")
+_OPENAI: Final = HopperKernel("OpenAI's triton_kernels", "triton-kernels")
+_OPENAI_NEWER: Final = HopperKernel("OpenAI's triton_kernels")
+"""SGLang's is that of Triton 3.8, whose function is `matmul`. moetune tunes the older one, which vLLM has."""
 _NAMED: Final = HopperKernel("FlashInfer's CUTLASS kernels, which the line has to select", "flashinfer-cutlass")
 """SGLang's dispatcher `flashinfer` refuses to start if the line selects no kernels."""
 _HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed")
@@ -94,7 +96,7 @@ _RULES: Final = (
     _Rule("sglang", _SIXTEEN, _NAMED, frozenset({"pool"})),
     _Rule("sglang", _WIDE | _BLOCK | _TENSOR, _TRITON, _STANDARD),
     _Rule("sglang", _INT4 | _NVFP4, HopperKernel("Marlin", "marlin"), _STANDARD),
-    _Rule("sglang", _MXFP4, _OPENAI, _STANDARD, gpt_oss=True, ep=False),
+    _Rule("sglang", _MXFP4, _OPENAI_NEWER, _STANDARD, gpt_oss=True, ep=False),
     _Rule("sglang", _MXFP4, HopperKernel("Triton, on weights expanded to bf16"), _STANDARD, gpt_oss=True, ep=True),
     _Rule("sglang", _MXFP4, HopperKernel("FlashInfer's CUTLASS kernels"), _STANDARD, gpt_oss=False),
     _Rule("sglang", frozenset({Precision.W4A8}), HopperKernel("SGLang's CUTLASS kernel for w4a8"), _STANDARD),

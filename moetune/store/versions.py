@@ -20,6 +20,8 @@ versions.
 `marlin`: vLLM's build compiles the kernels, and torch provides their memory and their stream. vLLM's version decides
 which kernels they are. A tactic has the same meaning in all of them: the size of a block and tile sizes.
 
+`triton-kernels`: as for `triton`. The package triton_kernels has no version, so a digest of its sources stands for it.
+
 `torch`: the kernels are torch's own, so its version and its CUDA version change what runs. An algorithm keeps its name.
 """
 
@@ -56,6 +58,7 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
     "flashinfer-trtllm": _FLASHINFER,
     "flashinfer-trtllm-routed": _FLASHINFER,
     "flashinfer-fp8-block": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda", "flashinfer"})),
+    "triton-kernels": _TRITON,
     "marlin": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda", "vllm"})),
     "torch": Versions(near=frozenset({"torch", "cuda"})),
 }

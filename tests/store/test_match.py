@@ -41,6 +41,7 @@ SERVED = {
     "flashinfer-trtllm": {"torch": "neutral", "cuda": "near"},
     "flashinfer-trtllm-routed": {"torch": "neutral", "cuda": "near"},
     "flashinfer-fp8-block": {"torch": "neutral", "cuda": "near", "flashinfer": "near"},
+    "triton-kernels": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
     "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "torch": {"torch": "near", "cuda": "near"},
     "unknown": {},

@@ -50,8 +50,8 @@ class MarlinMatrices:
     def store(self, expert: int, weights: torch.Tensor) -> None:
         """Quantizes one expert's weights `[N, K]`, any dtype, and packs them. All-zero groups stay zero."""
         groups = weights.float().reshape(weights.shape[0], -1, self.format.group)
-        scales, expert_scale = _scales(self.format, groups)
-        codes = _nearest(self.format, groups, scales * expert_scale)
+        scales, expert_scale = group_scales(self.format, groups)
+        codes = nearest_codes(self.format, groups, scales * expert_scale)
         self.codes[expert] = pack_codes(codes.reshape(weights.shape).T)
         self.scales[expert] = _stored(self.format, scales.T)
         if self.expert_scales is not None:
@@ -67,7 +67,7 @@ class MarlinMatrices:
         return (numbers * scales.repeat_interleave(self.format.group, 0)).T
 
 
-def _scales(fmt: Format, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+def group_scales(fmt: Format, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Returns the scale of each group, f32 `[N, K/group]`, that its format holds exactly, and the expert's own scale.
 
     int4: the largest magnitude becomes 7. mxfp4: a power of two, so that it becomes 4 … 8 (OCP MX, section 6.3).
@@ -85,7 +85,7 @@ def _scales(fmt: Format, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return scales.to(torch.float8_e4m3fn).float(), expert_scale
 
 
-def _nearest(fmt: Format, groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def nearest_codes(fmt: Format, groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Returns the codes of the nearest values: uint8 `[N, K/group, group]`."""
     numbers = torch.where(scales.unsqueeze(-1) > 0, groups / scales.unsqueeze(-1), 0.0)
     if fmt.scale == "bf16":

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moetune.backends.marlin.formats import FORMATS
-from moetune.backends.marlin.matrices import MarlinMatrices, _loaded, _scales, _stored
+from moetune.backends.marlin.matrices import MarlinMatrices, _loaded, _stored, group_scales
 from moetune.backends.marlin.packing import pack_codes, permute_bias, permute_scales, unpack_codes, unpermute_scales
 from moetune.spec.enums import Precision
 
@@ -85,7 +85,7 @@ def test_stored_weights_are_near_and_what_is_on_the_grid_is_kept(precision):
 @pytest.mark.parametrize("precision", FORMATS)
 def test_scales_are_kept_exactly(precision):
     fmt, weights = FORMATS[precision], some_weights()
-    scales, _ = _scales(fmt, weights.view(192, -1, fmt.group))
+    scales, _ = group_scales(fmt, weights.view(192, -1, fmt.group))
     assert torch.equal(_loaded(fmt, _stored(fmt, scales.T)), scales.T) or fmt.scale == "e8m0"
     positive = scales.T > 2.0**-126  # of an all-zero group mxfp4 keeps the least power of two
     assert torch.equal(_loaded(fmt, _stored(fmt, scales.T))[positive], scales.T[positive])
@@ -108,7 +108,7 @@ def test_everything_is_what_vllm_makes_of_the_same_weights(vllm_version_sources,
     matrices = stored(precision, weights)
     codes = unpack_codes(matrices.codes[0])
     assert torch.equal(vllm.marlin_weights(codes.int(), 256, 192, 4, vllm.get_weight_perm(4)), matrices.codes[0])
-    scales, expert_scale = _scales(fmt, weights.view(192, -1, fmt.group))
+    scales, expert_scale = group_scales(fmt, weights.view(192, -1, fmt.group))
     permuted = vllm.marlin_permute_scales(scales.T.bfloat16(), 256, 192, fmt.group)
     if fmt.scale == "e8m0":
         permuted = vllm.mxfp4_marlin_process_scales(permuted)
