@@ -139,6 +139,8 @@ def _backend(line: Line, deployed: Deployed, *, batched: bool) -> str | None:
     named = line.text("moe-backend")
     if batched and named is not None and named.replace("-", "_") in ("triton", "batched_triton"):
         return "batched-triton"
+    if named == "triton" and deployed.layer.precision is Precision.MXFP4:
+        return "triton-kernels"
     if named not in (None, "auto"):
         return backend_of(str(named), "--moe-backend")
     return _backend_of_variables(line, deployed)

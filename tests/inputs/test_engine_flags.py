@@ -7,7 +7,9 @@ from moetune.spec.enums import Precision
 
 LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}
 SERVED = [name for name in registry.backends() if name != "torch"]
-ROWS = [name for name in SERVED if name != "batched-triton"]
+ROWS = [
+    name for name in SERVED if name not in ("batched-triton", "triton-kernels") and not registry.backend(name).rival
+]
 
 
 @pytest.mark.parametrize("backend", ROWS)
@@ -17,6 +19,13 @@ def test_the_reader_of_launch_lines_takes_each_flag_for_its_backend(backend, eng
     read = launch.read(LINES[engine].format(engine_flags(backend, precision)[engine])).options["backend"]
     routed_by_itself = engine == "vllm" and backend == "flashinfer-trtllm-routed"  # one word for both ops
     assert read == ("flashinfer-trtllm" if routed_by_itself else backend)
+
+
+def test_for_mxfp4_experts_the_flag_of_the_grouped_kernel_means_triton_kernels():
+    flags = engine_flags("triton-kernels", Precision.MXFP4)
+    assert flags == {"vllm": "--moe-backend triton"}
+    for model, backend in (("openai/gpt-oss-120b", "triton-kernels"), ("Qwen/Qwen3-235B-A22B", "triton")):
+        assert launch.read(f"vllm serve {model} {flags['vllm']}").options["backend"] == backend
 
 
 def test_the_flag_of_the_batched_kernel_is_that_of_the_grouped_one_with_another_dispatcher():
