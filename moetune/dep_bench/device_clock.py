@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from moetune.dep_bench.part_clock import HostClock, MarkedCall, PartClock, Parts, Take
 from moetune.dep_bench.process_group import Ranks
+from moetune.measure.capture import captured_in
 from moetune.measure.reasons import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class DeviceClock:
     """Times by CUDA events. The L2 cache is overwritten before each call, and then all ranks begin together.
 
-    A static call is captured in a CUDA graph, as engines do. If any rank cannot capture it, none uses graphs. A call
-    has to have run once before.
+    Static calls are captured in CUDA graphs, as engines do. A call has to have run once before.
 
     Args:
         ranks: the ranks.
@@ -38,25 +37,25 @@ class DeviceClock:
         self._pool: Any = torch.cuda.graph_pool_handle()
         before()  # what is set up at its first call cannot be captured
 
-    def take(self, call: MarkedCall, *, static: bool) -> Take:
-        """See `PartClock`. It is a collective if `static`: all ranks decide together whether a graph runs."""
-        if not static:
-            self.eager = self.eager or "its shapes depend on the routing"
-        if self.eager:
-            return _EagerTake(self, call)
-        made: list[_GraphTake] = []
+    def takes(self, calls: Sequence[MarkedCall], *, static: bool) -> Sequence[Take]:
+        """See `PartClock`. It is a collective. If any rank cannot capture one of the calls, no rank uses a graph."""
+        self.eager = "" if static else "its shapes depend on the routing"
+        graphs: list[_GraphTake] = []
+        for call in calls:
+            if not self.eager:
+                self.eager = self._capture(call, graphs)
+        return [_EagerTake(self, call) for call in calls] if self.eager else graphs
+
+    def _capture(self, call: MarkedCall, graphs: list[_GraphTake]) -> str:
+        """Adds the graph of a call. Returns why a rank has none, the same on all ranks; empty if all have one."""
         reason = ""
         try:
-            made.append(_GraphTake(self, call))
+            graphs.append(_GraphTake(self, call))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        reasons = [found for found in self._ranks.gather(reason) if found]
-        if reasons:
-            self.eager = reasons[0]
-            return _EagerTake(self, call)
-        return made[0]
+        return next((found for found in self._ranks.gather(reason) if found), "")
 
     def enqueue(self, call: MarkedCall, external: bool) -> list[tuple[str, torch.cuda.Event]]:
         """Launches the call once. Returns an event for its beginning, and one for the end of each part."""
@@ -76,18 +75,8 @@ class DeviceClock:
 
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            # NCCL's watchdog may use the device meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                events = self.enqueue(call, external=True)
-            except BaseException:
-                with suppress(RuntimeError):  # repeats that the capture failed
-                    graph.capture_end()
-                torch.cuda.synchronize()
-                raise
-            graph.capture_end()
+        with captured_in(graph, self._stream, self._pool):
+            events = self.enqueue(call, external=True)
         return graph, events
 
     @staticmethod

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from moetune.dep_bench.arms import Arm
@@ -13,7 +14,7 @@ from moetune.dep_bench.block import TacticOf
 from moetune.dep_bench.part_clock import MarkedCall, PartClock, Parts
 from moetune.dep_bench.process_group import Ranks
 from moetune.dep_bench.result import ArmTime, PartTime, Point
-from moetune.measure.clock import order
+from moetune.measure.clock import no_garbage_collection, order
 from moetune.spec.tactic import Tactic
 from moetune.stats import geomean, noise_floor, paired_ratio
 
@@ -142,18 +143,21 @@ def _samples(
     series = [[calls.call(arm.tactic_of, batch) for batch in range(batches)] for arm in arms]
     dummies = [[calls.dummy(arm.tactic_of, batch) for batch in range(batches)] for arm in arms[:-1]]
     sampled = [[call for call in of_arm if call is not None] for of_arm in dummies if None not in of_arm]
-    takes = [[clock.take(call, static=calls.is_static) for call in of_arm] for of_arm in (*series, *sampled)]
-    mine: list[list[Parts]] = [[] for _ in takes]
-    for turn in range(-1, rounds):  # the first round is not counted: after a pause a GPU is faster for a while
-        for batch in range(batches):
-            for position in order(len(takes), max(turn, 0) * batches + batch):
-                takes[position][batch].start()
-        if turn < 0:
-            continue
-        for found, of_series in zip(mine, takes, strict=True):
-            found.extend(take.read() for take in of_series)
+    of_series = [*series, *sampled]
+    mine: list[list[Parts]] = [[] for _ in of_series]
+    with no_garbage_collection():
+        made = iter(clock.takes([call for calls_of in of_series for call in calls_of], static=calls.is_static))
+        takes = [list(islice(made, batches)) for _ in of_series]
+        for turn in range(-1, rounds):  # the first round is not counted: after a pause a GPU is faster for a while
+            for batch in range(batches):
+                for position in order(len(takes), max(turn, 0) * batches + batch):
+                    takes[position][batch].start()
+            if turn < 0:
+                continue
+            for found, taken in zip(mine, takes, strict=True):
+                found.extend(take.read() for take in taken)
     of_ranks = ranks.gather(mine)
-    by_series: list[Samples] = [[of_rank[position] for of_rank in of_ranks] for position in range(len(takes))]
+    by_series: list[Samples] = [[of_rank[position] for of_rank in of_ranks] for position in range(len(mine))]
     block, dummy = by_series[: len(arms)], by_series[len(arms) :]
     return [Timed(each, dummy[number] if number < len(dummy) else None) for number, each in enumerate(block)]
 

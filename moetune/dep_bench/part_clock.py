@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 Mark = Callable[[str], None]
@@ -30,13 +30,18 @@ class PartClock(Protocol):
     """Makes takes of calls.
 
     Attributes:
-        eager: why calls are timed without a CUDA graph, launch overhead included; empty if they are not.
+        eager: why the last takes are timed without CUDA graphs, launch overhead included; empty if they are not.
     """
 
     eager: str
 
-    def take(self, call: MarkedCall, *, static: bool) -> Take:
-        """Returns a take of `call`. `static`: whether a CUDA graph can capture it."""
+    def takes(self, calls: Sequence[MarkedCall], *, static: bool) -> Sequence[Take]:
+        """Returns a take of each call: all of them in CUDA graphs or none, so that their times can be compared.
+
+        Args:
+            calls: the calls.
+            static: whether a CUDA graph can capture them.
+        """
         ...
 
 
@@ -53,9 +58,9 @@ class HostClock:
     def __init__(self, before: Callable[[], object], now_ns: Callable[[], int] = time.perf_counter_ns) -> None:
         self._before, self._now_ns = before, now_ns
 
-    def take(self, call: MarkedCall, *, static: bool) -> Take:
+    def takes(self, calls: Sequence[MarkedCall], *, static: bool) -> Sequence[Take]:
         """See `PartClock`."""
-        return _HostTake(call, self._before, self._now_ns)
+        return [_HostTake(call, self._before, self._now_ns) for call in calls]
 
 
 class _HostTake:

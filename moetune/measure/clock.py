@@ -6,12 +6,13 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
+from moetune.measure.capture import captured_in
 from moetune.measure.reasons import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class CpuClock:
     ) -> list[list[float]]:
         """See `Clock`."""
         samples: list[list[float]] = [[] for _ in calls]
-        with _no_garbage_collection():
+        with no_garbage_collection():
             for turn, draw in enumerate(draws):
                 for position in order(len(calls), turn):
                     call = calls[position]
@@ -177,7 +178,7 @@ class CudaClock:
         rounds = max(Counter(draws).values())
         distinct = tuple(dict.fromkeys(draws))
         times: list[dict[int, list[float]]] = [{draw: [] for draw in distinct} for _ in calls]
-        with torch.cuda.device(self._device), _no_garbage_collection():
+        with torch.cuda.device(self._device), no_garbage_collection():
             before(0, 1)
             once_us = self._once_us(calls[0], distinct[0])
             chunks = _chunks(distinct, once_us)
@@ -215,7 +216,7 @@ class CudaClock:
         graph = torch.cuda.CUDAGraph()
         try:
             events = self._events(draws, external=True)
-            with self._capture(graph):
+            with captured_in(graph, self._side_stream):
                 self._enqueue(call, events)
         except RuntimeError as error:  # the call synchronizes, which is not allowed in a capture
             if is_out_of_memory(error):  # a time without a graph could not be compared with the others
@@ -225,25 +226,6 @@ class CudaClock:
             eager_events = self._events(draws, external=False)
             return _Walk(partial(self._enqueue, call, eager_events), eager_events)
         return _Walk(graph.replay, events)
-
-    @contextmanager
-    def _capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Captures like `torch.cuda.graph`, but collects no garbage and keeps torch's cache.
-
-        Those two steps take tens of ms for each capture.
-        """
-        import torch
-
-        self._side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side_stream):
-            graph.capture_begin()
-            try:
-                yield
-            except BaseException:
-                with suppress(RuntimeError):  # this error only repeats that the capture failed
-                    graph.capture_end()
-                raise
-            graph.capture_end()
 
     def _events(self, draws: Sequence[int], external: bool) -> Events:
         return {draw: (self._event(external), self._event(external)) for draw in draws}
@@ -343,7 +325,7 @@ def _in_order(times: dict[int, list[float]], draws: Sequence[int]) -> list[float
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Pauses the garbage collector. It does not collect first: that takes 84 ms with torch and Triton loaded."""
     enabled = gc.isenabled()
     gc.disable()

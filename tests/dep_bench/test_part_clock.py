@@ -21,7 +21,7 @@ def test_each_part_has_its_time_and_marks_cost_nothing():
         mark("experts")
         mark("experts")
 
-    take = clock.take(call, static=True)
+    (take,) = clock.takes([call], static=True)
     take.start()
     assert take.read() == {"router": 1.0, "experts": 2.0 + 1.0}
     take.start()
@@ -97,7 +97,7 @@ def parts_of(gpu, us):
 
 def test_a_graph_times_its_parts_without_the_flush_and_what_runs_before(gpu):
     clock = device_clock(gpu)
-    takes = [clock.take(parts_of(gpu, us), static=True) for us in (10.0, 20.0)]
+    takes = clock.takes([parts_of(gpu, us) for us in (10.0, 20.0)], static=True)
     assert gpu.now_us == 0.0  # captured only
     for take in takes:
         take.start()
@@ -112,34 +112,60 @@ def test_a_graph_times_its_parts_without_the_flush_and_what_runs_before(gpu):
 
 def test_what_has_no_fixed_shapes_is_launched_each_time(gpu):
     clock = device_clock(gpu)
-    take = clock.take(parts_of(gpu, 10.0), static=False)
+    (take,) = clock.takes([parts_of(gpu, 10.0)], static=False)
     take.start()
     assert take.read() == {"dispatch": pytest.approx(20.0), "experts": pytest.approx(20.0)}
     assert (gpu.replays, clock.eager) == (0, "its shapes depend on the routing")
 
 
 def waiting(mark):
+    """Waits for the device, which a graph cannot capture."""
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
 class OtherFails(Ranks):
+    """The second of two ranks cannot capture a call if `at` others were captured before."""
+
+    at = 0
+
     def gather(self, value):
-        return [value, "planted failure of the second rank"]
+        self.reasons.append(value)
+        return [value, "planted failure of the second rank" if len(self.reasons) > self.at else ""]
 
 
-def test_no_rank_uses_a_graph_if_one_cannot_capture_it(gpu):
-    for ranks, call, reason in (
-        (Ranks(), waiting, "operation not permitted when stream is capturing"),
-        (OtherFails(0, 2), parts_of(gpu, 10.0), "planted failure of the second rank"),
+def other_fails(at):
+    ranks = OtherFails(0, 2)
+    object.__setattr__(ranks, "at", at)
+    object.__setattr__(ranks, "reasons", [])
+    return ranks
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_all_calls_are_timed_without_a_graph_if_one_rank_cannot_capture_one_of_them(gpu, at):
+    plain = parts_of(gpu, 10.0)
+    alone = [waiting, plain] if at == 0 else [plain, waiting]
+    for ranks, calls, reason in (
+        (Ranks(), alone, "operation not permitted when stream is capturing"),
+        (other_fails(at), [plain, plain], "planted failure of the second rank"),
     ):
         clock = device_clock(gpu, ranks)
-        clock.take(call, static=True)
+        takes = clock.takes(calls, static=True)
         assert clock.eager == reason
         assert gpu.captured is None
-        later = clock.take(parts_of(gpu, 10.0), static=True)
-        later.start()
-        assert later.read()["experts"] == pytest.approx(20.0)
+        plains = [take for take, call in zip(takes, calls, strict=True) if call is plain]
+        for take in plains:
+            take.start()
+        assert [take.read()["experts"] for take in plains] == pytest.approx([20.0] * len(plains))
         assert gpu.replays == 0
+    assert len(ranks.reasons) == at + 1  # after the first failure no rank captures anything
+
+
+def test_a_clock_without_graphs_tries_them_for_the_next_calls(gpu):
+    clock = device_clock(gpu)
+    clock.takes([waiting], static=True)
+    (take,) = clock.takes([parts_of(gpu, 10.0)], static=True)
+    take.start()
+    assert (gpu.replays, clock.eager) == (1, "")
 
 
 def test_no_memory_for_a_graph_is_an_error(gpu):
@@ -147,4 +173,4 @@ def test_no_memory_for_a_graph_is_an_error(gpu):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        device_clock(gpu).take(full, static=True)
+        device_clock(gpu).takes([full], static=True)

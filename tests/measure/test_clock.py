@@ -125,7 +125,7 @@ def test_the_device_chooses_the_clock() -> None:
 class _FailingGraph:
     """Capturing into it fails, and then ending the capture does too."""
 
-    def capture_begin(self) -> None: ...
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None: ...
 
     def capture_end(self) -> None:
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
@@ -155,7 +155,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> _Device:
     gpu = _Device()
 
     class Graph:
-        def capture_begin(self) -> None:
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
             gpu.captured = self.work = []
 
         def capture_end(self) -> None:
@@ -226,9 +226,9 @@ def test_a_call_is_captured_while_the_one_before_runs(gpu: _Device, monkeypatch:
     log: list[str] = []
 
     class Graph(torch.cuda.CUDAGraph):  # type: ignore[misc]
-        def capture_begin(self) -> None:
+        def capture_begin(self, pool: object, capture_error_mode: str) -> None:
             log.append("capture")
-            super().capture_begin()
+            super().capture_begin(pool, capture_error_mode)
 
         def replay(self) -> None:
             log.append("start")
