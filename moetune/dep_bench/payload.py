@@ -9,15 +9,16 @@ import torch
 
 from moetune.backends.base import Inputs
 from moetune.dep_bench import fp4
-from moetune.dep_bench.fused import Fused
 from moetune.errors import UnsupportedError
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
+from moetune.workload.fused import Fused
 from moetune.workload.packing import pack_eager, unpack_topk
 from moetune.workload.wire import WireActivation, WireRouting, wire
 
-_quantize, _dequantize, _pack = Fused(fp4.quantize), Fused(fp4.dequantize), Fused(pack_eager)
+_quantize, _dequantize = Fused(fp4.quantize, on_cpu=False), Fused(fp4.dequantize, on_cpu=False)
+_pack = Fused(pack_eager, on_cpu=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,26 +80,29 @@ def joined(device: str | None) -> Iterator[Ranks]:
         device: `cpu`, `cuda` or None. With several ranks each one takes the GPU of its local rank.
 
     Raises:
-        UsageError: there are more than `MOST_RANKS` ranks, a numbered GPU is asked for all of them, or this host has
-            fewer GPUs than ranks.
+        UsageError: there are more than `MOST_RANKS` ranks, a numbered GPU is asked for all of them, or there are fewer
+            GPUs than ranks.
     """
     size = started_ranks()
-    if size == 1:
-        yield Ranks(device=device_for(device))
-        return
     if size > MOST_RANKS:
         raise UsageError(f"dep-bench runs on up to {MOST_RANKS} ranks, given {size}.", "Start fewer with torchrun.")
-    if device is not None and ":" in device:
+    if size > 1 and device is not None and ":" in device:
         raise UsageError(
             f"--device {device} is one GPU, and {size} ranks need one each.", "Give --device cuda, or leave it out."
         )
     import torch
+
+    found = device_for(device)
+    if size > 1 and found != "cpu":
+        found = _gpu_of_rank(size)
+    if ":" in found:
+        torch.cuda.set_device(found)  # streams, events and FlashInfer's ops take the current device
+    if size == 1:
+        yield Ranks(device=found)
+        return
     import torch.distributed as dist
 
-    found, rank = device_for(device), int(os.environ["RANK"])
-    if found != "cpu":
-        found = device_for(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
-        torch.cuda.set_device(found)
+    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo" if found == "cpu" else "nccl", timeout=COLLECTIVE_LIMIT)
     assert dist.group.WORLD is not None
     host = exchange_of(dist.group.WORLD)
@@ -112,3 +115,20 @@ def joined(device: str | None) -> Iterator[Ranks]:
     finally:
         host.end()
     dist.destroy_process_group()
+
+
+def _gpu_of_rank(size: int) -> str:
+    """Returns the torch device of this rank, one of `size` on this host.
+
+    Raises:
+        UsageError: there are too few GPUs.
+    """
+    import torch
+
+    local, count = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+    if local >= count:
+        raise UsageError(
+            f"{size} ranks need a GPU each, and rank {os.environ['RANK']} sees {count}.",
+            "Start fewer processes with torchrun, or set CUDA_VISIBLE_DEVICES to more GPUs.",
+        )
+    return f"cuda:{local}"

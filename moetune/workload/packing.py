@@ -6,18 +6,14 @@ sign of a negative weight would overwrite the id.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-
 import torch
 
 from moetune.errors import UsageError
+from moetune.workload.fused import Fused
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ID_DTYPES = (torch.int32, torch.int64)
 _BF16_NAN = 0x7FC0
-
-_logger = logging.getLogger(__name__)
 
 
 def pack_eager(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -28,27 +24,7 @@ def pack_eager(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (ids.to(torch.int32) << 16) | bits
 
 
-class _Fused:
-    """Compiles `pack_eager` at its first call, and runs it eagerly from then on if that fails."""
-
-    def __init__(self) -> None:
-        self._compiled: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-        self.failure: Exception | None = None
-
-    def __call__(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if self.failure is not None or ids.numel() < 2 or torch.compiler.is_compiling():
-            return pack_eager(ids, weights)
-        try:
-            if self._compiled is None:
-                self._compiled = torch.compile(pack_eager, dynamic=True)
-            return self._compiled(ids, weights)
-        except Exception as failure:  # the compiler's errors have no common base, and the inputs are checked
-            _logger.info("pack_topk runs eagerly, torch.compile failed: %s", failure)
-            self.failure = failure
-            return pack_eager(ids, weights)
-
-
-_fused = _Fused()
+_fused = Fused(pack_eager)
 
 
 def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -75,7 +51,8 @@ def pack_topk(ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             "ids must be int32 or int64 and weights bfloat16, float16 or float32, "
             f"given {ids.dtype} and {weights.dtype}."
         )
-    return _fused(ids.reshape(-1), weights.reshape(-1)).view(ids.shape)
+    pack = pack_eager if ids.numel() < 2 else _fused  # sizes 0 and 1 would be compiled apart
+    return pack(ids.reshape(-1), weights.reshape(-1)).view(ids.shape)
 
 
 def compile_failure() -> Exception | None:

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from moetune.dep_bench.process_group import Ranks, joined
 from moetune.errors import RankError, UsageError
@@ -53,4 +54,21 @@ def test_an_error_of_the_first_rank_ends_the_others_too():
 def test_what_cannot_be_started_is_refused(monkeypatch, size, device, message):
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UsageError, match=message), joined(device):
+        pass
+
+
+def test_one_process_makes_its_gpu_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with joined("cuda:1") as ranks:
+        assert ranks.device == "cuda:1"
+    assert current == ["cuda:1"]
+
+
+def test_each_rank_needs_a_gpu(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match=r"2 ranks need a GPU each, and rank 1 sees 1\."), joined("cuda"):
         pass

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moetune.errors import UsageError
 from moetune.workload import packing
+from moetune.workload.fused import Fused
 from moetune.workload.packing import pack_eager, pack_topk, unpack_topk
 
 
@@ -82,7 +83,7 @@ def test_where_no_compiler_is_it_packs_eagerly_and_tries_once(monkeypatch):
         return fail
 
     monkeypatch.setattr(torch, "compile", broken_compile)
-    monkeypatch.setattr(packing, "_fused", packing._Fused())
+    monkeypatch.setattr(packing, "_fused", Fused(pack_eager))
     ids, weights = torch.tensor([[1, -1]], dtype=torch.int32), torch.tensor([[-0.5, 0.25]])
     for _ in range(3):
         assert torch.equal(pack_topk(ids, weights), pack_eager(ids, weights))
