@@ -40,10 +40,6 @@ class Experts:
         self._regime = regime.model_copy(update={"seed": regime.seed + SEEDS_APART * rank, "rank": rank})
         self._runners: dict[int, FillableRunner] = {}
 
-    def forget(self) -> None:
-        """Frees the runners of all row counts. The weights stay."""
-        self._runners.clear()
-
     def inputs(self, rows: int) -> Inputs:
         """Returns the tensors that `run` reads with this many rows."""
         return self._runner(rows).inputs()
@@ -99,3 +95,8 @@ def require_fillable(backend: Backend, layer: MoELayer) -> None:
             "dep-bench gives flashinfer-cutlass bf16 rows only, and this layer's inputs have one fp8 scale a tensor.",
             "Use --precision bf16.",
         )
+
+
+def without_dispatch(regime: Regime) -> Regime:
+    """Returns the regime of the same shards whose kernels get rows that no dispatcher has sent."""
+    return regime.model_copy(update={"layout": None, "dispatch": "none", "attention_dp": False})

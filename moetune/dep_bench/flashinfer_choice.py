@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from moetune.backends.base import Backend, Problem
+from moetune.dep_bench.experts import without_dispatch
 from moetune.spec.ladder import Ladder
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
@@ -25,16 +26,14 @@ def flashinfer_choices(backend: Backend, layer: MoELayer, regime: Regime, device
         layer, regime: the deployment. The tuner makes its own inputs, so only the shapes matter.
         device: the torch device.
     """
-    shaped = regime if regime.layout == "slot" else Regime(ep_size=regime.ep_size, tp_size=regime.tp_size)
-    maximum = regime.tune_max_num_tokens
-    shaped = shaped.model_copy(update={"tune_max_num_tokens": maximum})
+    shaped = regime if regime.layout == "slot" else without_dispatch(regime)
 
     def runner(rows: int) -> Any:
         routing = realize(layer, shaped, rows)
         problem = Problem(layer, shaped, rows, shaped.shard(layer), as_draws([routing]), device)
         return backend.prepare(problem)
 
-    buckets = LADDER.buckets(maximum)
+    buckets = LADDER.buckets(regime.tune_max_num_tokens)
     own_autotune(runner(buckets[-1]))
     return {rows: own_pick(runner(rows)) for rows in buckets}
 

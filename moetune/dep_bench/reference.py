@@ -6,7 +6,7 @@ import torch
 
 from moetune.backends.base import Backend
 from moetune.backends.reference import relative_error
-from moetune.dep_bench.experts import Experts
+from moetune.dep_bench.experts import Experts, without_dispatch
 from moetune.dep_bench.payload import Format
 from moetune.dep_bench.router import Router
 from moetune.errors import NoResultError
@@ -25,14 +25,14 @@ def block_reference(
         backend: makes the weights. It is another object than the block's, whose weights stay on the device.
         layer, regime, form, router, x: as in `Block`.
     """
-    whole = regime.model_copy(update={"layout": None, "dispatch": "none", "attention_dp": False})
+    plain = without_dispatch(regime)
     ids, weights = router.top_k(router.logits(x))
     seen = form.seen(x)
     if form.routing == "packed_topk":
         weights = weights.bfloat16().float()
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for rank in range(regime.ep_size):
-        experts = Experts(backend, layer, whole, rank, str(x.device))
+        experts = Experts(backend, layer, plain, rank, str(x.device))
         inputs = experts.inputs(len(x))
         inputs.x.copy_(seen)
         inputs.topk_ids.copy_(ids)

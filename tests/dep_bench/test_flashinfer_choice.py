@@ -31,3 +31,11 @@ def test_flashinfer_is_asked_for_each_of_its_buckets_in_the_shape_of_the_deploym
         assert {(problem.row_top_k, problem.shard.num_local) for problem in backend.problems} == {(top_k, 2)}
         assert {problem.regime.tune_max_num_tokens for problem in backend.problems} == {256}
     assert tuned == [256, 256]
+
+
+def test_shards_may_be_uneven(monkeypatch):
+    module = importlib.import_module("moetune.dep_bench.flashinfer_choice")
+    monkeypatch.setattr(module, "own_autotune", lambda runner: 0.0)
+    monkeypatch.setattr(module, "own_pick", lambda runner: Tactic(gemm1=runner.shard.num_local, gemm2=0))
+    regime = Regime(ep_size=3, layout="pool", ladder="hybrid", tune_max_num_tokens=4, uneven_shards=True)
+    assert {tactic["gemm1"] for tactic in flashinfer_choices(Preparing(), LAYER, regime, "cpu").values()} == {3}
