@@ -123,30 +123,25 @@ def waiting(mark):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
-class OtherFails(Ranks):
-    """The second of two ranks cannot capture a call if `at` others were captured before."""
+class OtherFails:
+    """An exchange with a second rank, which cannot capture a call if `at` others were captured before."""
 
-    at = 0
+    def __init__(self, at):
+        self.at, self.turns = at, 0
 
     def gather(self, value):
-        self.reasons.append(value)
-        return [value, "planted failure of the second rank" if len(self.reasons) > self.at else ""]
-
-
-def other_fails(at):
-    ranks = OtherFails(0, 2)
-    object.__setattr__(ranks, "at", at)
-    object.__setattr__(ranks, "reasons", [])
-    return ranks
+        self.turns += 1
+        return [value, "planted failure of the second rank" if self.turns > self.at else ""]
 
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_all_calls_are_timed_without_a_graph_if_one_rank_cannot_capture_one_of_them(gpu, at):
     plain = parts_of(gpu, 10.0)
     alone = [waiting, plain] if at == 0 else [plain, waiting]
+    exchange = OtherFails(at)
     for ranks, calls, reason in (
         (Ranks(), alone, "operation not permitted when stream is capturing"),
-        (other_fails(at), [plain, plain], "planted failure of the second rank"),
+        (Ranks(0, 2, "cuda:0", exchange), [plain, plain], "planted failure of the second rank"),
     ):
         clock = device_clock(gpu, ranks)
         takes = clock.takes(calls, static=True)
@@ -157,7 +152,7 @@ def test_all_calls_are_timed_without_a_graph_if_one_rank_cannot_capture_one_of_t
             take.start()
         assert [take.read()["experts"] for take in plains] == pytest.approx([20.0] * len(plains))
         assert gpu.replays == 0
-    assert len(ranks.reasons) == at + 1  # after the first failure no rank captures anything
+    assert exchange.turns == at + 1  # after the first failure no rank captures anything
 
 
 def test_a_clock_without_graphs_tries_them_for_the_next_calls(gpu):
