@@ -38,6 +38,16 @@ _GPT_OSS = (
 )
 """Where vLLM calls triton_kernels and prepares its weights."""
 _VLLM_FOLDERS = ("vllm/model_executor/layers/fused_moe/configs/", "vllm/third_party/triton_kernels/")
+_RIVALS = (
+    "vllm/envs.py",
+    *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("config", "utils")),
+    *(
+        f"vllm/model_executor/layers/fused_moe/experts/{name}.py"
+        for name in ("cutlass_moe", "deep_gemm_moe", "triton_deep_gemm_moe")
+    ),
+    "vllm/model_executor/layers/quantization/utils/fp8_utils.py",
+)
+"""The experts classes that moetune times, and what makes them."""
 WHEELS = {
     "vllm": Wheel(
         "0.33.0",
@@ -50,6 +60,7 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/experts/fused_batched_moe.py",
             *_MARLIN,
             *_GPT_OSS,
+            *_RIVALS,
             "vllm/distributed/eplb/policy/default.py",
             "vllm/model_executor/layers/fused_moe/router/base_router.py",
             "vllm/utils/serial_utils.py",
@@ -85,7 +96,7 @@ OLDER_VLLM = {
         (
             "vllm/v1/worker/gpu_worker.py",
             *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("fused_moe", *others)),
-            *((*_MARLIN, *_GPT_OSS) if version == "0.26.0" else ()),
+            *((*_MARLIN, *_GPT_OSS, *_RIVALS) if version == "0.26.0" else ()),
         ),
         _VLLM_FOLDERS,
     )

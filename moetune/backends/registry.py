@@ -28,6 +28,8 @@ _CLASSES: Mapping[str, str] = {
     "triton-kernels": "moetune.backends.triton_kernels.backend:TritonKernelsBackend",
     "marlin": "moetune.backends.marlin.backend:MarlinBackend",
     "flashinfer-fp8-block": "moetune.backends.flashinfer_fp8_block.backend:FlashInferFp8BlockBackend",
+    "deep-gemm": "moetune.backends.vllm_experts.backend:DeepGemmBackend",
+    "vllm-cutlass": "moetune.backends.vllm_experts.backend:VllmCutlassBackend",
     "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }
 """The class of each backend, in the order of preference: `preferred` takes the first that fits and is no rival."""

@@ -26,6 +26,8 @@ _VLLM: Final = {
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
     "triton-kernels": "triton",
     "marlin": "marlin",
+    "deep-gemm": "deep_gemm",
+    "vllm-cutlass": "cutlass",
 }
 """vLLM has one value for both Triton kernels, and runs the batched one on expert-major rows (`fused_moe/oracle/`). For
 mxfp4 experts the same value means triton_kernels (`oracle/mxfp4.py`).

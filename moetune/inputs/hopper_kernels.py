@@ -88,7 +88,7 @@ _RULES: Final = (
     ),
     _Rule("vllm", _CHANNEL, HopperKernel("vLLM's batched CUTLASS kernels"), frozenset({"batched"})),
     _Rule("vllm", _CHANNEL, HopperKernel("Triton"), frozenset({"deduplicated"})),
-    _Rule("vllm", _CHANNEL, HopperKernel("vLLM's CUTLASS kernels"), frozenset({"none", "allgather"})),
+    _Rule("vllm", _CHANNEL, HopperKernel("vLLM's CUTLASS kernels", "vllm-cutlass"), frozenset({"none", "allgather"})),
     _Rule("vllm", _MXFP4, _OPENAI, _STANDARD, gpt_oss=True),
     _Rule("vllm", _MXFP4, HopperKernel("FlashInfer's CUTLASS kernels"), frozenset({"pool"}), gpt_oss=True),
     _Rule("vllm", _FOUR_BITS, HopperKernel("batched Humming; batched Marlin without it"), frozenset({"batched"})),

@@ -25,6 +25,8 @@ def test_every_named_backend_is_there_and_has_its_name() -> None:
         "triton-kernels",
         "marlin",
         "flashinfer-fp8-block",
+        "deep-gemm",
+        "vllm-cutlass",
         "torch",
     )
     for name in registry.backends():
@@ -153,6 +155,8 @@ def test_a_rival_is_compared_but_never_preferred(monkeypatch: pytest.MonkeyPatch
         ("triton-kernels", {}),
         ("marlin", {"formula": "sglang"}),
         ("flashinfer-fp8-block", {}),
+        ("deep-gemm", {}),
+        ("vllm-cutlass", {}),
         ("flashinfer-trtllm", {"quantized": False, "hidden_dtype": "float16"}),
         ("flashinfer-trtllm", {"quantized": True, "fp8_block_layout": "plain"}),
         ("flashinfer-trtllm-routed", {"packed": False}),

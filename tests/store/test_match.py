@@ -43,6 +43,8 @@ SERVED = {
     "flashinfer-fp8-block": {"torch": "neutral", "cuda": "near", "flashinfer": "near"},
     "triton-kernels": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
     "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
+    "deep-gemm": {"torch": "neutral", "cuda": "near", "vllm": "near"},
+    "vllm-cutlass": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "torch": {"torch": "near", "cuda": "near"},
     "unknown": {},
 }
