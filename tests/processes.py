@@ -4,6 +4,9 @@ import os
 import time
 from pathlib import Path
 
+GIVE_UP_S = 300.0
+"""After this time a test no longer waits for something. No busy machine needs as long, so only a hang does."""
+
 
 def children(parent: int | None = None) -> set[int]:
     """Processes, zombies included, whose parent is `parent`; this process by default."""
@@ -26,7 +29,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def eventually(condition, seconds: float = 60.0) -> bool:
+def eventually(condition, seconds: float = GIVE_UP_S) -> bool:
     """Whether `condition()` becomes true in that time."""
     deadline = time.monotonic() + seconds
     while not (true := condition()) and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from processes import GIVE_UP_S
 
 from moetune import __version__
 
@@ -40,7 +41,7 @@ def test_the_wheel_contains_the_modules_profiles_models_and_flags(tmp_path):
     (project / planted).parent.mkdir(parents=True)
     (project / planted).write_text("{}")
     command = [sys.executable, "-c", "from setuptools import setup; setup()", "-q", "bdist_wheel", "--dist-dir", "dist"]
-    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, cwd=project, check=True, capture_output=True, timeout=GIVE_UP_S)
     (wheel,) = (project / "dist").glob("*.whl")
     assert wheel.name == f"moetune-{__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:

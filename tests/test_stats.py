@@ -55,7 +55,7 @@ def test_question_without_an_answer_is_refused(question) -> None:
         question()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PAIRS)
 def test_ratio_of_means_lies_between_its_bounds_and_those_between_the_extreme_pairs(
     pairs: list[tuple[float, float]],
@@ -67,7 +67,7 @@ def test_ratio_of_means_lies_between_its_bounds_and_those_between_the_extreme_pa
     assert min(each) * (1 - 1e-9) <= ratio.low <= ratio.high <= max(each) * (1 + 1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PAIRS, st.floats(0.01, 100))
 def test_ratio_scales_with_its_numerator(pairs: list[tuple[float, float]], factor: float) -> None:
     numerator, denominator = zip(*pairs, strict=True)
@@ -77,7 +77,7 @@ def test_ratio_scales_with_its_numerator(pairs: list[tuple[float, float]], facto
         assert getattr(scaled, bound) == pytest.approx(factor * getattr(ratio, bound))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(TIMES, min_size=2, max_size=12), st.floats(0.1, 10))
 def test_noise_that_both_series_share_cancels_out(shared: list[float], factor: float) -> None:
     ratio = paired_ratio([factor * value for value in shared], shared)
@@ -130,7 +130,7 @@ def test_noise_floor_of_identical_series_is_nothing() -> None:
     assert noise_floor([3.0, 4.0, 5.0], [3.0, 4.0, 5.0]) == 0.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PAIRS)
 def test_noise_floor_does_not_care_which_series_is_first(pairs: list[tuple[float, float]]) -> None:
     first, second = zip(*pairs, strict=True)

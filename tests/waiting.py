@@ -5,14 +5,19 @@ Run as a script it is the command line with that command: `python tests/waiting.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
+from types import SimpleNamespace
 
 import click
 
-SLEEP_S = 60.0
+from moetune.cli import signals
+
+SLEEP_S = 600.0
 
 
 def ready() -> None:
@@ -85,10 +90,18 @@ def _in_a_generator() -> None:
 
 
 def _never_closes() -> None:
+    """Its time is planted: SIGHUP and SIGTERM come at once, and then an hour passes."""
+    now_s = 0.0
+    vars(signals)["time"] = SimpleNamespace(monotonic=lambda: now_s)
+    numbers, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written)
     try:
         sleep()
     finally:
-        time.sleep(0.3)
+        while os.read(numbers, 1) != bytes([signal.SIGTERM]):
+            pass
+        now_s = 3600.0
         sleep()
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +27,7 @@ from common import Journal
 from engine_report import report
 from engine_trees import functions, plant
 from process import Measurement, Place
+from processes import GIVE_UP_S, eventually, is_running
 
 H200 = run.Device("NVIDIA H200", 143_771 * 2**20)
 CHILD = """
@@ -40,12 +42,20 @@ with open(words[words.index("--result") + 1], "a") as file:
     BODY
     file.write(json.dumps({"what": "end"}) + "\\n")
 """
+START_A_CHILD = """
+    child = subprocess.Popen(['sleep', '600'])
+    with open({started!r} + '.part', 'w') as part:
+        part.write(str(child.pid))
+    os.rename(part.name, {started!r})
+    time.sleep(600)
+"""
+"""Says the child's process id in the file `started`."""
 WHAT = Measurement((1, 8), 1, 24, 0.9, 4, profile=False)
 
 
 @pytest.fixture
 def place(tmp_path):
-    return Place(tmp_path / "out", ("2", "3"), 20.0)
+    return Place(tmp_path / "out", ("2", "3"), GIVE_UP_S)
 
 
 @pytest.fixture
@@ -128,38 +138,32 @@ def test_each_rank_is_a_process_and_its_log_is_kept(monkeypatch, tmp_path, place
 
 
 def test_a_process_out_of_time_is_ended_with_its_children(monkeypatch, tmp_path, place, folders):
-    pid = tmp_path / "pid"
-    sleeper = (
-        f"child = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(60)"
-    )
-    stub(monkeypatch, tmp_path, sleeper)
-    began = time.monotonic()
-    short = Place(place.work, ("0",), 3.0)
-    found = process.run(CASES["qwen3-30b"], ARMS["default"], 0, folders, short, WHAT)
-    assert time.monotonic() - began < 15
+    """Its time is over once it has started a child."""
+    started = tmp_path / "started"
+    stub(monkeypatch, tmp_path, START_A_CHILD.format(started=str(started)))
+    clock = SimpleNamespace(monotonic=lambda: 2 * GIVE_UP_S if started.exists() else 0.0, sleep=time.sleep)
+    monkeypatch.setattr(process, "time", clock)
+    found = process.run(CASES["qwen3-30b"], ARMS["default"], 0, folders, place, WHAT)
     assert found["exit_codes"] == [None]
     assert [line["what"] for line in found["ranks"][0]] == ["start"]  # what was measured is kept
-    stat = Path(f"/proc/{pid.read_text()}/stat")
-    deadline = time.monotonic() + 10
-    while stat.exists() and " Z " not in stat.read_text() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not stat.exists() or " Z " in stat.read_text()
+    assert eventually(lambda: not is_running(int(started.read_text())))
 
 
 def test_a_signal_ends_the_engine_that_runs(monkeypatch, tmp_path, place, folders):
-    stub(monkeypatch, tmp_path, "time.sleep(60)")
-    timer = threading.Timer(2.0, process.end_all)
-    timer.start()
+    started = tmp_path / "started"
+    stub(monkeypatch, tmp_path, START_A_CHILD.format(started=str(started)))
+    ending = threading.Thread(target=lambda: eventually(started.exists) and process.end_all())
+    ending.start()
     found = process.run(CASES["qwen3-30b"], ARMS["default"], 0, folders, place, WHAT)
-    timer.join()
+    ending.join()
     assert found["exit_codes"] == [-9]
 
 
 def test_the_other_ranks_are_not_waited_for_after_a_failure(monkeypatch, tmp_path, place, folders):
-    stub(monkeypatch, tmp_path, "sys.exit(3) if os.environ['VLLM_DP_RANK'] == '1' else time.sleep(60)")
+    stub(monkeypatch, tmp_path, "sys.exit(3) if os.environ['VLLM_DP_RANK'] == '1' else time.sleep(600)")
     found = process.run(CASES["qwen3-30b-dp2"], ARMS["default"], 0, folders, place, WHAT)
     assert found["exit_codes"][1] == 3
-    assert found["seconds"] < 19
+    assert found["seconds"] < GIVE_UP_S
 
 
 class PlantedRuns:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import GIVE_UP_S
 
 from moetune.backends import registry
 from moetune.inputs import presets
@@ -147,4 +148,4 @@ def test_no_torch_is_imported_for_a_file(stored, tmp_path):
         "except SystemExit as end:\n    sys.exit(end.code or 'torch' in sys.modules)"
     )
     words = ["export", str(stored), "--to", "vllm", "--out", str(tmp_path / "out")]
-    assert subprocess.run([sys.executable, "-c", code, *words], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code, *words], timeout=GIVE_UP_S).returncode == 0

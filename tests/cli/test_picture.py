@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from choices import make_choice
+from processes import GIVE_UP_S
 
 from moetune.inputs.presets import layer
 from moetune.spec.environment import Environment
@@ -100,7 +101,9 @@ def test_the_script_draws_the_readmes_picture(tmp_path):
     (profile,) = ROOT.glob(wanted.split()[-1])
     drawn = tmp_path / "tune.svg"
     program = [sys.executable, SOURCE, profile, "--output", drawn]
-    subprocess.run(program, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    subprocess.run(
+        program, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=GIVE_UP_S
+    )
     text = drawn.read_text()
     assert "vllm:allgather_reducescatter" in text
     assert "NVIDIA" in text

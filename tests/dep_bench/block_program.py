@@ -65,7 +65,7 @@ def main(rank: int, size: int, folder: Path, name: str) -> None:
     if name == "triton":
         replace_parts_of_the_interpreter()
     where = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=timedelta(minutes=5))
     ranks = Ranks(rank, size, "cpu", exchange_of(dist.group.WORLD))
     found = {
         f"{load} {activation} {routing}": ranks.gather(found_of(ranks, name, load, activation, routing))

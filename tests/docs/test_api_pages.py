@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from pages import ROOT, text
+from processes import GIVE_UP_S
 
 import moetune
 
@@ -18,7 +19,7 @@ def page(tmp_path_factory):
     (line,) = (line for line in text("Makefile").splitlines() if "-m pdoc" in line)
     words = [str(folder) if word == "build/api" else word for word in shlex.split(line)[1:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=GIVE_UP_S)
     assert done.returncode == 0, done.stderr
     return (folder / "moetune.html").read_text(encoding="utf-8")
 

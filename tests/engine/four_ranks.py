@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 import types
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +24,7 @@ from flashinfer.autotuner import autotune, get_autotune_process_group
 from flashinfer.autotuner.autotuner import AutoTuner
 from planted import PlantedBackend
 from planted_benches import PlantedBenches
+from processes import eventually
 from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm
 from test_cutlass import MoERunner, call
 from two_ranks import plant_tuner
@@ -281,15 +281,8 @@ def plant(at: Rank, failing: object, error: Exception) -> None:
     runner.forward = raising
 
 
-def wait_for(paths: Iterable[Path]) -> None:
-    for path in paths:
-        end = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < end:
-            time.sleep(0.05)
-
-
 def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
     plant_tuner()
     save, profile = Store.save, AutoTuner._profile_single_kernel
     for scenario in scenarios:
@@ -313,7 +306,8 @@ def main(rank: int, address: str, folder: Path, scenarios: list[str]) -> None:
         if scenario not in ("dies", "holder_dies"):
             dist.barrier()
         elif rank == 0:  # its process holds the key-value store, which the others still read
-            wait_for(folder / f"{scenario}-{other}.json" for other in (1, 3))
+            others = [folder / f"{scenario}-{other}.json" for other in (1, 3)]
+            assert eventually(lambda others=others: all(path.exists() for path in others))
     end_now()
 
 

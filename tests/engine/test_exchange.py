@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from processes import GIVE_UP_S, eventually
 from torch.distributed import HashStore
 
 from moetune.engine import exchange
@@ -12,6 +13,33 @@ from moetune.engine.exchange import Exchange
 from moetune.engine.ranks import from_first, gather, leads, together, writes
 from moetune.errors import LostRankError, RankError, UnsupportedError
 from moetune.store.store import Store
+
+
+class PlantedTime:
+    """Stands for the module `time` of `exchange`. Time passes as ranks wait, but only once `begin` has been called."""
+
+    def __init__(self):
+        self.now_s, self._begun = 0.0, threading.Event()
+
+    def monotonic(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        if self._begun.is_set():
+            self.now_s += seconds
+        time.sleep(0.001)
+
+    def begin(self, store, turn, ranks):
+        """Lets time pass once these ranks have given their values of a turn, so that no other one is missing."""
+        assert eventually(lambda: store.check([f"{turn}/{rank}" for rank in ranks]))
+        self._begun.set()
+
+
+@pytest.fixture
+def planted_time(monkeypatch):
+    planted = PlantedTime()
+    monkeypatch.setattr(exchange, "time", planted)
+    return planted
 
 
 def run(*acts, timeout_s=30.0, members=None):
@@ -28,11 +56,11 @@ def run(*acts, timeout_s=30.0, members=None):
             found[rank] = error
         exchanges[rank].end()
 
-    threads = [threading.Thread(target=at, args=(rank,)) for rank in range(len(acts))]
+    threads = [threading.Thread(target=at, args=(rank,), daemon=True) for rank in range(len(acts))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(GIVE_UP_S)
     return found
 
 
@@ -56,27 +84,31 @@ def test_what_was_exchanged_is_deleted():
     assert max(same(act)) < 20
 
 
-def test_a_rank_that_never_comes_is_named_and_the_others_wait_no_longer_than_the_time_out():
+def test_a_rank_that_never_comes_is_named_and_the_others_wait_no_longer_than_the_time_out(planted_time):
     def waits(ranks):
         ranks.step = "the sweep"
-        began = time.monotonic()
+        began = planted_time.monotonic()
         with pytest.raises(LostRankError) as raised:
             ranks.gather(None)
-        return str(raised.value), time.monotonic() - began
+        return str(raised.value), planted_time.monotonic() - began
 
-    found = run(waits, waits, lambda ranks: None, waits, timeout_s=1.0, members=(4, 5, 6, 7))
+    def never_comes(ranks):
+        planted_time.begin(ranks.store, 1, (0, 1, 3))
+
+    found = run(waits, waits, never_comes, waits, timeout_s=1.0, members=(4, 5, 6, 7))
     assert found[2] is None
     assert len({found[rank][0] for rank in (0, 1, 3)}) == 1
     message, waited_s = found[0]
     assert message.startswith("Rank 2 of 4 (rank 6 of the world) gave no sign of life for 1 s")
     assert "'the sweep'" in message
-    assert 1.0 < waited_s < 20
+    assert 1.0 < waited_s < 2.0
 
 
-def test_a_rank_that_leaves_is_lost():
+def test_a_rank_that_leaves_is_lost(planted_time):
     def leaves(ranks):
         ranks.gather("first")
         ranks.end()
+        planted_time.begin(ranks.store, 2, (1,))
 
     def stays(ranks):
         ranks.gather("first")
@@ -87,13 +119,20 @@ def test_a_rank_that_leaves_is_lost():
     assert "Rank 0 of 2" in str(error)
 
 
-def test_a_slow_rank_that_is_alive_is_waited_for():
+def test_a_slow_rank_that_is_alive_is_waited_for(planted_time):
+    def signs_of_life(ranks):
+        return ranks.store.add("alive/0", 0)
+
     def slow(ranks):
         ranks.begin()
-        time.sleep(4.0)
+        for _ in range(20):
+            before = signs_of_life(ranks)
+            assert eventually(lambda before=before: signs_of_life(ranks) > before)
+            planted_time.now_s += 0.6 * ranks.timeout_s
         return ranks.gather("late")
 
-    assert run(slow, lambda ranks: ranks.gather("soon"), timeout_s=2.0) == [["late", "soon"]] * 2
+    assert run(slow, lambda ranks: ranks.gather("soon"), timeout_s=0.5) == [["late", "soon"]] * 2
+    assert planted_time.now_s == pytest.approx(6.0)
 
 
 def test_a_rank_that_is_alive_but_stuck_is_lost_too(monkeypatch):
@@ -102,7 +141,7 @@ def test_a_rank_that_is_alive_but_stuck_is_lost_too(monkeypatch):
 
     def stuck(ranks):
         ranks.begin()
-        released.wait(30)
+        released.wait(GIVE_UP_S)
 
     def waits(ranks):
         try:
@@ -114,11 +153,12 @@ def test_a_rank_that_is_alive_but_stuck_is_lost_too(monkeypatch):
     assert "Rank 0 of 2 is alive, but did not reach" in str(error)
 
 
-def test_a_rank_that_comes_too_late_gets_the_same_error():
+def test_a_rank_that_comes_too_late_gets_the_same_error(planted_time):
     lost = threading.Event()
 
     def late(ranks):
-        lost.wait(30)
+        planted_time.begin(ranks.store, 1, (1, 2))
+        lost.wait(GIVE_UP_S)
         return ranks.gather(None)
 
     def soon(ranks):

@@ -14,7 +14,7 @@ from nccl_ranks import BUCKETS, TIMEOUT_S
 from moetune.store.store import Store
 
 PROGRAM = Path(__file__).with_name("nccl_ranks.py")
-LIMIT_S = 60.0
+LIMIT_S = 200.0
 """How long the survivor of a lost rank may take beyond the time-out. It loads FlashInfer's module."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from flashinfer.autotuner import AutoTuner, autotune
 from flashinfer.autotuner.autotuner import AutoTuner as Stock
+from processes import GIVE_UP_S
 from stand_ins import FAST, Trtllm
 from test_cutlass import MoERunner, call
 
@@ -254,7 +255,11 @@ def test_a_plugin_loads_neither_torch_nor_flashinfer_and_waits_for_the_tuner(mod
     )
     environment = {**os.environ, plugins.VARIABLE: spelled(model)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=GIVE_UP_S,
     )
     assert done.returncode == 0, done.stderr
 

@@ -6,8 +6,9 @@ import weakref
 import pytest
 from planted import LAYER, PlantedBackend, tactic
 from planted_benches import PlantedBenches
-from test_exchange import run
+from test_exchange import PlantedTime, run
 
+from moetune.engine import exchange
 from moetune.engine.shared_bench import tuned_together
 from moetune.errors import LostRankError, NoResultError, RankError
 from moetune.spec.regime import Regime
@@ -24,25 +25,26 @@ def rank(times=US, fails=(), refuses=None):
     )
 
 
-def tuned(tmp_path, *ranks, timeout_s=30.0, only=None):
-    """What each rank gets. `only`: the ranks that take part at all."""
+def tuned(tmp_path, *ranks):
+    """What each rank gets. A rank is its benches, or a function of its exchange."""
     saved = []
 
     def act(benches):
+        if callable(benches):
+            return benches
+
         def on(exchange):
             def of_first(shared):
                 saved.append(threading.current_thread())
                 backend = PlantedBackend({"default": 1.0, "fast": 1.0, "other": 1.0})
                 return tune(LAYER, REGIME, backend, tmp_path, device="cpu", isolate=False, open_benches=shared)
 
-            if only is not None and exchange.rank not in only:
-                return None
             backend = PlantedBackend({})
             return tuned_together(of_first, benches.open_benches, backend, f"cpu:{exchange.rank}", exchange)
 
         return on
 
-    found = run(*map(act, ranks), timeout_s=timeout_s)
+    found = run(*map(act, ranks))
     assert len(saved) == 1, "one rank tunes and writes"
     return found
 
@@ -95,10 +97,11 @@ def test_a_default_that_fails_on_another_rank_is_an_error_on_all(tmp_path):
     assert isinstance(second, RankError)
 
 
-def test_a_rank_that_is_lost_ends_the_tune(tmp_path):
-    found = tuned(tmp_path, rank(), rank(), rank(), timeout_s=1.0, only=(0, 1))
+def test_a_rank_that_is_lost_ends_the_tune(tmp_path, monkeypatch):
+    monkeypatch.setattr(exchange, "time", planted_time := PlantedTime())
+    found = tuned(tmp_path, rank(), rank(), lambda lost: planted_time.begin(lost.store, 1, (0, 1)))
     assert {type(error) for error in found[:2]} == {LostRankError}
-    assert "Rank 2 of 3 gave no sign of life for 1 s" in str(found[0])
+    assert "Rank 2 of 3 gave no sign of life for 30 s" in str(found[0])
     assert "the tune of planted" in str(found[0])
 
 

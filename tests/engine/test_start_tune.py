@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import planted_tunes
 import pytest
 import torch
 import torch.distributed as dist
+from processes import GIVE_UP_S
 from torch.distributed import distributed_c10d
 
 from moetune.backends.grouped_triton.backend import TritonBackend
@@ -62,25 +64,24 @@ def within(limit_s, tune, monkeypatch, tmp_path):
     ("tune", "reason"),
     [
         ("finishes", None),
-        ("repeats", "triton; {store}; cuda:3; mean; 24.0"),
+        ("repeats", "triton; {store}; cuda:3; mean; 240.0"),
         ("raises", "ValueError: not a MoetuneError"),
         ("is_killed", "killed by SIGKILL"),
     ],
 )
 def test_whatever_the_process_does_the_engine_gets_a_reason(tune, reason, monkeypatch, tmp_path):
-    said = within(30.0, tune, monkeypatch, tmp_path)
+    said = within(GIVE_UP_S, tune, monkeypatch, tmp_path)
     assert said is None if reason is None else reason.format(store=tmp_path) in said
 
 
 def test_the_real_process_says_why_it_cannot_measure(tmp_path):
-    reason = start_tune.tune_within(60.0, LAYER, Regime(ep_size=4), TritonBackend(), str(tmp_path), "cuda:99", None)
+    asked = LAYER, Regime(ep_size=4), TritonBackend(), str(tmp_path), "cuda:99", None
+    reason = start_tune.tune_within(GIVE_UP_S, *asked)
     assert "This machine has no device 'cuda:99'" in reason
 
 
 def test_a_process_that_hangs_is_killed_when_its_time_ends(monkeypatch, tmp_path):
-    began = time.monotonic()
     assert within(1.0, "hangs", monkeypatch, tmp_path) == "not finished within 1 s"
-    assert time.monotonic() - began < 60
 
 
 def test_a_process_that_cannot_start_is_a_reason_too(monkeypatch, tmp_path):
@@ -133,11 +134,11 @@ def ranks(monkeypatch):
         def rank(at):
             found[at] = acts[at]()
 
-        threads = [threading.Thread(target=rank, args=(at,)) for at in range(len(acts))]
+        threads = [threading.Thread(target=rank, args=(at,), daemon=True) for at in range(len(acts))]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=GIVE_UP_S)
             assert not thread.is_alive()
         return found
 
@@ -152,9 +153,9 @@ def test_all_ranks_get_the_answer_of_the_first(ranks):
         time.sleep(0.5)
         return f"answer {len(made)}"
 
-    assert ranks(*[lambda: first_answer("question", make, 30.0)] * 4) == ["answer 1"] * 4
-    assert first_answer("question", make, 30.0) == "answer 1", "also later"
-    assert first_answer("another", make, 30.0) == "answer 2"
+    assert ranks(*[lambda: first_answer("question", make, GIVE_UP_S)] * 4) == ["answer 1"] * 4
+    assert first_answer("question", make, GIVE_UP_S) == "answer 1", "also later"
+    assert first_answer("another", make, GIVE_UP_S) == "answer 2"
     assert len(made) == 2
 
 
@@ -168,22 +169,20 @@ def test_an_error_of_the_first_rank_does_not_keep_the_others(ranks):
 
     def first():
         with pytest.raises(NoResultError):
-            first_answer("question", raising, 30.0)
+            first_answer("question", raising, math.inf)
 
     def second():
-        begun.wait(timeout=30)
-        return first_answer("question", lambda: "never", 30.0)
+        begun.wait(timeout=GIVE_UP_S)
+        return first_answer("question", lambda: "never", math.inf)  # without an answer it would not end
 
-    began = time.monotonic()
     assert ranks(first, second) == [None, None]
-    assert time.monotonic() - began < 20, "it did not wait for its time to end"
 
 
 def test_a_rank_waits_no_longer_than_it_may(ranks):
     done = threading.Event()
 
     def slow():
-        done.wait(timeout=30)
+        done.wait(timeout=GIVE_UP_S)
         return "late"
 
     def second():
@@ -196,7 +195,7 @@ def test_a_rank_waits_no_longer_than_it_may(ranks):
     begun = threading.Event()
 
     def first():
-        return first_answer("question", lambda: begun.set() or slow(), 30.0)
+        return first_answer("question", lambda: begun.set() or slow(), GIVE_UP_S)
 
     assert ranks(first, second) == ["late", None]
     assert first_answer("question", lambda: "never", 0.3) == "late"
@@ -209,8 +208,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from moetune.engine.ranks import first_answer
 rank, address = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-print(first_answer("question", lambda: f"of process {os.getpid()}", 60.0), flush=True)
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(minutes=5))
+print(first_answer("question", lambda: f"of process {os.getpid()}", 300.0), flush=True)
 print(first_answer(f"question of {rank}", lambda: f"of rank {rank}", 0.0), flush=True)
 dist.barrier()
 """
@@ -226,7 +225,7 @@ def test_the_processes_of_torch_distributed_are_asked(tmp_path):
         )
         for rank in range(2)
     ]
-    printed = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    printed = [process.communicate(timeout=GIVE_UP_S)[0].splitlines() for process in started]
     assert printed[0][0] == printed[1][0]
     assert printed[0][0] in [f"of process {process.pid}" for process in started]
     assert [lines[1] for lines in printed] == ["of rank 0", "of rank 1"], "nobody waits for a rank that does not ask"

@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
+from processes import GIVE_UP_S
 from stand_ins import FAST, MIDDLING
 
 from moetune.engine.ranks import ENGINE_GROUPS, engine_group
@@ -28,7 +29,7 @@ def ranks(engine, op, folder):
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=GIVE_UP_S)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

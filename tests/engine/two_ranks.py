@@ -83,7 +83,7 @@ def plant_tune(rank: int) -> list[int]:
 
 def main(rank: int, engine: str, op: str, folder: Path) -> None:
     rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(minutes=5))
     plant_tuner()
     measured = plant_tune(rank)
     regime = Regime(ep_size=2, attention_dp=True, draws=4, ladder="hybrid")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import GIVE_UP_S
 from triton_profiles import profile, tactic
 
 import moetune
@@ -72,7 +73,7 @@ def test_no_torch_is_needed():
     code = "import sys; from moetune.export import exporter; exporter('vllm'); exporter('sglang')"
     assert {"vllm", "sglang"} <= set(targets())
     checked = f"{code}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", checked], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", checked], timeout=GIVE_UP_S).returncode == 0
 
 
 def test_a_custom_layer_is_exported_by_its_shape():

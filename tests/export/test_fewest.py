@@ -33,7 +33,7 @@ def test_a_first_option_that_is_chosen_anywhere_is_kept_where_it_is_first(option
     assert all(option == each[0] for option, each in zip(chosen, options, strict=True) if each[0] in chosen)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(FEW)
 def test_no_choice_has_fewer_if_the_options_are_few(options):
     assert len(set(fewest(options))) == min(len(set(each)) for each in product(*options))
@@ -127,7 +127,7 @@ def test_a_choice_without_an_equal_that_holds_is_refused_by_its_rows():
 EQUALS = st.lists(st.sampled_from([SWAPPED, PLAIN, WIDE]), min_size=1, max_size=3, unique=True)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(EQUALS, min_size=1, max_size=6))
 def test_a_version_is_refused_only_if_some_choice_has_no_equal_that_holds(choices):
     stored = tied(*choices)

@@ -40,7 +40,7 @@ def test_names_are_those_of_bundled_files(layer, regime, name):
     assert list(export(profile(layer, **regime)).files) == [name]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(TACTICS, min_size=18, max_size=18), st.integers(1, 20_000))
 def test_vllm_runs_the_tactic_that_moetune_looks_up(tactics, rows):
     buckets = profile("qwen3-30b-a3b", ep_size=8, dispatch="allgather", tune_max_num_tokens=4096).regime.buckets

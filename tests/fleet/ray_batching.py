@@ -6,6 +6,7 @@ import os
 from functools import partial
 
 from fleet_backend import TIMES, ShortBackend
+from processes import GIVE_UP_S
 
 from moetune.backends import registry
 from moetune.fleet import ray_cluster
@@ -18,6 +19,7 @@ def plant() -> None:
     real = registry.backend
     registry.backend = lambda name, **options: backend if name == backend.name else real(name, **options)
     ray_cluster.RayCluster = partial(ray_cluster.RayCluster, local_gpus=3)
+    ray_cluster.START_S = GIVE_UP_S
     fleet_run.run = partial(fleet_run.run, isolate=False)
 
 

@@ -59,7 +59,7 @@ def test_twelve_questions_on_three_workers_of_which_one_is_lost_are_all_answered
     assert not list(tmp_path.rglob("*.journal.jsonl"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_whoever_is_lost_and_whoever_reports_next_each_bucket_is_stored_once_or_its_question_failed(data):
     workers = data.draw(st.integers(1, 4))

@@ -14,8 +14,9 @@ import ray_batching
 from fleet_backend import TIMES, HangingBackend
 from planted import LAYER
 from planted_cluster import Told, regime
-from processes import eventually
+from processes import GIVE_UP_S, eventually
 
+from moetune.fleet import ray_cluster
 from moetune.fleet.fleet import Fleet
 from moetune.fleet.ray_cluster import RayCluster
 from moetune.fleet.run import run
@@ -56,14 +57,15 @@ def content(folder):
 
 def kill(hung):
     """Kills the process that says in the file `hung` that it hangs."""
-    assert eventually(hung.exists, 180)
+    assert eventually(hung.exists)
     os.kill(int(hung.read_text()), signal.SIGKILL)
 
 
-def test_twelve_jobs_on_three_workers_of_which_one_is_killed_make_the_store_of_a_single_process(tmp_path):
+def test_twelve_jobs_on_three_workers_of_which_one_is_killed_make_the_store_of_a_single_process(tmp_path, monkeypatch):
     backend, told = HangingBackend(TIMES, hung=tmp_path / "hung"), Told()
     killer = threading.Thread(target=kill, args=(backend.hung,), daemon=True)
     together = Store(tmp_path / "together", packaged=tmp_path / "none")
+    monkeypatch.setattr(ray_cluster, "START_S", GIVE_UP_S)
     with RayCluster("local", local_gpus=3) as cluster:
         fleet = Fleet(cluster, [backend])
         assert len({worker.pid for worker in fleet.workers.values()} | {os.getpid()}) == 4
@@ -122,10 +124,10 @@ def marked(folder):
 
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_ends_the_batch_and_all_of_ray_and_leaves_what_was_measured(start, tmp_path, number, to_group):
-    process = start(BUCKET_S="0.3")
-    assert eventually(lambda: list(tmp_path.glob("store/*/*/*/*.json")), 180)
+    process = start(BUCKET_S="2")
+    assert eventually(lambda: list(tmp_path.glob("store/*/*/*/*.json")))
     (os.killpg if to_group else os.kill)(process.pid, number)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=GIVE_UP_S)
     assert (process.returncode, out) == (128 + number, "")
     assert "Buckets that were finished are saved: " in err
     assert "Traceback" not in err

@@ -1,4 +1,7 @@
-"""`python -m tests.fuzz`: runs every target, or some, and prints a line for each. Run it in the repository's folder."""
+"""`python -m tests.fuzz`: runs every target, or some, and prints a line for each. Run it in the repository's folder.
+
+Without the names of targets it also reads the inputs that are made to cost time or memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.run import run
+from fuzz.bombs import BOMBS, cost_of
+from fuzz.run import MOST_SECONDS, run
 from fuzz.targets import TARGETS
 
 
@@ -42,6 +46,13 @@ def main() -> int:
                 if given.keep:
                     given.keep.mkdir(parents=True, exist_ok=True)
                     (given.keep / f"{name}-{number}").write_bytes(content)
+        if not given.targets:
+            costs = {name: cost_of(name, Path(tempfile.mkdtemp(dir=folder))).seconds for name in BOMBS}
+            slow = {name: seconds for name, seconds in costs.items() if seconds > MOST_SECONDS}
+            total, found = total + len(costs), found + len(slow)
+            print(f"{'bombs':<16} {len(costs):>8} {'':>8} {max(costs.values()) * 1e3:>6.0f} ms {'':>9}  {len(slow)}")
+            for name, seconds in slow.items():
+                print(f"--- {name}: {seconds:.2f} s")
     print(f"{total} inputs, {found} findings")
     return 1 if found else 0
 

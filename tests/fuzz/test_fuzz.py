@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fuzz.run import MOST_BYTES, run
+from fuzz.run import ANYWHERE_SECONDS, MOST_BYTES, run
 from fuzz.targets import TARGETS
 
 INPUTS = 150
@@ -17,7 +17,8 @@ def test_a_reader_raises_moetunes_own_errors_only(name, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.chdir(tmp_path)
     target = TARGETS[name]
-    report = run(target, tmp_path, seed=1, inputs=min(len(target.seeds), INPUTS // 3) + INPUTS)
+    inputs = min(len(target.seeds), INPUTS // 3) + INPUTS
+    report = run(target, tmp_path, seed=1, inputs=inputs, most_seconds=ANYWHERE_SECONDS)
     assert not report.findings
     assert report.grown_bytes < MOST_BYTES
     assert 0 < report.accepted <= report.inputs, "no input gets past the first check"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
@@ -263,7 +263,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(model=st.sampled_from(sorted(path.stem for path in CONFIGS.iterdir())), data=st.data())
 def test_any_value_in_any_field_gives_a_layer_or_a_one_line_usage_error(model, data):
     full = config(model)

@@ -72,7 +72,7 @@ def answer(line):
 
 
 @pytest.mark.parametrize("engine", BARE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_wrapped_line_is_the_bare_one(engine, data):
     program, flags = BARE[engine]
@@ -88,7 +88,7 @@ def test_a_wrapped_line_is_the_bare_one(engine, data):
 
 
 @pytest.mark.parametrize("engine", BARE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_line_with_a_flag_misspelled_is_never_another_regime(engine, data):
     """One letter of a deciding flag goes: the answer is the same (an abbreviation) or an error."""

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import GIVE_UP_S
 
 from moetune.errors import UsageError
 from moetune.inputs.shell import commands
@@ -104,6 +105,6 @@ def test_quoted_words_are_read_as_bash_reads_them(words):
 )
 def test_bash_itself_agrees(line, tmp_path):
     script = f'a() {{ printf \'%s\\0\' "$@" >> {tmp_path}/words; }}; x() {{ a "$@"; }}\n{line}'
-    subprocess.run(["bash", "-c", script], timeout=30, check=True, env={"PATH": os.environ["PATH"]})
+    subprocess.run(["bash", "-c", script], timeout=GIVE_UP_S, check=True, env={"PATH": os.environ["PATH"]})
     came = (tmp_path / "words").read_text().split("\0")[:-1]
     assert [word.text for word in commands(line)[-1].words[1:]] == came

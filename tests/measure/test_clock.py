@@ -198,7 +198,7 @@ def cuda_clock(gpu: _Device) -> CudaClock:
     draws=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     us=st.lists(st.sampled_from([3.0, 700.0, 9000.0]), min_size=1, max_size=4),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_the_cuda_clock_pairs_by_draw_and_times_the_call_alone(gpu: _Device, draws: list[int], us: list[float]) -> None:
     calls = [lambda draw, us=us: gpu.run(us + draw) for us in us]
     samples = cuda_clock(gpu).paired_samples(calls, draws)
@@ -282,7 +282,7 @@ def test_what_cannot_be_captured_at_all_is_announced_last(gpu: _Device) -> None:
     draws=st.integers(1, 8),
     rounds=st.integers(1, 3),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_what_takes_long_is_run_untimed_until_the_device_has_settled(
     gpu: _Device, us: float, count: int, draws: int, rounds: int
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import GIVE_UP_S
 
 from moetune.errors import UnsupportedError
 from moetune.measure import forked
@@ -103,6 +104,6 @@ def test_a_forked_process_tunes_on_the_gpu_as_vllms_engine_core_does():
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=120,
+        timeout=GIVE_UP_S,
     )
     assert ran.stdout.splitlines() == ["4 1 4"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from planted_failures import FailingBackend, problem, tactic
-from processes import children, eventually, is_running
+from processes import GIVE_UP_S, children, eventually, is_running
 
 from moetune.backends.base import Problem
 from moetune.backends.plain_torch.backend import TorchBackend
@@ -26,7 +26,7 @@ from moetune.spec.regime import Regime
 from moetune.workload.draws import as_draws
 from moetune.workload.routing import realize
 
-TIMEOUTS = Timeouts(prepare_s=60, first_run_s=60, timing_s=60, run_s=0.25)
+TIMEOUTS = Timeouts(prepare_s=300, first_run_s=300, timing_s=300, run_s=0.25)
 GOOD, OTHER = tactic("default"), tactic("other")
 HANGS_AT_ONCE, HANGS_LATER = tactic("spins"), tactic("spins", from_run=2)
 
@@ -34,7 +34,7 @@ HANGS_AT_ONCE, HANGS_LATER = tactic("spins"), tactic("spins", from_run=2)
 class HangClock:
     """Real time, but while a tactic hangs, each look finds it `STEP_S` later than the look before."""
 
-    STEP_S = 40.0
+    STEP_S = 200.0
     HANGS = ((Activity.FIRST_RUN, HANGS_AT_ONCE), (Activity.TIMING, HANGS_LATER))
 
     def __init__(self):
@@ -78,20 +78,20 @@ def test_whatever_a_tactic_does_costs_that_tactic_and_nothing_else(bench, hang_c
     reasons = {
         tactic("raises"): "RuntimeError: planted failure",
         tactic("exhausts memory"): "out of memory: MemoryError: 200 GiB",
-        HANGS_AT_ONCE: "hung: not finished within 60 s during its first run",
+        HANGS_AT_ONCE: "hung: not finished within 300 s during its first run",
         tactic("segfaults"): "killed by SIGSEGV during its first run, twice",
         tactic("exits"): "the process exited with status 3: free(): invalid pointer during its first run, twice",
         tactic("is killed"): "killed by SIGKILL, as the system does when memory runs out during its first run, twice",
         tactic("loses the device"): "RuntimeError: CUDA error: an illegal memory access was encountered",
         tactic("segfaults", from_run=3): "killed by SIGSEGV during its timing, twice",
-        HANGS_LATER: "hung: not finished within 60.25 s during its timing",
+        HANGS_LATER: "hung: not finished within 300.25 s during its timing",
         tactic("raises", from_run=4): "RuntimeError: planted failure",
     }
     silent = tactic("prints")
     tactics = [GOOD, *reasons, silent, OTHER, GOOD]
     series = bench.samples(tactics, [0, 1, 0])
     assert bench.failures == reasons
-    assert hang_clock.hung_s == dict.fromkeys([HANGS_AT_ONCE, HANGS_LATER], 80)  # not stopped at 40 s
+    assert hang_clock.hung_s == dict.fromkeys([HANGS_AT_ONCE, HANGS_LATER], 400)  # not stopped at 200 s
     for timed, samples in zip(tactics, series, strict=True):
         assert (samples is None) == (timed in reasons)
         assert samples is None or (len(samples) == 3 and min(samples) >= 1000)
@@ -105,7 +105,7 @@ def test_a_hang_is_found_in_real_time():
         bench = worker.bench(problem())
         begin = time.monotonic()
         assert bench.samples([HANGS_AT_ONCE], [0]) == [None]
-        assert 0.2 < time.monotonic() - begin < 60
+        assert time.monotonic() - begin > 0.2
     assert bench.failures == {HANGS_AT_ONCE: "hung: not finished within 0.2 s during its first run"}
 
 
@@ -299,7 +299,7 @@ def test_a_worker_does_not_outlive_its_parent(deadly, tmp_path):
         assert script.stdout.readline() == "measuring\n"
         (worker,) = children(script.pid)
         os.killpg(script.pid, deadly)  # as a terminal's Ctrl-C does
-        out, err = script.communicate(timeout=60)
+        out, err = script.communicate(timeout=GIVE_UP_S)
     assert out == ""
     assert script.returncode == -deadly
     assert ("KeyboardInterrupt" in err) == (deadly == signal.SIGINT)
@@ -391,10 +391,10 @@ def test_a_tactic_has_its_first_run_once_in_a_process_if_the_backend_warms_once(
 
 
 def test_a_tactic_that_hangs_is_stopped_by_what_the_best_needs_and_tried_once_more():
-    timeouts = Timeouts(prepare_s=60, first_run_s=60, timing_s=600, learned_s=0.5)
-    with Worker(FailingBackend(), "cpu", timeouts=timeouts) as worker:
-        bench = worker.bench(problem())
+    clock = HangClock()
+    with Worker(FailingBackend(), "cpu", now_s=clock) as clock.worker:
+        bench = clock.worker.bench(problem())
         hung, good = bench.samples([HANGS_LATER, GOOD], [0, 0], 1e5)
     assert (hung, len(good)) == (None, 2)
-    reason = "stopped: not finished within 0.6 s, which allows one run 20 times the best so far during its timing"
+    reason = "stopped: not finished within 10.1 s, which allows one run 20 times the best so far during its timing"
     assert bench.failures == {HANGS_LATER: f"{reason}, twice"}

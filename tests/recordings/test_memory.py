@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from processes import GIVE_UP_S
 
 CODE = """
 import resource, sys, torch
@@ -23,7 +24,7 @@ print(peak() - before)
 
 
 def _read(path: object) -> tuple[str, int]:
-    done = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, timeout=GIVE_UP_S)
     assert done.returncode == 0, done.stderr
     said, grown = done.stdout.splitlines()
     return said, int(grown)

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+from processes import GIVE_UP_S
+
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SECONDS = 60.0
-"""How long one answer may take on a loaded machine."""
 
 
 class Browser:
@@ -78,7 +78,7 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=features)
         self.send("Page.navigate", url=path.as_uri())
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + GIVE_UP_S
         while self.evaluate("document.documentElement?.dataset.drawn") != "true":
             assert time.monotonic() < until, f"not drawn: {self.messages}"
             time.sleep(0.1)
@@ -110,7 +110,7 @@ class Browser:
                 self.messages.append(parameters["entry"]["text"])
 
     def _receive(self) -> dict[str, Any]:
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + GIVE_UP_S
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._in], [], [], max(0.0, until - time.monotonic()))
             assert ready, "Chromium does not answer"

@@ -42,7 +42,7 @@ def measurements(batches):
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_best_pair_of_a_sum_is_found_by_about_two_sweeps(seed):
     times = planted(seed)
     batches, finalists = finish(coordinate(PAIRS, turn=seed), times)

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
@@ -129,7 +129,6 @@ def test_a_bucket_looks_itself_up(spelled, maximum):
 
 
 @given(spelled=st.sampled_from(["pow2", "vllm", "1,2,4", "3,70,900", "hybrid", "pow2/8"]), maximum=MAXIMA)
-@settings(deadline=None)
 def test_served_are_the_rows_in_the_kernel_that_look_a_bucket_up(spelled, maximum):
     ladder = Ladder.parse(spelled)
     for bucket in ladder.buckets(maximum):

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import pytest
 from faulty import FaultyFiles
+from processes import GIVE_UP_S
 from stored import ProfileOf, ensure_writable, load, path_of
 
 import moetune.store.lock as lock_module
@@ -163,7 +164,7 @@ def test_what_killed_writers_left_is_swept_and_a_living_one_s_file_stays(store: 
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL); "
         "files.replace(pathlib.Path(sys.argv[1]), b'{')"
     )
-    assert subprocess.run([sys.executable, "-c", program, path], timeout=60).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, path], timeout=GIVE_UP_S).returncode == -9
     (orphan,) = path.parent.glob(".*.tmp")
     others = [path.with_name(name) for name in (".notes.tmp", f"{path.name}.{16 * 'a'}.tmp", ".swp")]
     for other in others:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import GIVE_UP_S
 from stored import ProfileOf
 
 import moetune.store.files as files_module
@@ -78,7 +79,7 @@ BATCHES = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(batches=BATCHES)
 def test_what_was_noted_is_read_in_its_order(batches: list, profile_of: ProfileOf) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,7 @@ def test_nothing_noted_leaves_no_file_and_no_journal_reads_as_nothing(store: Sto
 # Damage
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kept=st.floats(0, 1))
 def test_cut_anywhere_it_holds_every_whole_line_and_goes_on_with_whole_ones(kept: float, profile_of: ProfileOf) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +221,7 @@ def test_four_writers_at_once_lose_nothing(
 ) -> None:
     profile = tmp_path / "profile.json"
     profile.write_text(profile_of().model_dump_json())
-    subprocess.run([sys.executable, "-c", NOTE_EACH_IN_A_PROCESS, store.root, profile], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", NOTE_EACH_IN_A_PROCESS, store.root, profile], check=True, timeout=GIVE_UP_S)
     read = journal.read()
     assert read.unread == ()
     for rows in range(4):

@@ -121,7 +121,7 @@ def is_legal(given: dict[str, Any]) -> bool:
 SPELLINGS = st.fixed_dictionaries({}, optional=VALUES).filter(is_legal)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(stored=SPELLINGS, asked=SPELLINGS)
 def test_profile_is_served_exactly_when_the_regimes_are_equal(
     stored: dict[str, Any], asked: dict[str, Any], profile_of: ProfileOf

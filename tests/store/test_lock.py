@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import GIVE_UP_S
 from stored import ProfileOf, ensure_writable, files
 
 import moetune.store.lock as lock_module
@@ -109,7 +110,7 @@ def test_a_killed_holder_leaves_the_lock_free(lock: Path, clock: Clock) -> None:
         "import os, pathlib, signal, sys; from moetune.store.lock import held; "
         "holding = held(pathlib.Path(sys.argv[1])); holding.__enter__(); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert subprocess.run([sys.executable, "-c", program, lock], timeout=60).returncode == -9
+    assert subprocess.run([sys.executable, "-c", program, lock], timeout=GIVE_UP_S).returncode == -9
     assert json.loads(lock.read_bytes())["host"] == socket.gethostname()
     with held(lock):
         assert json.loads(lock.read_bytes())["pid"] == os.getpid()

@@ -42,7 +42,7 @@ def bucket_by_definition(regime: Regime, measured: list[int], rows: int) -> int:
     return next((size for size in measured if size >= wanted), measured[-1])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_look_up_follows_the_ladder_for_every_row_count(
     data: st.DataObject, profile_of: Callable[..., Profile]
@@ -178,7 +178,7 @@ def test_profile_refuses_choices_that_are_not_one_a_bucket(
 STAMPS = st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     older=st.dictionaries(st.sampled_from([1, 2, 4, 8]), STAMPS),
     newer=st.dictionaries(st.sampled_from([1, 2, 4, 8]), STAMPS),

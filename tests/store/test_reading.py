@@ -42,7 +42,7 @@ def test_damaged_file_is_named_and_moved_aside_unharmed(kind: str, store: Store,
         load(store, profile_of())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_whatever_one_value_of_the_file_becomes_is_read_missed_or_reported(
     data: st.DataObject, profile_of: ProfileOf
@@ -70,7 +70,7 @@ def places(node: Any) -> Any:
             yield from places(child)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(kept=st.floats(0, 1, exclude_max=True))
 def test_file_truncated_anywhere_is_moved_aside(kept: float, profile_of: ProfileOf) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import GIVE_UP_S
 from stored import BASE, DAMAGE, ProfileOf, damage, ensure_writable, files, load, newer, path_of
 
 import moetune.store.store as store_module
@@ -73,7 +74,7 @@ def test_thirty_two_processes_saving_at_once_lose_nothing(store: Store, profile_
     measured.mkdir()
     for rows in regime.buckets:
         (measured / f"{rows}.json").write_text(profile_of(regime, [rows]).model_dump_json())
-    subprocess.run([sys.executable, "-c", SAVE_EACH_IN_A_PROCESS, store.root, measured], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", SAVE_EACH_IN_A_PROCESS, store.root, measured], check=True, timeout=GIVE_UP_S)
     complete = profile_of(regime)
     assert len(complete.choices) == 32
     assert load(store, complete) == complete
@@ -91,7 +92,7 @@ def test_sixteen_processes_that_replace_beside_sixteen_stored_buckets_lose_nothi
     for rows in regime.buckets[::2]:
         (measured / f"{rows}.json").write_text(profile_of(regime, [rows]).model_dump_json())
     arguments = [SAVE_EACH_IN_A_PROCESS, store.root, measured, "replacing"]
-    subprocess.run([sys.executable, "-c", *map(str, arguments)], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", *map(str, arguments)], check=True, timeout=GIVE_UP_S)
     kept = {choice.rows: choice.tactic["tile"] for choice in load(store, profile_of(regime)).choices}
     assert kept == {rows: rows if rows % 2 else 0 for rows in regime.buckets}
 

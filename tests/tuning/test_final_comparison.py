@@ -107,7 +107,7 @@ def test_a_default_that_fails_while_sampling_is_prolonged_leaves_no_result():
 
 
 @given(st.lists(st.floats(8, 12), min_size=2, max_size=7), st.floats(0, 0.1), st.floats(0, 0.01))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_winner_is_by_the_samples_at_most_as_much_slower_as_is_settled(us, spread, seconds):
     tactics = [tactic(f"number {number}") for number in range(len(us))]
     bench = Uneven({one: (its_us, its_us) for one, its_us in zip(tactics, us, strict=True)}, spread)
@@ -218,7 +218,7 @@ def test_a_default_that_fails_leaves_no_result(default_us, call):
 
 
 @given(st.lists(st.floats(1, 100), min_size=2, max_size=7), st.floats(0, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_fastest_beyond_the_noise_wins_however_slow_the_default_is(us, seconds):
     tactics = [tactic(f"number {number}") for number in range(len(us))]
     bench = Drifting(dict(zip(tactics, us, strict=True)))

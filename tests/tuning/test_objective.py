@@ -66,7 +66,7 @@ def comparisons(table, rows=8):
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TABLES, st.sampled_from(["mean", "worst"]))
 def test_the_verdict_is_the_one_of_brute_force(table, kind):
     wanted = brute_force(table, kind)
@@ -142,7 +142,7 @@ def plant_table(monkeypatch):
     return _plant
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(TABLES, st.sampled_from(["mean", "worst"]))
 def test_a_tune_chooses_as_brute_force_does(plant_table, tmp_path_factory, table, kind):
     wanted = brute_force(table, kind)

@@ -98,7 +98,7 @@ def test_an_invalid_argument_is_a_usage_error(given):
     grouped=st.booleans(),
     distribution=st.sampled_from(["random", "balanced"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_numbers_of_a_bucket_hold_together(ep_size, deployment, grouped, distribution):
     dispatch, layout = deployment
     regime = Regime(

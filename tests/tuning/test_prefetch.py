@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from planted import PlantedBackend, tactic
+from processes import GIVE_UP_S
 from runs import tune_planted
 
 from moetune.errors import NoResultError, UsageError
@@ -130,8 +131,8 @@ def test_threads_of_a_forked_process_do_not_create_pytorchs_pool_at_once(tmp_pat
     """Widened by a pool that takes long to create; on vLLM's workers it failed without that."""
     source, library = tmp_path / "slow.c", tmp_path / "slow.so"
     source.write_text(SLOW_POOL)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=60)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=GIVE_UP_S)
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "ignore", "-c", FORKED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GIVE_UP_S)
     assert done.returncode == 0, done.stderr

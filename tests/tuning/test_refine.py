@@ -46,7 +46,7 @@ def test_a_tactic_that_is_equally_fast_in_the_neighbor_needs_no_bucket_between()
     assert further_bucket([made_choice(128, "a"), made_choice(256, "b")]) == 184
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(2, 8000), max_size=6))
 def test_between_two_different_choices_there_is_at_most_one_step(crossovers):
     def winner(rows):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from planted import LAYER, PlantedBackend, PlantedRunner, tactic
-from processes import children, eventually
+from processes import GIVE_UP_S, children, eventually
 from runs import REGIME, tune_planted
 
 import moetune.store.journal as journal_module
@@ -266,9 +266,9 @@ def test_ctrl_c_leaves_the_finished_buckets_and_what_the_next_one_had_measured(o
     timed = re.compile(r'"rows":128,.*"time_us":[0-9]')
     with subprocess.Popen([sys.executable, "-c", program, "tune", *words], stderr=subprocess.PIPE, text=True) as run:
         try:
-            assert eventually(lambda: any(timed.search(path.read_text()) for path in _journals(store)), 60)
+            assert eventually(lambda: any(timed.search(path.read_text()) for path in _journals(store)))
             run.send_signal(signal.SIGINT)
-            _, said = run.communicate(timeout=30)
+            _, said = run.communicate(timeout=GIVE_UP_S)
         finally:
             run.kill()
     assert run.returncode == 130

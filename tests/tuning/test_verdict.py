@@ -102,7 +102,7 @@ def test_regret_is_bounded_by_the_fastest_finalist_s_interval():
     assert 0.01 < decide([crossing], DEFAULT).regret_high < 0.1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.floats(5, 20), min_size=3, max_size=3),

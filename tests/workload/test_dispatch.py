@@ -123,7 +123,7 @@ def test_deduplicated_rows_for_tokens_are_the_hits_of_all_ranks_tokens():
     assert rows_for_tokens(layer, regime, 100) == pytest.approx(800 * (1 - miss))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(list(VIEWS)), st.sampled_from([1, 2, 8, 32]), st.integers(1, 8192))
 def test_tokens_for_rows_is_the_inverse_of_rows_for_tokens(view: str, ep_size: int, tokens: int):
     layer, regime = moe(64, 4), regime_of(view, ep_size)

@@ -15,7 +15,7 @@ from moetune.workload.distribution import (
     uniform_subsets,
 )
 
-brief = settings(max_examples=80, deadline=None)
+brief = settings(max_examples=80)
 
 
 def test_the_seed_depends_on_every_part_of_the_key():

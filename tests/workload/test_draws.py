@@ -39,7 +39,7 @@ def test_the_roundest_number_of_tokens_gives_a_buckets_typical_rows(bucket: int,
         assert round(rows_for_tokens(layer, regime, tokens)) == typical
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([view for view in VIEWS if view != "deduplicated"]),
     st.sampled_from([1, 2, 4, 8, 32]),
@@ -52,7 +52,7 @@ def test_typical_rows_are_the_buckets_own_if_a_token_produces_a_power_of_two_row
             assert typical_rows(layer, regime, bucket) == bucket
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from([view for view in VIEWS if view != "pool"]),
     st.sampled_from([1, 2, 3, 6, 8, 32]),
@@ -136,7 +136,7 @@ def test_a_bucket_is_compared_at_the_rows_that_stand_for_it(view, ep_size, ladde
     assert compared_rows(layer, regime_of(view, ep_size, ladder=ladder), bucket) == rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(VIEWS)),
     st.sampled_from([1, 2, 3, 6, 24]),

@@ -17,7 +17,7 @@ from moetune.workload.eplb import placement
 from moetune.workload.skew import shares
 
 ENGINES: tuple[Eplb, ...] = ("vllm", "sglang", "trtllm")
-brief = settings(max_examples=80, deadline=None)
+brief = settings(max_examples=80)
 
 
 @st.composite

@@ -48,7 +48,7 @@ def test_a_nan_from_f32_or_f16_becomes_the_quiet_one(pack):
     assert pack(ids, halves).tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.integers(-1, 32767), st.floats(width=32)), min_size=1, max_size=40),
     st.sampled_from([torch.float32, torch.float16]),

@@ -23,7 +23,7 @@ from moetune.workload.router import is_local
 from moetune.workload.routing import realize, stress
 
 TOKENS = 400
-brief = settings(max_examples=40, deadline=None)
+brief = settings(max_examples=40)
 
 
 def recorded_ids(num_experts: int, top_k: int, seed: int = 0, tokens: int = TOKENS) -> torch.Tensor:

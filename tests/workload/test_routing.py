@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sampling_cases import VIEWS, SamplingCase, deepseek_r1, digest_of_ids, moe, regime_of, sampling_cases
 
@@ -17,7 +17,7 @@ from moetune.workload.ranks import alike
 from moetune.workload.router import representative_shard
 from moetune.workload.routing import Routing, realize, stress
 
-brief = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+brief = settings(max_examples=40)
 
 
 def local_mask(case: SamplingCase, routing: Routing) -> torch.Tensor:

@@ -28,7 +28,7 @@ PARAMETERS: dict[SkewKind, st.SearchStrategy[float]] = {
     "zipf": st.floats(0.0, 8.0),
     "powerlaw": st.floats(0.01, 8.0),
 }
-brief = settings(max_examples=60, deadline=None)
+brief = settings(max_examples=60)
 
 
 @pytest.mark.parametrize("kind", PARAMETERS)

@@ -18,7 +18,7 @@ from moetune.workload.ranks import tuned_rank
 from moetune.workload.routing import Routing, realize, stress
 from moetune.workload.skew import effective_experts
 
-brief = settings(max_examples=60, deadline=None)
+brief = settings(max_examples=60)
 SPELLED = st.sampled_from(
     ["ddist:1", "ddist:1.5", "ddist:4", "ddist:100", "zipf:0", "zipf:1", "zipf:3", "powerlaw:1.2"]
 )
@@ -93,7 +93,7 @@ def test_stress_keeps_the_experts_of_a_row_distinct(case, factor):
     assert int(stressed.load.max()) >= int(routing.load.max())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_experts=st.sampled_from([16, 32, 60, 128, 256, 384]),
     top_k=st.integers(1, 12),

@@ -10,7 +10,7 @@ from moetune.workload.distribution import seeded_generator
 from moetune.workload.skew import capped
 from moetune.workload.weighted_subsets import fitted_odds, inclusion, local_slots, sample, sample_with
 
-brief = settings(max_examples=60, deadline=None)
+brief = settings(max_examples=60)
 ODDS = st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=7)
 
 

@@ -24,7 +24,7 @@ def rows_of(ids: torch.Tensor) -> list[list[int]]:
     return ids.sort(1).values.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     method=st.sampled_from([*ROUTERS.values(), LLAMA4]),
     num_experts=st.sampled_from([16, 64, 256]),
@@ -100,7 +100,7 @@ def test_a_layers_own_groups_are_kept_and_balanced_ids_that_exceed_them_go_witho
         assert routing.within_groups(256, ids).method.grouped == grouped
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_shards=st.sampled_from([2, 4, 8]),
     rank=st.integers(0, 1),

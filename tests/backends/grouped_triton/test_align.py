@@ -40,7 +40,7 @@ def expected(ids, first, num_local, block_size, zero_remote):
     return slots, blocks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(routings(), st.booleans())
 def test_slots_are_sorted_by_expert_and_padded_to_blocks(routing, zero_remote):
     ids, num_experts, first, num_local, block_size = routing

@@ -182,7 +182,7 @@ def test_ids_other_than_a_rows_own_change_nothing() -> None:
         assert torch.equal(backend.prepare(problem).run(tactic), backend.prepare(twin).run(tactic))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 40),
     top_k=st.integers(1, 8),
