@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What needs stock vLLM 0.26: Marlin, the batched Triton kernel, and whole engines.
+# What needs stock vLLM 0.26: Marlin, triton_kernels, the batched Triton kernel, and whole engines.
 #
 #   OUT=… [KEPT=…] benchmarks/four_gpus/vllm.sh FOLDER_OF_VLLM
 source "$(dirname "$0")/common.sh"
@@ -8,6 +8,14 @@ vllm=$1
 marlin() {
   job marlin-tests 200 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/marlin
   job marlin-blocks 600 python3 benchmarks/marlin_blocks.py measure "$OUT/marlin.jsonl" --seconds "$(left 30)"
+}
+gpt_oss() {
+  job kernels-tests 200 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/triton_kernels
+  job kernels-flags 600 python3 benchmarks/triton_kernels_flags.py measure "$OUT/kernels.jsonl" --seconds "$(left 30)"
+}
+four_bits() {
+  marlin
+  gpt_oss
 }
 batched() {
   job batched-tests 150 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/batched_triton
@@ -24,7 +32,7 @@ shares() {
     --arms default,moetune --reps 2 --gpus 3 --seconds "$(left 200)"
 }
 
-lane 0 marlin
+lane 0 four_bits
 lane 1 batched
 lane 2 flashinfer_arms
 lane 3 shares

@@ -58,6 +58,8 @@ def test_every_command_is_one_that_the_program_takes(script, tmp_path):
             command.make_context(name, rest)  # raises a UsageError for an option or a value that it does not know
         elif words[0] != "-m":
             source = (ROOT / words[0]).read_text()
+            if "from formula_cells import" in source:  # it has the command line of the scripts that use it
+                source = (ROOT / "benchmarks" / "formula_cells.py").read_text()
             assert all(f'"{option}"' in source for option in options_of(words)), words
         else:
             assert words[1] == "pytest"

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "backends" / "marlin"))
 
+import formula_cells
 import marlin_blocks
 import marlin_ops
 from common import Journal
@@ -23,8 +25,9 @@ from moetune.backends.marlin.runner import MarlinRunner
 from moetune.spec.layer import MoELayer
 
 LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=128, intermediate_size=64, precision="mxint4")
-DEPLOYMENTS = [marlin_blocks.Deployment("tiny", 4, load) for load in marlin_blocks.COMPARED]
+DEPLOYMENTS = [formula_cells.Deployment("tiny", 4, load) for load in formula_cells.COMPARED]
 TOKENS = (4, 64)
+TINY = replace(marlin_blocks.COMPARISON, layer_of=lambda name: LAYER)
 
 
 @pytest.fixture
@@ -39,7 +42,6 @@ def planted(monkeypatch):
     monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: None)
     monkeypatch.setattr(MarlinRunner, "run", timed)
     monkeypatch.setattr(runner, "activate", lambda activation, *buffers: partial(activate_on_cpu, activation)(*buffers))
-    monkeypatch.setattr(marlin_blocks, "layer_of", lambda name: LAYER)
     planted_time.install()
     with marlin_ops.defined():
         yield
@@ -47,10 +49,10 @@ def planted(monkeypatch):
 
 def test_every_deployment_can_be_tuned():
     for model, ep in marlin_blocks.DEPLOYMENTS:
-        for load in marlin_blocks.COMPARED:
-            deployment = marlin_blocks.Deployment(model, ep, load)
+        for load in formula_cells.COMPARED:
+            deployment = formula_cells.Deployment(model, ep, load)
             layer = marlin_blocks.layer_of(model)
-            rows = deployment.rows(layer, marlin_blocks.TOKENS)
+            rows = deployment.rows(layer, formula_cells.TOKENS)
             assert deployment.regime(rows.values()).buckets == tuple(rows.values())
             assert MarlinBackend().unsupported(layer, deployment.regime()) is None
 
@@ -63,7 +65,7 @@ def test_rows_are_those_of_the_tokens_of_all_ranks():
 
 def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
     journal = Journal(tmp_path / "out.jsonl")
-    assert marlin_blocks.measure(journal, DEPLOYMENTS, (64,), time.time() + 600, "cpu") == 0
+    assert formula_cells.measure(TINY, journal, DEPLOYMENTS, (64,), time.time() + 600, "cpu") == 0
     assert len(journal.lines) == 2
     line = journal.find(load="allgather", tokens=64)
     assert (line["rows"], line["tactics"]["choice"]["block_size_m"]) == (64, 16)
@@ -72,17 +74,17 @@ def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
     assert line["gain"]["vllm"][0] == pytest.approx(1, abs=0.01)
     assert line["gain"]["sglang"][0] == pytest.approx(3, abs=0.01)
     before = (tmp_path / "out.jsonl").read_text()
-    assert marlin_blocks.measure(Journal(tmp_path / "out.jsonl"), DEPLOYMENTS, (64,), 0.0, "cpu") == 0
+    assert formula_cells.measure(TINY, Journal(tmp_path / "out.jsonl"), DEPLOYMENTS, (64,), 0.0, "cpu") == 0
     assert (tmp_path / "out.jsonl").read_text() == before
     capsys.readouterr()
-    text = "\n".join(marlin_blocks.report(journal.lines))
+    text = "\n".join(formula_cells.report(TINY, journal.lines))
     assert "| tiny EP4 allgather | 64 | 64 |" in text
     assert "| all allgather | 1 |" in text
 
 
 def test_when_the_time_is_up_the_rest_is_left(planted, tmp_path):
     journal = Journal(tmp_path / "out.jsonl")
-    assert marlin_blocks.measure(journal, DEPLOYMENTS, TOKENS, 0.0, "cpu") == 4
+    assert formula_cells.measure(TINY, journal, DEPLOYMENTS, TOKENS, 0.0, "cpu") == 4
     assert journal.lines == []
 
 
@@ -95,6 +97,6 @@ def test_the_report_counts_slower_cells_and_takes_geometric_means():
         }  # fmt: skip
 
     lines = [line("allgather", 1.0, 1.21), line("allgather", 0.98, 1.0)]
-    summary = list(marlin_blocks.report(json.loads(json.dumps(lines))))[-1]
+    summary = list(formula_cells.report(TINY, json.loads(json.dumps(lines))))[-1]
     assert summary == "| all allgather | 2 | 0.990× | 1.100× | 1 | 0 |"
-    assert list(marlin_blocks.report([])) == ["No cells."]
+    assert list(formula_cells.report(TINY, [])) == ["No cells."]
