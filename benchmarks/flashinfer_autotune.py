@@ -1,7 +1,8 @@
 """Compares moetune with FlashInfer's own autotune of the same op: the time to tune, and the speed of the choices.
 
-    PYTHONPATH=. python benchmarks/flashinfer_autotune.py OUT.jsonl [--model qwen3-235b-a22b] [--ep 4]
-        [--dispatch packed|none|allgather|ENGINE:NAME] [--ladder hybrid] [--seconds 550] [--record]
+    PYTHONPATH=. python benchmarks/flashinfer_autotune.py OUT.jsonl [--model qwen3-235b-a22b] [--precision bf16]
+        [--ep 4] [--dispatch packed|none|allgather|ENGINE:NAME] [--ladder hybrid] [--backend-option KEY=VALUE]
+        [--seconds 550] [--record]
 
 The time to tune is from ready inputs to the last choice. Then, for each bucket, FlashInfer's choice (twice, as an A/A
 pair) and moetune's are timed interleaved on 32 draws that neither tuner used, because a tactic's lead differs by a few
@@ -10,6 +11,10 @@ differ from these, all are timed at the typical rows too. The untuned tactic is 
 that the GPU cools down. OUT is a journal: the same command continues where it stopped. `--record` also times all
 tactics of each GEMM together with moetune's choice for the other GEMM, which makes a table for tests of `coordinate`.
 Exits 1 if moetune's choice is more than 1 % slower than FlashInfer's at either row count.
+
+Mixed input, on Hopper: `--model gpt-oss-120b --precision mxfp4 --ep 4` and `--ep 8`, with `--backend-option
+caller=sglang` for SGLang's padding and `mxfp4_activations=fp8` for e4m3 activations; `--precision w4a8` for int4 in
+groups of 128. kimi-k2.5's int4 has groups of 32, which the op does not take.
 """
 
 from __future__ import annotations
@@ -18,15 +23,13 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import LOADS, Journal
 from flashinfer_common import (
     DRAWS,
-    bf16_layer,
     ids,
     pair,
     tactics_us,
@@ -34,14 +37,19 @@ from flashinfer_common import (
     warm_flashinfer,
 )
 
-from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
+from moetune.backends.base import Backend
+from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC
+from moetune.cli.backend_choice import backend_with, read_pairs
 from moetune.dep_bench.flashinfer_choice import own_autotune, own_pick
 from moetune.inputs.dispatcher import resolve
+from moetune.inputs.presets import layer as preset
+from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.stats import geomean
 from moetune.workload.draws import typical_rows
 
+BACKEND = "flashinfer-cutlass"
 COMPARED_DRAWS = 32
 WITHIN = 0.01
 MIDDLE = (128, 1024)
@@ -53,13 +61,15 @@ def regime_of(layer: MoELayer, ep: int, dispatch: str, ladder: str = "hybrid") -
     return Regime(**{"ep_size": ep, **fields, "ladder": ladder})
 
 
-def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Regime) -> dict[str, Any]:
+def tune_both(
+    journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Regime, options: Mapping[str, str]
+) -> dict[str, Any]:
     """Tunes with both, and returns the line with their choices for each bucket and the seconds that they took."""
     import torch
 
     from moetune.tuning.tune import tune
 
-    backend, largest = FlashInferCutlassBackend(), max(regime.buckets)  # its weights are freed at the end
+    backend, largest = backend_of(options), max(regime.buckets)  # its weights are freed at the end
     warm_flashinfer()
     runner = backend.prepare(unseen_problem(layer, regime, largest, 1))
     own_s = own_autotune(runner)
@@ -70,7 +80,7 @@ def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Re
     with tempfile.TemporaryDirectory() as store:
         begin = time.perf_counter()
         profile = tune(
-            layer, regime, "flashinfer-cutlass", store, on_event=lambda event: started.append(time.perf_counter())
+            layer, regime, backend_of(options), store, on_event=lambda event: started.append(time.perf_counter())
         )
         end = time.perf_counter()
     chosen = {choice.rows: ids(choice.tactic) for choice in profile.choices}
@@ -81,10 +91,12 @@ def tune_both(journal: Journal, key: dict[str, Any], layer: MoELayer, regime: Re
     )  # fmt: skip
 
 
-def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any], rows: int) -> dict[str, Any]:
+def compare(
+    backend: Backend, layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any], rows: int
+) -> dict[str, Any]:
     """Times one bucket's choices interleaved on `rows` rows, on draws that no tuner used."""
     own, chosen = pair(tuned["own"][str(bucket)]), pair(tuned["moetune"][str(bucket)])
-    runner = _backend().prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
+    runner = backend.prepare(unseen_problem(layer, regime, rows, COMPARED_DRAWS))
     own_us, moetune_us, again_us = tactics_us(runner, [own, chosen, own], range(COMPARED_DRAWS), rounds=5)
     (untuned_us,) = tactics_us(runner, [DEFAULT_TACTIC], range(DRAWS), rounds=1)
     return {
@@ -93,9 +105,9 @@ def compare(layer: MoELayer, regime: Regime, bucket: int, tuned: dict[str, Any],
     }  # fmt: skip
 
 
-def record(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) -> dict[str, Any]:
+def record(backend: Backend, layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) -> dict[str, Any]:
     """Returns times in µs of all tactics of each GEMM with moetune's choice for the other, and of the best pairs."""
-    backend, fixed = _backend(), pair(tuned["moetune"][str(rows)])
+    fixed = pair(tuned["moetune"][str(rows)])
     tactics = backend.candidates(layer, regime, rows, "cuda").tactics[1:]
     runner = backend.prepare(unseen_problem(layer, regime, rows))
     if fixed not in tactics:
@@ -113,10 +125,9 @@ def record(layer: MoELayer, regime: Regime, rows: int, tuned: dict[str, Any]) ->
     }  # fmt: skip
 
 
-@cache
-def _backend() -> FlashInferCutlassBackend:
-    """Returns the one backend, so that weights are made once."""
-    return FlashInferCutlassBackend()
+def backend_of(options: Mapping[str, str]) -> Backend:
+    """Returns the backend with these options, as text by name."""
+    return backend_with(BACKEND, options)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -151,27 +162,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default="qwen3-235b-a22b")
+    parser.add_argument("--precision", type=Precision, default=Precision.BF16)
     parser.add_argument("--ep", type=int, default=4)
     parser.add_argument("--dispatch", default="packed")
     parser.add_argument("--ladder", default="hybrid")
+    parser.add_argument("--backend-option", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seconds", type=float, default=550.0, help="start no bucket after this many seconds")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    begin, journal, layer = time.perf_counter(), Journal(options.out), bf16_layer(options.model)
+    begin, journal = time.perf_counter(), Journal(options.out)
+    layer = preset(options.model).model_copy(update={"precision": options.precision})
     regime = regime_of(layer, options.ep, options.dispatch, options.ladder)
-    key = {"model": options.model, "ep": options.ep, "dispatch": options.dispatch, "ladder": options.ladder}
-    tuned = journal.find(**key, kind="tuned") or tune_both(journal, key, layer, regime)
+    given = read_pairs(options.backend_option)
+    backend = backend_of(given)  # one, so that weights are made once
+    if reason := backend.unsupported(layer, regime):
+        parser.error(f"{BACKEND}: {reason}")
+    key = {
+        "model": options.model, "precision": layer.precision.value, "ep": options.ep, "dispatch": options.dispatch,
+        "ladder": options.ladder, "options": " ".join(f"{name}={value}" for name, value in sorted(given.items())),
+    }  # fmt: skip
+    tuned = journal.find(**key, kind="tuned") or tune_both(journal, key, layer, regime, given)
     print(f"FlashInfer {tuned['own_s']:.1f} s, moetune {tuned['moetune_s']:.1f} s for {len(regime.buckets)} buckets")
     for rows in regime.buckets:
         late = time.perf_counter() - begin > options.seconds
         if options.record and not late and not journal.find(**key, kind="table", rows=rows):
-            journal.add(**key, kind="table", rows=rows, **record(layer, regime, rows, tuned))
+            journal.add(**key, kind="table", rows=rows, **record(backend, layer, regime, rows, tuned))
         for at in sorted({rows, typical_rows(layer, regime, rows)}, reverse=True):
             line = journal.find(**key, kind="bucket", rows=rows, at=at)
             if line is None and late:
                 continue
             if line is None:
-                line = journal.add(**key, kind="bucket", rows=rows, at=at, **compare(layer, regime, rows, tuned, at))
+                found = compare(backend, layer, regime, rows, tuned, at)
+                line = journal.add(**key, kind="bucket", rows=rows, at=at, **found)
             gain = line["own_us"] / line["moetune_us"] - 1
             print(
                 f"{rows:>6}, {at:>5} rows: FlashInfer {line['own']} {line['own_us']:9.1f} µs, "
@@ -182,9 +204,9 @@ def main() -> int:
     buckets = [line for line in journal.lines if key.items() <= line.items() and line["kind"] == "bucket"]
     if not buckets:
         return 1
-    found = summary(buckets)
-    print(found)
-    return 1 if found["slower"] else 0
+    summed = summary(buckets)
+    print(summed)
+    return 1 if summed["slower"] else 0
 
 
 if __name__ == "__main__":

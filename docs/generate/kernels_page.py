@@ -108,7 +108,11 @@ def _backends(engine: str, layer: MoELayer, regime: Regime, kernel: HopperKernel
 
 def _flags(engine: str, layer: MoELayer, regime: Regime, names: Sequence[str]) -> dict[str, str]:
     """Returns the flags of those of the backends that the engine can run under the layout."""
-    flags = {name: engine_flags(name, layer.precision).get(engine) for name in names if reaches(name, regime.layout)}
+    flags = {
+        name: engine_flags(name, layer.precision, regime.layout).get(engine)
+        for name in names
+        if reaches(name, regime.layout)
+    }
     return {name: flag for name, flag in flags.items() if flag}
 
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Final
 
 import torch
+
+from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation
+
+SILU_LIMIT: Final = 10.0
+"""`swiglu_limit` in the config.json of DeepSeek-V4."""
+CLAMPED: Final[Mapping[Activation, tuple[float, float, float]]] = {
+    Activation.SWIGLU_CLAMPED: (SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT),
+    Activation.SILU_CLAMPED: (1.0, 0.0, SILU_LIMIT),
+}
+"""(α, β, limit) of gate·sigmoid(α·gate)·(up + β), gate ≤ limit, |up| ≤ limit: vLLM's `silu_and_mul_with_clamp`,
+FlashInfer's `SwigluBiasAdaptor`."""
 
 
 def moe_reference(
@@ -42,6 +54,17 @@ def moe_reference(
             else:
                 out.index_add_(0, rows, expert(index, x[rows]) * weights)
     return out
+
+
+def reference_activation(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Returns a gated activation of fp32 `[S, I]` in plain torch: fp32 `[S, I]`."""
+    if activation in CLAMPED:
+        alpha, beta, limit = CLAMPED[activation]
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * (alpha * gate).sigmoid() * (up + beta)
+    if activation is Activation.GELU:
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    return torch.nn.functional.silu(gate) * up
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor, *, ignore_nonfinite: bool = False) -> float:

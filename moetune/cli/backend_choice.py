@@ -18,10 +18,11 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 _OF_ENGINE: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("sglang", "triton"): {"remote": "zero"},
     ("sglang", "marlin"): {"formula": "sglang"},
+    ("sglang", "flashinfer-cutlass"): {"caller": "sglang"},
 }
 """What an engine's own kernel does, by engine and backend, if no option that selects a kernel is given."""
-_ANY_KERNEL = {"engine_configs"}
-"""Options that do not select a kernel."""
+_ANY_KERNEL = {"engine_configs", "mxfp4_activations"}
+"""Options that leave open which engine's kernel is computed."""
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -102,7 +103,7 @@ def backend_of_engine(engine: str, layer: MoELayer, regime: Regime) -> Backend |
     names = [
         name
         for name in registry.backends_computing(layer, regime)
-        if engine in engine_flags(name, layer.precision) and reaches(name, regime.layout)
+        if engine in engine_flags(name, layer.precision, regime.layout) and reaches(name, regime.layout)
     ]
     if regime.layout == "pool" or (engine == "trtllm" and regime.attention_dp):
         names.sort(key=lambda name: name != "flashinfer-trtllm-routed")

@@ -71,12 +71,13 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
     from moetune.tuning.outlook import Kernels
 
     layer, regime, engine = request.layer, request.regime, request.engine
+    flags = engine_flags(backend.name, layer.precision, regime.layout) if reaches(backend.name, regime.layout) else {}
     return Kernels(
         engine=engine,
         selected=not request.auto,
         computing=tuple(registry.backends_computing(layer, regime)),
         runs_here=backend.unavailable() is None,
-        flags=dict(engine_flags(backend.name, layer.precision)) if reaches(backend.name, regime.layout) else {},
+        flags=dict(flags),
         routed_by="kernel" if backend.name == FROM_LOGITS else "engine",
         preferred=preferred_to(backend, engine, layer, regime) if engine and request.auto else {},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moetune.engine.exchange import Exchange
 from moetune.engine.flashinfer_ops import MoEOp
@@ -16,6 +16,9 @@ from moetune.errors import LostRankError, MissError, MoetuneError
 from moetune.spec.regime import Regime
 from moetune.store.profile import Profile
 
+if TYPE_CHECKING:
+    from moetune.backends.base import Backend
+
 
 def fill_cutlass(
     session: Session, call: TunerCall, op: MoEOp, regime: Regime, rows: Sequence[int], ranks: Exchange | None
@@ -25,8 +28,9 @@ def fill_cutlass(
     The first rank looks them up or tunes the op with moetune's own backend, for all ranks. With `merge` and `parallel`
     all ranks take the times.
     """
-    is_tuned = session.profiles.get((regime.digest, True)) is not None
-    asked = (regime.digest, is_tuned or bool(call.tuner.is_tuning_mode))
+    question = regime.digest, op.options
+    is_tuned = session.profiles.get((*question, True)) is not None
+    asked = (*question, is_tuned or bool(call.tuner.is_tuning_mode))
     if asked not in session.profiles:
         found = _found(session, call, op, regime, ranks)
         session.profiles[asked] = None if found is None else _counted(session, op, *found)
@@ -67,7 +71,7 @@ def _loaded(session: Session, call: TunerCall, op: MoEOp, regime: Regime) -> tup
     from moetune.tuning.tune import load
 
     try:
-        profile = load(session.layer, regime, op.backend, session.store, device=call.device())
+        profile = load(session.layer, regime, _backend(op), session.store, device=call.device())
     except MissError as error:  # `_log_miss` says what to do
         session.logger.debug("moetune: %s: %s", op.name, error)
         return None
@@ -85,9 +89,16 @@ def _tuned(session: Session, call: TunerCall, op: MoEOp, regime: Regime, **optio
         if isinstance(event, BucketChosen):
             tuned.add(event.choice.rows)
 
-    question = (session.layer, regime, op.backend, session.store)
+    question = (session.layer, regime, _backend(op), session.store)
     profile = tune(*question, device=call.device(), isolate=False, on_event=note, **options)
     return profile.model_dump_json(), tuned
+
+
+def _backend(op: MoEOp) -> str | Backend:
+    """Returns the backend by which the op is tuned, by its name if it has its default options."""
+    from moetune.backends import registry
+
+    return registry.backend(op.backend, **dict(op.options)) if op.options else op.backend
 
 
 def _tuned_together(
@@ -101,7 +112,7 @@ def _tuned_together(
     return tuned_together(
         lambda shared: _tuned(session, call, op, regime, open_benches=shared),
         open_benches,
-        registry.backend(op.backend),
+        registry.backend(op.backend, **dict(op.options)),
         call.device(),
         ranks,
     )

@@ -11,8 +11,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from moetune.backends.flashinfer_cutlass.formats import OPTIONS, format_of
 from moetune.errors import UnsupportedError, UsageError
 from moetune.spec.enums import Precision
 from moetune.spec.layer import MoELayer
@@ -25,7 +27,16 @@ if TYPE_CHECKING:
 
 LOGITS, IDS, WEIGHTS = 1, 2, 3
 """Positions among the inputs of a trtllm-gen op."""
+CUTLASS = "flashinfer-cutlass"
 CUTLASS_OPS = ("trtllm::fused_moe::gemm1", "trtllm::fused_moe::gemm2")
+_SWITCHES = (
+    "use_deepseek_fp8_block_scale",
+    "use_w4_group_scaling",
+    "use_mxfp8_act_scaling",
+    "use_packed_weights",
+    "use_wfp4afp8_humming",
+)
+"""The attributes of `cutlass_fused_moe`'s runner that select other kernels for the same dtypes."""
 _TRTLLM_OP = re.compile(r"flashinfer::trtllm_\w+_moe")
 
 
@@ -41,13 +52,18 @@ class RoutingInput(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MoEOp:
-    """An op that computes the session's layer for a rank. `ids_index`: the position of its ids, for `IDS_ALONE`."""
+    """An op that computes the session's layer for a rank.
+
+    `ids_index`: the position of its ids, for `IDS_ALONE`. `options`: those of moetune's backend that differ from the
+    default, for `NONE`, where that backend tunes the op.
+    """
 
     name: str
     backend: str
     routing_input: RoutingInput
     rank: int
     ids_index: int = IDS
+    options: tuple[tuple[str, str], ...] = ()
 
     def place(self, inputs: Sequence[Any], routing: Routing, layer: MoELayer, shard: Shard, bias: Any) -> list[Any]:
         """Returns `inputs` with `routing` in them. All other tensors are the same objects.
@@ -176,22 +192,43 @@ def _int32_position(inputs: Sequence[Any], top_k: int) -> int | None:
 def _cutlass(
     layer: MoELayer, regime: Regime, rank: int | None, op: str, runner: Any, inputs: Sequence[Any]
 ) -> MoEOp | None:
-    import torch
-
-    precision = {torch.bfloat16: Precision.BF16, torch.float16: Precision.FP16}.get(runner.weight_dtype)
-    if runner.weight_dtype == torch.float8_e4m3fn:
-        precision = None if runner.use_deepseek_fp8_block_scale else Precision.FP8_TENSOR
-    other_kernels = runner.use_w4_group_scaling or runner.min_latency_mode or not runner.use_fused_finalize
-    same_shape = (
+    same_shards = (
         inputs[1].shape[0] * runner.ep_size == layer.num_experts + regime.redundant_experts
-        and inputs[0].shape[-1] == layer.hidden_size
-        and inputs[1].shape[1] == 2 * regime.intermediate_size(layer)
         and (runner.ep_size, runner.tp_size) == (regime.ep_size, regime.tp_size)
         and runner.top_k == regime.row_top_k(layer)
+        and rank in (None, runner.ep_rank)
     )
-    if precision != layer.precision or other_kernels or not same_shape or rank not in (None, runner.ep_rank):
+    if runner.min_latency_mode or not same_shards:
         return None
-    return MoEOp(op, "flashinfer-cutlass", RoutingInput.NONE, runner.ep_rank)
+    options = _cutlass_options(layer, regime, runner, inputs)
+    return None if options is None else MoEOp(op, CUTLASS, RoutingInput.NONE, runner.ep_rank, options=options)
+
+
+def _cutlass_options(
+    layer: MoELayer, regime: Regime, runner: Any, inputs: Sequence[Any]
+) -> tuple[tuple[str, str], ...] | None:
+    """Returns the options with which moetune's backend runs the same kernels on the same sizes; None if none do.
+
+    An fp16 layer is recognized too, so that the backend says that it does not tune it. A runner for mixed input is
+    recognized with and without the fused finalize, which its kernels do not have.
+    """
+    found = {name for name in _SWITCHES if getattr(runner, name, False)}
+    dtype = str(runner.weight_dtype).removeprefix("torch.")
+    sizes = inputs[0].shape[-1], inputs[1].shape[1] // layer.activation.halves
+    inner = regime.intermediate_size(layer)
+    if layer.precision is Precision.FP16 and dtype == "float16":
+        return () if not found and sizes == (layer.hidden_size, inner) else None
+    callers = sorted(OPTIONS["caller"], key=lambda caller: (caller == "vllm") != runner.use_fused_finalize)
+    for caller, activations in product(callers, OPTIONS["mxfp4_activations"]):
+        options = {"mxfp4_activations": activations, "caller": caller}
+        fmt = format_of(layer.precision, **options)
+        if (
+            fmt is not None
+            and (dtype, found, sizes) == (fmt.weights, set(fmt.flags), fmt.padded(layer.hidden_size, inner))
+            and (fmt.mixed or fmt.fused_finalize == runner.use_fused_finalize)
+        ):
+            return tuple((name, value) for name, value in options.items() if value != OPTIONS[name][0])
+    return None
 
 
 def logits_for(layer: MoELayer, routing: Routing, shard: Shard, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Config = dict[str, int]
 """The tunables of one launch of a Triton kernel, as the engines name them."""
+CutlassQuestion = tuple[str, tuple[tuple[str, str], ...], bool]
+"""The regime's digest, the options of the backend of `cutlass_fused_moe`, and whether it was asked in tuning mode."""
 
 
 @dataclass(slots=True)
@@ -80,8 +82,7 @@ class Session:
             default runs on all of them.
         lost: why the ranks of the group no longer reach each other; empty as long as they do. Nothing is tuned then.
         looked_up: identities of the calls for which the store was read.
-        profiles: the profiles of `cutlass_fused_moe` by the regime's digest, and by whether they were asked for in
-            tuning mode. None if there was none.
+        profiles: the profiles of `cutlass_fused_moe` by what was asked. None if there was none.
         exchanges: the exchange between the ranks of each group.
         has_tuned: whether an MoE op was called in tuning mode.
         asked: the shapes for which the engine asked for a Triton configuration or a FlashInfer tactic, with the number
@@ -112,7 +113,7 @@ class Session:
     lost: str = ""
     exchanges: dict[Any, Exchange] = field(default_factory=dict, repr=False)
     looked_up: set[Any] = field(default_factory=set, repr=False)
-    profiles: dict[tuple[str, bool], Profile | None] = field(default_factory=dict, repr=False)
+    profiles: dict[CutlassQuestion, Profile | None] = field(default_factory=dict, repr=False)
     has_tuned: bool = False
     asked: list[AskedShape] = field(default_factory=list, repr=False)
     asked_ops: dict[Any, AskedShape] = field(default_factory=dict, repr=False)

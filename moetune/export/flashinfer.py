@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from moetune.backends.flashinfer_cutlass.formats import OPTIONS as CUTLASS_OPTIONS
 from moetune.backends.grouped_triton.kernel_versions import numbers
 from moetune.errors import UnsupportedError, UsageError
 from moetune.export.base import FOLDER, Export
@@ -125,7 +126,8 @@ def _entries(profile: Profile, version: Version, rows: int, tactic: Tactic) -> I
         first, second = cutlass_pair(profile, tactic)
         capability = profile.environment.strict.get("compute_capability", "9.0")
         early = numbers(capability)[:1] >= (9,)
-        for keys in cutlass_keys(version, layer, regime, rows, early):
+        options = {name: value for name, value in profile.environment.strict.items() if name in CUTLASS_OPTIONS}
+        for keys in cutlass_keys(version, layer, regime, rows, early, **options):
             yield keys[0], [RUNNER, first]
             yield keys[1], [RUNNER, second]
         return

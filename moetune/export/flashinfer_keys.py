@@ -9,8 +9,11 @@ Source: FlashInfer's `autotuner`, `fused_moe/core.py`, `fused_moe/backends/trtll
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any, Final
 
+from moetune.backends.flashinfer_cutlass.formats import FORMATS as CUTLASS_FORMATS
+from moetune.backends.flashinfer_cutlass.formats import format_of as cutlass_format
 from moetune.backends.flashinfer_trtllm.formats import FORMATS, format_of
 from moetune.backends.flashinfer_trtllm.weight_format import Format
 from moetune.errors import UnsupportedError
@@ -40,17 +43,29 @@ class _Dtype(str):
         return f"torch.{self}"
 
 
-_CUTLASS_DTYPES: Final = {Precision.BF16: "bfloat16", Precision.FP8_TENSOR: "float8_e4m3fn"}
-_CUTLASS_ACTIVATIONS: Final = {Activation.SILU: SWIGLU, Activation.GELU: GEGLU_TANH}
+_CUTLASS_ACTIVATIONS: Final = {
+    Activation.SILU: SWIGLU,
+    Activation.GELU: GEGLU_TANH,
+    Activation.SWIGLU_CLAMPED: SWIGLU,
+    Activation.SILU_CLAMPED: SWIGLU,
+}
 _TRTLLM_ACTIVATIONS: Final = {Activation.SILU: SWIGLU, Activation.SWIGLU_CLAMPED: SWIGLU}
 
 
 def cutlass_keys(
-    version: Version, layer: MoELayer, regime: Regime, rows: int, programmatic_launch: bool
+    version: Version,
+    layer: MoELayer,
+    regime: Regime,
+    rows: int,
+    programmatic_launch: bool,
+    mxfp4_activations: str = "bf16",
+    caller: str = "vllm",
 ) -> Iterator[tuple[str, str]]:
     """Yields the keys of `cutlass_fused_moe`'s two GEMMs at one bucket, for every rank if the key contains the rank.
 
-    Under an all-to-all each pair is yielded with and without `enable_alltoall`: SGLang sets it and vLLM does not.
+    Under an all-to-all each pair is yielded with and without `enable_alltoall`: SGLang sets it and vLLM does not. For
+    mixed input it is yielded with and without `use_fused_finalize`: these kernels have no fused finalize, so their
+    tactics are the same.
 
     Args:
         version: FlashInfer's version.
@@ -58,6 +73,8 @@ def cutlass_keys(
         regime: the shards and the dispatch are read from it.
         rows: the bucket.
         programmatic_launch: whether the device launches dependent kernels early (compute capability 9 and above).
+        mxfp4_activations: what mxfp4 weights are multiplied with, `bf16` or `fp8`.
+        caller: the engine that calls the op, `vllm` or `sglang`.
 
     Yields:
         The key of GEMM1 and that of GEMM2 in the same call.
@@ -65,28 +82,35 @@ def cutlass_keys(
     Raises:
         UnsupportedError: the op does not tune this layer.
     """
-    if layer.precision not in _CUTLASS_DTYPES or layer.activation not in _CUTLASS_ACTIVATIONS:
-        raise _unsupported("cutlass", layer, _CUTLASS_DTYPES, _CUTLASS_ACTIVATIONS)
-    hidden, inner = layer.hidden_size, regime.intermediate_size(layer)
-    dtype = _CUTLASS_DTYPES[layer.precision]
+    fmt = cutlass_format(layer.precision, mxfp4_activations, caller)
+    if fmt is None or layer.activation not in _CUTLASS_ACTIVATIONS:
+        raise _unsupported("cutlass", layer, CUTLASS_FORMATS, _CUTLASS_ACTIVATIONS)
+    hidden, inner = fmt.padded(layer.hidden_size, regime.intermediate_size(layer))
+    w1, w2 = (2 * inner, hidden // fmt.packed), (hidden, inner // fmt.packed)
     seen: set[str] = set()
     for ep_rank in range(regime.ep_size):
         experts = regime.shard(layer, ep_rank).num_local
         biases = ((experts, 2 * inner), (experts, hidden)) if layer.expert_bias else (ABSENT, ABSENT)
-        shapes = ((rows, hidden), (experts, 2 * inner, hidden), biases[0], (experts, hidden, inner), biases[1])
+        shapes = ((rows, hidden), (experts, *w1), biases[0], (experts, *w2), biases[1])
         for tp_rank in range(regime.tp_size):
-            for alltoall in (False, True) if regime.dispatch == "alltoall" else (False,):
+            alltoalls = (False, True) if regime.dispatch == "alltoall" else (False,)
+            for alltoall, finalize in product(alltoalls, (True, False) if fmt.mixed else (fmt.fused_finalize,)):
                 ranked = version.cutlass_ranks
                 extras = (
-                    *(_Dtype(name) for name in (dtype, dtype, "bfloat16")),
+                    *(_Dtype(name) for name in (fmt.inputs, fmt.weights, "bfloat16")),
                     regime.row_top_k(layer),
                     *((regime.tp_size, tp_rank, regime.ep_size, ep_rank, 1, 0) if ranked else ()),
                     *(() if ranked else (regime.tp_size, regime.ep_size, 1)),
                     alltoall,
-                    *(False, False, False, False, False),  # block scales, w4 groups, mxfp8, humming, min latency
+                    False,  # block scales
+                    fmt.flags.get("use_w4_group_scaling", False),
+                    False,  # mxfp8
+                    fmt.flags.get("use_wfp4afp8_humming", False),
+                    False,  # min latency
                     programmatic_launch,
                     _CUTLASS_ACTIVATIONS[layer.activation],
-                    *(False, True),  # packed weights, fused finalize
+                    fmt.flags.get("use_packed_weights", False),
+                    finalize,
                 )
                 first, second = (str((op, RUNNER, shapes, extras)) for op in CUTLASS_GEMMS)
                 if first not in seen:

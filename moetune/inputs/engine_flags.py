@@ -42,6 +42,7 @@ _SGLANG: Final = {
     "marlin": "marlin",
 }
 _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
+"""SGLang's value for mxfp4 experts. It runs trtllm-gen kernels on Blackwell and CUTLASS kernels on Hopper."""
 _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
 TRITON: Final = ("triton", "batched-triton")
 """The backends whose tactics an engine reads from a file."""
@@ -63,18 +64,25 @@ def reaches(backend: str, layout: str | None) -> bool:
     return layout != "pool" or backend.startswith("flashinfer")
 
 
-def engine_flags(backend: str, precision: Precision) -> Mapping[str, str]:
+def engine_flags(backend: str, precision: Precision, layout: str | None = None) -> Mapping[str, str]:
     """Returns the flag that selects `backend`, for each engine that can run it.
 
     >>> engine_flags("flashinfer-cutlass", Precision.BF16)
     {'vllm': '--moe-backend flashinfer_cutlass', 'sglang': '--moe-runner-backend flashinfer_cutlass'}
+
+    Args:
+        layout: the regime's layout. SGLang has no path from the rows of a pool to its kernels for mxfp4
+            (`register_fused_func` in `moe_runner/flashinfer_cutlass.py`).
     """
     flags: dict[str, str] = {}
+    if precision is Precision.W4A8:  # both engines run it with CUTLASS kernels of their own
+        return flags
     if backend in _VLLM:
         flags["vllm"] = f"--moe-backend {_VLLM[backend]}"
     if backend in _SGLANG:
-        mxfp4 = precision is Precision.MXFP4 and backend in _TRTLLM
-        flags["sglang"] = f"--moe-runner-backend {_SGLANG_MXFP4 if mxfp4 else _SGLANG[backend]}"
+        mxfp4 = precision is Precision.MXFP4 and backend in (*_TRTLLM, "flashinfer-cutlass")
+        if not (mxfp4 and layout == "pool"):
+            flags["sglang"] = f"--moe-runner-backend {_SGLANG_MXFP4 if mxfp4 else _SGLANG[backend]}"
     if backend in _TRTLLM:
         flags["trtllm"] = "moe_config.backend: TRTLLM"
     return flags

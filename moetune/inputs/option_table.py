@@ -107,6 +107,7 @@ TUNABLE: Final = (
     "mxfp4",
     "mxint4",
     "int4_g128",
+    "w4a8",
 )
 """The precisions that some backend computes."""
 OPTIONS: Final[tuple[Option, ...]] = (

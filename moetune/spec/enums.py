@@ -9,7 +9,7 @@ from typing import Literal
 class Precision(StrEnum):
     """How the expert weights are stored and multiplied. Activations are bf16 unless noted.
 
-    From `FP8_BLOCK_64` on, precisions can be read from a config and planned, but no backend tunes them.
+    From `FP8_BLOCK_64` on, precisions can be read from a config and planned, but no backend tunes them but `W4A8`.
     """
 
     FP32 = "fp32"

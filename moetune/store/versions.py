@@ -72,7 +72,7 @@ DEPLOYED: Final = frozenset({"torch", "cuda", "triton"})
 KERNEL_FIELDS: Final = frozenset(
     {
         "kernel", "kernel_version", "remote", "formula", "ids", "mxfp4_activations", "arrives_quantized",
-        "fp8_block_layout", "hidden_dtype",
+        "fp8_block_layout", "hidden_dtype", "caller",
     }
 )  # fmt: skip
 """The strict fields that say what a backend's kernel does. They are the same on every machine."""

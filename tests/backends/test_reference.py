@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetune.backends.prepared import E4M3_MAX
-from moetune.backends.reference import moe_reference, relative_error
+from moetune.backends.reference import moe_reference, reference_activation, relative_error
+from moetune.spec.layer import Activation
 
 
 def test_the_relative_error_is_that_of_the_whole_tensor() -> None:
@@ -85,3 +86,12 @@ def test_the_reference_is_computed_in_fp32_whatever_the_process_allows() -> None
 def test_e4m3s_limit_is_torchs_and_that_of_the_kernels() -> None:
     quantize = pytest.importorskip("moetune.backends.grouped_triton.quantize", reason="needs triton")
     assert torch.finfo(torch.float8_e4m3fn).max == E4M3_MAX == quantize.E4M3_MAX
+
+
+def test_a_clamped_activation_bounds_the_gate_from_above_and_up_on_both_sides() -> None:
+    gate, up = torch.tensor([2.0, -20.0, 20.0]), torch.tensor([3.0, 20.0, -20.0])
+    silu = torch.nn.functional.silu
+    assert torch.allclose(reference_activation(Activation.SILU, gate, up), silu(gate) * up)
+    clamped = reference_activation(Activation.SWIGLU_CLAMPED, gate, up)
+    assert torch.allclose(clamped[2], 7 * torch.tensor(1.702 * 7).sigmoid() * (-7 + 1))
+    assert torch.allclose(reference_activation(Activation.SILU_CLAMPED, gate, up)[2], silu(torch.tensor(10.0)) * -10)

@@ -245,3 +245,53 @@ def test_choices_that_are_over_their_cliff_are_named():
     assert cliffs.fallen(line, "moetune", found) == {}
     below = {**line, "us": {**us, "gemm1": {"0": FLAT, "44": FLAT, "9": SLOW}}}
     assert cliffs.fallen(below, "own", found) == {}
+
+
+@pytest.fixture
+def planted_tune(monkeypatch):
+    """The questions of `tune_both`, which answers at once, and a comparison in which moetune is twice as fast."""
+    asked = []
+
+    def tune_both(journal, key, layer, regime, options):
+        asked.append((layer, regime, options))
+        picks = {str(rows): [1, 50] for rows in regime.buckets}
+        return journal.add(**key, kind="tuned", own_s=1.0, moetune_s=1.0, own=picks, moetune=picks)
+
+    def compare(backend, layer, regime, bucket, tuned, rows):
+        own = tuned["own"][str(bucket)]
+        times = {"own_us": 2.0, "moetune_us": 1.0, "untuned_us": 3.0, "noise": 0.0}
+        return {"own": own, "moetune": own, **times, "environment": dict(backend.environment())}
+
+    monkeypatch.setattr(autotune, "tune_both", tune_both)
+    monkeypatch.setattr(autotune, "compare", compare)
+    return asked
+
+
+def run_autotune(monkeypatch, path, *words):
+    monkeypatch.setattr(sys, "argv", ["flashinfer_autotune.py", str(path), *words])
+    return autotune.main()
+
+
+@pytest.mark.parametrize("ep", ["4", "8"])
+def test_gpt_oss_is_compared_in_mxfp4_with_the_options_of_an_engine(monkeypatch, tmp_path, planted_tune, ep):
+    words = ("--model", "gpt-oss-120b", "--precision", "mxfp4", "--ep", ep, "--dispatch", "allgather")
+    given = ("--backend-option", "caller=sglang", "--backend-option", "mxfp4_activations=fp8")
+    path = tmp_path / "out.jsonl"
+    assert run_autotune(monkeypatch, path, *words, *given) == 0
+    assert run_autotune(monkeypatch, path, *words) == 0, "another question of the same file"
+    (layer, regime, options), (_, _, none) = planted_tune
+    assert (layer.precision, layer.expert_bias, regime.ep_size) == (Precision.MXFP4, True, int(ep))
+    assert options == {"caller": "sglang", "mxfp4_activations": "fp8"}
+    assert none == {}
+    compared = [line for line in Journal(path).lines if line["kind"] == "bucket"]
+    assert {line["options"] for line in compared} == {"caller=sglang mxfp4_activations=fp8", ""}
+    assert {line["environment"].get("caller") for line in compared} == {"sglang", None}
+    assert run_autotune(monkeypatch, path, *words, *given) == 0
+    assert len(planted_tune) == 2, "a second run takes the choices of the first"
+
+
+def test_kimi_k2_5_is_refused_because_its_groups_are_smaller(monkeypatch, tmp_path, planted_tune, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_autotune(monkeypatch, tmp_path / "out.jsonl", "--model", "kimi-k2.5", "--precision", "mxint4", "--ep", "8")
+    assert "groups of 128 values, those of mxint4 have 32" in capsys.readouterr().err
+    assert not planted_tune

@@ -156,6 +156,23 @@ def test_a_folder_of_tuned_files_chooses_the_triton_backend_and_no_kernel_of_it(
     _refused(refused, "--engine-configs must be a folder", "Give the folder of vLLM's tuned files")
 
 
+@pytest.mark.parametrize(
+    ("dispatch", "pairs", "fields"),
+    [
+        ("sglang:none", (), {"caller": "sglang"}),
+        ("sglang:none", ("mxfp4_activations=fp8",), {"caller": "sglang", "mxfp4_activations": "fp8"}),
+        ("sglang:none", ("caller=vllm",), {}),
+        ("vllm:allgather_reducescatter", (), {}),
+    ],
+)
+def test_the_engine_of_a_dispatcher_is_the_one_whose_call_of_flashinfers_op_is_computed(dispatch, pairs, fields):
+    asked: Any = request_of(
+        "gpt-oss-120b", backend="flashinfer-cutlass", backend_option=pairs, ep=8, dispatch=dispatch
+    ).backend
+    found = asked.environment()
+    assert {name: value for name, value in found.items() if name != "flashinfer"} == fields
+
+
 def _backend_option(*pairs, **given):
     return request_of("deepseek-r1", backend_option=pairs, **given).backend
 
@@ -189,7 +206,8 @@ def test_an_option_that_only_one_backend_has_chooses_it():
         (["scratch_limit_bytes=1k"], {"backend": "torch"}, "must be an integer, given '1k'"),
         (["colour=red"], {}, "No backend has the option colour"),
         (["colour=red"], {"backend": "torch"}, "Its options: scratch_limit_bytes"),
-        (["colour=red"], {"backend": "flashinfer-cutlass"}, "It has no options"),
+        (["colour=red"], {"backend": "flashinfer-cutlass"}, "Its options: mxfp4_activations, caller"),
+        (["caller=trtllm"], {"backend": "flashinfer-cutlass"}, "must be vllm or sglang, given 'trtllm'"),
         (["packed=true", "packed=false"], {}, "given twice"),
         (["kernel=vllm"], {"kernel": "sglang"}, "given twice"),
     ],

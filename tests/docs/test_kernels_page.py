@@ -69,6 +69,8 @@ def test_every_rival_is_timed_for_an_engine_whose_flag_selects_it():
         ("vLLM", "nixl_ep", "mxint4", "batched Humming; batched Marlin without it", "–"),
         ("SGLang", "none", "fp8_block", "Triton", "`triton`"),
         ("SGLang", "none", "mxint4", "Marlin", "`marlin`"),
+        ("SGLang", "none", "mxfp4 (others)", "FlashInfer's CUTLASS kernels", "`flashinfer-cutlass`"),
+        ("vLLM", "flashinfer_all2allv", "mxfp4 (gpt-oss)", "FlashInfer's CUTLASS kernels", "`flashinfer-cutlass`"),
         ("TensorRT-LLM", "deepep", "bf16", "TensorRT-LLM's CUTLASS kernels", "–"),
     ],
 )

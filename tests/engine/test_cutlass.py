@@ -1,6 +1,7 @@
 """`cutlass_fused_moe` in a warm-up: both of its tuner calls are answered by moetune's own timing."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ BUCKETS = (1, 2, 4, 8)
 class MoERunner(TunableRunner):
     """The CUTLASS runner as the tuner sees it."""
 
-    use_deepseek_fp8_block_scale = use_w4_group_scaling = min_latency_mode = False
+    use_deepseek_fp8_block_scale = use_w4_group_scaling = use_mxfp8_act_scaling = min_latency_mode = False
+    use_packed_weights = use_wfp4afp8_humming = False
     use_fused_finalize = True
 
     def __init__(self, layer, regime, rank=1, weight_dtype=torch.bfloat16):
@@ -37,14 +39,15 @@ class MoERunner(TunableRunner):
         self.seen_cache.append(tactic)
 
 
-def call(runner, layer, regime, rows=8, maximum=8):
+def call(runner, layer, regime, rows=8, maximum=8, hidden=None, width=None, packed=1):
     """The tactics of both GEMMs, with the tuner called as `cutlass_fused_moe` calls it."""
-    num_local, width = layer.num_experts // regime.ep_size, layer.intermediate_size // regime.tp_size
+    num_local, hidden = layer.num_experts // regime.ep_size, hidden or layer.hidden_size
+    width = width or layer.intermediate_size // regime.tp_size
     inputs = [
-        torch.zeros(rows, layer.hidden_size),
-        torch.zeros(num_local, 2 * width, layer.hidden_size),
+        torch.zeros(rows, hidden),
+        torch.zeros(num_local, 2 * width, hidden // packed),
         None,
-        torch.zeros(num_local, layer.hidden_size, width),
+        torch.zeros(num_local, hidden, width // packed),
         None,
     ]
     spec = DynamicTensorSpec((0,), (0,), get_hybrid_num_tokens_buckets(maximum), make_hybrid_bucket_mapper(maximum))
@@ -72,6 +75,7 @@ def asked(monkeypatch):
         questions.append((layer, regime, backend, store, isolate))
         assert AutoTuner.get().is_tuning_mode
         environment = Environment(device="planted", strict={})
+        backend = backend if isinstance(backend, str) else backend.name
         choices = tuple(map(choice, regime.buckets))
         for index, made in enumerate(choices):
             on_event(BucketChosen(made, index, len(choices)))
@@ -108,7 +112,9 @@ def test_the_regime_takes_the_ladder_of_the_op(tuner, layer, asked):
         {"ep_size": 2},
         {"top_k": 3},
         {"weight_dtype": torch.uint8},
-        {"use_fused_finalize": False},
+        {"use_w4_group_scaling": True},
+        {"use_packed_weights": True},
+        {"weight_dtype": torch.float8_e4m3fn, "use_mxfp8_act_scaling": True},
         {"weight_dtype": torch.float8_e4m3fn, "use_deepseek_fp8_block_scale": True},
     ],
     ids=str,
@@ -121,6 +127,86 @@ def test_an_op_of_another_kind_is_tuned_as_flashinfer_does_it(tuner, layer, regi
         call(runner, layer, regime)
     assert not asked
     assert runner.seen_cache
+
+
+W4 = {"weight_dtype": torch.uint8, "use_w4_group_scaling": True}
+FP8 = {"weight_dtype": torch.float8_e4m3fn}
+PADDED = {"hidden_size": 160, "intermediate_size": 96}
+WIDE = {"precision": "mxfp4", "hidden_size": 352, "intermediate_size": 96}
+MXFP4 = {"precision": "mxfp4", **PADDED}
+FORMATS: dict[str, tuple[Any, ...]] = {
+    "mxfp4 in vllm": (MXFP4, W4, (256, 128), {}),
+    "mxfp4 in sglang": (MXFP4, {**W4, "use_fused_finalize": False}, (256, 128), {"caller": "sglang"}),
+    "padded by sglang alone": (
+        WIDE, W4, (512, 128), {"caller": "sglang"},
+    ),
+    "padded by vllm": (
+        WIDE, W4, (384, 128), {},
+    ),
+    "mxfp4 with fp8": (
+        MXFP4, {**W4, "use_wfp4afp8_humming": True}, (256, 128), {"mxfp4_activations": "fp8"},
+    ),
+    "fp8_tensor": ({"precision": "fp8_tensor"}, FP8, None, {}),
+    "fp8_tensor in sglang": (
+        {"precision": "fp8_tensor"}, {**FP8, "use_fused_finalize": False}, None, {"caller": "sglang"},
+    ),
+    "bf16 in sglang": ({}, {"use_fused_finalize": False}, None, {"caller": "sglang"}),
+    "w4a8": (
+        {"precision": "w4a8", "hidden_size": 128, "intermediate_size": 256}, {**W4, "use_packed_weights": True},
+        (128, 256), {},
+    ),
+}  # fmt: skip
+
+
+def mixed(layer, regime, name):
+    """A layer of a format, its runner in an engine, how it is called, and the options with which it is tuned."""
+    fields, attributes, sizes, options = FORMATS[name]
+    layer = moetune.MoELayer(**{**dict(layer), **fields})
+    runner = MoERunner(layer, regime)
+    for attribute, value in attributes.items():
+        setattr(runner, attribute, value)
+    called = {"hidden": sizes[0], "width": sizes[1], "packed": 2} if sizes else {}
+    return layer, runner, called, options
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_tuned_with_the_options_of_the_engines_call(tuner, layer, regime, asked, name):
+    layer, runner, called, options = mixed(layer, regime, name)
+    with moetune.warmup(layer, regime):
+        assert call(runner, layer, regime, rows=8, **called) == [8, 108]
+    ((of_layer, _, backend, *_),) = asked
+    assert of_layer == layer
+    if options:
+        assert options.items() <= backend.environment().items()
+    else:
+        assert backend == "flashinfer-cutlass"
+
+
+@pytest.mark.parametrize(
+    ("name", "differing"),
+    [
+        ("mxfp4 in vllm", {"use_packed_weights": True}),
+        ("mxfp4 in vllm", {"use_w4_group_scaling": False}),
+        ("mxfp4 in vllm", {"weight_dtype": torch.int64}),
+        ("w4a8", {"use_packed_weights": False}),
+        ("w4a8", {"use_wfp4afp8_humming": True}),
+    ],
+)
+def test_mixed_input_of_another_kind_is_tuned_as_flashinfer_does_it(tuner, layer, regime, asked, name, differing):
+    layer, runner, called, _ = mixed(layer, regime, name)
+    for attribute, value in differing.items():
+        setattr(runner, attribute, value)
+    with moetune.warmup(layer, regime):
+        call(runner, layer, regime, **called)
+    assert not asked
+    assert runner.seen_cache
+
+
+def test_sizes_that_no_engine_pads_to_are_not_ours(tuner, layer, regime, asked):
+    layer, runner, called, _ = mixed(layer, regime, "mxfp4 in vllm")
+    with moetune.warmup(layer, regime):
+        call(runner, layer, regime, **{**called, "hidden": 192})
+    assert not asked
 
 
 def test_another_rank_is_not_ours(tuner, layer, regime, asked):

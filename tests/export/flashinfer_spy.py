@@ -106,20 +106,31 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def cutlass(
-    core: Any, rows: int, *, hidden: int, inner: int, experts: int, top_k: int, fp8: bool = False, **more: Any
+    core: Any,
+    rows: int,
+    *,
+    hidden: int,
+    inner: int,
+    experts: int,
+    top_k: int,
+    fp8: bool = False,
+    four_bits: bool = False,
+    bias: bool = False,
+    **more: Any,
 ) -> list[Chosen]:
-    """`cutlass_fused_moe` as engines call it."""
+    """`cutlass_fused_moe` as engines call it. Weights of four bits lie two in a byte."""
     dtype = E4M3 if fp8 else torch.bfloat16
+    stored, packed = (torch.uint8, 2) if four_bits else (dtype, 1)
     return chosen(
         core.get_cutlass_fused_moe_module("90").cutlass_fused_moe,
         empty(rows, hidden),
         empty(rows, hidden, dtype=dtype),
         empty(rows, top_k, dtype=torch.int32),
         empty(rows, top_k, dtype=torch.float32),
-        empty(experts, 2 * inner, hidden, dtype=dtype),
-        None,
-        empty(experts, hidden, inner, dtype=dtype),
-        None,
+        empty(experts, 2 * inner, hidden // packed, dtype=stored),
+        empty(experts, 2 * inner) if bias else None,
+        empty(experts, hidden, inner // packed, dtype=stored),
+        empty(experts, hidden) if bias else None,
         torch.bfloat16,
         [],
         **{"enable_pdl": True, "min_latency_mode": False, **more},

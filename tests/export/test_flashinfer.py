@@ -72,6 +72,48 @@ def test_a_file_for_an_alltoall_hits_whether_or_not_the_engine_says_so(h200, tmp
     assert first.tactic == made.tactic(64)["gemm1"]
 
 
+GPT_OSS = {"precision": "mxfp4", "activation": "swiglu_clamped", "expert_bias": True}
+W4 = {"four_bits": True, "use_w4_group_scaling": True}
+MIXED = {
+    "mxfp4": ({"precision": "mxfp4"}, {}, {**W4, "hidden": 2048, "inner": 768}),
+    "gpt-oss in vllm": (
+        {**GPT_OSS, "hidden_size": 2880, "intermediate_size": 2880}, {},
+        {**W4, "bias": True, "hidden": 2944, "inner": 2944},
+    ),
+    "gpt-oss in sglang": (
+        {**GPT_OSS, "hidden_size": 2880, "intermediate_size": 2880}, {"caller": "sglang"},
+        {**W4, "bias": True, "hidden": 3072, "inner": 2944, "use_fused_finalize": False},
+    ),
+    "gpt-oss in sglang with fp8": (
+        {**GPT_OSS, "hidden_size": 2880, "intermediate_size": 2880},
+        {"caller": "sglang", "mxfp4_activations": "fp8"},
+        {**W4, "bias": True, "hidden": 3072, "inner": 2944, "use_fused_finalize": False, "use_wfp4afp8_humming": True},
+    ),
+    "deepseek-v4": ({"precision": "mxfp4", "activation": "silu_clamped"}, {}, {**W4, "hidden": 2048, "inner": 768}),
+    "w4a8": ({"precision": "w4a8"}, {}, {**W4, "hidden": 2048, "inner": 768, "use_packed_weights": True}),
+    "fp8_tensor in sglang": (
+        {"precision": "fp8_tensor"}, {"caller": "sglang"},
+        {"fp8": True, "hidden": 2048, "inner": 768, "use_fused_finalize": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_cutlass_hits_as_each_engine_calls_it_and_no_other_format_does(h200, tmp_path, name):
+    fields, options, call = MIXED[name]
+    made = profile(CUTLASS, PURE_EP, MoELayer(**{**dict(LAYER), **fields}))
+    strict = {**made.environment.strict, **options}
+    made = made.model_copy(update={"environment": made.environment.model_copy(update={"strict": strict})})
+    loaded(h200, tmp_path, made)
+    call = {"experts": 16, "top_k": 8, "ep_size": 8, **call}
+    for rows in (1, 65, 4097):
+        expected = made.tactic(rows)
+        assert [answer.tactic for answer in spy.cutlass(h200, rows, **call)] == [expected["gemm1"], expected["gemm2"]]
+    for differing in ("use_wfp4afp8_humming", "use_packed_weights", "use_mxfp8_act_scaling"):
+        other = {**call, differing: not call.get(differing, False)}
+        assert [answer.tactic for answer in spy.cutlass(h200, 65, **other)] == [-1, -1], differing
+
+
 def test_another_deployment_misses(h200, tmp_path):
     loaded(h200, tmp_path, profile(CUTLASS, PURE_EP))
     first, second = spy.cutlass(h200, 64, hidden=2048, inner=768, experts=32, top_k=8, ep_size=4)

@@ -139,7 +139,7 @@ def test_gpt_oss_is_padded_as_the_engines_pad_it():
     ("kernels", "changed", "said"),
     [
         ("cutlass", {"precision": "fp8_block"}, "fp8_block"),
-        ("cutlass", {"precision": "nvfp4"}, "It has them for bf16, fp8_tensor"),
+        ("cutlass", {"precision": "nvfp4"}, "It has them for bf16, fp8_tensor, mxfp4, w4a8"),
         ("trtllm", {"precision": "fp16"}, "trtllm op has no tuned tactics for fp16"),
         ("trtllm", {"activation": "gelu"}, "silu or swiglu_clamped"),
     ],

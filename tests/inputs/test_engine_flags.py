@@ -54,6 +54,18 @@ def test_sglang_has_a_word_of_its_own_for_mxfp4():
     assert launch.read(LINES["sglang"].format(flags["sglang"])).options["backend"] == "flashinfer-trtllm"
 
 
+def test_on_hopper_that_word_selects_cutlass_kernels_which_take_no_pools():
+    flags = {"vllm": "--moe-backend flashinfer_cutlass", "sglang": "--moe-runner-backend flashinfer_mxfp4"}
+    assert engine_flags("flashinfer-cutlass", Precision.MXFP4) == flags
+    assert engine_flags("flashinfer-cutlass", Precision.MXFP4, "deduplicated") == flags
+    assert engine_flags("flashinfer-cutlass", Precision.MXFP4, "pool") == {"vllm": flags["vllm"]}
+    assert "sglang" in engine_flags("flashinfer-cutlass", Precision.BF16, "pool")
+
+
+def test_no_flag_of_an_engine_selects_flashinfers_kernels_for_w4a8():
+    assert engine_flags("flashinfer-cutlass", Precision.W4A8) == {}
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -12,9 +12,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Problem
-from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, ALIGNMENTS, lacking, version
+from moetune.backends.flashinfer_cutlass.formats import (
+    FORMATS,
+    OPTIONS,
+    Bf16,
+    Caller,
+    Format,
+    Mxfp4Activations,
+    format_of,
+)
+from moetune.backends.flashinfer_cutlass.op import ACTIVATIONS, lacking, version
 from moetune.backends.prepared import WeightCache
-from moetune.errors import UnsupportedError
+from moetune.errors import UnsupportedError, UsageError
+from moetune.quoting import quoted
 from moetune.search.base import Search
 from moetune.search.coordinate import coordinate, promising
 from moetune.spec.enums import Precision
@@ -23,12 +33,15 @@ from moetune.spec.regime import Regime
 from moetune.spec.tactic import UNTUNED, Tactic
 
 if TYPE_CHECKING:
-    from moetune.backends.flashinfer_cutlass.runner import CutlassExperts, CutlassRunner
+    from moetune.backends.flashinfer_cutlass.experts import CutlassExperts
+    from moetune.backends.flashinfer_cutlass.runner import CutlassRunner
 
 DEFAULT_TACTIC = Tactic(gemm1=UNTUNED, gemm2=UNTUNED)
 """The op's own default: the first tactic of each GEMM."""
 ROUNDS = (1, 4, 8)
 """How often the search times a tactic in each of its passes; see `coordinate`."""
+MIXED_INPUT = (9, 0)
+"""The compute capability whose kernels take weights of 4 bits with activations of 8 or 16."""
 FINAL_S = 0.06
 """About how long one bucket's final comparison takes in seconds, if the runs are short.
 
@@ -36,20 +49,39 @@ It is chosen so that a tune takes no longer than FlashInfer's own autotuner: 16 
 rows. On an H200 a tune took 21.8 s for packed rows of Qwen3-235B on 4 ranks, FlashInfer 26.6 s (commit b96b5be).
 """
 
-_TOLERANCES = {Precision.BF16: 1e-2, Precision.FP8_TENSOR: 5e-2}
+_OTHERS = {
+    Precision.FP8_BLOCK: "FlashInfer's kernels for fp8_block have nothing to tune; flashinfer-fp8-block times them",
+    Precision.MXINT4: "FlashInfer's kernels for int4 have groups of 128 values, those of mxint4 have 32",
+    Precision.INT4_G128: "FlashInfer multiplies int4 in groups of 128 with e4m3 only, which is w4a8, not with bf16",
+}
+"""Why some precisions are not tuned, where more can be said than that."""
 
 
 class FlashInferCutlassBackend(Backend):
-    """Tunes FlashInfer's CUTLASS MoE op in bf16, and in fp8 with one scale a tensor, from compute capability 9.0."""
+    """Tunes FlashInfer's CUTLASS MoE op from compute capability 9.0, on 9.0 with mixed input too: mxfp4 and w4a8.
+
+    Args:
+        mxfp4_activations: what mxfp4 weights are multiplied with: `bf16`, or `fp8` with a scale a row that the kernel
+            finds itself (SGLang's `--flashinfer-mxfp4-moe-precision fp8`).
+        caller: the engine whose call of the op is computed, `vllm` or `sglang`. SGLang adds up a row's slots in another
+            kernel and pads H of mxfp4 experts otherwise, so there are other tactics.
+
+    Raises:
+        UsageError: an option has a value that is not allowed.
+    """
 
     name = "flashinfer-cutlass"
-    modules = ("moetune.backends.flashinfer_cutlass.runner",)
+    modules = ("moetune.backends.flashinfer_cutlass.runner", "moetune.backends.flashinfer_cutlass.tactics")
     final_s = FINAL_S
     warms_once = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, mxfp4_activations: Mxfp4Activations = "bf16", caller: Caller = "vllm") -> None:
+        self._options = {"mxfp4_activations": str(mxfp4_activations), "caller": str(caller)}
+        for option, value in self._options.items():
+            if value not in OPTIONS[option]:
+                raise UsageError(f"{option} must be one of {', '.join(OPTIONS[option])}; given {quoted(value)}.")
         self._able = False
-        self._candidates: dict[tuple[Precision, str], Candidates] = {}
+        self._candidates: dict[tuple[str, int, int, str], Candidates] = {}
         self._weights: WeightCache[CutlassExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
@@ -57,29 +89,32 @@ class FlashInferCutlassBackend(Backend):
         return lacking("profile_ids", "the argument that names a tactic")
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
-        """Returns why it cannot be tuned: its rows, precision, activation, biases, sizes, input weights or shards."""
+        """Returns why it cannot be tuned: its rows, precision, activation, sizes, input weights or shards."""
         if reason := self.other_rows(regime):
             return reason
-        if layer.precision is Precision.FP8_BLOCK:
-            return "FlashInfer's kernels for fp8_block experts have nothing to tune; flashinfer-fp8-block times them"
-        if layer.precision not in ALIGNMENTS:
-            return f"tunes {' and '.join(ALIGNMENTS)} experts, not {layer.precision.value}"
+        fmt = format_of(layer.precision, **self._options)
+        if fmt is None:
+            default = f"tunes {', '.join(FORMATS)} experts, not {layer.precision.value}"
+            return _OTHERS.get(layer.precision, default)
         if layer.activation not in ACTIVATIONS:
-            return f"tunes {' and '.join(ACTIVATIONS)}, not {layer.activation.value}"
-        if layer.expert_bias:
-            return "tunes experts without biases"
+            return f"tunes {', '.join(ACTIVATIONS)}, not {layer.activation.value}"
         if layer.weight_on_input:
             return "applies the router's weight to an expert's output, this layer to its input"
         if (layer.num_experts + regime.redundant_experts) % regime.ep_size:
             return "the op computes a rank's first expert as rank · L, so all shards must be equal"
-        intermediate, multiple = regime.intermediate_size(layer), ALIGNMENTS[layer.precision]
+        intermediate, multiple = regime.intermediate_size(layer), fmt.multiple
         if layer.hidden_size % multiple or intermediate % multiple:
             return f"H = {layer.hidden_size} and I/tp = {intermediate} must be multiples of {multiple}"
         return None
 
     def environment(self) -> dict[str, str]:
-        """Returns FlashInfer's version. A tactic is a position in a list that is compiled into FlashInfer."""
-        return {"flashinfer": version()}
+        """Returns FlashInfer's version, because a tactic is a position in a list that is compiled into FlashInfer.
+
+        Options have a field only if they differ from the default, so that profiles keep answering that were measured
+        before there were options.
+        """
+        changed = {name: value for name, value in self._options.items() if value != OPTIONS[name][0]}
+        return {"flashinfer": version(), **changed}
 
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Returns every pair of the two GEMMs' tactics that the device can run, with `DEFAULT_TACTIC` first.
@@ -87,15 +122,16 @@ class FlashInferCutlassBackend(Backend):
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
         """
-        self._require(layer, regime)
-        key = layer.precision, device
+        fmt = self._require(layer, regime)
+        key = layer.digest, regime.intermediate_size(layer), regime.row_top_k(layer), device
         if key not in self._candidates:
-            from moetune.backends.flashinfer_cutlass.runner import gemm_tactics
+            from moetune.backends.flashinfer_cutlass.tactics import gemm_tactics
 
-            first, second = gemm_tactics(layer, regime, device)
+            reason = _NOT_FITTING if fmt.mixed else _TOO_BIG
+            first, second = gemm_tactics(layer, regime, fmt, device)
             pairs = (Tactic(gemm1=a, gemm2=b) for a in first.runnable for b in second.runnable)
-            excluded = {Tactic(gemm1=a): _TOO_BIG for a in first.too_big}
-            excluded |= {Tactic(gemm2=b): _TOO_BIG for b in second.too_big}
+            excluded = {Tactic(gemm1=a): reason for a in first.unsuitable}
+            excluded |= {Tactic(gemm2=b): reason for b in second.unsuitable}
             self._candidates[key] = Candidates((DEFAULT_TACTIC, *pairs), excluded)
         return self._candidates[key]
 
@@ -117,8 +153,9 @@ class FlashInferCutlassBackend(Backend):
         return promising(times_us)
 
     def tolerance(self, layer: MoELayer) -> float:
-        """Returns 1e-2 in bf16 and 5e-2 in fp8, where the intermediate is rounded to e4m3."""
-        return _TOLERANCES[layer.precision]
+        """Returns that of the format: 1e-2 with bf16 activations, 5e-2 where the intermediate is rounded to e4m3."""
+        fmt = format_of(layer.precision, **self._options)
+        return Bf16.tolerance if fmt is None else fmt.tolerance
 
     def prepare(self, problem: Problem) -> CutlassRunner:
         """Puts inputs, routings and workspace on the device. Weights are kept for the next bucket.
@@ -126,17 +163,34 @@ class FlashInferCutlassBackend(Backend):
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
         """
-        self._require(problem.layer, problem.regime)
-        from moetune.backends.flashinfer_cutlass.runner import CutlassRunner, random_experts
+        fmt = self._require(problem.layer, problem.regime)
+        from moetune.backends.flashinfer_cutlass.experts import CutlassExperts
+        from moetune.backends.flashinfer_cutlass.runner import CutlassRunner
 
-        return CutlassRunner(problem, self._weights.get(problem, lambda: random_experts(problem)))
+        return CutlassRunner(problem, self._weights.get(problem, lambda: CutlassExperts(problem, fmt)))
 
-    def _require(self, layer: MoELayer, regime: Regime) -> None:
-        if reason := self.unsupported(layer, regime):
+    def _require(self, layer: MoELayer, regime: Regime) -> Format:
+        """Returns the layer's format.
+
+        Raises:
+            UnsupportedError: this layer is not computed, or this machine cannot run the op.
+        """
+        fmt = format_of(layer.precision, **self._options)
+        if (reason := self.unsupported(layer, regime)) or fmt is None:
             raise UnsupportedError(f"The backend {self.name}: {reason}.", "Use another backend.")
         if not self._able and (obstacle := self.unavailable()):
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
         self._able = True
+        import torch
+
+        if fmt.mixed and torch.cuda.get_device_capability() != MIXED_INPUT:
+            raise UnsupportedError(
+                f"The backend {self.name} cannot run {layer.precision.value} experts here: its kernels for mixed input "
+                "need compute capability 9.0.",
+                "Use another backend.",
+            )
+        return fmt
 
 
 _TOO_BIG = "needs more shared memory than the device has"
+_NOT_FITTING = "needs more shared memory than the device has, or its tile does not divide this GEMM's sizes"

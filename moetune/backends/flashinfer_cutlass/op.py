@@ -10,14 +10,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from moetune.backends.flashinfer_cutlass.formats import Format
+from moetune.errors import UnsupportedError
 from moetune.inputs import flashinfer_versions
-from moetune.spec.enums import Precision
-from moetune.spec.layer import Activation
+from moetune.spec.layer import Activation, MoELayer
 
-ALIGNMENTS = {Precision.BF16: 8, Precision.FP8_TENSOR: 16}
-"""H and I/tp must be multiples of these: 128 bits of values, which the op needs for TMA."""
-ACTIVATIONS = {Activation.SILU: "Swiglu", Activation.GELU: "GegluTanh"}
-"""The names in FlashInfer's `ActivationType`."""
+ACTIVATIONS = {
+    Activation.SILU: "Swiglu",
+    Activation.GELU: "GegluTanh",
+    Activation.SWIGLU_CLAMPED: "Swiglu",
+    Activation.SILU_CLAMPED: "Swiglu",
+}
+"""The names in FlashInfer's `ActivationType`. The op clamps a Swiglu that has constants (`swiglu_limit` …)."""
 MODULES = {(9, 0): "90", (10, 0): "100", (10, 3): "103", (10, 7): "100", (11, 0): "100", (12, 0): "120", (12, 1): "120"}
 """The module of each compute capability, as in FlashInfer's `get_cutlass_fused_moe_module`."""
 BUILD = 'python -c "from flashinfer.fused_moe.core import get_cutlass_fused_moe_module as build; build({!r})"'
@@ -90,3 +94,21 @@ def _nvcc() -> bool:
 def version() -> str:
     """Returns the version of the installed FlashInfer, or `not installed`."""
     return flashinfer_versions.version() or "not installed"
+
+
+def activation_type(layer: MoELayer) -> Any:
+    """Returns FlashInfer's `ActivationType` of a layer."""
+    return getattr(importlib.import_module("flashinfer.fused_moe").ActivationType, ACTIVATIONS[layer.activation])
+
+
+def require_flags(parameters: Collection[str], fmt: Format) -> None:
+    """Checks that a function of FlashInfer has the parameters that select a format's kernels.
+
+    Raises:
+        UnsupportedError: one is missing, so that other kernels would run.
+    """
+    if missing := [name for name in fmt.flags if name not in parameters]:
+        raise UnsupportedError(
+            f"FlashInfer {version()} has no {missing[0]} in cutlass_fused_moe, which selects these kernels.",
+            "pip install --upgrade flashinfer-python",
+        )

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from moetune.backends.base import Inputs, Problem
-from moetune.backends.flashinfer_cutlass.runner import activation_type
+from moetune.backends.flashinfer_cutlass.op import activation_type
 from moetune.backends.grouped_triton.weights import TritonExperts, normal
 from moetune.backends.prepared import num_inputs
-from moetune.backends.reference import moe_reference
-from moetune.spec.layer import Activation
+from moetune.backends.reference import moe_reference, reference_activation
 
 
 class BlockRunner:
@@ -71,11 +70,7 @@ class BlockRunner:
 
     def _expert(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         up, gate = (rows @ self._experts.w1.fp32(index).T).chunk(2, dim=-1)
-        if self._problem.layer.activation is Activation.GELU:
-            gated = torch.nn.functional.gelu(gate, approximate="tanh")
-        else:
-            gated = torch.nn.functional.silu(gate)
-        return (gated * up) @ self._experts.w2.fp32(index).T
+        return reference_activation(self._problem.layer.activation, gate, up) @ self._experts.w2.fp32(index).T
 
     def _workspace(self) -> torch.Tensor:
         problem = self._problem

@@ -20,8 +20,7 @@ from moetune.backends.flashinfer_trtllm.logits import (
 )
 from moetune.backends.flashinfer_trtllm.weights import Weights
 from moetune.backends.prepared import num_inputs
-from moetune.backends.reference import moe_reference
-from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation
+from moetune.backends.reference import moe_reference, reference_activation
 from moetune.spec.tactic import Tactic
 from moetune.workload.packing import pack_eager
 from moetune.workload.routing import Routing
@@ -80,12 +79,7 @@ class TrtllmRunner:
         if expert.b1 is not None:
             projected = projected + expert.b1
         up, gate = projected.chunk(2, dim=1)
-        if self._problem.layer.activation is Activation.SWIGLU_CLAMPED:
-            gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-            activated = gate * (SWIGLU_ALPHA * gate).sigmoid() * (up + SWIGLU_BETA)
-        else:
-            activated = torch.nn.functional.silu(gate) * up
-        products = activated @ expert.w2.float().T
+        products = reference_activation(self._problem.layer.activation, gate, up) @ expert.w2.float().T
         return products if expert.b2 is None else products + expert.b2
 
     def _call(self, draw: int, routing: Routing) -> OpCall:

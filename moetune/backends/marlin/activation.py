@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -12,15 +11,9 @@ import triton
 import triton.language as tl
 
 from moetune.backends.grouped_triton.activation import activate_and_multiply
-from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT, Activation
+from moetune.backends.reference import CLAMPED
+from moetune.spec.layer import Activation
 
-SILU_LIMIT: Final = 10.0
-"""`swiglu_limit` in the config.json of DeepSeek-V4."""
-CLAMPED: Final[Mapping[Activation, tuple[float, float, float]]] = {
-    Activation.SWIGLU_CLAMPED: (SWIGLU_ALPHA, SWIGLU_BETA, SWIGLU_LIMIT),
-    Activation.SILU_CLAMPED: (1.0, 0.0, SILU_LIMIT),
-}
-"""(α, β, limit) of gate·sigmoid(α·gate)·(up + β), gate ≤ limit, |up| ≤ limit: vLLM's `silu_and_mul_with_clamp`."""
 _BLOCK: Final = 1024
 
 
@@ -38,18 +31,6 @@ def activate(activation: Activation, gate_up: torch.Tensor, out: torch.Tensor) -
     num_slots, width = out.shape
     alpha, beta, limit = CLAMPED[activation]
     _clamped[(num_slots, triton.cdiv(width, _BLOCK))](gate_up, out, width, alpha, beta, limit, BLOCK=_BLOCK)
-
-
-def reference_activation(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
-    """Returns the activation of fp32 `[S, 2·I]` in plain torch: fp32 `[S, I]`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if activation in CLAMPED:
-        alpha, beta, limit = CLAMPED[activation]
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return gate * (alpha * gate).sigmoid() * (up + beta)
-    if activation is Activation.GELU:
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
-    return torch.nn.functional.silu(gate) * up
 
 
 @triton.jit

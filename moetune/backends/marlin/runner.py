@@ -11,14 +11,14 @@ import torch
 
 from moetune.backends.base import Problem
 from moetune.backends.marlin import op
-from moetune.backends.marlin.activation import activate, reference_activation
+from moetune.backends.marlin.activation import activate
 from moetune.backends.marlin.formats import FORMATS
 from moetune.backends.marlin.formulas import BLOCK_SIZES_M
 from moetune.backends.marlin.matrices import MarlinMatrices
 from moetune.backends.marlin.space import AUTO, MOST_BLOCKS, Gemm, Tile, gemms
 from moetune.backends.marlin.weights import MarlinExperts
 from moetune.backends.prepared import num_inputs
-from moetune.backends.reference import moe_reference
+from moetune.backends.reference import moe_reference, reference_activation
 
 _DEFAULT_SMS = 132  # without a GPU only the CPU stand-ins of the tests read the workspace
 
@@ -109,7 +109,8 @@ class MarlinRunner:
         projected = rows @ experts.w1.fp32(index).T
         if experts.bias1 is not None:
             projected = projected + experts.bias1[index]
-        products = reference_activation(self._problem.layer.activation, projected) @ experts.w2.fp32(index).T
+        gate, up = projected.chunk(2, dim=-1)
+        products = reference_activation(self._problem.layer.activation, gate, up) @ experts.w2.fp32(index).T
         return products if experts.bias2 is None else products + experts.bias2[index]
 
     def _gemm(

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from moetune.backends.base import Problem
-from moetune.backends.marlin.activation import reference_activation
 from moetune.backends.prepared import num_inputs
-from moetune.backends.reference import moe_reference
+from moetune.backends.reference import moe_reference, reference_activation
 from moetune.backends.triton_kernels import package
 from moetune.backends.triton_kernels.routing import Slots
 from moetune.backends.triton_kernels.space import Flags
@@ -92,8 +91,8 @@ class KernelsRunner:
         projected = rows @ experts.w1.fp32(index).T
         if experts.bias1 is not None:
             projected = projected + experts.bias1[index]
-        halves = torch.cat((projected[:, ::2], projected[:, 1::2]), -1)
-        products = reference_activation(self._problem.layer.activation, halves) @ experts.w2.fp32(index).T
+        gate, up = projected[:, ::2], projected[:, 1::2]
+        products = reference_activation(self._problem.layer.activation, gate, up) @ experts.w2.fp32(index).T
         return products if experts.bias2 is None else products + experts.bias2[index]
 
     def _flags(self, spelled: str) -> Any:

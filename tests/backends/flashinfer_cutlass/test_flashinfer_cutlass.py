@@ -5,7 +5,6 @@ import pickle
 import random
 from collections import Counter
 from contextlib import suppress
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -14,8 +13,20 @@ import torch
 flashinfer = pytest.importorskip("flashinfer.fused_moe")
 from flashinfer.fused_moe import core  # noqa: E402
 from flashinfer.jit import env  # noqa: E402
+from planted_cutlass import (  # noqa: E402
+    BOTH,
+    FIRST,
+    OP,
+    RUNNER_FIELDS,
+    TOO_BIG,
+    FakeOp,
+    FakeRunner,
+    problem,
+    relative_error,
+    small,
+)
 
-from moetune.backends.base import Backend, Candidates, Problem  # noqa: E402
+from moetune.backends.base import Backend, Candidates  # noqa: E402
 from moetune.backends.flashinfer_cutlass import op as op_module  # noqa: E402
 from moetune.backends.flashinfer_cutlass.backend import (  # noqa: E402
     DEFAULT_TACTIC,
@@ -28,113 +39,10 @@ from moetune.inputs.presets import layer as preset  # noqa: E402
 from moetune.measure import bench as bench_module  # noqa: E402
 from moetune.measure.bench import Bench  # noqa: E402
 from moetune.measure.clock import CpuClock  # noqa: E402
-from moetune.spec.layer import MoELayer  # noqa: E402
 from moetune.spec.regime import Regime  # noqa: E402
 from moetune.spec.tactic import Tactic  # noqa: E402
 from moetune.tuning.final_comparison import compare_finalists  # noqa: E402
 from moetune.tuning.verdict import decide  # noqa: E402
-from moetune.workload.draws import as_draws  # noqa: E402
-from moetune.workload.routing import realize  # noqa: E402
-
-OP = inspect.signature(flashinfer.cutlass_fused_moe)
-WORKSPACE = inspect.signature(core.cutlass_fused_moe_workspace_size)
-RUNNER_FIELDS = {
-    "x_dtype", "weight_dtype", "output_dtype", "top_k", "tp_size", "tp_rank", "ep_size", "ep_rank", "cluster_size",
-    "cluster_rank", "enable_alltoall", "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
-    "min_latency_mode", "enable_pdl", "activation_type", "use_packed_weights", "use_fused_finalize",
-    "use_wfp4afp8_humming",
-}  # fmt: skip
-FIRST, BOTH = 45, 126
-TOO_BIG = {7, 50}
-
-
-class FakeRunner:
-    """FlashInfer's `MoERunner` as far as it is asked: strict about its arguments, two tactics do not fit the device."""
-
-    made: list[dict] = []
-
-    def __init__(
-        self, x_dtype, weight_dtype, output_dtype, top_k, tp_size, tp_rank, ep_size, ep_rank, cluster_size,
-        cluster_rank, enable_alltoall, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
-        min_latency_mode, enable_pdl, activation_type, use_packed_weights, use_fused_finalize, use_wfp4afp8_humming,
-    ):  # fmt: skip
-        FakeRunner.made.append({name: value for name, value in locals().items() if name != "self"})
-        counts = {"get_gemm1_tactic_count": lambda: FIRST, "get_gemm2_tactic_count": lambda: BOTH - FIRST}
-        self.fused_moe_runner = SimpleNamespace(**counts)
-        self.gemm_idx_for_tuning = None
-
-    def get_valid_tactics(self, inputs, profile):
-        stage = {1: range(FIRST), 2: range(FIRST, BOTH)}[self.gemm_idx_for_tuning]
-        return [tactic for tactic in stage if tactic not in TOO_BIG]
-
-
-class FakeOp:
-    """`cutlass_fused_moe` by its documented meaning, in fp32 on the CPU; keeps the arguments of every call."""
-
-    def __init__(self):
-        self.calls = []
-        self.sizes = []
-        self.__signature__ = OP
-
-    def __call__(self, *args, **kwargs):
-        bound = OP.bind(*args, **kwargs)
-        bound.apply_defaults()
-        call = SimpleNamespace(**bound.arguments)
-        self.calls.append(call)
-        x, w1, w2 = call.input.float(), call.fc1_expert_weights.float(), call.fc2_expert_weights.float()
-        dequant1, quant, dequant2, _ = call.quant_scales or [torch.ones(len(w1)), None, torch.ones(len(w1)), None]
-        out = torch.zeros_like(x)
-        for row in range(len(x)):
-            for expert, weight in zip(call.token_selected_experts[row], call.token_final_scales[row], strict=True):
-                local = int(expert) - call.ep_rank * len(w1)
-                if 0 <= local < len(w1):
-                    up, gate = (w1[local] @ x[row] * dequant1[local]).chunk(2)
-                    act = torch.nn.functional.silu(gate) if int(call.activation_type) == 3 else gelu(gate)
-                    middle = act * up
-                    if quant is not None:
-                        middle = (middle * quant).to(torch.float8_e4m3fn).float()
-                    out[row] += weight * (w2[local] @ middle * dequant2[local])
-        call.output.copy_(out)
-        return [call.output]
-
-
-def gelu(gate):
-    return torch.nn.functional.gelu(gate, approximate="tanh")
-
-
-@pytest.fixture
-def op(monkeypatch):
-    """A machine with a Hopper GPU, as far as the backend asks; tensors stay on the CPU."""
-    fake, sizes = FakeOp(), []
-
-    def workspace_size(*args, **kwargs):
-        sizes.append(WORKSPACE.bind(*args, **kwargs).arguments)
-        return 64
-
-    fake.sizes = sizes
-    FakeRunner.made.clear()
-    monkeypatch.setattr(flashinfer, "cutlass_fused_moe", fake)
-    monkeypatch.setattr(core, "cutlass_fused_moe_workspace_size", workspace_size)
-    monkeypatch.setattr(
-        core, "get_cutlass_fused_moe_module", lambda arch: SimpleNamespace(MoERunner={"90": FakeRunner}[arch])
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(op_module, "unbuilt", lambda module: None)
-    return fake
-
-
-def small(**fields):
-    return MoELayer(**{"num_experts": 16, "top_k": 4, "hidden_size": 64, "intermediate_size": 32, **fields})
-
-
-def problem(layer, regime, rows, rank=0, draws=2):
-    routings = tuple(realize(layer, regime, rows, rank, draw) for draw in range(draws))
-    return Problem(layer, regime, rows, regime.shard(layer, rank), as_draws(routings))
-
-
-def relative_error(result, reference):
-    return float((result.float() - reference).norm() / reference.norm())
 
 
 def test_it_is_a_backend_that_survives_a_pickle():
@@ -148,11 +56,14 @@ def test_it_is_a_backend_that_survives_a_pickle():
         ({"precision": "fp8_block"}, "nothing to tune"),
         ({"precision": "nvfp4"}, "not nvfp4"),
         ({"precision": "fp32"}, "not fp32"),
-        ({"activation": "swiglu_clamped"}, "swiglu_clamped"),
-        ({"expert_bias": True}, "biases"),
+        ({"precision": "mxint4"}, "those of mxint4 have 32"),
+        ({"precision": "int4_g128"}, "w4a8"),
+        ({"activation": "relu2"}, "relu2"),
         ({"weight_on_input": True}, "input"),
         ({"hidden_size": 100}, "multiples of 8"),
         ({"intermediate_size": 24, "precision": "fp8_tensor"}, "multiples of 16"),
+        ({"hidden_size": 80, "precision": "mxfp4"}, "multiples of 32"),
+        ({"precision": "w4a8"}, "multiples of 128"),
     ],
 )
 def test_each_thing_that_it_does_not_tune_has_a_reason_of_its_own(fields, reason):
