@@ -129,7 +129,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     flags = partial(kernels_hook.install, session=opened, rank=options.rank, spelled=spelled)
     when_imported(kernels_hook.MODULE, flags)
     for step in warmup_end.LAST_STEPS:
-        when_imported(step.module, partial(warmup_end.install, step=step, session=opened))
+        when_imported(step.module, partial(warmup_end.install, step=step, act=lambda _: opened.end_warm_up()))
     if obstacle := flashinfer_versions.obstacle():
         logger.warning("moetune: %s", obstacle)
         return

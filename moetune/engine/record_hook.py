@@ -17,7 +17,9 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, ParamSpec
+
+from moetune.engine import warmup_end
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +27,8 @@ if TYPE_CHECKING:
     from moetune.recordings.recorder import Recorder
 
 VARIABLE: Final = "MOETUNE_RECORD"
-VLLM_WORKER: Final = "vllm.v1.worker.gpu_worker"
 SGLANG_ROUTER: Final = "sglang.srt.layers.moe.topk"
-SGLANG_SCHEDULER: Final = "sglang.srt.managers.scheduler"
+P = ParamSpec("P")
 
 
 class Recording:
@@ -80,12 +81,21 @@ class Recording:
 
         if torch.compiler.is_compiling() or (topk_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        try:
-            assert self._recorder is not None
-            self._recorder.add(layer, topk_ids)
-        except Exception as error:  # the engine must go on
-            self._recording = False
-            self._logger.error("moetune: %s: recording ends: %s: %s", VARIABLE, type(error).__name__, error)
+        assert self._recorder is not None
+        self.guarded(self._recorder.add)(layer, topk_ids)
+
+    def guarded(self, act: Callable[P, None]) -> Callable[P, None]:
+        """Returns a function that calls `act`. An error of it is logged and ends the recording; the engine goes on."""
+
+        @functools.wraps(act)
+        def wrapped(*given: P.args, **named: P.kwargs) -> None:
+            try:
+                act(*given, **named)
+            except Exception as error:
+                self._recording = False
+                self._logger.error("moetune: %s: recording ends: %s: %s", VARIABLE, type(error).__name__, error)
+
+        return wrapped
 
     def _close(self) -> None:
         self._recording = False
@@ -107,18 +117,19 @@ def install(
         when_imported: calls a function with a module once it is imported; `plugins.when_imported`.
     """
     recording = Recording(path, logger)
-    when_imported(VLLM_WORKER, partial(hook_worker, recording=recording))
+    when_imported(warmup_end.VLLM.module, partial(hook_worker, recording=recording))
     when_imported(SGLANG_ROUTER, partial(hook_router, recording=recording))
-    when_imported(SGLANG_SCHEDULER, partial(hook_scheduler, recording=recording))
+    when_imported(warmup_end.SGLANG.module, partial(hook_scheduler, recording=recording))
 
 
 def hook_worker(module: ModuleType, recording: Recording) -> None:
-    """Begins to record at the end of vLLM's warm-up. A vLLM without these methods is left alone."""
+    """Begins to record at the end of vLLM's warm-up. A vLLM without this method is left alone."""
 
-    def after(worker: Any) -> None:
+    @recording.guarded
+    def begin(worker: Any) -> None:
         recording.begin(bind(worker.get_model(), recording))
 
-    _wrap(getattr(module, "Worker", None), "compile_or_warm_up_model", after=after)
+    warmup_end.install(module, warmup_end.VLLM, begin)
 
 
 def bind(model: torch.nn.Module, recording: Recording) -> int:
@@ -141,18 +152,32 @@ def bind(model: torch.nn.Module, recording: Recording) -> int:
 
 def hook_router(module: ModuleType, recording: Recording) -> None:
     """Hooks into the function that SGLang gives each router's ids. A SGLang without it is left alone."""
+    original = getattr(module, "capture_routed_experts_if_allowed", None)
+    if not callable(original):
+        return
 
-    def before(topk_config: Any, layer_id: int | None, topk_ids: torch.Tensor) -> None:
+    @recording.guarded
+    def add(topk_config: Any, layer_id: int | None, topk_ids: torch.Tensor) -> None:
         if getattr(topk_config, "allow_routed_experts_capture", True):  # False in the draft of speculative decoding
             routed = getattr(topk_config, "top_k", topk_ids.shape[1]) - getattr(topk_config, "num_shared_topk_slots", 0)
             recording.add(layer_id, topk_ids[:, :routed])  # the columns of fused shared experts come last
 
-    _wrap(module, "capture_routed_experts_if_allowed", before=before)
+    @functools.wraps(original)
+    def capture_routed_experts_if_allowed(*given: Any, **named: Any) -> Any:
+        add(*given, **named)
+        return original(*given, **named)
+
+    module.capture_routed_experts_if_allowed = capture_routed_experts_if_allowed  # type: ignore[attr-defined]
 
 
 def hook_scheduler(module: ModuleType, recording: Recording) -> None:
-    """Begins to record when SGLang's scheduler enters its loop."""
-    _wrap(getattr(module, "Scheduler", None), "run_event_loop", before=lambda *_: recording.begin())
+    """Begins to record when SGLang's scheduler enters its loop. A SGLang without this method is left alone."""
+
+    @recording.guarded
+    def begin(scheduler: Any) -> None:
+        recording.begin()
+
+    warmup_end.install(module, warmup_end.SGLANG, begin)
 
 
 def _capture(
@@ -164,28 +189,6 @@ def _capture(
             own(topk_ids)
 
     return capture
-
-
-def _wrap(
-    owner: Any,
-    name: str,
-    before: Callable[..., None] | None = None,
-    after: Callable[..., None] | None = None,
-) -> None:
-    original = getattr(owner, name, None)
-    if not callable(original):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*given: Any, **named: Any) -> Any:
-        if before is not None:
-            before(*given, **named)
-        returned = original(*given, **named)
-        if after is not None:
-            after(*given)
-        return returned
-
-    setattr(owner, name, wrapped)
 
 
 def _is_first_rank() -> bool:

@@ -1,4 +1,4 @@
-"""Finds the end of an engine's warm-up, at which the plugins log what was hit and missed.
+"""Finds the end of an engine's warm-up, at which the plugins log what was hit and missed, and begin to record.
 
 Sources: `Worker.compile_or_warm_up_model` in `v1/worker/gpu_worker.py` of vLLM 0.26.0 and 0.33.0 is the last step of a
 worker's start: it runs FlashInfer's sweep and captures the CUDA graphs ("All warmup is done"). `Scheduler` of SGLang
@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
-
-from moetune.engine.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +31,31 @@ class LastStep:
     ends: bool
 
 
-LAST_STEPS: Final = (
-    LastStep("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model", ends=True),
-    LastStep("sglang.srt.managers.scheduler", "Scheduler", "run_event_loop", ends=False),
-)
+VLLM: Final = LastStep("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model", ends=True)
+SGLANG: Final = LastStep("sglang.srt.managers.scheduler", "Scheduler", "run_event_loop", ends=False)
+LAST_STEPS: Final = (VLLM, SGLANG)
 
 
-def install(module: ModuleType, step: LastStep, session: Session) -> None:
-    """Replaces the method by one that also logs the session's hits and misses. An engine without it is left alone.
+def install(module: ModuleType, step: LastStep, act: Callable[[Any], object]) -> None:
+    """Replaces the method by one that also calls `act` at the end of the warm-up. An engine without it is left alone.
 
     Args:
         module: the module `step.module`.
         step: the step of the engine.
-        session: the process's session.
+        act: gets the object whose method it is. It raises nothing.
     """
     owner = getattr(module, step.owner, None)
     original = getattr(owner, step.method, None)
-    if callable(original):
-        setattr(owner, step.method, _logging(original, step.ends, session))
+    if not callable(original):
+        return
 
-
-def _logging(original: Callable[..., Any], ends: bool, session: Session) -> Callable[..., Any]:
     @functools.wraps(original)
-    def wrapped(*given: Any, **named: Any) -> Any:
-        if not ends:
-            session.end_warm_up()
-        returned = original(*given, **named)
-        if ends:
-            session.end_warm_up()
+    def wrapped(self: Any, *given: Any, **named: Any) -> Any:
+        if not step.ends:
+            act(self)
+        returned = original(self, *given, **named)
+        if step.ends:
+            act(self)
         return returned
 
-    return wrapped
+    setattr(owner, step.method, wrapped)

@@ -149,7 +149,7 @@ def test_at_the_end_of_the_warm_up_each_flashinfer_op_has_its_line(started, regi
 
     vars(worker)["Worker"] = Worker
     (step,) = (step for step in warmup_end.LAST_STEPS if step.module == worker.__name__)
-    warmup_end.install(worker, step, started)
+    warmup_end.install(worker, step, lambda _: started.end_warm_up())
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert Worker().compile_or_warm_up_model() == "compiled"
@@ -182,7 +182,7 @@ def test_if_a_call_cannot_be_counted_the_engine_goes_on_and_nothing_more_is(star
 def test_an_engine_without_the_last_step_is_left_alone(started):
     for step in warmup_end.LAST_STEPS:
         for module in (types.ModuleType("empty"), types.SimpleNamespace(**{step.owner: object})):
-            warmup_end.install(module, step, started)
+            warmup_end.install(module, step, lambda _: started.end_warm_up())
 
 
 @pytest.mark.parametrize(

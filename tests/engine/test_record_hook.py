@@ -16,7 +16,7 @@ import torch
 from engine_code import parts
 from recording_files import tokens
 
-from moetune.engine import plugins, record_hook
+from moetune.engine import plugins, record_hook, warmup_end
 from moetune.recordings.reading import read_recording
 
 LOGGER = logging.getLogger("test.moetune")
@@ -153,7 +153,7 @@ def test_the_variable_hooks_the_engines_modules_when_they_are_imported(path, mon
     plugins.register(LOGGER)
     added = [finder for finder in sys.meta_path if finder not in waiting]
     monkeypatch.setattr(sys, "meta_path", waiting)
-    names = {record_hook.VLLM_WORKER, record_hook.SGLANG_ROUTER, record_hook.SGLANG_SCHEDULER}
+    names = {warmup_end.VLLM.module, record_hook.SGLANG_ROUTER, warmup_end.SGLANG.module}
     assert {vars(finder)["_name"] for finder in added} == names
 
 
@@ -205,6 +205,18 @@ def test_no_error_reaches_the_engine(path, recording, caplog, tmp_path):
     unwritable.begin()
     unwritable.add(0, tokens(4))
     assert "is not used: A recording is written as .npz" in caplog.text
+
+
+def test_an_engine_whose_objects_are_others_goes_on(recording, caplog):
+    """A worker without a model, and another signature of the function that gets the ids."""
+    worker = SimpleNamespace(Worker=type("Worker", (), {"compile_or_warm_up_model": lambda self: "warm"}))
+    record_hook.hook_worker(worker, recording)
+    assert worker.Worker().compile_or_warm_up_model() == "warm"
+    assert caplog.text.count("recording ends: AttributeError: 'Worker' object has no attribute 'get_model'") == 1
+    router = SimpleNamespace(capture_routed_experts_if_allowed=lambda config, *, ids: ids)
+    record_hook.hook_router(router, recording)
+    assert router.capture_routed_experts_if_allowed(None, ids=7) == 7
+    assert caplog.text.count("recording ends: TypeError") == 1
 
 
 def test_an_engine_without_these_functions_is_left_alone(recording):
