@@ -31,11 +31,28 @@ OPS = ("flashinfer::trtllm_", "trtllm::fused_moe::", "CuteDsl")
 def answer(session: Session, call: TunerCall) -> None:
     """Places the session's choices for the buckets of `call` in FlashInfer's cache, if its op computes the layer.
 
-    Outside of tuning mode nothing is measured, and the store is read once. An error never stops the engine: it is
-    logged, and the op is left to FlashInfer. If the ranks of a group cannot choose together, all of them run
-    FlashInfer's default, because a sweep of their own could end in different tactics.
+    Outside of tuning mode nothing is measured, and the store is read once. It raises nothing, because an engine must
+    start whatever fails: an error is logged, and the op is left to FlashInfer.
     """
-    if not call.op.startswith(OPS) or call.identity in session.passed:
+    if not call.op.startswith(OPS) or call.op in session.passed:
+        return
+    try:
+        _answer_or_leave(session, call)
+    except Exception as error:
+        session.passed.add(call.op)
+        session.logger.warning("moetune: %s is left to FlashInfer: %s: %s", call.op, type(error).__name__, error)
+
+
+def _answer_or_leave(session: Session, call: TunerCall) -> None:
+    """Answers a call, or leaves it to FlashInfer after an error.
+
+    If the ranks of a group cannot choose together, all of them run FlashInfer's default, because a sweep of their own
+    could end in different tactics.
+
+    Raises:
+        Exception: FlashInfer's key of the call, or its place in FlashInfer's cache, cannot be found.
+    """
+    if call.identity in session.passed:
         return
     tuning = call.tuner.is_tuning_mode
     session.has_tuned = session.has_tuned or tuning
@@ -52,7 +69,7 @@ def answer(session: Session, call: TunerCall) -> None:
             place_again(session, call, session.answered[call.signature])
         else:
             _answer(session, call, session.exchange(group))
-    except Exception as error:  # an engine must start, whatever fails while it tunes
+    except Exception as error:  # a kernel, the store or another rank may fail
         if isinstance(error, LostRankError):
             session.lost = str(error)
         session.logger.warning(

@@ -77,7 +77,7 @@ class Session:
         placed_profiles: each optimization profile that was placed, by its identity.
         agreed: those of the keys that were placed in tuning mode. They are the same on all ranks of the group.
         answered: the keys that were placed, by the signature of each call that was answered in tuning mode.
-        passed: identities of the calls that FlashInfer answers by itself.
+        passed: identities of the calls that FlashInfer answers by itself, and names of ops of which it answers all.
         undecided: identities of the calls for which the ranks of a group could not choose together. FlashInfer's
             default runs on all of them.
         lost: why the ranks of the group no longer reach each other; empty as long as they do. Nothing is tuned then.

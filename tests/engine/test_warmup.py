@@ -9,6 +9,7 @@ from stand_ins import FAST, MIDDLING, SLOW, TIMES_US, Trtllm, real_runner
 
 import moetune
 from moetune.engine import answer
+from moetune.engine.tuner_call import TunerCall
 from moetune.errors import UsageError
 from moetune.spec.enums import DISTRIBUTION_VARIABLE
 from moetune.spec.regime import Regime
@@ -331,3 +332,18 @@ def test_flashinfers_real_runner_is_recognized(tuner, layer, regime):
         rows = stand_in.rows(inputs)
         assert op.load(inputs) == moetune.realize(layer, regime, rows, rank=1).load.tolist()
         assert inputs[3].shape == (rows,), "the widened placeholder"
+
+
+@pytest.mark.parametrize("missing", ["identity", "keys"])
+def test_the_engine_goes_on_without_flashinfers_keys_and_the_log_says_so_once(
+    trtllm, layer, regime, monkeypatch, caplog, missing
+):
+    def unknown(call):
+        raise AttributeError(f"planted {missing}")
+
+    monkeypatch.setattr(TunerCall, missing, property(unknown))
+    monkeypatch.setattr(answer, "engine_group", lambda: "a group, so that the defaults have to be placed")
+    with moetune.warmup(layer, regime, strategy="independent") as seen:
+        assert [tuple(trtllm()) for _ in range(2)] == [tuple(FAST)] * 2
+    assert not seen.tuned
+    assert caplog.text.count(f"is left to FlashInfer: AttributeError: planted {missing}") == 1
