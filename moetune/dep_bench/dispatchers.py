@@ -16,7 +16,7 @@ def dispatcher_for(ranks: Ranks, form: Format, layer: MoELayer, regime: Regime) 
     """Returns the dispatcher of a regime's dispatch and layout.
 
     Raises:
-        UnsupportedError: rows of this dispatch come from no dispatcher, or it needs more than moves tokens.
+        UnsupportedError: the ranks are not ep or tp is not 1, experts are redundant, or the layout has no dispatcher.
     """
     if regime.ep_size != ranks.size or regime.tp_size > 1:
         raise UnsupportedError(

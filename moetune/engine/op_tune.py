@@ -23,6 +23,7 @@ from moetune.store.profile import Choice
 from moetune.tuning.objective import Objective
 
 if TYPE_CHECKING:
+    from moetune.measure.clock import Clock
     from moetune.workload.draws import Draw
     from moetune.workload.routing import Routing
 
@@ -56,7 +57,11 @@ class OpTune:
 
         Raises:
             LostRankError: a rank is missing, so that no bucket can be decided for all.
+            RankError: another rank cannot take times, or its sweep failed.
+            Exception: why this rank cannot take times, for example for lack of memory.
         """
+        from moetune.measure.clock import clock_for
+
         self._say("the sweep of FlashInfer")
         mine = together(lambda: self._sweep([bucket for bucket in rows if self._has_rows(bucket)]), self.ranks)
         sweep = joined(gather(mine, self.ranks), self.session.strategy, self.ranks)
@@ -68,12 +73,13 @@ class OpTune:
                 tactic,
                 reason,
             )
+        clock = together(lambda: clock_for(self.call.device()), self.ranks)
         found, reasons = [], {}
         for bucket in rows:
             if bucket not in sweep.milliseconds:
                 continue
             try:
-                found.append(self._final(bucket, sweep))
+                found.append(self._final(bucket, sweep, clock))
             except LostRankError:
                 raise
             except Exception as error:
@@ -108,15 +114,14 @@ class OpTune:
     def _has_rows(self, bucket: int) -> bool:
         return all(dummies.typical_rows(bucket) for dummies in self._of_each)
 
-    def _final(self, rows: int, sweep: Sweep) -> Choice:
+    def _final(self, rows: int, sweep: Sweep, clock: Clock) -> Choice:
         """Compares FlashInfer's fastest tactics with its default, on draws that its sweep did not use.
 
         Args:
             rows: the bucket.
             sweep: FlashInfer's sweep. It is the same on all ranks.
+            clock: takes this rank's times.
         """
-        from moetune.measure.clock import clock_for
-
         call, name = self.call, f"{rows} rows of {self.call.op}"
         self._say(name)
         draws, inputs = together(lambda: self._inputs(rows), self.ranks)
@@ -126,7 +131,7 @@ class OpTune:
         calls = {tactic_of(native): partial(call.run, inputs, native) for native in natives}
         default = tactic_of(UNTUNED)
         tolerance = tolerance_of(self.session.layer)
-        bench = EngineBench(calls, clock_for(call.device()), default, tolerance, self.ranks, name)
+        bench = EngineBench(calls, clock, default, tolerance, self.ranks, name)
         if self.ranks is not None:  # they may run on other ranks
             failed = sweep.failures.get(rows, {})
             bench.failures.update((tactic, reason) for tactic, reason in failed.items() if tactic != default)
