@@ -50,8 +50,6 @@ class MarlinBackend(Backend):
         if formula not in get_args(Formula):
             raise UsageError(f"Unknown formula {formula!r}.", f"Formulas: {', '.join(get_args(Formula))}.")
         self.formula = formula
-        self._able = False
-        self._loaded: set[str] = set()
         self._weights: WeightCache[MarlinExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
@@ -134,9 +132,8 @@ class MarlinBackend(Backend):
             UnsupportedError: this layer is not computed, or this machine cannot run the op.
         """
         self._require(problem.layer, problem.regime)
-        if not self._able and (obstacle := self.unavailable()):
+        if obstacle := self.unavailable():
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
-        self._able = True
         from moetune.backends.marlin.runner import MarlinRunner
         from moetune.backends.marlin.weights import random_experts
 
@@ -145,20 +142,17 @@ class MarlinBackend(Backend):
         return runner
 
     def _load_kernels(self, runner: MarlinRunner, problem: Problem) -> None:
-        """Runs a format's first tactic in this process, so that no tactic's first run has to load the kernels.
+        """Runs the default, so that no first run of a tactic and no graph has to load kernels.
 
-        vLLM's wheels have Marlin for Hopper as PTX, which the driver compiles when it loads the first kernel: minutes,
-        unless they are in its cache on disk. A preparation may take that long, a tactic's first run may not.
+        vLLM's wheels have Marlin for Hopper as PTX. The driver compiles all kernels of a format when it loads the first
+        one, unless they are in its cache on disk: ptxas 13.0 needs 126 s for int4 and 50 s for the fp4 formats on one
+        core. A preparation may take that long, a tactic's first run may not.
         """
-        name = FORMATS[problem.layer.precision].name
-        if name in self._loaded:
-            return
         import torch
 
         runner.run(self.default(problem.layer, problem.regime, problem.rows))
         if torch.device(problem.device).type == "cuda":
             torch.cuda.synchronize(problem.device)
-        self._loaded.add(name)
 
     def _require(self, layer: MoELayer, regime: Regime) -> None:
         if reason := self.unsupported(layer, regime):

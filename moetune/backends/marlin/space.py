@@ -27,8 +27,8 @@ _STAGES: Final = 4
 _REGISTERS: Final = {8: 128, 16: 160, 32: 216, 48: 255, 64: 255}
 """The most registers that a thread needs, by block_size_m.
 
-Of vLLM 0.26.0's bf16 kernels for the formats here. Its wheel has them for Hopper as PTX only; these numbers are of
-ptxas 13.4 for compute capability 9.0.
+Of vLLM 0.26.0's bf16 kernels for the formats here. Its wheel has them for Hopper as PTX only, which the driver
+compiles. Neither ptxas 13.0.88, of the same CUDA version as the driver 580, nor 13.4 needs more for 9.0.
 """
 _SPARE_REGISTERS: Final = 256
 """What the op leaves of a multiprocessor's registers when it chooses blocks_per_sm (`device_max_reg_size`)."""

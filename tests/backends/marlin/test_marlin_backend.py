@@ -185,14 +185,33 @@ def test_the_default_is_the_engines_and_a_candidate():
         MarlinBackend("trtllm")
 
 
-def test_a_preparation_loads_the_kernels_of_a_format_once(ops, monkeypatch):
+@pytest.fixture
+def able(ops, monkeypatch):
+    """A backend whose ops are planted, so that it prepares on a CPU."""
     monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: None)
     monkeypatch.setattr("moetune.backends.marlin.runner.activate", activate_on_cpu)
-    backend, seen = MarlinBackend(), []
-    for precision, rows in (("mxint4", 4), ("mxint4", 8), ("mxfp4", 8)):
-        backend.prepare(problem_of(tiny(precision), Regime(), rows, 0))
-        seen.append(len(marlin_ops.calls))
-    assert seen == [2, 2, 4]
+    return MarlinBackend()
+
+
+def test_every_preparation_runs_the_default_once(able):
+    """So no graph has to load a kernel, also that of an alignment which only more rows need."""
+    layer, regime = tiny("mxint4"), Regime()
+    for rows in (4, 400, 4):
+        marlin_ops.calls.clear()
+        able.prepare(problem_of(layer, regime, rows, 0))
+        assert [size for size, *_ in marlin_ops.calls] == [able.default(layer, regime, rows)["block_size_m"]] * 2
+
+
+def test_a_copy_in_another_process_asks_again_whether_it_can_run_and_loads_the_kernels(able, monkeypatch):
+    problem = problem_of(tiny("mxint4"), Regime(), 4, 0)
+    able.prepare(problem)
+    copy = pickle.loads(pickle.dumps(able))
+    marlin_ops.calls.clear()
+    copy.prepare(problem)
+    assert len(marlin_ops.calls) == 2
+    monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: ("its library is not loaded there", "Load it."))
+    with pytest.raises(UnsupportedError, match="its library is not loaded there"):
+        pickle.loads(pickle.dumps(copy)).prepare(problem)
 
 
 def test_it_can_be_sent_to_another_process():
