@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flashinfer.autotuner.autotuner import AutoTuner
-from stand_ins import PlantedClock, Trtllm
 
 from moetune.engine import op_bench as bench
 from moetune.measure import clock
@@ -26,6 +24,8 @@ def regime():
 @pytest.fixture
 def tuner(monkeypatch):
     """A fresh `AutoTuner` that times a tactic by running it once and asking the runner how long it took."""
+    from flashinfer.autotuner.autotuner import AutoTuner
+    from stand_ins import PlantedClock
 
     def profile(self, runner, inputs, tactic, tuning_config, input_tensor_batches=None, **kwargs):
         runner(inputs, tactic=tactic, **kwargs)
@@ -43,4 +43,6 @@ def tuner(monkeypatch):
 @pytest.fixture
 def trtllm(tuner, layer, regime):
     """A trtllm-gen op of one rank of `regime`, to be called as its engine does."""
+    from stand_ins import Trtllm
+
     return Trtllm(layer, regime)

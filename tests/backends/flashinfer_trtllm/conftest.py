@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from trtllm_compiled import CompiledModule, interleave, quantize_fp4, quantize_mxfp8
+
+if TYPE_CHECKING:
+    from trtllm_compiled import CompiledModule
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> CompiledModule:
     from flashinfer.fused_moe.backends.trtllm import MoERunner
     from flashinfer.quantization import fp4_quantization as fp4
     from flashinfer.quantization import fp8_quantization as fp8
+    from trtllm_compiled import CompiledModule, interleave, quantize_fp4, quantize_mxfp8
 
     module = CompiledModule()
 
