@@ -19,6 +19,7 @@ from common import LOADS, Journal
 
 import moetune
 from moetune.backends.base import Backend, Problem
+from moetune.errors import MoetuneError, NoResultError
 from moetune.measure.bench import Bench
 from moetune.measure.probe import environment
 from moetune.spec.layer import MoELayer
@@ -132,7 +133,7 @@ def measure(
     end: float,
     device: str = "cuda",
 ) -> int:
-    """Tunes each deployment and measures its cells, those that the journal lacks.
+    """Tunes each deployment and measures its cells, those that the journal lacks. One that fails ends no other.
 
     Returns:
         The number of cells that are left when the time ends.
@@ -144,18 +145,21 @@ def measure(
         lacking = [count for count in tokens if journal.find(**asdict(deployment), tokens=count) is None]
         if not lacking:
             continue
-        backend = comparison.backend()  # one for the tune and the cells, so that the weights are made once
+        backend, done = comparison.backend(), 0  # one for all cells, so that the weights are made once
         try:
             choices = tuned(deployment, layer, backend, rows.values(), journal.path.with_suffix(".store"), end, device)
-            for done, count in enumerate(lacking):
+            for count in lacking:
                 if time.time() > end:
-                    left += len(lacking) - done
                     break
                 line = cell(comparison, deployment, layer, backend, rows[count], choices[rows[count]], device)
                 line = journal.add(**asdict(deployment), tokens=count, rows=rows[count], **line)
+                done += 1
                 print(f"{_name(line)}, {count} tokens: {_gains(line)}", flush=True)
         except _TimeUpError:
-            left += len(lacking)
+            pass
+        except MoetuneError as error:
+            print(f"{_name(asdict(deployment))}: {error.message} {error.hint}", flush=True)
+        left += len(lacking) - done
         _free(device)
     return left
 
@@ -171,7 +175,10 @@ def tuned(
 ) -> dict[int, Tactic]:
     """Returns moetune's choice by rows. What the store has is not measured again.
 
+    On a GPU the tactics run in a worker, so one that crashes or hangs costs itself and not what is left to measure.
+
     Raises:
+        MoetuneError: nothing was chosen.
         _TimeUpError: the time is up before the last bucket.
     """
 
@@ -179,8 +186,8 @@ def tuned(
         if isinstance(event, BucketStarted) and time.time() > end:
             raise _TimeUpError
 
-    regime = deployment.regime(rows)
-    profile = moetune.tune(layer, regime, backend, store, device=device, isolate=False, on_event=stop)
+    regime, isolate = deployment.regime(rows), device.startswith("cuda")
+    profile = moetune.tune(layer, regime, backend, store, device=device, isolate=isolate, on_event=stop)
     return {choice.rows: choice.tactic for choice in profile.choices}
 
 
@@ -213,7 +220,9 @@ def cell(
     rounds = min(ROUNDS[1], max(ROUNDS[0], int(1e6 * CELL_SECONDS / max(sum(map(sum, once)), 1.0))))
     first, *rest, again = bench.samples(everyone, list(range(count)) * rounds)
     if first is None or again is None or None in rest:
-        raise SystemExit(f"A tactic failed: {bench.failures}")
+        raise NoResultError(
+            f"At {rows} rows a tactic failed: {bench.failures}.", "The tune's choice ran in its worker."
+        )
     times = {choice: first, **dict(zip(others, rest, strict=True))}
     ratios = {name: paired_ratio(times[default], first) for name, default in defaults.items()}  # type: ignore[arg-type]
     found = environment(backend, device)

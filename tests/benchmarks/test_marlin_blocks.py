@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import planted_time
 import pytest
@@ -22,6 +23,7 @@ from test_marlin_backend import activate_on_cpu
 from moetune.backends.marlin import runner
 from moetune.backends.marlin.backend import MarlinBackend
 from moetune.backends.marlin.runner import MarlinRunner
+from moetune.errors import NoResultError
 from moetune.spec.layer import MoELayer
 
 LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=128, intermediate_size=64, precision="mxint4")
@@ -80,6 +82,35 @@ def test_cells_are_measured_once_and_reported(planted, tmp_path, capsys):
     text = "\n".join(formula_cells.report(TINY, journal.lines))
     assert "| tiny EP4 allgather | 64 | 64 |" in text
     assert "| all allgather | 1 |" in text
+
+
+@pytest.mark.parametrize(("device", "isolated"), [("cuda", True), ("cuda:1", True), ("cpu", False)])
+def test_on_a_gpu_the_tune_runs_in_a_worker(device, isolated, monkeypatch, tmp_path):
+    given = {}
+
+    def tune(*_, **named):
+        given.update(named)
+        return SimpleNamespace(choices=[SimpleNamespace(rows=4, tactic="best")])
+
+    monkeypatch.setattr(formula_cells.moetune, "tune", tune)
+    found = formula_cells.tuned(DEPLOYMENTS[0], LAYER, MarlinBackend(), [4], tmp_path, time.time() + 600, device)
+    assert found == {4: "best"}
+    assert (given["device"], given["isolate"]) == (device, isolated)
+
+
+def test_a_deployment_that_fails_ends_no_other(planted, tmp_path, monkeypatch, capsys):
+    tuned = formula_cells.tuned
+
+    def fails_once(deployment, *given):
+        if deployment == DEPLOYMENTS[0]:
+            raise NoResultError("No tactic ran.", "Use another one.")
+        return tuned(deployment, *given)
+
+    monkeypatch.setattr(formula_cells, "tuned", fails_once)
+    journal = Journal(tmp_path / "out.jsonl")
+    assert formula_cells.measure(TINY, journal, DEPLOYMENTS, (4,), time.time() + 600, "cpu") == 1
+    assert [line["load"] for line in journal.lines] == ["deduplicated"]
+    assert "tiny EP4 allgather: No tactic ran. Use another one." in capsys.readouterr().out
 
 
 def test_when_the_time_is_up_the_rest_is_left(planted, tmp_path):
