@@ -40,10 +40,10 @@ _GPT_OSS = (
 _VLLM_FOLDERS = ("vllm/model_executor/layers/fused_moe/configs/", "vllm/third_party/triton_kernels/")
 _RIVALS = (
     "vllm/envs.py",
-    *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("config", "utils")),
+    *(f"vllm/model_executor/layers/fused_moe/{name}.py" for name in ("config", "utils", "modular_kernel")),
     *(
         f"vllm/model_executor/layers/fused_moe/experts/{name}.py"
-        for name in ("cutlass_moe", "deep_gemm_moe", "triton_deep_gemm_moe")
+        for name in ("cutlass_moe", "deep_gemm_moe", "batched_deep_gemm_moe", "triton_deep_gemm_moe")
     ),
     "vllm/model_executor/layers/quantization/utils/fp8_utils.py",
 )

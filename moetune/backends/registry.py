@@ -29,6 +29,7 @@ _CLASSES: Mapping[str, str] = {
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
     "flashinfer-fp8-block": "moetune.backends.flashinfer_fp8_block.backend:FlashInferFp8BlockBackend",
     "deep-gemm": "moetune.backends.vllm_experts.backend:DeepGemmBackend",
+    "batched-deep-gemm": "moetune.backends.vllm_experts.backend:BatchedDeepGemmBackend",
     "vllm-cutlass": "moetune.backends.vllm_experts.backend:VllmCutlassBackend",
     "torch": "moetune.backends.plain_torch.backend:TorchBackend",
 }

@@ -44,10 +44,10 @@ class Rival(Backend):
         return Default(ONLY_TACTIC, "these kernels offer no choice")
 
     def prepare(self, problem: Problem) -> Runner:
-        """Puts weights, inputs and routings on the device, and runs the kernels once.
+        """Puts weights, inputs and routings on the device, and runs the kernels once on each draw.
 
-        A rival's kernels may be compiled when they first run with a row count. A preparation may take that long; a
-        tactic's first run may not.
+        A rival's kernels may be compiled when they first run with a row count or a load. A preparation may take that
+        long; a tactic's first run may not.
 
         Raises:
             UnsupportedError: this layer is not computed, or this machine cannot run the kernels.
@@ -59,7 +59,8 @@ class Rival(Backend):
         import torch
 
         runner = self.prepared(problem)
-        runner.run(ONLY_TACTIC)
+        for draw in range(len(problem.draws)):
+            runner.run(ONLY_TACTIC, draw)
         if torch.device(problem.device).type == "cuda":
             torch.cuda.synchronize(problem.device)
         return runner

@@ -27,10 +27,11 @@ _VLLM: Final = {
     "triton-kernels": "triton",
     "marlin": "marlin",
     "deep-gemm": "deep_gemm",
+    "batched-deep-gemm": "deep_gemm",
     "vllm-cutlass": "cutlass",
 }
-"""vLLM has one value for both Triton kernels, and runs the batched one on expert-major rows (`fused_moe/oracle/`). For
-mxfp4 experts the same value means triton_kernels (`oracle/mxfp4.py`).
+"""vLLM has one value for both Triton kernels and one for both of DeepGEMM's, and runs the batched ones on expert-major
+rows (`fused_moe/oracle/`). For mxfp4 experts Triton's value means triton_kernels (`oracle/mxfp4.py`).
 
 It has one value for both TensorRT-LLM ops too. It uses the routed one if tokens travel with their ids.
 """
@@ -56,11 +57,11 @@ _TRTLLM: Final = (FROM_LOGITS, WITH_IDS)
 def reaches(backend: str, layout: str | None) -> bool:
     """Returns whether an engine can run `backend` under a layout.
 
-    The rows of a pool go to FlashInfer's kernels only, and expert-major rows to the batched Triton kernel only. The
-    source is `dispatchers.json`, which names those whose rows reach the Triton kernels.
+    The rows of a pool go to FlashInfer's kernels only, and expert-major rows to the batched kernels only. The source is
+    `dispatchers.json`, which names those whose rows reach the Triton kernels.
     """
-    if layout == "batched" or backend == "batched-triton":
-        return layout == "batched" and backend == "batched-triton"
+    if layout == "batched" or backend.startswith("batched-"):
+        return layout == "batched" and backend.startswith("batched-")
     return layout != "pool" or backend.startswith("flashinfer")
 
 

@@ -67,6 +67,7 @@ _NAMED: Final = HopperKernel("FlashInfer's CUTLASS kernels, which the line has t
 _HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed")
 _DEEPGEMM: Final = HopperKernel("DeepGEMM")
 _FP8_BLOCKS: Final = HopperKernel("FlashInfer's CUTLASS kernel for fp8 blocks", "flashinfer-fp8-block")
+_MASKED: Final = HopperKernel("DeepGEMM's masked kernels; batched Triton without it", "batched-deep-gemm")
 _BLOCK: Final = frozenset({Precision.FP8_BLOCK})
 _TENSOR: Final = frozenset({Precision.FP8_TENSOR})
 _CHANNEL: Final = frozenset({Precision.FP8_CHANNEL})
@@ -75,7 +76,7 @@ _RULES: Final = (
     _Rule("vllm", _SIXTEEN, _CUTLASS, frozenset({"pool"})),
     _Rule("vllm", _WIDE, _TRITON, _STANDARD),
     _Rule("vllm", _WIDE, _BATCHED, frozenset({"batched"})),
-    _Rule("vllm", _BLOCK, HopperKernel("DeepGEMM's masked kernels; batched Triton without it"), frozenset({"batched"})),
+    _Rule("vllm", _BLOCK, _MASKED, frozenset({"batched"})),
     _Rule("vllm", _BLOCK, _FP8_BLOCKS, frozenset({"pool"})),
     _Rule("vllm", _BLOCK, _FP8_BLOCKS, _STANDARD, ep=True),
     _Rule("vllm", _BLOCK, _TRITON, _STANDARD, ep=False),

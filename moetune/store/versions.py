@@ -14,8 +14,8 @@ torch provides their memory and their stream. `cuda` stands for the CUDA version
 change ranks. A tactic is a position in a list that is compiled into FlashInfer. So another version of FlashInfer is
 not even near, because the same number can mean another kernel there.
 
-`flashinfer-fp8-block`, `deep-gemm`, `vllm-cutlass`: rivals. FlashInfer's or vLLM's build compiles the kernels, or they
-do it at run time. Their only tactic has the same meaning in all versions.
+`flashinfer-fp8-block`, `deep-gemm`, `batched-deep-gemm`, `vllm-cutlass`: rivals. FlashInfer's or vLLM's build compiles
+the kernels, or they do it at run time. Their only tactic has the same meaning in all versions.
 
 `marlin`: vLLM's build compiles the kernels, and torch provides their memory and their stream. vLLM's version decides
 which kernels they are. A tactic has the same meaning in all of them: the size of a block and tile sizes.
@@ -62,6 +62,7 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
     "triton-kernels": _TRITON,
     "marlin": _VLLM,
     "deep-gemm": _VLLM,
+    "batched-deep-gemm": _VLLM,
     "vllm-cutlass": _VLLM,
     "torch": Versions(near=frozenset({"torch", "cuda"})),
 }

@@ -26,6 +26,7 @@ def test_every_named_backend_is_there_and_has_its_name() -> None:
         "flashinfer-cutlass",
         "flashinfer-fp8-block",
         "deep-gemm",
+        "batched-deep-gemm",
         "vllm-cutlass",
         "torch",
     )
@@ -156,6 +157,7 @@ def test_a_rival_is_compared_but_never_preferred(monkeypatch: pytest.MonkeyPatch
         ("marlin", {"formula": "sglang"}),
         ("flashinfer-fp8-block", {}),
         ("deep-gemm", {}),
+        ("batched-deep-gemm", {}),
         ("vllm-cutlass", {}),
         ("flashinfer-trtllm", {"quantized": False, "hidden_dtype": "float16"}),
         ("flashinfer-trtllm", {"quantized": True, "fp8_block_layout": "plain"}),

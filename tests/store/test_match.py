@@ -44,6 +44,7 @@ SERVED = {
     "triton-kernels": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
     "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "deep-gemm": {"torch": "neutral", "cuda": "near", "vllm": "near"},
+    "batched-deep-gemm": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "vllm-cutlass": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "torch": {"torch": "near", "cuda": "near"},
     "unknown": {},

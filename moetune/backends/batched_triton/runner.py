@@ -92,15 +92,23 @@ class BatchedRunner:
         return moe_reference(self._x.flatten(0, 1)[rows], experts, weights, local, self._expert)
 
     def _filled_rows(self, draw: int) -> torch.Tensor:
-        """Returns the positions of the filled rows in the buffer, taken as `[L · capacity, …]`."""
-        rows = torch.arange(self._shapes.capacity)
-        filled = rows < self._loads[draw].unsqueeze(1)
-        return filled.flatten().nonzero().squeeze(1).to(self._x.device)
+        return filled_rows(self._loads[draw], self._shapes.capacity).to(self._x.device)
 
     def _expert(self, index: int, rows: torch.Tensor) -> torch.Tensor:
         gate, up = (rows @ self._experts.w1.fp32(index).T).chunk(2, dim=-1)
         activate = torch.nn.functional.gelu(gate, approximate="tanh") if self._gelu else torch.nn.functional.silu(gate)
         return (activate * up) @ self._experts.w2.fp32(index).T
+
+
+def filled_rows(load: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Returns the positions of the filled rows in a buffer, taken as `[L · capacity, …]`: int64 `[S]`, on the CPU.
+
+    Args:
+        load: the filled rows of each expert, `[L]`, on the CPU.
+        capacity: the rows of each expert in the buffer.
+    """
+    filled = torch.arange(capacity) < load.unsqueeze(1)
+    return filled.flatten().nonzero().squeeze(1)
 
 
 def _front(buffer: torch.Tensor, *shape: int) -> torch.Tensor:

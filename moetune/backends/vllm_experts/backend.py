@@ -16,10 +16,10 @@ from moetune.spec.regime import Regime
 
 if TYPE_CHECKING:
     from moetune.backends.grouped_triton.weights import TritonExperts
+    from moetune.backends.vllm_experts.batched import BatchedVllmRunner
     from moetune.backends.vllm_experts.runner import VllmRunner
     from moetune.backends.vllm_experts.weights import ScaledExperts
 
-DEEP_GEMM: Final = ExpertsClass("deep_gemm_moe", "DeepGemmExperts")
 CUTLASS: Final = ExpertsClass("cutlass_moe", "CutlassExpertsFp8")
 MIDDLE_MAX: Final = 32.0
 """The largest intermediate value if there is one scale a tensor. silu(gate) · up of normal values rarely exceeds it."""
@@ -27,15 +27,15 @@ _TOLERANCES: Final = {Precision.FP8_TENSOR: 5e-2, Precision.FP8_CHANNEL: 5e-2}
 _MODULES: Final = ("moetune.backends.vllm_experts.runner", "moetune.backends.vllm_experts.weights")
 
 
-class DeepGemmBackend(Rival):
-    """Times DeepGEMM's contiguous grouped GEMMs for e4m3 weights in blocks of 128×128, as vLLM runs them on Hopper.
+class _DeepGemm(Rival):
+    """What both rivals with DeepGEMM's kernels share: e4m3 weights in blocks of 128×128, vLLM, and a compiler.
 
-    vLLM runs them for every row count: with scales that are powers of two (`VLLM_USE_DEEP_GEMM_E8M0`, the default)
+    vLLM runs DeepGEMM for every row count: with scales that are powers of two (`VLLM_USE_DEEP_GEMM_E8M0`, the default)
     `TritonOrDeepGemmExperts` never takes Triton.
     """
 
-    name = "deep-gemm"
-    modules = _MODULES
+    modules: tuple[str, ...] = _MODULES
+    experts_class: ExpertsClass
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class DeepGemmBackend(Rival):
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if vLLM, DeepGEMM, a Hopper GPU or nvcc is missing."""
-        return engine.lacking(DEEP_GEMM) or engine.lacking_deep_gemm()
+        return engine.lacking(self.experts_class) or engine.lacking_deep_gemm()
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why vLLM does not compute the layer with them: its rows, precision, activation, biases or sizes."""
@@ -68,15 +68,48 @@ class DeepGemmBackend(Rival):
         """
         return support.TOLERANCES[Precision.FP8_BLOCK]
 
-    def prepared(self, problem: Problem) -> VllmRunner:
-        """See `Rival.prepared`. Weights are kept for the next bucket."""
-        from moetune.backends.vllm_experts.runner import VllmRunner, random_inputs
+    def _made(self, problem: Problem, **extra: Any) -> tuple[engine.Engine, Any, Any, TritonExperts]:
+        """Returns vLLM's experts object, both GEMMs' weights as it reads them, and the same for the reference.
+
+        Weights are kept for the next bucket.
+        """
         from moetune.backends.vllm_experts.weights import block_experts
 
         experts, (w1, w2, scale1, scale2) = self._weights.get(problem, lambda: block_experts(problem))
-        made = engine.make(DEEP_GEMM, problem, {"w1_scale": scale1, "w2_scale": scale2, "block_shape": [128, 128]})
+        quant = {"w1_scale": scale1, "w2_scale": scale2, "block_shape": [128, 128]}
+        return engine.make(self.experts_class, problem, quant, **extra), w1, w2, experts
+
+
+class DeepGemmBackend(_DeepGemm):
+    """Times DeepGEMM's contiguous grouped GEMMs as vLLM runs them on Hopper, on rows that come with their ids."""
+
+    name = "deep-gemm"
+    experts_class = ExpertsClass("deep_gemm_moe", "DeepGemmExperts")
+
+    def prepared(self, problem: Problem) -> VllmRunner:
+        """See `Rival.prepared`."""
+        from moetune.backends.vllm_experts.runner import VllmRunner, random_inputs
+
+        made, w1, w2, experts = self._made(problem)
         inputs = random_inputs(problem, experts.generator_state)
         return VllmRunner(problem, made, w1, w2, (experts.w1, experts.w2), inputs)
+
+
+class BatchedDeepGemmBackend(_DeepGemm):
+    """Times DeepGEMM's masked grouped GEMMs as vLLM runs them on Hopper, on expert-major rows."""
+
+    name = "batched-deep-gemm"
+    modules = (*_MODULES, "moetune.backends.vllm_experts.batched")
+    experts_class = ExpertsClass("batched_deep_gemm_moe", "BatchedDeepGemmExperts")
+    expert_major = True
+
+    def prepared(self, problem: Problem) -> BatchedVllmRunner:
+        """See `Rival.prepared`."""
+        from moetune.backends.vllm_experts.batched import BatchedVllmRunner
+
+        # vLLM takes the product of these as the capacity: the tokens of a rank, and the ranks
+        made, w1, w2, experts = self._made(problem, max_num_tokens=problem.regime.capacity, num_dispatchers=1)
+        return BatchedVllmRunner(problem, made, w1, w2, experts)
 
 
 class VllmCutlassBackend(Rival):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -84,12 +84,7 @@ class VllmRunner:
     def reference(self, draw: int = 0) -> torch.Tensor:
         """Returns the reference in fp32, from the weights as stored and the inputs before they are quantized."""
         first, count = self._problem.shard.first, self._problem.shard.num_local
-        return moe_reference(*self.inputs(draw), range(first, first + count), self._expert)
-
-    def _expert(self, index: int, rows: torch.Tensor) -> torch.Tensor:
-        first, second = self._matrices
-        gate, up = (rows @ first.fp32(index).T).chunk(2, dim=-1)
-        return (torch.nn.functional.silu(gate) * up) @ second.fp32(index).T
+        return moe_reference(*self.inputs(draw), range(first, first + count), silu_expert(*self._matrices))
 
     def _expert_map(self) -> torch.Tensor | None:
         """Returns the local index of each global expert, or −1: int32 `[E]`; None if the rank has all experts."""
@@ -99,6 +94,16 @@ class VllmRunner:
         found = torch.full((shard.num_physical,), -1, dtype=torch.int32, device=self._problem.device)
         found[shard.first : shard.first + shard.num_local] = torch.arange(shard.num_local, dtype=torch.int32)
         return found
+
+
+def silu_expert(first: Matrices, second: Matrices) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """Returns what computes one expert for the reference: by its place and its rows `[S, H]`, `[S, H]` in fp32."""
+
+    def computed(index: int, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = (rows @ first.fp32(index).T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ second.fp32(index).T
+
+    return computed
 
 
 def random_inputs(problem: Problem, state: torch.Tensor) -> list[torch.Tensor]:

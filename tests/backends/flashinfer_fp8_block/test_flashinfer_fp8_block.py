@@ -169,9 +169,12 @@ def test_ids_reach_the_op_global_and_the_workspace_is_for_fp8_blocks(op):
     assert (asked_size["x_dtype"], asked_size["weight_dtype"]) == (torch.bfloat16, torch.float8_e4m3fn)
 
 
-def test_a_preparation_runs_the_kernels_once_so_that_they_are_compiled_before_a_run_is_timed(op):
-    FlashInferFp8BlockBackend().prepare(problem(small(), Regime(), 4))
-    assert len(op.calls) == 1
+def test_a_preparation_runs_the_kernels_on_each_draw_so_that_they_are_compiled_before_a_run_is_timed(op):
+    FlashInferFp8BlockBackend().prepare(problem(small(), Regime(), 4, draws=3))
+    assert [call.token_selected_experts.data_ptr() for call in op.calls] == list(
+        dict.fromkeys(call.token_selected_experts.data_ptr() for call in op.calls)
+    )
+    assert len(op.calls) == 3
 
 
 def test_its_inputs_can_be_overwritten(op):

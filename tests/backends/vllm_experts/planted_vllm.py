@@ -136,6 +136,49 @@ class DeepGemmExperts(_Experts):
         return values.float() * scales.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2)
 
 
+@dataclass
+class ExpertTokensMetadata:
+    expert_num_tokens: torch.Tensor
+    expert_num_tokens_cpu: torch.Tensor | None
+
+
+class BatchedDeepGemmExperts(DeepGemmExperts):
+    def __init__(self, moe_config, quant_config, max_num_tokens, num_dispatchers):
+        super().__init__(moe_config=moe_config, quant_config=quant_config)
+        self.capacity, self.expected = max_num_tokens * num_dispatchers, []
+
+    def workspace_shapes(self, M, N, K, topk, global_num_experts, local_num_experts, expert_tokens_meta, activation):
+        rows = (local_num_experts, self.capacity)
+        return (*rows, max(N, K)), (*rows, N // 2), (*rows, K)
+
+    def estimate_expected_m(self, global_num_experts, max_tokens_per_expert, topk):
+        raise AssertionError("vLLM would take the capacity, because there is no step of an engine")
+
+    def apply(
+        self, output, hidden_states, w1, w2, topk_weights, topk_ids, activation, global_num_experts, expert_map,
+        a1q_scale, a2_scale, workspace13, workspace2, expert_tokens_meta, apply_router_weight_on_input,
+    ):  # fmt: skip
+        self.calls.append(SimpleNamespace(**{name: value for name, value in locals().items() if name != "self"}))
+        assert hidden_states.shape == output.shape == (len(w1), self.capacity, w1.shape[2])
+        assert workspace13.numel() >= len(w1) * self.capacity * w1.shape[1]
+        assert topk_ids.dim() == 2
+        assert a1q_scale.stride(1) == 1, "DeepGEMM would copy the scales first"
+        self.expected.append(self.estimate_expected_m(
+            global_num_experts=global_num_experts, max_tokens_per_expert=self.capacity, topk=topk_ids.size(-1)
+        ))  # fmt: skip
+        counts = expert_tokens_meta.expert_num_tokens
+        assert counts.dtype == torch.int32
+        x, config = self.rows(hidden_states, a1q_scale), self.quant_config
+        first, second = self.weights(w1, config.w1_scale), self.weights(w2, config.w2_scale)
+        output.fill_(torch.nan)
+        for expert, count in enumerate(counts.tolist()):
+            if count:
+                gate, up = (x[expert, :count] @ first[expert].T).chunk(2, dim=-1)
+                middle = (torch.nn.functional.silu(gate) * up).bfloat16()
+                quantized = moe_kernel_quantize_input(middle, None, config.quant_dtype, False, config.block_shape)
+                output[expert, :count] = (self.rows(*quantized) @ second[expert].T).to(output.dtype)
+
+
 class CutlassExpertsFp8(_Experts):
     def __init__(self, moe_config, quant_config, max_num_tokens=None, num_dispatchers=None):
         super().__init__(moe_config=moe_config, quant_config=quant_config)
@@ -159,6 +202,8 @@ def plant(monkeypatch, folder):
         ),
         f"{fused_moe}.activation": (MoEActivation,),
         f"{fused_moe}.utils": (moe_kernel_quantize_input,),
+        f"{fused_moe}.modular_kernel": (ExpertTokensMetadata,),
+        f"{fused_moe}.experts.batched_deep_gemm_moe": (BatchedDeepGemmExperts,),
         f"{fused_moe}.experts.deep_gemm_moe": (DeepGemmExperts,),
         f"{fused_moe}.experts.cutlass_moe": (CutlassExpertsFp8,),
         f"{quantization}.fp8_utils": (prepare_fp8_moe_layer_for_deepgemm,),
@@ -175,7 +220,7 @@ def plant(monkeypatch, folder):
             setattr(sys.modules[name], definition.__name__, definition)
     experts = folder / "vllm/model_executor/layers/fused_moe/experts"
     experts.mkdir(parents=True)
-    for module in ("deep_gemm_moe", "cutlass_moe"):
+    for module in ("deep_gemm_moe", "batched_deep_gemm_moe", "cutlass_moe"):
         (experts / f"{module}.py").touch()
     (folder / "vllm/third_party/deep_gemm").mkdir(parents=True)
     _Experts.made.clear()

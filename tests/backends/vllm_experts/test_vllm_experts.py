@@ -1,6 +1,7 @@
 """The rivals that run vLLM's experts classes, on a planted vLLM with the real signatures."""
 
 import pickle
+from dataclasses import replace
 
 import planted_vllm
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from moetune.backends.base import FillableRunner, Problem
+from moetune.backends.base import FillableRunner, FillsPart, Problem
 from moetune.backends.reference import relative_error
 from moetune.backends.registry import backend, backends_computing
 from moetune.backends.rival import ONLY_TACTIC
@@ -19,7 +20,7 @@ from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.draws import as_draws
-from moetune.workload.routing import realize
+from moetune.workload.routing import padded, realize
 
 CASES = [("deep-gemm", "fp8_block"), ("vllm-cutlass", "fp8_tensor"), ("vllm-cutlass", "fp8_channel")]
 
@@ -64,6 +65,8 @@ def test_each_is_a_rival_that_survives_a_pickle_and_is_not_tuned(name, precision
         ("deep-gemm", {"precision": "fp8_block", "intermediate_size": 192}, Regime(), "128"),
         ("deep-gemm", {"precision": "fp8_block"}, Regime(ep_size=4, layout="pool"), "pool"),
         ("deep-gemm", {"precision": "fp8_block"}, Regime(ep_size=4, layout="batched"), "batched"),
+        ("batched-deep-gemm", {"precision": "fp8_block"}, Regime(ep_size=4), "batched"),
+        ("batched-deep-gemm", {"precision": "bf16"}, Regime(ep_size=4, layout="batched"), "not bf16"),
         ("vllm-cutlass", {"precision": "fp8_block"}, Regime(), "not fp8_block"),
         ("vllm-cutlass", {"precision": "fp8_tensor", "activation": "gelu"}, Regime(), "not gelu"),
         ("vllm-cutlass", {"precision": "fp8_tensor", "weight_on_input": True}, Regime(), "input"),
@@ -117,12 +120,55 @@ def test_deduplicated_rows_reach_deepgemm_as_they_are(vllm):
     assert relative_error(runner.run(ONLY_TACTIC), runner.reference()) <= 8e-2
 
 
-def test_a_preparation_runs_the_kernels_once_and_weights_are_kept_for_the_next_bucket(vllm):
+def expert_major(regime, tokens, rank=0):
+    layer = small("fp8_block")
+    draws = as_draws([padded(realize(layer, regime, rows, rank), regime.capacity) for rows in tokens])
+    draws = tuple(replace(draw, rows=rows) for draw, rows in zip(draws, tokens, strict=True))
+    return Problem(layer, regime, regime.capacity, regime.shard(layer, rank), draws)
+
+
+BATCHED = Regime(ep_size=4, layout="batched", ladder=[40])
+
+
+def test_expert_major_rows_reach_the_masked_kernels_with_their_counts(vllm):
+    rival, asked = backend("batched-deep-gemm"), expert_major(BATCHED, (36, 8), rank=2)
+    runner = rival.prepare(asked)
+    assert isinstance(runner, FillsPart)
+    for draw in (0, 1):
+        filled = runner.filled(runner.run(ONLY_TACTIC, draw), draw)
+        assert len(filled) == int(asked.draws[draw].routing.load.sum()) > 0
+        assert 0 < relative_error(filled, runner.reference(draw)) <= rival.tolerance(asked.layer)
+    counts = vllm[0].calls[-1].expert_tokens_meta.expert_num_tokens
+    assert torch.equal(counts, asked.draws[1].routing.load.to(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "expected"), [(4096, 64, 16), (4096, 256, 64), (4096, 260, 80), (40, 256, 40)]
+)
+def test_vllm_is_told_the_rows_that_it_would_expect_for_an_expert(vllm, capacity, tokens, expected):
+    """The tokens of all ranks times k over all experts, rounded up to 16: at least 16, at most the capacity."""
+    regime = Regime(ep_size=4, layout="batched", ladder=[capacity])
+    asked = expert_major(regime, (min(tokens, capacity),))
+    asked = replace(asked, draws=tuple(replace(draw, rows=tokens) for draw in asked.draws))
+    backend("batched-deep-gemm").prepare(asked)
+    assert vllm[0].expected == [expected]
+
+
+def test_without_rows_the_masked_kernels_have_nothing_to_do(vllm):
+    asked = expert_major(BATCHED, (36,))
+    routing = replace(asked.draws[0].routing, load=torch.zeros_like(asked.draws[0].routing.load))
+    asked = replace(asked, draws=(replace(asked.draws[0], routing=routing),))
+    runner = backend("batched-deep-gemm").prepare(asked)
+    assert isinstance(runner, FillsPart)
+    assert runner.filled(runner.run(ONLY_TACTIC), 0).shape == runner.reference().shape == (0, 256)
+
+
+def test_a_preparation_runs_the_kernels_on_each_draw_and_weights_are_kept_for_the_next_bucket(vllm):
     rival, layer = backend("deep-gemm"), small("fp8_block")
     rival.prepare(problem(layer, Regime(), 4))
     rival.prepare(problem(layer, Regime(), 8))
     first, second = vllm
-    assert (len(first.calls), len(second.calls)) == (1, 1)
+    assert (len(first.calls), len(second.calls)) == (2, 2)
     assert first.calls[0].w1.data_ptr() == second.calls[0].w1.data_ptr()
 
 

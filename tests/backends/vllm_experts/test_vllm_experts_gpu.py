@@ -1,5 +1,7 @@
 """vLLM's experts classes themselves, on a Hopper GPU with an installed vLLM, and nvcc for DeepGEMM."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from moetune.inputs.presets import layer as preset
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.workload.draws import as_draws
-from moetune.workload.routing import realize
+from moetune.workload.routing import padded, realize
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +82,28 @@ def test_a_cuda_graph_replays_what_ran_eagerly(rival):
     for draw in (1, 0):
         graphs[draw].replay()
         assert relative_error(out, expected[draw].float()) < 5e-3
+
+
+@pytest.fixture(scope="module")
+def batched():
+    made = backend("batched-deep-gemm")
+    if obstacle := made.unavailable():
+        pytest.skip(obstacle[0])
+    return made
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 260, 4096])
+@pytest.mark.parametrize("ep", [4, 16])
+def test_the_masked_kernels_compute_the_filled_rows(batched, ep, tokens):
+    """With few tokens some experts have no rows; at EP 16 a rank has 4 experts and k = 8."""
+    layer = layer_of("fp8_block")
+    regime = Regime(ep_size=ep, layout="batched", ladder=[4096])
+    routing = padded(realize(layer, regime, tokens, ep - 1), regime.capacity)
+    draws = tuple(replace(draw, rows=tokens) for draw in as_draws([routing]))
+    runner = batched.prepare(Problem(layer, regime, 4096, regime.shard(layer, ep - 1), draws, "cuda"))
+    filled = runner.filled(runner.run(ONLY_TACTIC), 0)
+    assert len(filled) == int(routing.load.sum())
+    assert relative_error(filled, runner.reference()) <= batched.tolerance(layer)
 
 
 def test_deepseek_s_layer_is_computed_by_deepgemm_on_one_of_eight_ranks():

@@ -8,7 +8,7 @@ import planted_vllm
 import pytest
 
 from moetune.backends.vllm_experts import engine
-from moetune.backends.vllm_experts.backend import CUTLASS, DEEP_GEMM
+from moetune.backends.vllm_experts.backend import CUTLASS, BatchedDeepGemmBackend, DeepGemmBackend
 
 FUSED_MOE = "vllm/model_executor/layers/fused_moe"
 FP8_UTILS = "vllm/model_executor/layers/quantization/utils/fp8_utils.py"
@@ -17,7 +17,8 @@ FUNCTIONS = {
     "moe_kernel_quantize_input": f"{FUSED_MOE}/utils.py",
     "prepare_fp8_moe_layer_for_deepgemm": FP8_UTILS,
 }
-EXPERTS = {each.name: f"{FUSED_MOE}/experts/{each.module}.py" for each in (DEEP_GEMM, CUTLASS)}
+CLASSES = (DeepGemmBackend.experts_class, BatchedDeepGemmBackend.experts_class, CUTLASS)
+EXPERTS = {each.name: f"{FUSED_MOE}/experts/{each.module}.py" for each in CLASSES}
 
 
 def definition(path, *names):
@@ -72,6 +73,22 @@ def test_a_config_needs_no_other_field_than_the_planted_one(sources):
     known = {field.name for field in dataclasses.fields(planted_vllm.FusedMoEConfig)}
     assert {name for name, required in fields.items() if required} <= known <= fields.keys()
     definition(sources / FUSED_MOE / "config.py", "FusedMoEParallelConfig", "make_no_parallel")
+
+
+@pytest.mark.network
+def test_the_masked_experts_ask_for_the_expected_rows_by_the_name_that_the_runner_replaces(sources):
+    """And what they ask from is the engine's step, without which they take the capacity."""
+    path = sources / EXPERTS["BatchedDeepGemmExperts"]
+    own = definition(path, "BatchedDeepGemmExperts", "estimate_expected_m")
+    assert parameters(own)[0] == planted(planted_vllm.BatchedDeepGemmExperts.estimate_expected_m)
+    assert "get_forward_context().dp_metadata" in ast.unparse(own)
+    assert "round_up(int(total_num_tokens_replicated // global_num_experts), 16)" in ast.unparse(own)
+    apply = ast.unparse(definition(path, "BatchedDeepGemmExperts", "apply"))
+    assert "expected_m = self.estimate_expected_m(" in apply
+    metadata = definition(sources / FUSED_MOE / "modular_kernel.py", "ExpertTokensMetadata").body
+    fields = {node.target.id: node.value is None for node in metadata if isinstance(node, ast.AnnAssign)}
+    known = {field.name for field in dataclasses.fields(planted_vllm.ExpertTokensMetadata)}
+    assert {name for name, required in fields.items() if required} <= known <= fields.keys()
 
 
 @pytest.mark.network
