@@ -47,15 +47,24 @@ class DeviceClock:
         return [_EagerTake(self, call) for call in calls] if self.eager else graphs
 
     def _capture(self, call: MarkedCall, graphs: list[_GraphTake]) -> str:
-        """Adds the graph of a call. Returns why a rank has none, the same on all ranks; empty if all have one."""
-        reason = ""
-        try:
-            graphs.append(_GraphTake(self, call))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0]
-        return next((found for found in self._ranks.gather(reason) if found), "")
+        """Adds the graph of a call. Returns why a rank has none, the same on all ranks; empty if all have one.
+
+        Raises:
+            RuntimeError: this rank has no memory for it.
+            RankError: another rank has none.
+        """
+
+        def reason() -> str:
+            try:
+                graphs.append(_GraphTake(self, call))
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                return str(error).splitlines()[0]
+            return ""
+
+        reasons = self._ranks.gather(self._ranks.together(reason))
+        return next((found for found in reasons if found), "")
 
     def enqueue(self, call: MarkedCall, external: bool) -> list[tuple[str, torch.cuda.Event]]:
         """Launches the call once. Returns an event for its beginning, and one for the end of each part."""

@@ -34,15 +34,20 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
 @pytest.fixture
-def measured(tiny, tmp_path):
-    """Runs a dep-bench of a tiny layer in one bucket, and returns its document."""
+def measured(tiny, store):
+    """Runs a dep-bench of a tiny layer in one bucket, and returns its document. Profiles are tuned once."""
 
     def run(device, backend, *options, processes=1):
         if device == "cuda" and torch.cuda.device_count() < processes:
             pytest.skip(f"needs {processes} GPUs")
         shared = ("--model", tiny(**BF16) if device == "cuda" else tiny(), "--backend", backend, "--device", device)
-        shared += ("--ladder", "48", "--draws", "2", "--tokens", TOKENS, "--store", tmp_path / "store", "--json")
+        shared += ("--ladder", "48", "--draws", "2", "--tokens", TOKENS, "--store", store, "--json")
         torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
         ran = subprocess.run(
             [sys.executable, *(torchrun if processes > 1 else ()), "-m", "moetune", "dep-bench"]

@@ -8,6 +8,7 @@ import torch
 from moetune.dep_bench.device_clock import DeviceClock
 from moetune.dep_bench.part_clock import HostClock
 from moetune.dep_bench.process_group import Ranks
+from moetune.errors import RankError
 
 
 def test_each_part_has_its_time_and_marks_cost_nothing():
@@ -123,22 +124,27 @@ def waiting(mark):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
-class OtherFails:
+class Other:
     """An exchange with a second rank, which cannot capture a call if `at` others were captured before."""
 
-    def __init__(self, at):
-        self.at, self.turns = at, 0
+    def __init__(self, at, error=None):
+        self.at, self.error, self.turns = at, error, 0
 
     def gather(self, value):
+        if value is None:  # no error here
+            return [None, self.error]
         self.turns += 1
         return [value, "planted failure of the second rank" if self.turns > self.at else ""]
+
+    def name(self, rank):
+        return f"Rank {rank} of 2"
 
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_all_calls_are_timed_without_a_graph_if_one_rank_cannot_capture_one_of_them(gpu, at):
     plain = parts_of(gpu, 10.0)
     alone = [waiting, plain] if at == 0 else [plain, waiting]
-    exchange = OtherFails(at)
+    exchange = Other(at)
     for ranks, calls, reason in (
         (Ranks(), alone, "operation not permitted when stream is capturing"),
         (Ranks(0, 2, "cuda:0", exchange), [plain, plain], "planted failure of the second rank"),
@@ -169,3 +175,6 @@ def test_no_memory_for_a_graph_is_an_error(gpu):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         device_clock(gpu).takes([full], static=True)
+    other = Ranks(0, 2, "cuda:0", Other(9, "CUDA out of memory"))
+    with pytest.raises(RankError, match="Rank 1 of 2 failed: CUDA out of memory"):
+        device_clock(gpu, other).takes([parts_of(gpu, 10.0)], static=True)
