@@ -58,6 +58,7 @@ WHEELS = {
             "vllm/model_executor/layers/fused_moe/fused_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/triton_moe.py",
             "vllm/model_executor/layers/fused_moe/experts/fused_batched_moe.py",
+            "vllm/model_executor/layers/fused_moe/experts/fused_humming_moe.py",
             *_MARLIN,
             *_GPT_OSS,
             *_RIVALS,

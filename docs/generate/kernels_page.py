@@ -27,6 +27,8 @@ TUNED = {
     "batched-triton": ", ".join(BATCHED),
     "flashinfer-cutlass": "a tactic for each of the two GEMMs",
     "triton-kernels": "block_m, block_k, num_stages and split_k of each GEMM",
+    "humming": "for each of the two GEMMs the instruction, the tile of a block and of a warp, stages, blocks an SM, "
+    "producer warps, stream-K and the order of tiles",
     "marlin": "the block size; in vLLM also the tile and the blocks an SM of each GEMM",
 }
 """What a tactic of a backend is."""

@@ -25,6 +25,7 @@ _CLASSES: Mapping[str, str] = {
     "flashinfer-trtllm": "moetune.backends.flashinfer_trtllm.backend:TrtllmBackend",
     "flashinfer-trtllm-routed": "moetune.backends.flashinfer_trtllm.backend:TrtllmRoutedBackend",
     "triton-kernels": "moetune.backends.triton_kernels.backend:TritonKernelsBackend",
+    "humming": "moetune.backends.humming.backend:HummingBackend",
     "marlin": "moetune.backends.marlin.backend:MarlinBackend",
     "flashinfer-cutlass": "moetune.backends.flashinfer_cutlass.backend:FlashInferCutlassBackend",
     "flashinfer-fp8-block": "moetune.backends.flashinfer_fp8_block.backend:FlashInferFp8BlockBackend",

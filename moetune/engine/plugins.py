@@ -80,6 +80,7 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     began = time.perf_counter()
     from moetune.engine import (
         flashinfer_hook,
+        humming_hook,
         kernels_hook,
         marlin_engines,
         marlin_hook,
@@ -126,8 +127,8 @@ def _register(spelled: str, logger: logging.Logger) -> None:
     for marlin in marlin_engines.ENGINES:
         answer = partial(marlin_hook.install, engine=marlin, session=opened, rank=options.rank, spelled=spelled)
         when_imported(marlin.module, answer)
-    flags = partial(kernels_hook.install, session=opened, rank=options.rank, spelled=spelled)
-    when_imported(kernels_hook.MODULE, flags)
+    for hook in (humming_hook, kernels_hook):
+        when_imported(hook.MODULE, partial(hook.install, session=opened, rank=options.rank, spelled=spelled))
     for step in warmup_end.LAST_STEPS:
         when_imported(step.module, partial(warmup_end.install, step=step, act=lambda _: opened.end_warm_up()))
     if obstacle := flashinfer_versions.obstacle():

@@ -25,6 +25,7 @@ _VLLM: Final = {
     "flashinfer-trtllm": "flashinfer_trtllm",
     "flashinfer-trtllm-routed": "flashinfer_trtllm",
     "triton-kernels": "triton",
+    "humming": "humming",
     "marlin": "marlin",
     "deep-gemm": "deep_gemm",
     "batched-deep-gemm": "deep_gemm",
@@ -45,6 +46,9 @@ _SGLANG: Final = {
 _SGLANG_MXFP4: Final = "flashinfer_mxfp4"
 """SGLang's value for mxfp4 experts. It runs trtllm-gen kernels on Blackwell and CUTLASS kernels on Hopper."""
 _VALUES: Final = {value: backend for backend, value in _SGLANG.items()}
+_VLLM_FLAG: Final = "--moe-backend"
+_VLLM_ALONE: Final = {"humming": "humming"}
+"""SGLang 0.5.23 has a value `humming` too, for humming-kernels 0.1.12, which moetune does not tune."""
 TRITON: Final = ("triton", "batched-triton")
 """The backends whose tactics an engine reads from a file."""
 FROM_LOGITS: Final = "flashinfer-trtllm"
@@ -79,7 +83,7 @@ def engine_flags(backend: str, precision: Precision, layout: str | None = None) 
     if precision is Precision.W4A8:  # both engines run it with CUTLASS kernels of their own
         return flags
     if backend in _VLLM:
-        flags["vllm"] = f"--moe-backend {_VLLM[backend]}"
+        flags["vllm"] = f"{_VLLM_FLAG} {_VLLM[backend]}"
     if backend in _SGLANG:
         mxfp4 = precision is Precision.MXFP4 and backend in (*_TRTLLM, "flashinfer-cutlass")
         if not (mxfp4 and layout == "pool"):
@@ -134,10 +138,11 @@ def backend_of(named: str, flag: str) -> str:
     Raises:
         UnsupportedError: moetune does not tune these kernels.
     """
-    backend = {**_VALUES, _SGLANG_MXFP4: "flashinfer-trtllm"}.get(named.lower().replace("-", "_"))
+    values = {**_VALUES, **_VLLM_ALONE} if flag == _VLLM_FLAG else _VALUES
+    backend = {**values, _SGLANG_MXFP4: "flashinfer-trtllm"}.get(named.lower().replace("-", "_"))
     if backend is None:
         raise UnsupportedError(
             f"{flag} {named} selects MoE kernels that moetune does not tune.",
-            f"Pass --backend to override it. Tunable: {', '.join(_VALUES)}.",
+            f"Pass --backend to override it. Tunable: {', '.join(values)}.",
         )
     return backend

@@ -64,7 +64,9 @@ _OPENAI_NEWER: Final = HopperKernel("OpenAI's triton_kernels")
 """SGLang's is that of Triton 3.8, whose function is `matmul`. moetune tunes the older one, which vLLM has."""
 _NAMED: Final = HopperKernel("FlashInfer's CUTLASS kernels, which the line has to select", "flashinfer-cutlass")
 """SGLang's dispatcher `flashinfer` refuses to start if the line selects no kernels."""
-_HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed")
+_HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed", "humming")
+_BATCHED_MARLIN: Final = HopperKernel("batched Marlin; Humming if VLLM_HUMMING_MOE_GEMM_TYPE is grouped_masked")
+"""`get_humming_moe_gemm_type` prefers `grouped_contiguous` under EP, so the batched class is none that is supported."""
 _DEEPGEMM: Final = HopperKernel("DeepGEMM")
 _FP8_BLOCKS: Final = HopperKernel("FlashInfer's CUTLASS kernel for fp8 blocks", "flashinfer-fp8-block")
 _MASKED: Final = HopperKernel("DeepGEMM's masked kernels; batched Triton without it", "batched-deep-gemm")
@@ -92,7 +94,7 @@ _RULES: Final = (
     _Rule("vllm", _CHANNEL, HopperKernel("vLLM's CUTLASS kernels", "vllm-cutlass"), frozenset({"none", "allgather"})),
     _Rule("vllm", _MXFP4, _OPENAI, _STANDARD, gpt_oss=True),
     _Rule("vllm", _MXFP4, _CUTLASS, frozenset({"pool"}), gpt_oss=True),
-    _Rule("vllm", _FOUR_BITS, HopperKernel("batched Humming; batched Marlin without it"), frozenset({"batched"})),
+    _Rule("vllm", _FOUR_BITS, _BATCHED_MARLIN, frozenset({"batched"})),
     _Rule("vllm", _FOUR_BITS, _HUMMING),
     _Rule("sglang", _SIXTEEN, _NAMED, frozenset({"pool"})),
     _Rule("sglang", _WIDE | _BLOCK | _TENSOR, _TRITON, _STANDARD),

@@ -22,6 +22,9 @@ which kernels they are. A tactic has the same meaning in all of them: the size o
 
 `triton-kernels`: as for `triton`. The package triton_kernels has no version, so a digest of its sources stands for it.
 
+`humming`: NVRTC compiles the kernels at run time, and torch provides their memory and their stream. The version of
+humming-kernels decides the code of a configuration, and what its fields mean.
+
 `torch`: the kernels are torch's own, so its version and its CUDA version change what runs. An algorithm keeps its name.
 """
 
@@ -64,6 +67,7 @@ _VERSIONS: Final[Mapping[str, Versions]] = {
     "deep-gemm": _VLLM,
     "batched-deep-gemm": _VLLM,
     "vllm-cutlass": _VLLM,
+    "humming": Versions(neutral=frozenset({"torch"}), near=frozenset({"cuda"})),
     "torch": Versions(near=frozenset({"torch", "cuda"})),
 }
 

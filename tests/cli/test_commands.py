@@ -663,7 +663,8 @@ def test_a_gpu_that_was_slowed_down_is_reported_with_the_result(moetune, questio
         ),
         (
             "--model kimi-k2.5 --ep 8 --dispatch vllm:deepep_low_latency",
-            "No backend of moetune does. On Hopper vLLM runs batched Humming; batched Marlin without it.",
+            "No backend of moetune does. On Hopper vLLM runs batched Marlin; Humming if VLLM_HUMMING_MOE_GEMM_TYPE is "
+            "grouped_masked.",
         ),
         (
             "--model deepseek-r1 --ep 16 --dispatch vllm:deepep_low_latency",

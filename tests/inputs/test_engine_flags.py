@@ -1,6 +1,7 @@
 import pytest
 
 from moetune.backends import registry
+from moetune.errors import UnsupportedError
 from moetune.inputs import launch
 from moetune.inputs.engine_flags import ENGINES, engine_flags, preferred_to_triton, reaches
 from moetune.spec.enums import Precision
@@ -8,7 +9,9 @@ from moetune.spec.enums import Precision
 LINES = {"vllm": "vllm serve Qwen/Qwen3-235B-A22B {}", "sglang": "sglang serve --model-path Qwen/Qwen3-235B-A22B {}"}
 SERVED = [name for name in registry.backends() if name != "torch"]
 ROWS = [
-    name for name in SERVED if name not in ("batched-triton", "triton-kernels") and not registry.backend(name).rival
+    name
+    for name in SERVED
+    if name not in ("batched-triton", "triton-kernels", "humming") and not registry.backend(name).rival
 ]
 
 
@@ -26,6 +29,14 @@ def test_for_mxfp4_experts_the_flag_of_the_grouped_kernel_means_triton_kernels()
     assert flags == {"vllm": "--moe-backend triton"}
     for model, backend in (("openai/gpt-oss-120b", "triton-kernels"), ("Qwen/Qwen3-235B-A22B", "triton")):
         assert launch.read(f"vllm serve {model} {flags['vllm']}").options["backend"] == backend
+
+
+def test_humming_is_tuned_for_vllm_and_sglangs_older_one_is_refused():
+    flags = engine_flags("humming", Precision.MXINT4)
+    assert flags == {"vllm": "--moe-backend humming"}
+    assert launch.read(LINES["vllm"].format(flags["vllm"])).options["backend"] == "humming"
+    with pytest.raises(UnsupportedError, match="--moe-runner-backend humming selects MoE kernels that"):
+        launch.read(LINES["sglang"].format("--moe-runner-backend humming"))
 
 
 def test_the_flag_of_the_batched_kernel_is_that_of_the_grouped_one_with_another_dispatcher():

@@ -326,7 +326,7 @@ def test_quantization_makes_another_precision_only_of_bf16_weights():
         ("vllm serve Qwen/Qwen3-30B-A3B -tp eight", UsageError, "must be an integer, given 'eight'"),
         ("vllm serve Qwen/Qwen3-30B-A3B --quantization awq", UnsupportedError, "--quantization awq"),
         ("vllm serve Qwen/Qwen3-30B-A3B --enable-eplb --eplb-config '{'", UsageError, "JSON object"),
-        ("vllm serve Qwen/Qwen3-30B-A3B --moe-backend humming", UnsupportedError, "humming.*--backend"),
+        ("vllm serve Qwen/Qwen3-30B-A3B --moe-backend deep_gemm", UnsupportedError, "deep_gemm.*--backend"),
         ("trtllm-serve deepseek-ai/DeepSeek-R1 --tp_size 8 --ep_size 3", UsageError, "ep_size 3 must divide tp_size 8"),
         ("trtllm-serve deepseek-ai/DeepSeek-R1 --config no.yml", UsageError, "no.yml: the file cannot be read"),
         (

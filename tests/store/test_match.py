@@ -42,6 +42,7 @@ SERVED = {
     "flashinfer-trtllm-routed": {"torch": "neutral", "cuda": "near"},
     "flashinfer-fp8-block": {"torch": "neutral", "cuda": "near", "flashinfer": "near"},
     "triton-kernels": {"torch": "neutral", "cuda": "neutral", "triton": "near", "kernel_source": "near"},
+    "humming": {"torch": "neutral", "cuda": "near"},
     "marlin": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "deep-gemm": {"torch": "neutral", "cuda": "near", "vllm": "near"},
     "batched-deep-gemm": {"torch": "neutral", "cuda": "near", "vllm": "near"},

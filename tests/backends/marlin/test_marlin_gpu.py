@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_marlin_backend import PRECISIONS, REGIMES, tiny
+from four_bit_layers import PRECISIONS, REGIMES, tiny
 
 from moetune.backends.base import Problem
 from moetune.backends.marlin.activation import activate
