@@ -103,6 +103,9 @@ def run(comparison: Comparison, deployments: Sequence[tuple[str, int]], descript
         comparison: what is compared.
         deployments: models and numbers of ranks.
         description: the script's documentation.
+
+    Raises:
+        SystemExit: with code 1, cells are left, so that what started the script starts it again.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["measure", "report"])
@@ -122,7 +125,10 @@ def run(comparison: Comparison, deployments: Sequence[tuple[str, int]], descript
         Deployment(model, ep, load) for model, ep in deployments if model in models for load in options.loads.split(",")
     ]
     end, tokens = time.time() + options.seconds, [int(count) for count in options.tokens.split(",")]
-    print(f"{measure(comparison, journal, wanted, tokens, end, options.device)} cells are left", flush=True)
+    left = measure(comparison, journal, wanted, tokens, end, options.device)
+    print(f"{left} cells are left", flush=True)
+    if left:
+        raise SystemExit(1)
 
 
 def measure(

@@ -5,9 +5,10 @@
 source "$(dirname "$0")/common.sh"
 vllm=$1
 
+# The driver compiles vLLM's Marlin for Hopper when a process loads it first, about a minute for each format of weights.
 marlin() {
-  job marlin-tests 200 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/marlin
-  job marlin-blocks 600 python3 benchmarks/marlin_blocks.py measure "$OUT/marlin.jsonl" --seconds "$(left 30)"
+  job marlin-tests 300 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/marlin
+  job marlin-blocks 600 python3 benchmarks/marlin_blocks.py measure "$OUT/marlin.jsonl" --seconds "$(($(left 30) / 2))"
 }
 gpt_oss() {
   job kernels-tests 200 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/triton_kernels

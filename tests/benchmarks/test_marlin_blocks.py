@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_a_deployment_that_fails_ends_no_other(planted, tmp_path, monkeypatch, c
     assert formula_cells.measure(TINY, journal, DEPLOYMENTS, (4,), time.time() + 600, "cpu") == 1
     assert [line["load"] for line in journal.lines] == ["deduplicated"]
     assert "tiny EP4 allgather: No tactic ran. Use another one." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_the_exit_code_says_whether_cells_are_left(left, monkeypatch, tmp_path, capsys):
+    """A script that begins a job again only after a failure would take a cut one for done."""
+    monkeypatch.setattr(sys, "argv", ["marlin_blocks.py", "measure", str(tmp_path / "out.jsonl")])
+    monkeypatch.setattr(formula_cells, "measure", lambda *given: left)
+    with pytest.raises(SystemExit, match="1") if left else nullcontext():
+        formula_cells.run(marlin_blocks.COMPARISON, marlin_blocks.DEPLOYMENTS, "")
+    assert f"{left} cells are left" in capsys.readouterr().out
 
 
 def test_when_the_time_is_up_the_rest_is_left(planted, tmp_path):
