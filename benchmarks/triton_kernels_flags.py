@@ -6,7 +6,7 @@ For gpt-oss-120b on Hopper, vLLM 0.26 … 0.33; `formula_cells.py` says how a ce
     PYTHONPATH=. python benchmarks/triton_kernels_flags.py report OUT.jsonl
 
 OUT is a journal, and its store lies beside it: the same command continues there. `report` prints Markdown. Kernels are
-compiled when they first run, one or two seconds each; Triton's cache on disk keeps them for the next deployment.
+compiled by processes of their own, one to five seconds each, and Triton's cache on disk keeps them.
 """
 
 from __future__ import annotations

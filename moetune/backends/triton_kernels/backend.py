@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
@@ -39,7 +39,7 @@ class TritonKernelsBackend(Backend):
     """Tunes `matmul_ogs` of triton_kernels (Triton 3.5.1, in vLLM) for mxfp4 weights and bf16 activations on Hopper."""
 
     name = "triton-kernels"
-    modules = ("moetune.backends.triton_kernels.runner", "moetune.backends.triton_kernels.weights")
+    modules = ("moetune.backends.triton_kernels.runner", "moetune.backends.triton_kernels.ahead")
 
     def __init__(self) -> None:
         self._weights: WeightCache[KernelExperts] = WeightCache()
@@ -102,6 +102,33 @@ class TritonKernelsBackend(Backend):
     def explained_default(self, layer: MoELayer, regime: Regime, rows: int) -> Default:
         """Returns the default and whose formula it is."""
         return Default(self.default(layer, regime, rows), "the formula of triton_kernels in vLLM 0.26 … 0.33")
+
+    def likely(self, problem: Problem, candidates: Candidates) -> Sequence[Tactic]:
+        """Returns the default, and the tactics that share the flags of one GEMM with it: a cold search times them."""
+        default = candidates.tactics[0]
+        return [each for each in candidates.tactics if any(each[name] == default[name] for name in default)]
+
+    def compile_keys(self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic) -> Sequence[Hashable]:
+        """Returns one key a GEMM.
+
+        Triton compiles anew if a number of the bucket becomes 1 or a multiple of 16, or no longer is.
+        """
+        count = regime.shard(layer).num_local
+        keys: list[Hashable] = []
+        for part, gemm in enumerate(space.gemms(layer, regime, rows)):
+            flags = space.Flags.parse(str(tactic[f"gemm{part + 1}"]))
+            numbers = (rows, gemm.slots, gemm.blocks(flags.block_m, count))
+            classes = tuple(number == 1 or number % 16 == 0 for number in numbers)
+            keys.append((part, gemm.N, gemm.K, count, regime.row_top_k(layer), layer.expert_bias, flags, classes))
+        return keys
+
+    def compile(
+        self, layer: MoELayer, regime: Regime, rows: int, tactic: Tactic, part: int, capability: tuple[int, int]
+    ) -> None:
+        """Compiles the first or the second GEMM into Triton's cache; see `ahead.compile_gemm`."""
+        from moetune.backends.triton_kernels.ahead import compile_gemm
+
+        compile_gemm(layer, regime, rows, space.Flags.parse(str(tactic[f"gemm{part + 1}"])), part, capability)
 
     def search(self, problem: Problem, candidates: Candidates, warm_starts: Sequence[Tactic]) -> Search:
         """Returns a coordinate descent over the flags of each GEMM, from the default if nothing else is known."""

@@ -10,11 +10,10 @@ import torch
 from moetune.backends.base import Problem
 from moetune.backends.prepared import num_inputs
 from moetune.backends.reference import moe_reference, reference_activation
-from moetune.backends.triton_kernels import package
+from moetune.backends.triton_kernels.layer import first_gemm, second_gemm
 from moetune.backends.triton_kernels.routing import Slots
 from moetune.backends.triton_kernels.space import Flags
 from moetune.backends.triton_kernels.weights import KernelExperts
-from moetune.spec.layer import SWIGLU_ALPHA, SWIGLU_LIMIT
 
 
 class KernelsRunner:
@@ -31,7 +30,6 @@ class KernelsRunner:
 
     def __init__(self, problem: Problem, experts: KernelExperts) -> None:
         self._problem, self._experts = problem, experts
-        self._ogs, self._opt_flags = package.module("matmul_ogs"), package.module(package.OPT_FLAGS)
         shard, device = problem.shard, torch.device(problem.device)
         self._local = range(shard.first, shard.first + shard.num_local)
         hidden, columns = problem.layer.hidden_size, experts.w2.codes.shape[-1] * 2
@@ -47,37 +45,14 @@ class KernelsRunner:
         # the kernel's outputs have a dimension of their own for batches, of which there is one
         self._activated = torch.empty(1, problem.rows * problem.row_top_k, columns, **bf16)
         self._out = torch.empty(1, problem.rows, hidden, **bf16)
-        swiglu = self._ogs.FnSpecs("swiglu", package.module("swiglu").swiglu_fn, ("alpha", "limit"))
-        self._activation = self._ogs.FusedActivation(swiglu, (SWIGLU_ALPHA, SWIGLU_LIMIT), 2)
 
     def run(self, tactic: Mapping[str, Any], draw: int = 0) -> torch.Tensor:
         """Returns the layer's output, bf16 `[rows, H]`, in a buffer that the next call overwrites."""
-        experts, ogs = self._experts, self._ogs
-        (w1, precision1), (w2, precision2) = experts.swizzled1, experts.swizzled2
+        first, second = (Flags.parse(tactic[name]) for name in ("gemm1", "gemm2"))
         with torch.cuda.device_of(self._out):  # type: ignore[no-untyped-call]
-            routing, gather, scatter = self._slots[draw].routed()
-            with self._flags(tactic["gemm1"]):
-                ogs.matmul_ogs(
-                    self._input(draw),
-                    w1,
-                    experts.bias1,
-                    routing,
-                    gather_indx=gather,
-                    precision_config=precision1,
-                    fused_activation=self._activation,
-                    y=self._activated,
-                )
-            with self._flags(tactic["gemm2"]):
-                ogs.matmul_ogs(
-                    self._activated[0],
-                    w2,
-                    experts.bias2,
-                    routing,
-                    scatter_indx=scatter,
-                    precision_config=precision2,
-                    gammas=routing.gate_scal,
-                    y=self._out,
-                )
+            routed = self._slots[draw].routed()
+            first_gemm(self._experts, self._input(draw), routed, first, self._activated)
+            second_gemm(self._experts, self._activated[0], routed, second, self._out)
         return self._out[0]
 
     def reference(self, draw: int = 0) -> torch.Tensor:
@@ -94,9 +69,6 @@ class KernelsRunner:
         gate, up = projected[:, ::2], projected[:, 1::2]
         products = reference_activation(self._problem.layer.activation, gate, up) @ experts.w2.fp32(index).T
         return products if experts.bias2 is None else products + experts.bias2[index]
-
-    def _flags(self, spelled: str) -> Any:
-        return package.constrained(self._opt_flags, Flags.parse(spelled).constraints)
 
     def _input(self, draw: int) -> torch.Tensor:
         return self._inputs[draw % len(self._inputs)]

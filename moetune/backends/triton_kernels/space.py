@@ -115,6 +115,12 @@ class Gemm:
             return f"the rows and columns make enough blocks for the device with K in {most} part(s)"
         return None
 
+    def blocks(self, block_m: int, num_local: int) -> int:
+        """Returns the blocks along the slots that are launched, whatever the load (`RoutingData.n_blocks`)."""
+        if self.slots <= num_local:
+            return self.slots
+        return -(-(self.slots - num_local + 1) // block_m) + num_local - 1
+
     def most_splits(self, flags: Flags, device: Device) -> int:
         """Returns the largest split_k that triton_kernels itself would choose (`compute_split_k`)."""
         blocks = -(-self.slots // flags.block_m) * -(-self.N // BLOCK_N)

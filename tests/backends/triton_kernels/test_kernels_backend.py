@@ -196,6 +196,30 @@ def test_the_search_starts_at_the_default_and_tries_every_value_of_each_gemm(pla
     assert len(set(timed)) < len(candidates.tactics) / 4
 
 
+def test_what_a_cold_search_times_first_is_compiled_ahead():
+    backend, layer = TritonKernelsBackend(), preset("gpt-oss-120b")
+    problem = problem_of(layer, Regime(ep_size=8, dispatch="allgather"), 512, 0)
+    candidates = backend.candidates(layer, problem.regime, 512, "cpu")
+    likely = backend.likely(problem, candidates)
+    assert likely[0] == candidates.tactics[0]
+    assert len(likely) == 31 + 31 - 1, "31 flags for each GEMM, and the default counts once"
+
+
+def test_kernels_are_compiled_anew_only_for_other_flags_and_other_kinds_of_numbers():
+    backend, layer, regime = TritonKernelsBackend(), preset("gpt-oss-120b"), Regime(ep_size=8, dispatch="allgather")
+
+    def keys(rows, tactic=TACTIC, regime=regime):
+        return backend.compile_keys(layer, regime, rows, tactic)
+
+    first, second = keys(1001)
+    assert first != second
+    assert keys(1003) == [first, second], "no row count, slot count or block count is a multiple of 16"
+    assert keys(1008)[0] != first
+    assert keys(1001, tactic_of(Flags(16, 64, 4, 1), Flags(16, 64, 4, 1)))[0] == first
+    assert keys(1001, tactic_of(Flags(16, 64, 4, 1), Flags(16, 64, 4, 1)))[1] != second
+    assert keys(1001, regime=Regime(ep_size=4, dispatch="allgather"))[0] != first, "other experts"
+
+
 def test_it_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(TritonKernelsBackend()))
     assert again.environment() == TritonKernelsBackend().environment()

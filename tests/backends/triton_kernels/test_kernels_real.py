@@ -13,7 +13,8 @@ import triton
 from test_kernels_backend import problem_of, tiny
 
 from moetune.backends.grouped_triton.ahead import headless
-from moetune.backends.triton_kernels import package
+from moetune.backends.triton_kernels import ahead, package
+from moetune.backends.triton_kernels.backend import TritonKernelsBackend
 from moetune.backends.triton_kernels.formulas import engine_flags
 from moetune.backends.triton_kernels.runner import KernelsRunner
 from moetune.backends.triton_kernels.space import BLOCK_N, NUM_WARPS, Flags, tactic_of
@@ -84,6 +85,35 @@ def test_the_kernels_compile_with_the_flags_of_a_tactic(compiled, tactic):
         assert gemm.name.startswith("_matmul_ogs_")
         assert f"_{flags.block_m}x{BLOCK_N}x{flags.block_k}x{flags.split_k}" in gemm.name
     assert gemms[0].name.endswith("swiglu") == (Flags.parse(str(tactic["gemm1"])).split_k == 1)
+
+
+@pytest.mark.parametrize("rows", [1, 33, 64])
+def test_what_is_compiled_ahead_is_what_a_run_needs(real, rows, monkeypatch, tmp_path):
+    """The run that follows compiles no GEMM: it finds the code of both under their keys."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    regime, backend = Regime(ep_size=2, dispatch="allgather"), TritonKernelsBackend()
+    flags = (Flags(16, 128, 4, 1), Flags(16, 64, 3, 2))
+    problem = problem_of(layer(), regime, rows, 0)
+    runner = KernelsRunner(problem, random_experts(problem))
+    for part in (0, 1):
+        assert ahead.compile_gemm(layer(), regime, rows, flags[part], part, (9, 0))
+    assert len(backend.compile_keys(layer(), regime, rows, tactic_of(*flags))) == 2
+    before = sorted(tmp_path.rglob("_matmul_ogs.cubin"))
+    assert len(before) == 2
+    with ahead._compiled_only() as kernels:
+        runner.run(tactic_of(*flags))
+    assert sum(kernel.metadata.name.startswith("_matmul_ogs") for kernel in kernels) == 2
+    assert sorted(tmp_path.rglob("_matmul_ogs.cubin")) == before
+
+
+def test_flags_that_do_not_compile_are_refused_ahead(real):
+    with pytest.raises(Exception, match="at "):
+        ahead.compile_gemm(layer(), Regime(), 16, Flags(16, 32, 4, 1), 0, (9, 0))
+
+
+def test_an_error_before_the_compiler_is_left_to_the_run(real, monkeypatch):
+    monkeypatch.setattr(ahead, "first_gemm", lambda *given: 1 / 0)
+    assert ahead.compile_gemm(layer(), Regime(), 16, Flags(16, 128, 4, 1), 0, (9, 0)) == []
 
 
 @pytest.mark.parametrize("constraint", [{"num_warps": 4}, {"block_n": 128}, {"is_persistent": True}])
