@@ -52,9 +52,12 @@ _OWN: Final = {
 }
 """The kernels that a dispatcher needs, by engine and dispatcher. None of them reads a file."""
 _DEEPGEMM_ROWS: Final = 128
-"""The fewest rows that DeepGEMM takes (`_valid_deep_gemm_shape`)."""
+"""The fewest rows that DeepGEMM takes (`_valid_deep_gemm_shape`) with scales that are no powers of two.
+
+With the default, scales that are (`is_deep_gemm_e8m0_used`), `TritonOrDeepGemmExperts` takes DeepGEMM in any case.
+"""
 _DEEPGEMM_COLUMNS: Final = 512
-"""vLLM runs Triton instead of DeepGEMM up to this intermediate size (`_valid_deep_gemm`)."""
+"""Likewise, vLLM runs Triton instead of DeepGEMM up to this intermediate size (`_valid_deep_gemm`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +170,14 @@ def _vllm_named(line: TableLine, named: str, capability: tuple[int, int] | None,
     if named in ("triton", "batched_triton") or (line.layer.precision in _WIDE and named in ("humming", "marlin")):
         return _triton(why)
     blackwell = capability is not None and capability >= (10, 0)
-    if named == "deep_gemm" and line.dispatcher not in BATCHED and not blackwell:
+    if named == "deep_gemm" and not line.any_rows_deep_gemm and line.dispatcher not in BATCHED and not blackwell:
         small = line.intermediate_size <= _DEEPGEMM_COLUMNS or line.intermediate_size % 128
         if small:
             return _triton(f"{why} For an intermediate size of {line.intermediate_size} vLLM runs Triton instead.")
         return Kernels("DeepGEMM", "yes", f"{why} Below 128 rows vLLM runs Triton instead.", remedy, _DEEPGEMM_ROWS - 1)
     if named == "cutlass" and blackwell and line.dispatcher not in BATCHED:
         return Kernels("CUTLASS", "yes", f"{why} Up to 8 rows vLLM runs Triton instead.", remedy, 8)
-    return _no(named, why, remedy)
+    return _no("DeepGEMM" if named == "deep_gemm" else named, why, remedy)
 
 
 def _vllm_wide(line: TableLine, capability: tuple[int, int], remedy: str) -> Kernels:

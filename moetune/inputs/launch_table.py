@@ -59,6 +59,8 @@ class TableLine:
         quantized_online: whether the engine quantizes the experts while it loads them.
         ignores_files: why the engine reads no file with any kernel; empty if it may read one.
         deep_gemm: the line's `VLLM_USE_DEEP_GEMM`; None if it is not set.
+        any_rows_deep_gemm: whether vLLM takes DeepGEMM for any row count and size where it is selected. It does unless
+            the line turns off that scales are rounded up to powers of two (`VLLM_USE_DEEP_GEMM_E8M0=0`).
         aiter: whether the line selects AITER's kernels.
         fused_experts: the shared experts that each rank's kernel has beside the routed ones.
         has_plugin: whether the line starts moetune's plugin, which can answer a look-up before any file.
@@ -81,6 +83,7 @@ class TableLine:
     aiter: bool
     fused_experts: int
     has_plugin: bool = False
+    any_rows_deep_gemm: bool = True
     warnings: tuple[str, ...] = ()
 
     @property
@@ -150,6 +153,7 @@ def read(spelled: str, given: Mapping[str, Any] | None = None) -> TableLine:
         aiter=_true(line.variable("VLLM_ROCM_USE_AITER" if vllm else "SGLANG_USE_AITER")),
         fused_experts=0 if vllm else _fused(line, layer, options, ep, dispatcher, named),
         has_plugin="MOETUNE_REGIME" in server.variables,
+        any_rows_deep_gemm=_true(line.variable("VLLM_USE_DEEP_GEMM_E8M0") or "1"),
         warnings=(*found.warnings, *notes),
     )
 

@@ -21,7 +21,7 @@ def kernels(line, capability=(9, 0)):
         (f"{VLLM} {QWEN} -dp 8 -ep --moe-backend triton", (10, 0)),
         (f"{VLLM} {R1} -tp 8", (9, 0)),
         (f"{VLLM} {R1} -dp 8 -ep --moe-backend triton", (9, 0)),
-        (f"{VLLM} {R1} -tp 8 --moe-backend deep_gemm", (9, 0)),
+        (f"VLLM_USE_DEEP_GEMM_E8M0=0 {VLLM} {R1} -tp 8 --moe-backend deep_gemm", (9, 0)),
         (f"{VLLM} {R1} -tp 8", (12, 0)),
         (f"{VLLM} {QWEN} -tp 8 --quantization fp8", (9, 0)),
         (f"{SGLANG} {R1} --tp 8", (9, 0)),
@@ -58,7 +58,8 @@ def test_the_batched_triton_kernel_reads_a_file_too(line, capability):
         (f"{VLLM} {R1} -tp 8", (8, 0), "Marlin"),
         (f"{VLLM} {R1} -dp 8 -ep --all2all-backend deepep_low_latency", (9, 0), "DeepGEMM"),
         (f"{VLLM} {R1} -dp 8 -ep --moe-backend flashinfer_cutlass", (9, 0), "flashinfer_cutlass"),
-        (f"{VLLM} {R1} -dp 8 -ep --moe-backend deep_gemm", (10, 0), "deep_gemm"),
+        (f"{VLLM} {R1} -dp 8 -ep --moe-backend deep_gemm", (10, 0), "DeepGEMM"),
+        (f"{VLLM} {R1} -tp 8 --moe-backend deep_gemm", (9, 0), "DeepGEMM"),
         (f"{VLLM} {QWEN} -dp 8 -ep --all2all-backend flashinfer_nvlink_one_sided", (9, 0), "FlashInfer's kernels"),
         (f"{VLLM} openai/gpt-oss-120b", (9, 0), "OpenAI's triton_kernels"),
         (f"VLLM_BATCH_INVARIANT=1 {VLLM} {QWEN}", (9, 0), "Triton by its default configuration"),
@@ -95,9 +96,15 @@ def test_what_depends_on_more_is_unknown_and_a_flag_decides_it(line, capability)
     assert kernels(f"{line} {flag}", capability).reads == "yes"
 
 
-def test_deep_gemm_leaves_few_rows_to_triton():
-    assert kernels(f"{VLLM} {R1} -dp 8 -ep --moe-backend deep_gemm").most_rows == 127
-    assert kernels(f"VLLM_USE_DEEP_GEMM=1 {VLLM} {R1} -dp 8 -ep").most_rows == 127
+@pytest.mark.parametrize("selected", ["{} --moe-backend deep_gemm", "VLLM_USE_DEEP_GEMM=1 {}"])
+def test_deep_gemm_reads_no_file_and_leaves_few_rows_to_triton_only_without_scales_that_are_powers_of_two(selected):
+    line = selected.format(f"{VLLM} {R1} -dp 8 -ep")
+    assert (kernels(line).reads, kernels(line).most_rows) == ("no", None)
+    assert kernels(f"VLLM_USE_DEEP_GEMM_E8M0=1 {line}") == kernels(line)
+    assert kernels(f"VLLM_USE_DEEP_GEMM_E8M0=0 {line}").most_rows == 127
+
+
+def test_other_flags_and_variables_of_vllm_decide_what_reads_a_file():
     assert kernels(f"VLLM_USE_DEEP_GEMM=0 {VLLM} {R1} -dp 8 -ep").reads == "no"
     assert kernels(f"{VLLM} {R1} -dp 8 -ep --moe-backend cutlass").reads == "no"
     assert kernels(f"{VLLM} {R1} -dp 8 -ep --moe-backend cutlass", (10, 0)).most_rows == 8
