@@ -125,11 +125,11 @@ def _place(slots_ptr, experts_ptr, num_ptr, offsets_ptr, places_ptr, num_slots, 
 def _combine(products_ptr, places_ptr, weights_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for column in tl.static_range(TOP_K):
         place = tl.load(places_ptr + row * TOP_K + column)
         weight = tl.load(weights_ptr + row * TOP_K + column)
-        product = tl.load(products_ptr + place.to(tl.int64) * width + columns, mask=inside & (place >= 0), other=0.0)
+        wanted = tl.where(place >= 0, columns, width)  # nothing of a slot that is not local
+        product = tl.load(products_ptr + place.to(tl.int64) * width + columns, mask=wanted < width, other=0.0)
         total += product.to(tl.float32) * weight
-    tl.store(out_ptr + row * width + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * width + columns, total.to(out_ptr.dtype.element_ty), mask=columns < width)
