@@ -20,10 +20,10 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import planted_time
+from planted_failures import Output, without_torch
 
 from moetune.backends.base import Backend, Candidates, Problem
 from moetune.errors import MoetuneError, UnsupportedError
@@ -338,18 +338,6 @@ class HostileBackend(Backend):
         planted_time.install()
         without_torch()
         return HostileRunner(problem)
-
-
-def without_torch() -> None:
-    """Has outputs compared as the numbers that they are here."""
-    module = ModuleType("moetune.backends.reference")
-    module.__dict__["relative_error"] = lambda result, reference: abs(result.value - reference.value)
-    sys.modules["moetune.backends.reference"] = module
-
-
-@dataclass(frozen=True)
-class Output:
-    value: float
 
 
 @dataclass
