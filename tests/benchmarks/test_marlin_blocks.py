@@ -26,6 +26,7 @@ from moetune.backends.marlin.backend import MarlinBackend
 from moetune.backends.marlin.runner import MarlinRunner
 from moetune.errors import NoResultError
 from moetune.spec.layer import MoELayer
+from moetune.tuning import final_comparison
 
 LAYER = MoELayer(name="tiny", num_experts=16, top_k=2, hidden_size=128, intermediate_size=64, precision="mxint4")
 DEPLOYMENTS = [formula_cells.Deployment("tiny", 4, load) for load in formula_cells.COMPARED]
@@ -35,7 +36,7 @@ TINY = replace(marlin_blocks.COMPARISON, layer_of=lambda name: LAYER)
 
 @pytest.fixture
 def planted(monkeypatch):
-    """vLLM's ops on a CPU. A run takes 1 ms with blocks of 16 rows, 3 ms with others."""
+    """vLLM's ops on a CPU, and short comparisons. A run takes 1 ms with blocks of 16 rows, 3 ms with others."""
     run = MarlinRunner.run
 
     def timed(self, tactic, draw=0):
@@ -45,6 +46,8 @@ def planted(monkeypatch):
     monkeypatch.setattr(MarlinBackend, "unavailable", lambda self: None)
     monkeypatch.setattr(MarlinRunner, "run", timed)
     monkeypatch.setattr(runner, "activate", lambda activation, *buffers: partial(activate_on_cpu, activation)(*buffers))
+    monkeypatch.setattr(formula_cells, "ROUNDS", (1, 2))
+    monkeypatch.setattr(final_comparison, "SECONDS", 0.05)
     planted_time.install()
     with marlin_ops.defined():
         yield

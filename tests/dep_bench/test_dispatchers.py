@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from block_program import LAYER, LOADS, TOKENS, WIRES, regime_of
+from processes import GIVE_UP_S
 
 from moetune.dep_bench.dispatchers import dispatcher_for
 from moetune.dep_bench.payload import Format
@@ -25,15 +26,9 @@ def run(folder, size, backend, **variables):
     """What the program has found on `size` ranks."""
     paths = [str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **variables}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM)]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(folder), backend], env=environment, stderr=subprocess.PIPE
-        )
-        for rank in range(size)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * size, errors
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), str(size), str(folder), backend]
+    ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=GIVE_UP_S)
+    assert ended.returncode == 0, ended.stderr
     return json.loads((folder / "found.json").read_text())
 
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetune.errors import UsageError
@@ -54,12 +54,14 @@ def spellings(draw: st.DrawFn, layer: int) -> list[str]:
     )
 
 
+@settings(max_examples=40)
 @given(data=st.data(), layers=numbers)
 def test_experts_are_found_in_every_spelling_and_no_others(data, layers):
     names = [name for layer in sorted(layers) for name in data.draw(spellings(layer))]
     assert MODULES.meant_by(names, "ignore") == layers
 
 
+@settings(max_examples=40)
 @given(data=st.data(), layers=numbers, extra=st.lists(st.sampled_from(UNRELATED)))
 def test_order_and_unrelated_names_change_nothing(data, layers, extra):
     names = [name for layer in sorted(layers) for name in data.draw(spellings(layer))]
