@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 flashinfer = pytest.importorskip("flashinfer.fused_moe")
-from flashinfer.fused_moe import core, prepare  # noqa: E402
+from flashinfer.fused_moe import core, prepare, runners  # noqa: E402
 from planted_cutlass import OP, FakeRunner, problem, relative_error, small  # noqa: E402
 
 from moetune.backends import registry  # noqa: E402
@@ -174,6 +174,38 @@ def test_rows_that_a_layer_writes_are_the_unpadded_part_of_what_the_op_reads(op)
     assert x.shape == (3, 160)
     x.fill_(1.0)
     assert torch.equal(runner.arguments(1)["input"][:, :160], torch.ones(3, 160, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("precision", "activations", "adapter"),
+    [("mxfp4", "bf16", "CutlassW4A16Runner"), ("mxfp4", "fp8", "CutlassHummingRunner"),
+     ("w4a8", "bf16", "CutlassW4A8Runner")],
+)  # fmt: skip
+def test_flashinfers_own_adapter_of_each_format_takes_these_tensors_and_gives_the_op_the_same_scales(
+    op, precision, activations, adapter
+):
+    fmt = format_of(Precision(precision), mxfp4_activations=activations)
+    experts = CutlassExperts(problem(small(precision=precision, **WHOLE), Regime(ep_size=4), 3), fmt)
+    (w1, *_), (w2, *_) = experts.first, experts.second
+    given = fmt.quant_scales(experts.first, experts.second, torch.ones(()))
+    prepared = given
+    if adapter == "CutlassHummingRunner":  # in another order, and the folded scales as bytes
+        prepared = [experts.first[1], experts.second[1], given[1], given[4], given[2]]
+    kind = getattr(runners, adapter)
+    sizes = SimpleNamespace(
+        routing=SimpleNamespace(num_experts=4),
+        experts=SimpleNamespace(intermediate_size=128),
+        activation=SimpleNamespace(is_gated=True),
+    )
+    instance = SimpleNamespace(
+        config=sizes,
+        _required_weight_keys=kind._required_weight_keys,
+        _validate_weight_storage=lambda tensors: None,
+    )
+    view = dict(zip(kind._required_weight_keys, [w1, w2, *prepared], strict=True))
+    packed = kind._pack_weight_inputs(instance, view, 128)
+    theirs = kind._quant_scales(instance, [None] * 4 + packed)
+    assert [(each.data_ptr(), each.nbytes) for each in theirs] == [(each.data_ptr(), each.nbytes) for each in given]
 
 
 class Compiled:
