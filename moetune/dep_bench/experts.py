@@ -90,6 +90,11 @@ def require_fillable(backend: Backend, layer: MoELayer) -> None:
         raise UnsupportedError(
             f"dep-bench cannot give {backend.name} the rows that arrive.", f"Use --backend {', '.join(FILLABLE)}."
         )
+    if backend.name == "flashinfer-cutlass" and layer.weight_on_input:
+        raise UnsupportedError(
+            "dep-bench gives flashinfer-cutlass the router's weights for the output, this layer has them on its input.",
+            "Use --backend triton.",
+        )
     if backend.name == "flashinfer-cutlass" and layer.precision is Precision.FP8_TENSOR:
         raise UnsupportedError(
             "dep-bench gives flashinfer-cutlass bf16 rows only, and this layer's inputs have one fp8 scale a tensor.",

@@ -55,6 +55,13 @@ def test_a_backend_that_makes_its_own_rows_is_refused(name):
         require_fillable(backend(name), LAYER)
 
 
+def test_a_weight_on_the_input_is_refused_by_a_kernel_that_applies_it_to_the_output():
+    layer = MoELayer(**{**LAYER.model_dump(), "top_k": 1, "weight_on_input": True})
+    with pytest.raises(UnsupportedError, match="this layer has them on its input"):
+        require_fillable(backend("flashinfer-cutlass"), layer)
+    require_fillable(backend("triton"), layer)
+
+
 def test_inputs_with_one_scale_a_tensor_are_refused():
     layer = MoELayer(**{**LAYER.model_dump(), "precision": "fp8_tensor"})
     with pytest.raises(UnsupportedError, match="one fp8 scale a tensor"):

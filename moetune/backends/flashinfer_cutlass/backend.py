@@ -98,8 +98,8 @@ class FlashInferCutlassBackend(Backend):
             return _OTHERS.get(layer.precision, default)
         if layer.activation not in ACTIVATIONS:
             return f"tunes {', '.join(ACTIVATIONS)}, not {layer.activation.value}"
-        if layer.weight_on_input:
-            return "applies the router's weight to an expert's output, this layer to its input"
+        if layer.weight_on_input and layer.top_k > 1:
+            return "applies the router's weight to an expert's output; rows come multiplied with it at top_k = 1 only"
         if (layer.num_experts + regime.redundant_experts) % regime.ep_size:
             return "the op computes a rank's first expert as rank · L, so all shards must be equal"
         intermediate, multiple = regime.intermediate_size(layer), fmt.multiple

@@ -22,6 +22,9 @@ class CutlassRunner:
     Draw d has the inputs `d … d + M − 1` of one buffer, so no row has the same input in two draws. Output and workspace
     are allocated once and the op never waits for the GPU, so a CUDA graph can capture `run`. The op gets global ids and
     drops those of other ranks and −1. Rows are padded with zeros before the op, as engines do.
+
+    The op multiplies an expert's output with the router's weight. If the layer's input is to be multiplied, the rows
+    count as multiplied already and the op gets weights of 1 (SGLang 0.5.23, `_prescale_router_weight_on_input`).
     """
 
     def __init__(self, problem: Problem, experts: CutlassExperts) -> None:
@@ -33,6 +36,8 @@ class CutlassRunner:
         self._inputs, self._input_scale = self._drawn()
         self._ids = [draw.routing.topk_ids.to(device, torch.int32).contiguous() for draw in problem.draws]
         self._weights = [draw.routing.topk_weights.to(device, torch.float32).contiguous() for draw in problem.draws]
+        if layer.weight_on_input:
+            self._weights = [torch.ones_like(weights) for weights in self._weights]
         self._out = torch.empty(problem.rows, experts.hidden, dtype=torch.bfloat16, device=device)
         self._fixed: dict[str, Any] = {
             **experts.arguments,

@@ -168,6 +168,18 @@ def test_the_padding_of_rows_weights_and_biases_is_zero(op):
     assert not FlashInferCutlassBackend().prepare(asked).arguments()["input"][:, 160:].any()
 
 
+def test_rows_of_a_layer_with_the_weight_on_its_input_count_as_multiplied(op):
+    llama4 = {"top_k": 1, "routing": {"scoring": "sigmoid", "renormalize": False}}
+    layer = small(**llama4, weight_on_input=True)
+    asked = problem(layer, Regime(ep_size=4), 8, draws=1)
+    runner = FlashInferCutlassBackend().prepare(asked)
+    assert 0 < relative_error(runner.run(DEFAULT_TACTIC), runner.reference()) < 1e-2
+    assert torch.equal(op.calls[-1].token_final_scales, torch.ones(8, 1))
+    plain = FlashInferCutlassBackend().prepare(problem(small(**llama4), Regime(ep_size=4), 8, draws=1))
+    assert torch.equal(runner.inputs().x, plain.inputs().x), "the op gets the same rows"
+    assert not torch.equal(plain.inputs().topk_weights, runner.inputs().topk_weights)
+
+
 def test_rows_that_a_layer_writes_are_the_unpadded_part_of_what_the_op_reads(op):
     runner = FlashInferCutlassBackend().prepare(problem(small(precision="mxfp4", **PADDED), Regime(), 3))
     x = runner.inputs(1).x
