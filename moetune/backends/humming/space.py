@@ -7,6 +7,7 @@ the sizes along M that it steps through and with each pipeline that it gives one
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 from typing import Final
 
@@ -48,8 +49,9 @@ def tactic_of(gemm1: str = AUTO, gemm2: str = AUTO) -> Tactic:
     return Tactic(gemm1=gemm1, gemm2=gemm2)
 
 
+@lru_cache(maxsize=4)
 def candidates(both: tuple[Gemm, Gemm], device: Device) -> Candidates:
-    """Returns every pair of configurations that the device runs, the default first."""
+    """Returns every pair of configurations that the device runs, the default first; the same for all row counts."""
     excluded: dict[Tactic, str] = {}
     legal: list[list[str]] = []
     for name, gemm in zip(GEMMS, both, strict=True):

@@ -1,5 +1,7 @@
 """Humming's kernels themselves, and the kernels around them, on a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from four_bit_layers import PRECISIONS, REGIMES, tiny
@@ -81,17 +83,18 @@ def test_biases_activations_and_padded_sizes_are_right(backend, precision, rows)
                 assert error <= TOLERANCE, (activation, spelled)
 
 
-def test_a_compiled_kernel_is_found_by_its_launch(backend, monkeypatch, tmp_path):
-    """What `compile` writes without a GPU is what `run` loads: no second cubin appears in the cache."""
+def test_a_compiled_kernel_is_found_by_its_launch(backend):
+    """What `compile` writes without a GPU is what `run` loads: it adds no cubin to the cache."""
+    from humming.utils.jit import get_humming_cache_dir
+
     layer, regime, tactic = layer_of("mxint4"), REGIMES["all-gather"], tactic_of(EACH_KIND[5], EACH_KIND[5])
     runner = prepared(backend, layer, regime, 16)
-    monkeypatch.setenv("HUMMING_CACHE_DIR", str(tmp_path))
     for part in (0, 1):
         backend.compile(layer, regime, 16, tactic, part, (9, 0))
-    ahead = set(tmp_path.rglob("kernel.cubin"))
+    ahead = set(Path(get_humming_cache_dir()).rglob("kernel.cubin"))
     runner.run(tactic)
-    assert len(ahead) == 2
-    assert set(tmp_path.rglob("kernel.cubin")) == ahead
+    assert len(ahead) >= 2
+    assert set(Path(get_humming_cache_dir()).rglob("kernel.cubin")) == ahead
 
 
 @pytest.mark.parametrize("regime", [REGIMES["none"], REGIMES["deduplicated"]], ids=["indexed", "grouped"])
