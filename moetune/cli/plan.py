@@ -72,10 +72,11 @@ def _kernels(request: Request, backend: Backend) -> Kernels:
 
     layer, regime, engine = request.layer, request.regime, request.engine
     flags = engine_flags(backend.name, layer.precision, regime.layout) if reaches(backend.name, regime.layout) else {}
+    rivals = [name for name in registry.rivals_computing(layer, regime) if name == backend.name]
     return Kernels(
         engine=engine,
         selected=not request.auto,
-        computing=tuple(registry.backends_computing(layer, regime)),
+        computing=(*registry.backends_computing(layer, regime), *rivals),
         runs_here=backend.unavailable() is None,
         flags=dict(flags),
         routed_by="kernel" if backend.name == FROM_LOGITS else "engine",

@@ -96,14 +96,18 @@ def engine_flags(backend: str, precision: Precision, layout: str | None = None) 
 def flags_of(engine: str, backends: Iterable[str], layer: MoELayer, regime: Regime) -> dict[str, str]:
     """Returns by backend the flag of `engine` that selects it, for those that the engine can run. No flag stands twice.
 
-    If one flag selects both TensorRT-LLM ops, it is that of the op which the engine runs: the one with ids if tokens
-    travel with their ids.
+    A flag that selects several is that of the kernels that the engine runs: of the TensorRT-LLM ops the one with ids if
+    tokens travel with their ids, and these ops rather than others if they can run at all.
     """
-    flags = {name: engine_flags(name, layer.precision).get(engine) for name in backends if reaches(name, regime.layout)}
-    if len({flags.get(name) for name in _TRTLLM}) == 1:
-        with_ids = regime.dispatch != "none" or (engine == "trtllm" and regime.attention_dp)
-        flags.pop(FROM_LOGITS if with_ids else WITH_IDS, None)
-    return {name: flag for name, flag in flags.items() if flag}
+    with_ids = regime.dispatch != "none" or (engine == "trtllm" and regime.attention_dp)
+    first = (WITH_IDS, FROM_LOGITS) if with_ids else (FROM_LOGITS, WITH_IDS)
+    reaching = [name for name in backends if reaches(name, regime.layout)]
+    found: dict[str, str] = {}
+    for name in sorted(reaching, key=lambda name: first.index(name) if name in first else len(first)):
+        flag = engine_flags(name, layer.precision, regime.layout).get(engine)
+        if flag and flag not in found.values():
+            found[name] = flag
+    return found
 
 
 def preferred_to_triton(

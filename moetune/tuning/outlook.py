@@ -18,10 +18,11 @@ class Kernels(FrozenModel):
     """The kernels that run a plan's experts: those of `Plan.backend`.
 
     `engine`: the engine whose launch line or dispatcher was given. `selected`: whether the command selects the backend;
-    if not, moetune chose it. `computing`: the backends that compute the layer, on any machine. `runs_here`: whether the
-    backend can run on this machine. `flags`: what selects the backend, by engine. `preferred`: what the engine prefers
-    to these kernels if nothing selects them, by GPU generation. `routed_by`: whether the `engine` chooses the experts
-    of a token and passes their ids, or the `kernel` chooses them from the router's logits.
+    if not, moetune chose it. `computing`: the backends that tune the layer, on any machine, and the selected one if
+    it is a rival that computes it. `runs_here`: whether the backend can run on this machine. `flags`: what selects the
+    backend, by engine. `preferred`: what the engine prefers to these kernels if nothing selects them, by GPU
+    generation. `routed_by`: whether the `engine` chooses the experts of a token and passes their ids, or the `kernel`
+    chooses them from the router's logits.
     """
 
     engine: str | None

@@ -99,7 +99,7 @@ def tune_all(
             strategy=strategy, isolate=isolate, time_budget_s=budget.of_tune(index, len(backends)),
         )  # fmt: skip
         stored = None if frozen else partial(load, layer, regime, each, store, device=device)
-        outcome = _outcome(each, layer, tuned, stored, store, report)
+        outcome = _outcome(each, layer, regime, tuned, stored, store, report)
         outcomes.append(outcome)
         if outcome.error and len(backends) > 1:  # an only one is raised
             report(BackendFailed(each.name, str(outcome.error)))
@@ -166,6 +166,7 @@ class _Outcome:
 def _outcome(
     backend: Backend,
     layer: MoELayer,
+    regime: Regime,
     tuned: Callable[..., Profile],
     stored: Callable[[], Profile] | None,
     store: Store,
@@ -208,7 +209,7 @@ def _outcome(
         neutral=match.neutral if match else {},
         measured_ladder=match.measured_ladder if match else None,
         failed=error.message if error else "",
-        flags=dict(engine_flags(backend.name, layer.precision)),
+        flags=dict(engine_flags(backend.name, layer.precision, regime.layout)),
     )
     return _Outcome(result, error, unsaved)
 

@@ -93,6 +93,15 @@ def on_a_cpu(monkeypatch):
     monkeypatch.delenv("MOETUNE_PACKAGED_PROFILES")
 
 
+def test_plan_knows_a_selected_rival_and_names_no_rival_to_tune(moetune):
+    words = ("plan", "--model", "deepseek-r1", "--ep", "8", "--dispatch", "vllm:allgather_reducescatter")
+    words = (*words, "--ladder", "64", "--json")
+    kernels = _document(moetune(*words, "--backend", "deep-gemm"))["kernels"]
+    assert kernels["computing"][-1] == "deep-gemm"
+    assert kernels["flags"] == {"vllm": "--moe-backend deep_gemm"}
+    assert not {name for name in _document(moetune(*words))["kernels"]["computing"] if registry.backend(name).rival}
+
+
 def test_plan_ends_with_what_a_new_user_needs_next(moetune, on_a_cpu):
     document = _document(moetune("plan", "--launch", SGLANG, "--json"))
     assert document["kernels"] == {

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moetune.inputs.presets import layer as preset
+from moetune.spec.enums import Precision
 from moetune.spec.regime import Regime
 from moetune.tuning.comparison import ComparedBucket, FlagRange
 from moetune.tuning.flag_answer import decode_rows, flag_answer, flag_answers
@@ -164,6 +165,15 @@ def test_each_engine_has_its_flags_and_what_it_runs_without_one_is_known_on_hopp
     assert (answers["vllm"].default, answers["sglang"].default) == ("flashinfer-fp8-block", "triton")
     elsewhere = flag_answers(layer, regime, backends, buckets, on_a_hopper=False)
     assert all(each.default is None for each in elsewhere.values())
+
+
+def test_of_several_kernels_with_one_flag_one_alone_is_an_answer():
+    """SGLang has one value for mxfp4: its trtllm-gen kernels where they can run, else the CUTLASS ones."""
+    layer = preset("deepseek-r1").model_copy(update={"precision": Precision.MXFP4})
+    both = [bucket(8, flashinfer_cutlass=10, flashinfer_trtllm=12)]
+    for buckets, kept in ((both, "flashinfer-trtllm"), ([bucket(8, flashinfer_cutlass=10)], "flashinfer-cutlass")):
+        found = flag_answers(layer, Regime(), buckets[0].times_us, buckets, on_a_hopper=False)["sglang"]
+        assert [(each.backend, each.flag) for each in found.flags] == [(kept, "--moe-runner-backend flashinfer_mxfp4")]
 
 
 @pytest.mark.parametrize(
