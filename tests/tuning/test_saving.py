@@ -127,7 +127,7 @@ def test_several_backends_are_compared_though_one_is_not_saved(plant, monkeypatc
     """The error has the comparison, and names what is not saved by backend."""
     backend = plant(milliseconds=TIMES)
     other = replace(backend, name="other")
-    monkeypatch.setattr(registry, "able", lambda layer, regime: ([backend, other], {}))
+    monkeypatch.setattr(registry, "able", lambda layer, regime, rivals: ([backend, other], {}))
     save = Store.save
 
     def failing(self, profile, **options):
