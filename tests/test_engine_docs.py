@@ -47,7 +47,9 @@ PLUGGED = [block for block in BLOCKS if "MOETUNE_REGIME" in block]
 
 
 def test_each_engine_has_its_lines():
-    assert (len(TUNED), len(PLUGGED)) == (4, 5)
+    """Not fewer than there were; each new backend may bring its own."""
+    assert len(TUNED) >= 4
+    assert len(PLUGGED) >= 6
 
 
 @pytest.mark.parametrize("block", TUNED)
