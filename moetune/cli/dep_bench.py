@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,24 +84,26 @@ def dep_bench(
     from moetune.dep_bench.run import ROUTINGS, TOKENS
     from moetune.dep_bench.run import dep_bench as measured
 
-    with stdout_on_stderr(), joined(request.device) as ranks:
-        result = measured(
-            request.layer,
-            request.regime,
-            request.backend,
-            _another(request.backend),
-            ranks,
-            partial(_tuned, request, store, ranks.device),
-            tokens=TOKENS if tokens is None else _counts(tokens),
-            routings=routings or ROUTINGS,
-            activation=wire,
-            wire_routing=wire_routing,
-            seconds=seconds,
-            journal=journal,
-            on_point=_say,
-        )
-    if ranks.leads:
-        _print(result, as_json)
+    with ExitStack() as until_printed:
+        with stdout_on_stderr():
+            ranks = until_printed.enter_context(joined(request.device))
+            result = measured(
+                request.layer,
+                request.regime,
+                request.backend,
+                _another(request.backend),
+                ranks,
+                partial(_tuned, request, store, ranks.device),
+                tokens=TOKENS if tokens is None else _counts(tokens),
+                routings=routings or ROUTINGS,
+                activation=wire,
+                wire_routing=wire_routing,
+                seconds=seconds,
+                journal=journal,
+                on_point=_say,
+            )
+        if ranks.leads:
+            _print(result, as_json)
 
 
 def _print(result: DepBench, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ def joined(device: str | None) -> Iterator[Ranks]:
         raise
     finally:
         host.end()
+    gc.collect()  # NCCL's end waits until no graph holds a collective
     dist.destroy_process_group()
 
 

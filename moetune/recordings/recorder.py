@@ -103,9 +103,9 @@ class Recorder:
             if layer not in self._samples:
                 self._samples[layer] = _Sample(self._tokens, topk_ids.shape[1])
             self._samples[layer].add(topk_ids, self._generator)
-        if self._saver is None and self._every_s is not None:
-            self._saver = threading.Thread(target=self._save_regularly, name="moetune recorder", daemon=True)
-            self._saver.start()
+            if self._saver is None and self._every_s is not None:
+                self._saver = threading.Thread(target=self._save_regularly, name="moetune recorder", daemon=True)
+                self._saver.start()
 
     def save(self) -> None:
         """Writes the file as a whole: a reader sees the old content or the new one.

@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
+import click
+import planted_points
 import pytest
 
+from moetune.dep_bench import process_group, run
+from moetune.dep_bench.process_group import Ranks
 from moetune.dep_bench.result import DepBench
 
 DEPLOYED = ("--ladder", "8,32", "--draws", "1", "--backend", "torch", "--device", "cpu")
@@ -35,6 +40,23 @@ def test_one_process_is_one_rank_of_many(moetune, words, tmp_path):
     assert json.loads(again.stdout)["points"] == json.loads(ran.stdout)["points"]
     late = moetune(*words, *options, "--routing", "powerlaw:1", "--seconds", "0").stdout
     assert "not measured for lack of time: 4 tokens under powerlaw:1, 16 tokens under powerlaw:1" in late
+
+
+def test_the_result_is_printed_before_the_ranks_end(moetune, words, monkeypatch):
+    """NCCL may never end, and a result of many minutes would be lost."""
+
+    @contextmanager
+    def joined(device):
+        yield Ranks(device=device)
+        click.echo("the ranks end")
+
+    monkeypatch.setattr(process_group, "joined", joined)
+    monkeypatch.setattr(run, "dep_bench", lambda *given, **options: planted_points.document(planted_points.point()))
+    ran = moetune(*words, "--ep", "4", "--dispatch", "allgather", "--json")
+    assert ran.exit_code == 0, ran.stderr
+    document, end = json.JSONDecoder().raw_decode(ran.stdout)
+    assert DepBench.model_validate(document) == planted_points.document(planted_points.point())
+    assert ran.stdout[end:].strip() == "the ranks end"
 
 
 @pytest.mark.slow
