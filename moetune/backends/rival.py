@@ -23,9 +23,6 @@ class Rival(Backend):
 
     rival = True
 
-    def __init__(self) -> None:
-        self._able = False
-
     def candidates(self, layer: MoELayer, regime: Regime, rows: int, device: str) -> Candidates:
         """Returns `ONLY_TACTIC`.
 
@@ -53,9 +50,8 @@ class Rival(Backend):
             UnsupportedError: this layer is not computed, or this machine cannot run the kernels.
         """
         self._require_layer(problem.layer, problem.regime)
-        if not self._able and (obstacle := self.unavailable()):
+        if obstacle := self.unavailable():
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
-        self._able = True
         import torch
 
         runner = self.prepared(problem)

@@ -65,6 +65,8 @@ _OPENAI_NEWER: Final = HopperKernel("OpenAI's triton_kernels")
 _NAMED: Final = HopperKernel("FlashInfer's CUTLASS kernels, which the line has to select", "flashinfer-cutlass")
 """SGLang's dispatcher `flashinfer` refuses to start if the line selects no kernels."""
 _HUMMING: Final = HopperKernel("Humming; Marlin if Humming is not installed", "humming")
+_HUMMING_OF_POOL: Final = HopperKernel(_HUMMING.name)
+"""moetune tunes Humming for rows without those of a pool that have no expert."""
 _BATCHED_MARLIN: Final = HopperKernel("batched Marlin; Humming if VLLM_HUMMING_MOE_GEMM_TYPE is grouped_masked")
 """`get_humming_moe_gemm_type` prefers `grouped_contiguous` under EP, so the batched class is none that is supported."""
 _DEEPGEMM: Final = HopperKernel("DeepGEMM")
@@ -95,6 +97,7 @@ _RULES: Final = (
     _Rule("vllm", _MXFP4, _OPENAI, _STANDARD, gpt_oss=True),
     _Rule("vllm", _MXFP4, _CUTLASS, frozenset({"pool"}), gpt_oss=True),
     _Rule("vllm", _FOUR_BITS, _BATCHED_MARLIN, frozenset({"batched"})),
+    _Rule("vllm", _FOUR_BITS, _HUMMING_OF_POOL, frozenset({"pool"})),
     _Rule("vllm", _FOUR_BITS, _HUMMING),
     _Rule("sglang", _SIXTEEN, _NAMED, frozenset({"pool"})),
     _Rule("sglang", _WIDE | _BLOCK | _TENSOR, _TRITON, _STANDARD),

@@ -80,7 +80,6 @@ class FlashInferCutlassBackend(Backend):
         for option, value in self._options.items():
             if value not in OPTIONS[option]:
                 raise UsageError(f"{option} must be one of {', '.join(OPTIONS[option])}; given {quoted(value)}.")
-        self._able = False
         self._candidates: dict[tuple[str, int, int, str], Candidates] = {}
         self._weights: WeightCache[CutlassExperts] = WeightCache()
 
@@ -178,9 +177,8 @@ class FlashInferCutlassBackend(Backend):
         fmt = format_of(layer.precision, **self._options)
         if (reason := self.unsupported(layer, regime)) or fmt is None:
             raise UnsupportedError(f"The backend {self.name}: {reason}.", "Use another backend.")
-        if not self._able and (obstacle := self.unavailable()):
+        if obstacle := self.unavailable():
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
-        self._able = True
         import torch
 
         if fmt.mixed and torch.cuda.get_device_capability() != MIXED_INPUT:

@@ -41,7 +41,6 @@ class HummingBackend(Backend):
     modules = ("moetune.backends.humming.runner", "moetune.backends.humming.ops")
 
     def __init__(self) -> None:
-        self._able = False
         self._weights: WeightCache[HummingExperts] = WeightCache()
 
     def unavailable(self) -> tuple[str, str] | None:
@@ -131,9 +130,8 @@ class HummingBackend(Backend):
             UnsupportedError: this layer is not computed, or this machine cannot run the kernels.
         """
         self._require(problem.layer, problem.regime)
-        if not self._able and (obstacle := self.unavailable()):
+        if obstacle := self.unavailable():
             raise UnsupportedError(f"The backend {self.name} cannot run here: {obstacle[0]}.", obstacle[1])
-        self._able = True
         from moetune.backends.humming.ops import HummingOps
         from moetune.backends.humming.runner import HummingExperts, HummingRunner
         from moetune.backends.humming.weights import random_experts
