@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One rank of EP 8 and EP 32 on each of four GPUs. FlashInfer is needed.
+# One rank of EP 8 and EP 32 on each of four GPUs, then FlashInfer's kernels for gpt-oss against its own autotune.
+# FlashInfer is needed.
 #
 #   OUT=… [KEPT=…] benchmarks/four_gpus/one_rank.sh
 source "$(dirname "$0")/common.sh"
@@ -9,8 +10,18 @@ rank_of() {
     --dispatch vllm:deepep_high_throughput --backend flashinfer-cutlass --seconds 200 \
     --journal "$OUT/one-rank-$1-ep$2.jsonl" --store "$OUT/store-$1-ep$2" --json
 }
-qwen_of_8() { rank_of qwen3-235b-a22b 8; }
-qwen_of_32() { rank_of qwen3-235b-a22b 32; }
+gpt_oss_of() {
+  job "autotune-gpt-oss-ep$1" 600 python3 benchmarks/flashinfer_autotune.py "$OUT/autotune-gpt-oss-ep$1.jsonl" \
+    --model gpt-oss-120b --precision mxfp4 --ep $1 --dispatch $2 --seconds "$(left 30)"
+}
+qwen_of_8() {
+  rank_of qwen3-235b-a22b 8
+  gpt_oss_of 8 deduplicated
+}
+qwen_of_32() {
+  rank_of qwen3-235b-a22b 32
+  gpt_oss_of 4 allgather
+}
 deepseek_of_8() { rank_of deepseek-r1 8; }
 deepseek_of_32() { rank_of deepseek-r1 32; }
 

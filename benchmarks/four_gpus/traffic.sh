@@ -11,7 +11,8 @@ tests_and_checks() {
   local deployment="--model qwen3-235b-a22b --ep 8 --dispatch allgather --ladder vllm --backend triton"
   job start 60 python3 -m moetune tune $deployment --start "$profile" --again --store "$OUT/started" --json
   job gpu-tests 330 python3 -m pytest -m gpu -q -p no:cacheprovider tests --deselect tests/engine/test_nccl_ranks.py \
-    --ignore tests/backends/marlin --durations 10
+    --ignore tests/backends/marlin --ignore tests/backends/triton_kernels --ignore tests/backends/vllm_experts \
+    --ignore tests/backends/flashinfer_cutlass --ignore tests/cli/test_dep_bench_gpu.py --durations 10
   python3 benchmarks/four_gpus/spoiled.py "$profile" "$OUT/spoiled.json"
   job check-spoiled 40 python3 -m moetune check "$OUT/spoiled.json" --rows 64,512 --json
   for run in 1 2 3 4 5 6 7 8 9 10; do
@@ -22,13 +23,13 @@ tests_and_checks() {
 }
 
 skew() {
+  job cutlass-tests 240 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/flashinfer_cutlass
   job gain-skew 600 python3 benchmarks/gain_skew.py measure "$OUT/gain_skew.jsonl" --seconds "$(left 20)"
 }
 
 two_ranks() {
   job nccl-ranks 120 python3 -m pytest -m gpu -q -p no:cacheprovider tests/engine/test_nccl_ranks.py
-  job smoke 60 torchrun --standalone --nproc-per-node 2 -m moetune dep-bench --model qwen3-30b-a3b --ep 2 \
-    --dispatch allgather --ladder 8,64 --backend triton --tokens 16 --json
+  job dep-bench-tests 180 python3 -m pytest -m gpu -q -p no:cacheprovider tests/cli/test_dep_bench_gpu.py
   job batch 600 python3 -m moetune batch benchmarks/four_gpus/block_jobs.txt --json
 }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What needs stock vLLM 0.26: Marlin, triton_kernels, the batched Triton kernel, and whole engines.
+# What needs stock vLLM 0.26: Marlin, triton_kernels, the batched Triton kernel, vLLM's other kernels for fp8, and
+# whole engines.
 #
 #   OUT=… [KEPT=…] benchmarks/four_gpus/vllm.sh FOLDER_OF_VLLM
 source "$(dirname "$0")/common.sh"
@@ -21,7 +22,16 @@ four_bits() {
 batched() {
   job batched-tests 150 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/batched_triton
   job batched-file 600 python3 benchmarks/batched_file.py measure "$OUT/batched.jsonl" --store "$OUT/batched-store" \
-    --vllm "$vllm" --seconds "$(left 30)"
+    --vllm "$vllm" --seconds "$(($(left 30) / 2))"
+}
+rivals() {
+  job rivals-tests 120 python3 -m pytest -m gpu -q -p no:cacheprovider tests/backends/flashinfer_fp8_block \
+    tests/backends/vllm_experts
+  job rivals 600 python3 benchmarks/rivals.py measure "$OUT/rivals.jsonl" --seconds "$(left 30)"
+}
+fp8_and_batched() {
+  batched
+  rivals
 }
 # `run.py` sets CUDA_VISIBLE_DEVICES itself, so these GPUs are numbered as those of the host.
 flashinfer_arms() {
@@ -34,7 +44,7 @@ shares() {
 }
 
 lane 0 four_bits
-lane 1 batched
+lane 1 fp8_and_batched
 lane 2 flashinfer_arms
 lane 3 shares
 wait
