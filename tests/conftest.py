@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,8 +27,14 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what reads engine sources as `network`; skips what needs a GPU if there is none."""
+    """Marks what reads engine sources as `network`; skips what needs a GPU if there is none.
+
+    Coverage is not measured in property tests: Python's tracing makes them several times as slow, and the tests of
+    single cases beside them run the same lines.
+    """
     for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker(pytest.mark.no_cover)
         if "engine_sources" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.network)
     if any(item.get_closest_marker("gpu") for item in items):

@@ -85,6 +85,7 @@ def test_noise_that_both_series_share_cancels_out(shared: list[float], factor: f
     assert ratio.high == pytest.approx(factor)
 
 
+@pytest.mark.no_cover
 def test_bounds_hold_the_truth_about_as_often_as_they_say() -> None:
     generator = random.Random(2026)
     held, runs, size, truth = 0, 400, 80, 0.9

@@ -7,6 +7,8 @@ import pytest
 from fuzz.bombs import BOMBS, cost_of
 from fuzz.run import ANYWHERE_SECONDS, MOST_BYTES, MOST_MESSAGE
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_an_input_made_to_cost_time_or_memory_costs_little(name, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 from fuzz.run import ANYWHERE_SECONDS, MOST_BYTES, run
 from fuzz.targets import TARGETS
 
+pytestmark = pytest.mark.no_cover
+
 INPUTS = 150
 
 

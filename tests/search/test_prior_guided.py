@@ -101,6 +101,7 @@ def test_no_tactics_no_finalists():
     assert stop.value.value == ()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_loads_beside_a_table_are_those_of_its_routings(path):
     """One draw of each cell: the sixteenth cell is checked by its sixteenth draw."""
@@ -138,6 +139,7 @@ def test_on_recorded_tables_a_twentieth_of_the_measurements_is_enough(path, caps
     assert max(everything) <= 0.03
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_on_recorded_tables_most_of_what_is_proposed_was_said_to_be_likely(path):
     said, proposed = 0, 0
@@ -151,6 +153,7 @@ def test_on_recorded_tables_most_of_what_is_proposed_was_said_to_be_likely(path)
     assert said >= 0.7 * proposed
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_exhaustive_search_has_next_to_no_regret_on_recorded_tables(path):
     """The replay's own control: what is left is the noise of the final alone."""
@@ -160,6 +163,7 @@ def test_exhaustive_search_has_next_to_no_regret_on_recorded_tables(path):
         assert played.regret <= 0.01
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_prior_ranks_better_than_chance(path):
     """In nine cells of ten its thirty best hold a tactic within 10 % of the best of some thousand."""

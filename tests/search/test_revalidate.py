@@ -125,6 +125,7 @@ def checked(cell: Cell, old: list[Tactic], seed: int, final_rounds: int = SAMPLE
     return 1 + found.regret
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_on_recorded_tables_a_changed_compiler_costs_less_than_half_of_what_the_old_winner_would(path) -> None:
     regrets, kept = [], []
@@ -162,6 +163,7 @@ def of_other_loads(path: Path) -> list[tuple[Cell, list[Tactic]]]:
     return found
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_on_recorded_tables_the_winner_of_another_load_leads_to_the_best(path) -> None:
     regrets = [checked(cell, old, cell.rows) for cell, old in of_other_loads(path)]
@@ -172,6 +174,7 @@ def test_on_recorded_tables_the_winner_of_another_load_leads_to_the_best(path) -
     assert max(regrets) < 1.13
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_on_recorded_tables_more_rounds_finalists_and_samples_hardly_find_better_ones(path) -> None:
     more = {"rounds": 8, "finalists": 6, "final_rounds": SAMPLES[1]}
@@ -182,6 +185,7 @@ def test_on_recorded_tables_more_rounds_finalists_and_samples_hardly_find_better
     assert few - many < 0.001
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("path", PAIR_TABLES[1:2], ids=lambda path: path.stem)
 def test_on_recorded_pairs_a_changed_compiler_costs_less_than_a_percent(path) -> None:
     ladder = dict(recorded_pairs(path))

@@ -42,6 +42,7 @@ def test_every_packaged_profile_is_served_under_its_triton_with_any_torch(
         }
 
 
+@pytest.mark.no_cover
 def test_every_packaged_profile_of_the_ladder_vllm_also_answers_with_adaptive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,8 @@ from moetune.spec.regime import Regime
 from moetune.tuning.plan import plan
 from moetune.workload.routing import realize
 
+pytestmark = pytest.mark.no_cover
+
 TOKENS, CHUNK = 200_000, 20_000
 TWO_BEST = RoutingMethod(scoring="sigmoid", num_groups=8, top_k_groups=3, group_score="top2")
 LAYERS = {

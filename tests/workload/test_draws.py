@@ -155,6 +155,7 @@ def test_every_row_count_that_a_bucket_is_compared_at_maps_to_it_and_can_be_samp
             assert len(realize(layer, regime, rows).topk_ids) == rows
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("ep_size", [6, 24, 48, 72])
 @pytest.mark.parametrize("ladder", ["hybrid", "pow2"])
 def test_every_pool_maps_to_a_bucket_that_is_tuned(ep_size, ladder):

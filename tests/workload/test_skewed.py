@@ -126,6 +126,7 @@ def test_the_asked_skew_is_in_the_drawn_ids(num_experts, top_k, spelled, view):
         assert abs(count - rows * chance) < 6.0 * math.sqrt(rows * chance * (1.0 - chance)) + 2.0
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("redundant", [0, 32])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("spelled", SKEWED)
@@ -148,6 +149,7 @@ def test_the_expected_load_is_the_mean_of_draws(spelled, view, redundant):
         assert all(abs(found - 1024 * chance) < limit for found, chance, limit in pairs)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("redundant", [0, 32])
 def test_the_local_slots_of_a_token_have_their_law(redundant):
     layer = moe(128, 8)
