@@ -101,8 +101,10 @@ def test_the_block_is_measured_once_for_each_deployment_that_the_batch_tunes(tmp
 
 def test_a_job_that_fails_is_named_and_the_next_one_runs(tmp_path):
     calls, said = calls_of("one_rank.sh", tmp_path, fails="deepseek-r1 --precision bf16 --ep 8")
-    assert len(calls) == 4
+    assert len(calls) == 6
     assert sorted(re.sub(r"after \d+ s", "", line).strip() for line in said.splitlines()) == [
+        "autotune-gpt-oss-ep4 exit 0",
+        "autotune-gpt-oss-ep8 exit 0",
         "one-rank-deepseek-r1-ep32 exit 0",
         "one-rank-deepseek-r1-ep8 exit 1",
         "one-rank-qwen3-235b-a22b-ep32 exit 0",
