@@ -10,6 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from moetune.backends.device import without_device
 from moetune.backends.flashinfer_cutlass.formats import Format
 from moetune.errors import UnsupportedError
 from moetune.inputs import flashinfer_versions
@@ -41,20 +42,16 @@ def lacking(
     """
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed", "pip install flashinfer-python"
+    known = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+    needs = f"needs compute capability {known}"
+    if obstacle := without_device(capabilities.__contains__, needs, "Use --backend triton."):
+        return obstacle
     import torch
-
-    if not torch.cuda.is_available():
-        return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-    capability = torch.cuda.get_device_capability()
-    if capability not in capabilities:
-        known = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
-        found = f"{capability[0]}.{capability[1]}"
-        return f"needs compute capability {known}; the device has {found}", "Use --backend triton."
     from flashinfer.fused_moe import cutlass_fused_moe
 
     if argument not in inspect.signature(cutlass_fused_moe).parameters:
         return f"FlashInfer {version()} has no {argument}, {meaning}", "pip install --upgrade flashinfer-python"
-    return unbuilt(MODULES[capability])
+    return unbuilt(MODULES[torch.cuda.get_device_capability()])
 
 
 def unbuilt(module: str) -> tuple[str, str] | None:

@@ -10,9 +10,10 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
+from moetune.backends.device import Device, without_device
 from moetune.backends.humming import package, space
 from moetune.backends.humming.config import Config
-from moetune.backends.humming.gemm import Device, Gemm, gemms
+from moetune.backends.humming.gemm import Gemm, gemms
 from moetune.backends.humming.layer_fields import layer_fields
 from moetune.backends.humming.search import humming_search, lines
 from moetune.backends.marlin.formats import FORMATS
@@ -45,18 +46,14 @@ class HummingBackend(Backend):
 
     def unavailable(self) -> tuple[str, str] | None:
         """Returns a reason and a hint if Humming, its compiler, Triton or a Hopper GPU is missing."""
-        import torch
         import triton  # noqa: F401  its absence is an ImportError, which the registry reports
 
-        if found := package.missing():
-            return found
-        if not torch.cuda.is_available():
-            return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-        capability = torch.cuda.get_device_capability()
-        if capability != CAPABILITY:
-            spelled = ".".join(map(str, capability))
-            return f"tunes for compute capability 9.0; the device has {spelled}", "Use an H100, H200 or H20."
-        return package.without_compiler()
+        needs, hint = "tunes for compute capability 9.0", "Use an H100, H200 or H20."
+        return (
+            package.missing()
+            or without_device(lambda found: found == CAPABILITY, needs, hint)
+            or package.without_compiler()
+        )
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be tuned: its rows, precision, activation, sizes or weights on the input."""

@@ -9,9 +9,9 @@ here, so that no configuration is compiled in vain, and so that tactics can be l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
-from moetune.backends.grouped_triton.space import Limits
+from moetune.backends.device import Device
 from moetune.backends.humming.config import Config, GemmType
 from moetune.backends.marlin.formats import FORMATS, Format
 from moetune.spec.layer import MoELayer
@@ -26,20 +26,6 @@ _THREADS_PER_SM: Final = 2048
 _LEAST_REGISTERS: Final = 56
 _PAGE: Final = 1024
 """Stages, and all shared memory of a block, are rounded up to this many bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a multiprocessor has: shared memory in bytes, and registers."""
-
-    shared_bytes: int = 232_448
-    registers: int = 65_536
-
-    @classmethod
-    def of(cls, device: str) -> Self:
-        """Returns the limits of a CUDA device; of an H100 for a CPU, on which tactics are listed but do not run."""
-        limits = Limits.of(device)
-        return cls() if limits is None else cls(limits.shared_bytes, limits.registers_per_block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from itertools import product
 from typing import Final
 
 from moetune.backends.base import Candidates
+from moetune.backends.device import Device
 from moetune.backends.humming.config import Config, GemmType
-from moetune.backends.humming.gemm import Device, Gemm
+from moetune.backends.humming.gemm import Gemm
 from moetune.spec.tactic import Tactic
 
 AUTO: Final = "auto"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
+from moetune.backends.device import Device, without_device
 from moetune.backends.marlin import op, space
 from moetune.backends.marlin.formats import FORMATS
 from moetune.backends.marlin.formulas import Formula, block_size_m
@@ -56,16 +57,10 @@ class MarlinBackend(Backend):
         """Returns a reason and a hint if vLLM's library, Triton or a suitable GPU is missing."""
         if op.library() is None:
             return "vLLM's library of MoE kernels is not installed", "pip install vllm"
-        import torch
         import triton  # noqa: F401  its absence is an ImportError, which the registry reports
 
-        if not torch.cuda.is_available():
-            return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-        capability = torch.cuda.get_device_capability()
-        if capability < (8, 0):
-            found = ".".join(map(str, capability))
-            return f"needs compute capability 8.0 for bf16; the device has {found}", "Use another GPU."
-        return op.load()
+        needs = "needs compute capability 8.0 for bf16"
+        return without_device(lambda found: found >= (8, 0), needs, "Use another GPU.") or op.load()
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be tuned: its precision, activation, biases, sizes or weights on the input."""
@@ -105,7 +100,7 @@ class MarlinBackend(Backend):
         if self.formula == "sglang":
             return space.block_sizes(default)
         both = space.gemms(layer, regime, FORMATS[layer.precision])
-        return space.candidates(both, default, space.Device.of(device))
+        return space.candidates(both, default, Device.of(device))
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """Returns the block size of the engine's formula, with the kernel's own tiles."""

@@ -12,7 +12,7 @@ from itertools import product
 from typing import Final, Self
 
 from moetune.backends.base import Candidates
-from moetune.backends.grouped_triton.space import Limits
+from moetune.backends.device import Device
 from moetune.backends.marlin.formats import Format
 from moetune.backends.marlin.formulas import BLOCK_SIZES_M
 from moetune.spec.layer import MoELayer
@@ -32,20 +32,6 @@ compiles. Neither ptxas 13.0.88, of the same CUDA version as the driver 580, nor
 """
 _SPARE_REGISTERS: Final = 256
 """What the op leaves of a multiprocessor's registers when it chooses blocks_per_sm (`device_max_reg_size`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a multiprocessor has: the shared memory in bytes that one block can get, and registers."""
-
-    shared_bytes: int = 232_448
-    registers: int = 65_536
-
-    @classmethod
-    def of(cls, device: str) -> Self:
-        """Returns the limits of a CUDA device; of an H100 for a CPU, on which tactics are listed but do not run."""
-        limits = Limits.of(device)
-        return cls() if limits is None else cls(limits.shared_bytes, limits.registers_per_block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from moetune.backends.base import Backend, Candidates, Default, Problem
+from moetune.backends.device import Device, without_device
 from moetune.backends.prepared import WeightCache
 from moetune.backends.triton_kernels import package, space
 from moetune.backends.triton_kernels.formulas import engine_flags
@@ -50,15 +51,7 @@ class TritonKernelsBackend(Backend):
             return found
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed", "pip install 'moetune[triton]'"
-        import torch
-
-        if not torch.cuda.is_available():
-            return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-        capability = torch.cuda.get_device_capability()
-        if capability[0] != 9:
-            found_here = ".".join(map(str, capability))
-            return f"needs compute capability 9.0; the device has {found_here}", "Use an H100 or H200."
-        return None
+        return without_device(lambda found: found[0] == 9, "needs compute capability 9.0", "Use an H100 or H200.")
 
     def unsupported(self, layer: MoELayer, regime: Regime) -> str | None:
         """Returns why the layer cannot be tuned: its precision, activation, sizes, top-k or weights on the input."""
@@ -92,7 +85,7 @@ class TritonKernelsBackend(Backend):
         """
         self._require(layer, regime)
         default = self.default(layer, regime, rows)
-        return space.candidates(space.gemms(layer, regime, rows), default, space.Device.of(device))
+        return space.candidates(space.gemms(layer, regime, rows), default, Device.of(device))
 
     def default(self, layer: MoELayer, regime: Regime, rows: int) -> Tactic:
         """Returns the flags that triton_kernels chooses in vLLM, the same for both GEMMs."""

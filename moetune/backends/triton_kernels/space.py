@@ -18,7 +18,7 @@ from itertools import product
 from typing import Final, Self
 
 from moetune.backends.base import Candidates
-from moetune.backends.grouped_triton.space import Limits
+from moetune.backends.device import Device
 from moetune.spec.layer import MoELayer
 from moetune.spec.regime import Regime
 from moetune.spec.tactic import Tactic
@@ -40,27 +40,6 @@ BLOCK_SIZES_M: Final = (16, 32, 64, 128)
 BLOCK_SIZES_K: Final = (64, 128, 256)
 STAGES: Final = (2, 3, 4, 6)
 SPLITS: Final = (1, 2, 4)
-_SHARED_BYTES: Final = 232_448
-_MULTIPROCESSORS: Final = 132
-"""Of an H100 and an H200."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What the tactics depend on: the shared memory in bytes that a block can get, and the multiprocessors."""
-
-    shared_bytes: int = _SHARED_BYTES
-    multiprocessors: int = _MULTIPROCESSORS
-
-    @classmethod
-    def of(cls, device: str) -> Self:
-        """Returns those of a CUDA device; of an H100 for a CPU, on which tactics are listed but do not run."""
-        limits = Limits.of(device)
-        if limits is None:
-            return cls()
-        import torch
-
-        return cls(limits.shared_bytes, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True, slots=True)

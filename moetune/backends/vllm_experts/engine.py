@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moetune.backends.base import Problem
+from moetune.backends.device import without_device
 from moetune.errors import UnsupportedError
 
 FUSED_MOE: Final = "vllm.model_executor.layers.fused_moe"
@@ -70,15 +71,7 @@ def lacking(experts: ExpertsClass) -> tuple[str, str] | None:
         return "vLLM is not installed", "pip install vllm"
     if not (folder / "model_executor/layers/fused_moe/experts" / f"{experts.module}.py").is_file():
         return f"vLLM {version()} has no experts/{experts.module}.py", f"Install vLLM {READ}."
-    import torch
-
-    if not torch.cuda.is_available():
-        return "needs a CUDA device, and torch sees none", "Run on a GPU host with a CUDA build of torch."
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        found = ".".join(map(str, capability))
-        return f"needs compute capability 9.0; the device has {found}", "Use --backend triton."
-    return None
+    return without_device(lambda found: found == (9, 0), "needs compute capability 9.0", "Use --backend triton.")
 
 
 def lacking_deep_gemm() -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from graphs import replayed_error
 
 from moetune.backends.base import Problem
 from moetune.backends.flashinfer_cutlass.backend import DEFAULT_TACTIC, FlashInferCutlassBackend
@@ -137,16 +138,7 @@ def test_rows_without_a_local_expert_come_out_as_zeros(backend, kind):
 def test_a_cuda_graph_replays_what_ran_eagerly(backend, kind):
     runner = prepared(kind, Regime(ep_size=4, attention_dp=True), 33, draws=2)
     tactic = spread(kind, 3)[1]
-    expected = [runner.run(tactic, draw).clone() for draw in (0, 1)]
-    graphs = []
-    for draw in (0, 1):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = runner.run(tactic, draw)
-        graphs.append(graph)
-    for draw in (1, 0):
-        graphs[draw].replay()
-        assert relative_error(out, expected[draw].float()) < 5e-3
+    assert replayed_error(runner, tactic) < 5e-3
 
 
 @pytest.mark.parametrize("kind", ["bf16", "mxfp4"])

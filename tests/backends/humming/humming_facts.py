@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import torch
 
+from moetune.backends.device import Device
 from moetune.backends.humming import package
 from moetune.backends.humming.config import Config
-from moetune.backends.humming.gemm import Device, Gemm
+from moetune.backends.humming.gemm import Gemm
 from moetune.backends.humming.layer_fields import layer_fields
 from moetune.backends.humming.space import configs
 from moetune.backends.marlin.formats import FORMATS

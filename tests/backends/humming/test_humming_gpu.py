@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from four_bit_layers import PRECISIONS, REGIMES, tiny
+from graphs import replayed_error
 from planted_ops import Sorter
 
 from moetune.backends.base import Problem
@@ -101,16 +102,7 @@ def test_a_compiled_kernel_is_found_by_its_launch(backend):
 def test_a_cuda_graph_replays_what_ran_eagerly(backend, regime):
     runner = prepared(backend, layer_of("mxint4"), regime, 33, draws=2)
     tactic = tactic_of(EACH_KIND[5], AUTO)
-    expected = [runner.run(tactic, draw).clone() for draw in (0, 1)]
-    graphs = []
-    for draw in (0, 1):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = runner.run(tactic, draw)
-        graphs.append(graph)
-    for draw in (1, 0):
-        graphs[draw].replay()
-        assert relative_error(out, expected[draw].float()) < 5e-3
+    assert replayed_error(runner, tactic) < 5e-3
 
 
 @pytest.mark.parametrize("rows", [1, 257, 4096])

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from moetune.backends.device import Device
 from moetune.backends.humming.config import Config
 from moetune.backends.humming.formulas import estimated_slots
-from moetune.backends.humming.gemm import Device, Gemm, gemm_type, gemms
+from moetune.backends.humming.gemm import Gemm, gemm_type, gemms
 from moetune.backends.humming.search import lines
 from moetune.backends.humming.space import AUTO, candidates, configs, tactic_of
 from moetune.backends.marlin.formats import FORMATS

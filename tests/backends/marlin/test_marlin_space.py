@@ -2,10 +2,11 @@
 
 import pytest
 
+from moetune.backends.device import Device
 from moetune.backends.marlin.formats import FORMATS
 from moetune.backends.marlin.formulas import BLOCK_SIZES_M
 from moetune.backends.marlin.search import marlin_search
-from moetune.backends.marlin.space import AUTO, Device, Gemm, Tile, candidates, gemms, tactic_of, tiles
+from moetune.backends.marlin.space import AUTO, Gemm, Tile, candidates, gemms, tactic_of, tiles
 from moetune.inputs.presets import layer as preset
 from moetune.search.base import Batch
 from moetune.spec.enums import Precision

@@ -1,7 +1,7 @@
 """The real triton_kernels on a Hopper GPU."""
 
 import pytest
-import torch
+from graphs import replayed_error
 from test_kernels_backend import REGIMES, problem_of, tiny
 
 from moetune.backends.base import Problem
@@ -67,13 +67,4 @@ def test_other_sizes_and_layers_without_biases_are_right(backend, sizes, biased)
 def test_a_cuda_graph_replays_what_ran_eagerly(backend):
     runner = prepared(backend, tiny(), Regime(ep_size=4, layout="deduplicated"), 33, draws=2)
     tactic = tactic_of(Flags(16, 128, 4, 2), Flags(32, 64, 3, 1))
-    expected = [runner.run(tactic, draw).clone() for draw in (0, 1)]
-    graphs = []
-    for draw in (0, 1):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = runner.run(tactic, draw)
-        graphs.append(graph)
-    for draw in (1, 0):
-        graphs[draw].replay()
-        assert relative_error(out, expected[draw].float()) < 5e-3
+    assert replayed_error(runner, tactic) < 5e-3

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moetune.backends.device import Device
 from moetune.backends.triton_kernels import space
 from moetune.backends.triton_kernels.formulas import engine_flags
-from moetune.backends.triton_kernels.space import Device, Flags, Gemm, candidates, gemms, tactic_of
+from moetune.backends.triton_kernels.space import Flags, Gemm, candidates, gemms, tactic_of
 from moetune.inputs.presets import layer as preset
 from moetune.spec.regime import Regime
 
