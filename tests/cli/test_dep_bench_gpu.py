@@ -77,8 +77,11 @@ def test_two_ranks_measure_every_dispatch_and_end(measured, device, dispatch):
     require_right(found, device, "" if dispatch.startswith(STATIC) else NO_GRAPH)
     for point in found.points:
         assert len(point.fidelity_by_rank) == 2
-        if dispatch.startswith(STATIC) and (device == "cuda" or "fp4" in dispatch):  # the CPU's tiny layer is in fp32
-            assert point.received_bytes == point.plan_bytes > 0
+        if device == "cuda" or "fp4" in dispatch:  # the CPU's tiny layer is in fp32
+            if dispatch.startswith("allgather"):
+                assert point.received_bytes == point.plan_bytes > 0
+            elif dispatch.startswith("pool"):  # the unused rows travel too
+                assert point.received_bytes > point.plan_bytes > 0
 
 
 @pytest.mark.gpu
