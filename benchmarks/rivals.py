@@ -85,6 +85,8 @@ def main() -> None:
         tokens = [int(count) for count in options.tokens.split(",")]
         left = measure(journal, wanted, tokens, time.time() + options.seconds, options.device)
         print(f"{left} deployments are left", flush=True)
+        if left:
+            raise SystemExit(1)
     else:
         print("\n".join(report(journal.lines)))
 

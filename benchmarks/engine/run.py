@@ -105,6 +105,7 @@ def measure_all(options: argparse.Namespace, gpu: Device) -> int:
     failures: list[str] = []
     for case in (CASES[name] for name in options.cases.split(",")):
         if time.monotonic() >= end:
+            failures.append(f"{case.name}: the time is up")
             break
         arms = [ARMS[name] for name in options.arms.split(",")]
         arms = [arm for arm in arms if arm.moe_backend == TRITON or case.flashinfer]
@@ -124,7 +125,9 @@ def measure_all(options: argparse.Namespace, gpu: Device) -> int:
             for task in tasks(case, arms, range(index, options.reps, len(places))):  # noqa: B023
                 with lock:
                     done = journal.find(kind="run", case=case.name, arm=task.arm.name, rep=task.rep, ok=True)
-                if done is None and time.monotonic() < end:
+                if done is None and time.monotonic() >= end:
+                    failures.append(f"{case.name}, {task.arm.name}: the time is up")
+                elif done is None:
                     once = replace(what, profile=task.rep == 0)
                     line = one(task, folders, place, once, gpu)  # noqa: B023
                     with lock:

@@ -43,4 +43,6 @@ block() {
   name=block$(tr -cs 'a-z0-9_' - <<<"$* " | sed 's/-$//')
   job "$name" 160 torchrun --standalone --nproc-per-node "$ep" -m moetune dep-bench "$@" --seconds 120 \
     --journal "$OUT/$name.jsonl" --json
+  # without time for every batch size the next call goes on
+  grep -q '"left_out": *\[\]' "$OUT/logs/$name.out" 2>/dev/null || rm -f "$OUT/logs/$name.done"
 }

@@ -221,8 +221,8 @@ def test_a_cut_command_goes_on_and_repeats_what_failed(planted, tmp_path, capsys
     assert [asked[1:3] for asked in planted.asked] == [("shipped", 1), ("moetune", 2), ("default", 2), ("shipped", 2)]
 
 
-def test_no_process_starts_after_its_time(planted, tmp_path):
-    assert run.measure_all(options(tmp_path, seconds=0.0), H200) == 0
+def test_no_process_starts_after_its_time_and_the_exit_code_says_that_runs_are_left(planted, tmp_path):
+    assert run.measure_all(options(tmp_path, seconds=0.0), H200) == 1
     assert planted.asked == []
 
 

@@ -123,6 +123,21 @@ def test_nothing_begins_once_the_time_is_over_and_earlier_results_are_kept(tmp_p
     assert (tmp_path / "out" / "dep.jsonl").read_text() == "earlier\n"
 
 
+@pytest.mark.parametrize(("left_out", "again"), [("[]", 0), ('[[16, "random"]]', 1)])
+def test_a_block_without_time_for_every_batch_size_is_measured_on(tmp_path, left_out, again):
+    code = f"""
+source benchmarks/four_gpus/common.sh
+torchrun() {{ echo called >>"$OUT/calls"; echo '{{"left_out": {left_out}}}'; }}
+export -f torchrun
+timeout() {{ shift 5; "$@"; }}
+block 2 --ep 2
+block 2 --ep 2
+"""
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    subprocess.run(["bash", "-c", code], cwd=ROOT, env=environment, check=True, timeout=120)
+    assert (tmp_path / "calls").read_text().count("called") == 1 + again
+
+
 def test_a_spoiled_profile_is_one_that_moetune_reads_and_differs_in_two_buckets(tmp_path):
     path = next(ROOT.glob("profiles/NVIDIA_H200/e128-k8-h4096-*/ep8-tp1-dp-allgather-*/triton-*.json"))
     (tmp_path / "spoiled.json").write_text(json.dumps(spoiled(json.loads(path.read_text()))))

@@ -100,3 +100,15 @@ def test_without_time_no_deployment_begins(planted, tmp_path):
 
 def test_an_empty_journal_is_said_to_be_empty():
     assert list(rivals.report([])) == ["No deployments."]
+
+
+@pytest.mark.parametrize(("left", "code"), [(2, 1), (0, None)])
+def test_a_run_that_leaves_deployments_exits_1_so_that_it_is_started_again(monkeypatch, tmp_path, left, code):
+    monkeypatch.setattr(rivals, "measure", lambda *given: left)
+    monkeypatch.setattr(sys, "argv", ["rivals.py", "measure", str(tmp_path / "rivals.jsonl")])
+    ended = None
+    try:
+        rivals.main()
+    except SystemExit as error:
+        ended = error.code
+    assert ended == code
